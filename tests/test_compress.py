@@ -1,0 +1,312 @@
+"""Masks and codebooks on every kind of layer: exact sparsity, zeros and ties that hold under any optimizer."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainer import compress
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.cell = kind(6, 5, num_layers=2, batch_first=True)
+
+    def forward(self, x):
+        return self.cell(x)[0]
+
+
+class FusedQkv(nn.Module):
+    """As timm's attention: one Linear for query, key and value."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.out = nn.Linear(8, 12, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(self.embed(x))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)), (4, 8)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3)), (4, 3, 9)),
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)), (4, 3, 9, 9)),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 6, 3)), (2, 2, 5, 5, 5)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 3)), (4, 3, 5, 5)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(20, 8)), None),
+    "lstm": (lambda: Recurrent(nn.LSTM), (4, 7, 6)),
+    "gru": (lambda: Recurrent(nn.GRU), (4, 7, 6)),
+    "attention": (lambda: Attention(), (4, 7, 8)),
+    "fused_qkv": (lambda: FusedQkv(), (4, 7, 8)),
+    "tied": (lambda: Tied(), None),
+}
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+}
+
+
+def make(kind):
+    torch.manual_seed(0)
+    build, shape = LAYERS[kind]
+    x = torch.randn(shape) if shape else torch.arange(10).reshape(2, 5)
+    return build(), x
+
+
+def train(model, x, optimizer, steps=5):
+    optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def prune(model, sparsity=0.7):
+    places = compress.weights(model)
+    scores = {name: place.value.detach().abs() for name, place in places.items()}
+    masks = compress.score_masks(scores, {n: p.mask for n, p in places.items()}, dict.fromkeys(places, sparsity), False)
+    for name, (mask, _) in masks.items():
+        compress.set_mask(places[name], mask)
+    return {name: mask for name, (mask, _) in masks.items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_pruned_weights_stay_zero(kind, optimizer):
+    model, x = make(kind)
+    before = model(x).detach()
+    masks = prune(model)
+    assert not torch.equal(model(x), before), "the mask must reach the forward pass"
+    train(model, x, optimizer)
+    places = compress.weights(model)
+    assert set(places) == set(masks)
+    for name, place in places.items():
+        value = place.value.detach()
+        assert int((value == 0).sum()) == round(0.7 * value.numel()), name
+        assert torch.equal(value != 0, masks[name])
+        assert not torch.signbit(value[value == 0]).any(), "zeros are +0.0: -0.0 would be another value in a file"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_shared_weights_stay_tied(kind, optimizer):
+    model, x = make(kind)
+    masks = prune(model, 0.5)
+    before = {}
+    for name, place in compress.weights(model).items():
+        codes, centroids = compress.cluster(place, 4)
+        compress.set_codebook(place, codes, centroids)
+        before[name] = place.value.detach().clone()
+    train(model, x, optimizer)
+    for name, place in compress.weights(model).items():
+        value = place.value.detach()
+        assert len(value.unique()) <= 5
+        assert torch.equal(value == 0, ~masks[name])
+        assert not torch.equal(value, before[name]), "the shared values are trained"
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_state_dict_round_trip_and_bake(kind):
+    model, x = make(kind)
+    prune(model)
+    last = list(compress.weights(model).values())[-1]
+    compress.set_codebook(last, *compress.cluster(last, 3))
+    model.eval()
+    expected = model(x)
+    fresh, _ = make(kind)
+    compress.restore(fresh, {k: v.clone() for k, v in model.state_dict().items()})
+    assert torch.equal(fresh.eval()(x), expected)
+    assert [n for n, p in fresh.named_parameters()] == [n for n, p in model.named_parameters()]
+    plain, _ = make(kind)
+    state = compress.dense_state(model)
+    plain.load_state_dict(state)
+    assert torch.equal(plain.eval()(x), expected)
+    compress.bake(model)
+    assert set(model.state_dict()) == set(plain.state_dict())
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_a_tied_weight_is_one_weight_and_stays_tied():
+    model, x = make("tied")
+    assert list(compress.weights(model)) == ["embed"]
+    prune(model, 0.5)
+    train(model, x, "adam")
+    assert torch.equal(model.embed.weight, model.out.weight)
+    place = compress.weights(model)["embed"]
+    compress.set_codebook(place, *compress.cluster(place, 4))
+    train(model, x, "adam")
+    assert torch.equal(model.embed.weight, model.out.weight)
+    compress.bake(model)
+    assert model.embed.weight is model.out.weight
+
+
+def test_gradient_of_a_centroid_is_the_sum_over_its_weights():
+    layer = nn.Linear(6, 5)
+    model = nn.Sequential(layer)
+    place = compress.weights(model)["0"]
+    codes, centroids = compress.cluster(place, 3)
+    compress.set_codebook(place, codes, centroids)
+    x = torch.randn(4, 6)
+    model(x).square().sum().backward()
+    plain = nn.Linear(6, 5)
+    plain.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
+    plain(x).square().sum().backward()
+    expected = torch.stack([plain.weight.grad[codes == c + 1].sum() for c in range(3)])
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, expected)
+
+
+def test_std_masks_by_hand():
+    layer = nn.Linear(10, 10)
+    place = compress.weights(nn.Sequential(layer))["0"]
+    weight = layer.weight.detach().numpy().copy()
+    mask, (threshold,) = compress.std_masks({"0": place}, {"0": 1.2})["0"]
+    assert threshold == pytest.approx(1.2 * weight.astype(np.float64).std(), rel=1e-6)
+    assert np.array_equal(mask.numpy(), np.abs(weight) > threshold)
+    compress.set_mask(place, mask)
+    again, (second,) = compress.std_masks({"0": place}, {"0": 1.2})["0"]
+    assert second == pytest.approx(1.2 * weight[mask.numpy()].astype(np.float64).std(), rel=1e-6)
+    assert not (again & ~mask).any(), "what is pruned stays pruned"
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("lstm", 4), ("gru", 3), ("attention", 3), ("fused_qkv", 3)])
+def test_gates_have_thresholds_of_their_own(kind, parts):
+    model, _ = make(kind)
+    places = compress.weights(model)
+    name, place = next((n, p) for n, p in places.items() if p.parts > 1)
+    with torch.no_grad():
+        place.value.chunk(parts)[0].mul_(10)
+    mask, thresholds = compress.std_masks({name: place}, {name: 1.0})[name]
+    assert len(thresholds) == parts
+    assert thresholds[0] > 5 * max(thresholds[1:])
+    for block, threshold, kept in zip(place.value.chunk(parts), thresholds, mask.chunk(parts), strict=True):
+        assert torch.equal(kept, block.abs() > threshold)
+
+
+def test_global_ranking_takes_exactly_the_lowest():
+    scores = {"a": torch.tensor([[0.1, 0.9], [0.5, 0.3]]), "b": torch.tensor([[0.2, 0.8]])}
+    masks = compress.score_masks(scores, {"a": None, "b": None}, {"a": 0.5, "b": 0.5}, together=True)
+    assert masks["a"][0].tolist() == [[False, True], [True, False]]
+    assert masks["b"][0].tolist() == [[False, True]]
+
+
+def test_ties_do_not_change_the_count():
+    masks = compress.score_masks({"a": torch.ones(10, 10)}, {"a": None}, {"a": 0.37}, together=False)
+    assert int((~masks["a"][0]).sum()) == 37
+
+
+def test_lamp_scores_by_hand():
+    weight = torch.tensor([[3.0, -1.0], [2.0, 0.5]])
+    expected = {3.0: 9 / 9, 2.0: 4 / 13, 1.0: 1 / 14, 0.5: 0.25 / 14.25}
+    scores = compress.lamp_scores(weight)
+    for value, score in zip(weight.abs().flatten().tolist(), scores.flatten().tolist(), strict=True):
+        assert score == pytest.approx(expected[value])
+
+
+def test_cubic_schedule():
+    assert compress.cubic(0.9, 0.0) == 0
+    assert compress.cubic(0.9, 0.5) == pytest.approx(0.9 * 0.875)
+    assert compress.cubic(0.9, 1.0) == 0.9
+
+
+def test_groups_have_codebooks_of_their_own():
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 8)
+    with torch.no_grad():
+        layer.weight[4:] += 5
+    place = compress.weights(nn.Sequential(layer))["0"]
+    codes, centroids = compress.cluster(place, 4, groups=2)
+    assert centroids.shape == (2, 4)
+    assert set(codes[:4].unique().tolist()) == {1, 2, 3, 4}
+    assert set(codes[4:].unique().tolist()) == {5, 6, 7, 8}
+    before = layer.weight.detach().clone()
+    compress.set_codebook(place, codes, centroids)
+    assert (layer.weight - before).abs().max() < 0.2
+    with pytest.raises(ValueError, match="do not split into 3"):
+        compress.cluster(place, 4, groups=3)
+
+
+class TestBadInput:
+    def test_unknown_layer_gets_the_nearest_name(self):
+        model = nn.ModuleDict({"conv1": nn.Conv2d(1, 2, 3), "fc": nn.Linear(2, 2)})
+        with pytest.raises(ValueError, match="no layer 'conv3'.*did you mean 'conv1'"):
+            compress.choose(compress.weights(model), ["conv3"])
+
+    def test_nothing_left(self):
+        place = compress.weights(nn.Sequential(nn.Linear(4, 4)))
+        with pytest.raises(ValueError, match="prunes every weight"):
+            compress.std_masks(place, {"0": 50.0})
+        with torch.no_grad():
+            place["0"].value.zero_()
+        compress.set_mask(place["0"], torch.zeros(4, 4))
+        with pytest.raises(ValueError, match="no weights left to prune"):
+            compress.std_masks(place, {"0": 1.0})
+        with pytest.raises(ValueError, match="no weights left to share"):
+            compress.cluster(place["0"], 4)
+
+    def test_weights_that_are_not_finite(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        with torch.no_grad():
+            model[0].weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="'0'.*not finite"):
+            compress.choose(compress.weights(model))
+
+    def test_a_frozen_layer_must_be_kept(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[0].weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="'0' is frozen"):
+            compress.choose(compress.weights(model))
+        assert list(compress.choose(compress.weights(model), ["first"])) == ["1"]
+
+    def test_pruning_after_sharing(self):
+        place = compress.weights(nn.Sequential(nn.Linear(4, 4)))["0"]
+        compress.set_codebook(place, *compress.cluster(place, 2))
+        with pytest.raises(ValueError, match="prune before sharing"):
+            compress.set_mask(place, torch.ones(4, 4))
+
+    def test_a_setting_must_name_every_layer(self):
+        places = compress.weights(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        with pytest.raises(ValueError, match="nothing is given for 1"):
+            compress.per_layer(places, {"0": 2.0}, "sensitivity")
+
+    def test_fewer_survivors_than_values_are_kept_exactly(self):
+        layer = nn.Linear(4, 4)
+        place = compress.weights(nn.Sequential(layer))["0"]
+        before = layer.weight.detach().clone()
+        compress.set_codebook(place, *compress.cluster(place, 32))
+        assert torch.equal(layer.weight, before)
+
+    def test_a_constant_layer(self):
+        layer = nn.Linear(4, 4)
+        nn.init.constant_(layer.weight, 0.25)
+        place = compress.weights(nn.Sequential(layer))["0"]
+        compress.set_codebook(place, *compress.cluster(place, 8))
+        assert torch.equal(layer.weight, torch.full((4, 4), 0.25))
+
+    def test_too_large_for_float16(self):
+        with pytest.raises(ValueError, match="too large for float16"):
+            compress.round_to(torch.tensor([1e6]), "float16")

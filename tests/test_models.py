@@ -1,0 +1,277 @@
+"""The models shelf: a contract over every file, and the sizes that the literature states."""
+
+import copy
+import importlib
+import inspect
+import io
+import pkgutil
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load, save
+from torch import nn
+
+import trainer.models
+from trainer.features import Staged, head, look, see, stage_names
+from trainer.models.cifar_resnet import cifar_resnet
+from trainer.models.cifar_vgg import cifar_vgg
+from trainer.models.gru import gru
+from trainer.models.lenet5 import lenet5
+from trainer.models.lenet5_caffe import lenet5_caffe
+from trainer.models.lenet300 import lenet300
+from trainer.models.lstm import lstm
+from trainer.models.separable import separable
+from trainer.models.wide_resnet import wide_resnet
+
+# These two open anybody's network by a further name; their own tests are with the teachers.
+DOORS = {"timm", "python"}
+FILES = sorted(m.name for m in pkgutil.iter_modules(trainer.models.__path__) if m.name not in DOORS)
+DIGITS, CIFAR = ((1, 28, 28), 10), ((3, 32, 32), 100)
+
+# Settings that change the structure, so the contract holds for them too.
+VARIANTS = {
+    "lenet300": [{"hidden": (20,)}, {"hidden": (30, 20, 10)}],
+    "lenet5": [{"width": 3, "batch_norm": True, "dropout": 0.5}],
+    "lstm": [{"hidden": 8, "num_layers": 2, "bidirectional": True}],
+    "gru": [{"hidden": 8, "num_layers": 2, "bidirectional": True}],
+    "separable": [
+        {"batch_norm": False},
+        {"widths": (4, 4, 6), "strides": (2, 1, 2), "kernel": 3, "residual": True},
+    ],
+    "cifar_resnet": [{"depth": 8, "channels": (8, 16, 16, 24)}],
+    "wide_resnet": [{"depth": 10, "widen": 1}],
+}
+CASES = [
+    pytest.param(name, sizes, settings, id=f"{name}-{sizes[0][0]}x{sizes[0][1]}-{number}")
+    for name in FILES
+    for number, settings in enumerate([{}, *VARIANTS.get(name, [])])
+    for sizes in (DIGITS, CIFAR)
+]
+
+
+def shelf(name: str):
+    return getattr(importlib.import_module(f"trainer.models.{name}"), name)
+
+
+def build(name: str, sizes, settings) -> nn.Module:
+    torch.manual_seed(0)
+    return shelf(name)(*sizes, **settings)
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_signature_is_the_schema(name):
+    function = shelf(name)
+    first, second, *settings = inspect.signature(function).parameters.values()
+    assert (first.name, second.name) == ("input_shape", "num_classes")
+    for setting in settings:
+        assert setting.kind is inspect.Parameter.KEYWORD_ONLY
+        TypeAdapter(setting.annotation).validate_python(setting.default)
+        assert f"{setting.name}:" in function.__doc__, f"{setting.name} is not explained"
+
+
+@pytest.mark.parametrize("name, sizes, settings", CASES)
+def test_contract(name, sizes, settings):
+    shape, num_classes = sizes
+    model = build(name, sizes, settings)
+    assert isinstance(model, Staged) and model.training
+    images = torch.randn(5, *shape)
+
+    # Backward reaches every parameter; no weight is left out of the forward pass.
+    logits = model(images)
+    assert logits.shape == (5, num_classes) and logits.dtype == torch.float32
+    nn.functional.cross_entropy(logits, torch.arange(5)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+        if parameter.dim() > 1:
+            assert parameter.grad.abs().sum() > 0, key
+
+    # Evaluation is deterministic and treats every image by itself.
+    model.eval()
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(logits, model(images))
+        torch.testing.assert_close(model(images[:1]), logits[:1], rtol=1e-4, atol=1e-5)
+
+    # timm's two calls, and what the features see, are the forward pass itself.
+    with torch.no_grad():
+        assert torch.equal(model.forward_head(model.forward_features(images)), logits)
+        layers = [layer.name for layer in look(model, images)]
+        assert layers == stage_names(model) and len(set(layers)) == len(layers)
+        seen = see(model, images, layers, embedding=True)
+        assert torch.equal(seen.logits, logits)
+        assert torch.equal(head(model)(seen.embedding), logits)
+        assert seen.embedding.dim() == 2 and all(m.dim() == 4 for m in seen.maps.values())
+        final, maps = model.forward_intermediates(images)
+        assert torch.equal(final, model.forward_features(images))
+        for layer, map_ in zip(layers, maps, strict=True):
+            assert torch.equal(map_, seen.maps[layer])
+
+    # A copy and a reloaded state are the same network.
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), logits)
+    with torch.no_grad():
+        next(twin.parameters()).add_(1.0)
+    assert torch.equal(model(images), logits)
+    fresh = build(name, sizes, settings).eval()
+    fresh.load_state_dict(load(save(model.state_dict())))
+    assert torch.equal(fresh(images), logits)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(fresh(images), logits)
+
+
+@pytest.mark.parametrize("name, sizes, settings", CASES)
+def test_state_belongs_to_known_layers(name, sizes, settings):
+    model = build(name, sizes, settings)
+    layers = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LSTM, nn.GRU)
+    expected = {
+        f"{path}.{key}"
+        for path, module in model.named_modules()
+        if isinstance(module, layers)
+        for key in module.state_dict()
+    }
+    assert set(model.state_dict()) == expected
+
+
+def test_sizes_of_the_lenets():
+    assert count(lenet300(*DIGITS)) == 266_610
+    assert count(lenet5(*DIGITS)) == 61_706
+    assert count(lenet5_caffe(*DIGITS)) == 431_080
+    shapes = [layer.shape for layer in look(lenet300(*DIGITS), torch.zeros(1, 1, 28, 28))]
+    assert shapes == [(300, 1, 1), (100, 1, 1)]
+
+
+# The counts of the networks that the distillation literature compares on CIFAR-100.
+PUBLISHED = [
+    (cifar_resnet, {"depth": 20}, 278_324),
+    (cifar_resnet, {"depth": 56}, 861_620),
+    (cifar_resnet, {"depth": 8, "channels": (32, 64, 128, 256)}, 1_233_540),
+    (cifar_resnet, {"depth": 32, "channels": (32, 64, 128, 256)}, 7_433_860),
+    (wide_resnet, {"depth": 16, "widen": 2}, 703_284),
+    (wide_resnet, {"depth": 40, "widen": 2}, 2_255_156),
+    (cifar_vgg, {"depth": 8}, 3_965_028),
+    (cifar_vgg, {"depth": 13}, 9_462_180),
+]
+
+
+@pytest.mark.parametrize("function, settings, expected", PUBLISHED)
+def test_sizes_of_the_cifar_networks(function, settings, expected):
+    with torch.device("meta"):
+        model = function(*CIFAR, **settings)
+    assert count(model) == expected
+
+
+def test_cifar_networks_shrink_twice_or_more():
+    images = torch.zeros(1, 3, 32, 32)
+    assert [layer.shape[1] for layer in look(cifar_resnet(*CIFAR, depth=8), images)] == [32, 32, 16, 8]
+    assert [layer.shape[1] for layer in look(wide_resnet(*CIFAR, depth=10), images)] == [32, 32, 16, 8]
+    assert [layer.shape[1] for layer in look(cifar_vgg(*CIFAR), images)] == [32, 16, 8, 4, 4]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 15), (15, 16), (16, 40), (64, 64)])
+def test_lenet5_takes_any_size_from_eight(size):
+    model = lenet5((2, *size), 4, width=2).eval()
+    assert model(torch.zeros(3, 2, *size)).shape == (3, 4)
+
+
+def test_lenet5_width_scales_every_layer():
+    widths = [layer.shape[0] for layer in look(lenet5(*DIGITS, width=24), torch.zeros(1, 1, 28, 28))]
+    assert widths == [24, 64, 480, 336]
+
+
+@pytest.mark.parametrize("function", [lenet5, separable])
+def test_folded_normalization_leaves_the_network_without_it(function):
+    """Less the normalization, the state is that of the net without, less the biases that folding makes."""
+    folded = set(function(*DIGITS, batch_norm=False).state_dict())
+    normalised = {key for key in function(*DIGITS, batch_norm=True).state_dict() if ".norm" not in f".{key}"}
+    assert normalised < folded
+    assert all(key.endswith(".bias") for key in folded - normalised)
+
+
+def test_dropout_acts_in_training_only():
+    model = lenet5(*DIGITS, dropout=0.5)
+    images = torch.randn(2, *DIGITS[0])
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_separable_residual_adds_the_input():
+    model = separable(*DIGITS, widths=(4, 4), strides=(1, 1), residual=True).eval()
+    nn.init.zeros_(model.block2.norm.weight)
+    maps = see(model, torch.randn(2, *DIGITS[0]), ["conv1", "block2"]).maps
+    assert torch.equal(maps["conv1"], maps["block2"])
+
+
+def naive_lstm(layer: nn.LSTM, sequence: torch.Tensor) -> torch.Tensor:
+    """Last output [hidden] of one layer, for one sequence [T, inputs], by the equations of the paper."""
+    state = output = torch.zeros(layer.hidden_size)
+    for step in sequence:
+        gates = layer.weight_ih_l0 @ step + layer.bias_ih_l0 + layer.weight_hh_l0 @ output + layer.bias_hh_l0
+        enter, forget, candidate, leave = gates.chunk(4)
+        state = forget.sigmoid() * state + enter.sigmoid() * candidate.tanh()
+        output = leave.sigmoid() * state.tanh()
+    return output
+
+
+def test_lstm_reads_rows_downwards():
+    model = lstm((2, 5, 3), 4, hidden=6).eval()
+    images = torch.randn(2, 2, 5, 3)
+    rows = torch.stack([torch.cat([images[1, 0, y], images[1, 1, y]]) for y in range(5)])
+    embedding = see(model, images, embedding=True).embedding
+    torch.testing.assert_close(embedding[1], naive_lstm(model.lstm, rows))
+
+
+@pytest.mark.parametrize("function", [lstm, gru])
+def test_both_directions_have_read_the_whole_image(function):
+    model = function((1, 6, 4), 3, hidden=5, bidirectional=True).eval()
+    images = torch.randn(1, 1, 6, 4, requires_grad=True)
+    embedding = see(model, images, embedding=True).embedding
+    for half in (embedding[:, :5], embedding[:, 5:]):
+        gradient, = torch.autograd.grad(half.sum(), images, retain_graph=True)
+        assert (gradient.abs().sum(dim=(0, 1, 3)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "function, shape, settings, message",
+    [
+        (lenet300, (1, 28, 28), {"hidden": ()}, "hidden is empty"),
+        (lenet5, (1, 7, 28), {}, "7 x 28 are too small; 8 x 8"),
+        (lenet5_caffe, (1, 28, 15), {}, "28 x 15 are too small; 16 x 16"),
+        (cifar_resnet, (3, 32, 32), {"depth": 18}, "depth is 18; it must be 6 n"),
+        (cifar_resnet, (3, 32, 32), {"depth": 2}, "depth is 2; it must be 6 n"),
+        (wide_resnet, (3, 32, 32), {"depth": 20}, "depth is 20; it must be 6 n"),
+        (cifar_vgg, (3, 6, 6), {}, "6 x 6 are too small; 8 x 8"),
+        (separable, (1, 28, 28), {"widths": (4, 4), "strides": (1,)}, "2 widths and 1 strides"),
+        (separable, (1, 28, 28), {"widths": (), "strides": ()}, "0 widths"),
+        (separable, (1, 28, 28), {"kernel": 4}, "kernel is 4; it must be odd"),
+    ],
+)
+def test_a_users_mistake_is_a_clear_error(function, shape, settings, message):
+    with pytest.raises(ValueError, match=message):
+        function(shape, 10, **settings)
+
+
+@pytest.mark.parametrize(
+    "function, setting, value",
+    [
+        (lenet300, "hidden", [300, 0]),
+        (lenet5, "width", 0),
+        (lenet5, "dropout", 1.0),
+        (lstm, "hidden", -1),
+        (cifar_resnet, "channels", [16, 32, 64]),
+        (cifar_vgg, "depth", 12),
+        (separable, "strides", [1, 0]),
+    ],
+)
+def test_hints_refuse_impossible_settings(function, setting, value):
+    hint = inspect.signature(function).parameters[setting].annotation
+    with pytest.raises(ValidationError):
+        TypeAdapter(hint).validate_python(value)

@@ -1,0 +1,419 @@
+"""Masks and codebooks on anybody's layers: pruning and weight sharing as parametrizations.
+
+A pruned weight is `where(mask, weight, 0)`, a shared one `centroids[codes]` whose trainable tensor is the centroids, so
+autograd itself sums each cluster's gradient (Han et al. 2016, Deep Compression). Zeros and ties hold by construction
+under any optimizer, and the state is plain tensors in the `state_dict`. Works for Linear, Conv, Embedding, LSTM, GRU
+and attention weights. Sources: Han et al. 2015 (std x sensitivity), Zhu & Gupta 2017 (cubic schedule).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from trainer import kmeans
+from trainer.bind import nearest
+
+
+class Mask(nn.Module):
+    """Holds pruned weights at zero: `where(mask, weight, 0)`; the mask is a buffer of booleans."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.bool())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # Not a product: that would give -0.0 for a negative weight and NaN for an infinite one.
+        return torch.where(self.mask, weight, 0.0)
+
+
+class _Lookup(torch.autograd.Function):
+    """table[codes]; the gradient of an entry is the sum over its codes, added up in float64 where the device can."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.length = len(table)
+        ctx.dtype = table.dtype
+        return table[codes]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        weights = gradient.reshape(-1) if gradient.device.type == "mps" else gradient.reshape(-1).double()
+        return torch.bincount(codes.reshape(-1), weights, minlength=ctx.length).to(ctx.dtype), None
+
+
+class Codebook(nn.Module):
+    """Weights that share few values: code 0 is zero and stays zero, code c >= 1 is centroids.flatten()[c - 1].
+
+    codes: integers of the weight's shape. centroids: [k], or [groups, k] when each group of rows has its own.
+    """
+
+    def __init__(self, codes: Tensor, centroids: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.to(torch.int32))
+        self._centroids = centroids
+
+    def right_inverse(self, _weight: Tensor) -> Tensor:
+        # Called once, on registration: what becomes the trainable tensor.
+        return self._centroids.detach().clone()
+
+    def forward(self, centroids: Tensor) -> Tensor:
+        table = torch.cat([centroids.new_zeros(1), centroids.reshape(-1)])
+        return _Lookup.apply(table, self.codes)
+
+
+class Place:
+    """A weight of a network: its name, and the (module, attribute) places that hold it (several when it is tied)."""
+
+    def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
+        self.name = name
+        self.places = [(module, attribute)]
+
+    @property
+    def value(self) -> Tensor:
+        """The weight as the network uses it, masked or shared."""
+        module, attribute = self.places[0]
+        return getattr(module, attribute)
+
+    @property
+    def parametrization(self) -> nn.Module | None:
+        module, attribute = self.places[0]
+        if parametrize.is_parametrized(module, attribute):
+            return module.parametrizations[attribute][0]
+        return None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which weights are alive, boolean; None for a weight that is neither pruned nor shared."""
+        found = self.parametrization
+        if isinstance(found, Mask):
+            return found.mask
+        if isinstance(found, Codebook):
+            return found.codes != 0
+        return None
+
+    @property
+    def trainable(self) -> bool:
+        module, attribute = self.places[0]
+        if parametrize.is_parametrized(module, attribute):
+            return module.parametrizations[attribute].original.requires_grad
+        return getattr(module, attribute).requires_grad
+
+    @property
+    def parts(self) -> int:
+        """How many stacked matrices the weight is (along its first axis): gates of a LSTM or GRU; query, key, value."""
+        module, attribute = self.places[0]
+        if isinstance(module, nn.LSTM) and attribute.startswith("weight_") and "hr" not in attribute:
+            return 4
+        if isinstance(module, nn.GRU) and attribute.startswith("weight_"):
+            return 3
+        if attribute == "in_proj_weight" or self.name.split(".")[-1] == "qkv":
+            return 3
+        return 1
+
+
+def weights(model: nn.Module) -> dict[str, Place]:
+    """The weights that can be pruned and shared, by layer name, in the order of the network.
+
+    These are all parameters whose name holds 'weight', of two dimensions or more (no biases, no norms). `fc1.weight`
+    is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
+    """
+    found: dict[int, Place] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        inner = getattr(module, "parametrizations", {})
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
+        own |= {name: inner[name].original for name in inner}
+        for attribute in sorted(own):  # a parametrized weight has left its place in the module: keep one order
+            if "weight" not in attribute or getattr(module, attribute).dim() < 2:
+                continue
+            name = path if attribute == "weight" and path else f"{path}.{attribute}".lstrip(".")
+            key = id(own[attribute])
+            if key in found:
+                found[key].places.append((module, attribute))
+            else:
+                found[key] = Place(name, module, attribute)
+    return {place.name: place for place in found.values()}
+
+
+def choose(places: Mapping[str, Place], keep: Iterable[str] = ()) -> dict[str, Place]:
+    """The weights without those in `keep`: 'first', 'last', a layer's name or a module's (all weights below it).
+
+    Raises ValueError for a name that no layer has, and for a frozen weight that is not in `keep`.
+    """
+    left = dict(places)
+    order = list(places)
+    for word in keep:
+        if word in ("first", "last"):
+            left.pop(order[0] if word == "first" else order[-1], None)
+            continue
+        for name in matching(places, word):
+            left.pop(name, None)
+    for name, place in left.items():
+        if not place.trainable:
+            raise ValueError(f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone")
+        if not torch.isfinite(place.value).all():
+            raise ValueError(f"layer {name!r} has weights that are not finite")
+    return left
+
+
+def matching(places: Mapping[str, Place], word: str) -> list[str]:
+    """Names of the weights that `word` means. Raises ValueError, with the nearest name, when there are none."""
+    found = [name for name in places if name == word or name.startswith(word + ".")]
+    if not found:
+        raise ValueError(f"there is no layer {word!r}{nearest(word, places)}")
+    return found
+
+
+def per_layer(places: Mapping[str, Place], setting, what: str) -> dict:
+    """A setting given once for all or as {layer: value} as one value a layer; every layer must then be named."""
+    if not isinstance(setting, Mapping):
+        return {name: setting for name in places}
+    values = {}
+    for word, value in setting.items():
+        for name in matching(places, word):
+            values[name] = value
+    missing = [name for name in places if name not in values]
+    if missing:
+        raise ValueError(f"{what}: nothing is given for {', '.join(missing)} (name them here or in keep)")
+    return {name: values[name] for name in places}
+
+
+def std_masks(places: Mapping[str, Place], sensitivity: Mapping[str, float]) -> dict[str, tuple[Tensor, list[float]]]:
+    """Masks by threshold = sensitivity x standard deviation of the layer's surviving weights (Han et al. 2015).
+
+    Returns {layer: (mask, thresholds)}; the gates of a recurrent layer and query, key and value of attention have a
+    threshold each. Weights of magnitude above the threshold stay. The deviation is the population's (numpy's `std`).
+    """
+    masks = {}
+    for name, place in places.items():
+        alive = place.mask
+        parts, thresholds = [], []
+        value = place.value.detach()
+        alive = torch.ones_like(value, dtype=torch.bool) if alive is None else alive
+        for part, alive_part in zip(value.chunk(place.parts), alive.chunk(place.parts), strict=True):
+            survivors = part[alive_part]
+            if survivors.numel() == 0:
+                raise ValueError(f"layer {name!r} has no weights left to prune: all are zero")
+            threshold = sensitivity[name] * survivors.double().std(correction=0).item()
+            thresholds.append(threshold)
+            parts.append(alive_part & (part.abs() > threshold))
+        mask = torch.cat(parts)
+        if not mask.any():
+            raise ValueError(
+                f"layer {name!r}: sensitivity {sensitivity[name]} prunes every weight "
+                f"(threshold {max(thresholds):.3g}, largest weight {value.abs().max().item():.3g})"
+            )
+        masks[name] = (mask, thresholds)
+    return masks
+
+
+def score_masks(
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor | None], sparsity: Mapping[str, float], together: bool
+) -> dict[str, tuple[Tensor, list[float]]]:
+    """Masks that zero exactly round(sparsity x n) weights, the lowest scores first; a dead weight stays dead.
+
+    together: one ranking over all layers (then all sparsities are the same number); otherwise one a layer.
+    Ties fall in the order of the weights, so the count is exact. Returns {layer: (mask, [highest score pruned])}.
+    """
+    flat = {}
+    for name, score in scores.items():
+        score = score.detach().double().reshape(-1)
+        if alive[name] is not None:
+            score = torch.where(alive[name].reshape(-1), score, -torch.inf)
+        flat[name] = score
+    if together:
+        target = next(iter(sparsity.values()))
+        joined = torch.cat(list(flat.values()))
+        mask, threshold = _keep_highest(joined, target)
+        masks = mask.split([len(score) for score in flat.values()])
+        return {n: (m.reshape(scores[n].shape), [threshold]) for n, m in zip(flat, masks, strict=True)}
+    result = {}
+    for name, score in flat.items():
+        mask, threshold = _keep_highest(score, sparsity[name])
+        result[name] = (mask.reshape(scores[name].shape), [threshold])
+    return result
+
+
+def _keep_highest(score: Tensor, sparsity: float) -> tuple[Tensor, float]:
+    zeros = round(sparsity * len(score))
+    order = torch.argsort(score, stable=True)
+    mask = torch.ones_like(score, dtype=torch.bool)
+    mask[order[:zeros]] = False
+    return mask, score[order[zeros - 1]].item() if zeros else 0.0
+
+
+def lamp_scores(weight: Tensor) -> Tensor:
+    """LAMP (Lee et al. 2021): w^2 over the sum of the squares of the weights of the layer that are at least as large."""
+    square = weight.detach().double().reshape(-1) ** 2
+    order = torch.argsort(square, stable=True)
+    sums = square[order].flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(square)
+    scores[order] = square[order] / sums.clamp_min(torch.finfo(torch.float64).tiny)
+    return scores.reshape(weight.shape)
+
+
+def cubic(final: float, progress: float) -> float:
+    """The target at `progress` (0 to 1) of a gradual pruning: final x (1 - (1 - progress)^3) (Zhu & Gupta 2017)."""
+    return final * (1 - (1 - min(1.0, max(0.0, progress))) ** 3)
+
+
+def set_mask(place: Place, mask: Tensor) -> None:
+    """Prunes a weight, in place; a mask that is there already is replaced."""
+    found = place.parametrization
+    if isinstance(found, Mask):
+        found.mask.copy_(mask)
+        return
+    if isinstance(found, Codebook):
+        raise ValueError(f"layer {place.name!r} shares its weights already: prune before sharing")
+    _parametrize(place, Mask(mask))
+
+
+def set_codebook(place: Place, codes: Tensor, centroids: Tensor) -> None:
+    """Makes a weight share values, in place; a mask that was there becomes the code 0."""
+    value = place.value.detach()
+    if isinstance(place.parametrization, (Mask, Codebook)):
+        bake_place(place)
+    _parametrize(place, Codebook(codes.to(value.device), centroids.to(value.device, value.dtype)))
+
+
+def _parametrize(place: Place, parametrization: nn.Module) -> None:
+    (module, attribute), *tied = place.places
+    trainable = getattr(module, attribute).requires_grad
+    for other, name in tied:
+        # Registration changes the tensor in place, under the twin's feet: until it is tied again it gets its own.
+        setattr(other, name, nn.Parameter(getattr(module, attribute).detach().clone()))
+    parametrize.register_parametrization(module, attribute, parametrization)
+    module.parametrizations[attribute].original.requires_grad_(trainable)
+    for other, name in tied:
+        # Registering a second time would make a second trainable tensor: the tie is to one and the same list.
+        parametrize.register_parametrization(other, name, parametrization)
+        other.parametrizations[name] = module.parametrizations[attribute]
+
+
+def bake_place(place: Place) -> None:
+    """Turns a masked or shared weight into a plain parameter of the same values, in place."""
+    plain = None
+    for module, attribute in place.places:
+        if not parametrize.is_parametrized(module, attribute):
+            continue
+        if plain is None:
+            trainable = module.parametrizations[attribute].original.requires_grad
+            plain = nn.Parameter(getattr(module, attribute).detach().clone(), requires_grad=trainable)
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        setattr(module, attribute, plain)
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Turns all masks and codebooks of a model into plain weights of the same values, in place."""
+    for place in weights(model).values():
+        if place.parametrization is not None:
+            bake_place(place)
+    return model
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict the model would have without masks and codebooks: weights as the network uses them."""
+    state = {}
+    for key, tensor in model.state_dict().items():
+        head, found, tail = key.partition("parametrizations.")
+        if not found:
+            state[key] = tensor
+        elif tail.endswith(".original"):
+            attribute = tail.removesuffix(".original")
+            module = model.get_submodule(head.rstrip("."))
+            state[head + attribute] = getattr(module, attribute).detach()
+    return state
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads a state_dict of a masked or shared model into a model, making the masks and codebooks it tells of.
+
+    Raises ValueError when keys or shapes do not fit.
+    """
+    bake(model)
+    places = weights(model)
+    by_key = {_key(model, *where): place for place in places.values() for where in place.places[:1]}
+    for key, tensor in state.items():
+        for ending in (".0.mask", ".0.codes"):
+            if not key.endswith(ending):
+                continue
+            weight_key = key.removesuffix(ending).replace("parametrizations.", "")
+            if weight_key not in by_key:
+                continue  # a tied twin, or a layer that is not there: load_state_dict below says so
+            place = by_key[weight_key]
+            if ending == ".0.mask":
+                set_mask(place, tensor.to(place.value.device))
+            else:
+                original = state[key.removesuffix(".0.codes") + ".original"]
+                set_codebook(place, tensor, original)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit this network: {error}") from None
+
+
+def _key(model: nn.Module, module: nn.Module, attribute: str) -> str:
+    path = next(path for path, candidate in model.named_modules() if candidate is module)
+    return f"{path}.{attribute}".lstrip(".")
+
+
+def cluster(
+    place: Place,
+    num_values: int,
+    method: Callable[..., np.ndarray] = kmeans.kmeans_optimal,
+    groups: int = 1,
+    importance: Tensor | None = None,
+    **settings,
+) -> tuple[Tensor, Tensor]:
+    """codes and centroids of one weight by k-means over its surviving values: code 0 is zero, others 1 + cluster.
+
+    groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: a weight for
+    each value (squared gradients, say). A group with fewer distinct survivors than `num_values` keeps them exactly;
+    unused entries of its codebook are then zero. Returns codes int32 of the weight's shape, centroids [k] or [groups, k].
+    Raises ValueError for a weight whose values are all zero.
+    """
+    value = place.value.detach().cpu().float()
+    if len(value) % groups:
+        raise ValueError(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
+    if not value.any():
+        raise ValueError(f"layer {place.name!r} has no weights left to share: all are zero")
+    codes = torch.zeros(value.shape, dtype=torch.int32)
+    centroids = torch.zeros(groups, num_values)
+    blocks = zip(value.chunk(groups), codes.chunk(groups), strict=True)
+    importances = importance.detach().cpu().double().chunk(groups) if importance is not None else [None] * groups
+    for number, ((block, block_codes), weight) in enumerate(zip(blocks, importances, strict=True)):
+        alive = block != 0
+        survivors = block[alive].numpy()
+        if survivors.size == 0:
+            continue
+        if weight is not None:
+            settings = {**settings, "weights": weight[alive].numpy()}
+        found = method(survivors, num_values, **settings)
+        centroids[number, : len(found)] = torch.from_numpy(np.asarray(found, dtype=np.float32))
+        block_codes[alive] = torch.from_numpy(kmeans.assign(survivors, found).astype(np.int32)) + 1 + number * num_values
+    return codes, centroids if groups > 1 else centroids[0]
+
+
+def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable centroids of all shared weights: they take no weight decay."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList) and any(isinstance(p, Codebook) for p in module):
+            found[id(module.original)] = module.original
+    return list(found.values())
+
+
+def round_to(values: Tensor, kind: str) -> Tensor:
+    """Values rounded to what 'float16' can hold (infinite where it cannot: an error), or as they are for 'float32'."""
+    if kind == "float32":
+        return values
+    rounded = values.half().to(values.dtype)
+    if not torch.isfinite(rounded).all():
+        raise ValueError("a shared value is too large for float16: ask for codebook: float32")
+    return rounded

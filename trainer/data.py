@@ -1,0 +1,154 @@
+"""The images of a run: the validation split, the order of an epoch, and batches on the device."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from trainer import bind, views
+from trainer.context import Data, InMemory, Part, Source
+
+
+class DataKeys(bind.Entry):
+    """The data section. validation: a fraction of the training set or a number of images, held out of it.
+
+    seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
+    teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
+    subset: use only so many training images. mixup, cutmix: the alpha of their Beta distributions, 0 for off.
+    """
+
+    dataset: str
+    seed: NonNegativeInt = 0
+    validation: Annotated[float, Field(gt=0, lt=1)] | PositiveInt = 0.1
+    subset: PositiveInt | None = None
+    views: PositiveInt | None = None
+    augment: views.Augment = views.Augment()
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    workers: NonNegativeInt = 2
+
+
+def make_data(keys: DataKeys, device: torch.device) -> Data:
+    """Opens the dataset, splits off the validation part and puts what is in memory on the device."""
+    source: Source = bind.find("dataset", keys.dataset)(**bind.own_settings(keys, DataKeys))
+    total = len(source.train)
+    order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
+    held_out = round(keys.validation * total) if isinstance(keys.validation, float) else keys.validation
+    size = total - held_out if keys.subset is None else keys.subset
+    if held_out < 1 or size < 1 or held_out + size > total:
+        raise ValueError(
+            f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
+        )
+    digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
+    for images in (source.train,):
+        sample = images.__getitems__(order[:256].tolist())[0]
+        digest.update(sample.cpu().numpy().tobytes())
+    train, test = source.train, source.test
+    if isinstance(train, InMemory) and device.type != "cpu":
+        train = InMemory(train.images.to(device), train.labels.to(device))
+        test = InMemory(test.images.to(device), test.labels.to(device))
+        order = order.to(device)
+    return Data(
+        name=keys.dataset,
+        train=Part(train, order[held_out : held_out + size].sort().values),
+        validation=Part(train, order[:held_out].sort().values),
+        test=Part(test, torch.arange(len(test), device=order.device)),
+        classes=source.classes,
+        mean=tuple(source.mean),
+        std=tuple(source.std),
+        shape=tuple(source.shape),
+        num_samples=total,
+        augment=keys.augment,
+        views=keys.views,
+        seed=keys.seed,
+        mixup=keys.mixup,
+        cutmix=keys.cutmix,
+        workers=keys.workers,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int) -> list[Tensor]:
+    """Positions of this process's share of every batch of an epoch: a function of (seed, epoch) alone.
+
+    batch_size counts the images of all processes together; the last batch may be smaller. With several processes
+    each batch is filled up from the start of the order, so that all have equally many.
+    """
+    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_images))
+    batches = list(order.split(batch_size))
+    if num_processes == 1:
+        return batches
+    missing = -len(batches[-1]) % num_processes
+    batches[-1] = torch.cat([batches[-1], order[:missing]])
+    return [batch[rank::num_processes] for batch in batches]
+
+
+def batches(part: Part, order: list[Tensor], workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """images uint8 [N, C, H, W], labels [N] and index [N], on the device, for each batch of positions."""
+    if isinstance(part.images, InMemory):
+        for positions in order:
+            yield part.__getitems__(positions.to(part.ids.device))
+        return
+    loader = DataLoader(
+        part,
+        batch_sampler=[positions.tolist() for positions in order],
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    for images, labels, index in loader:
+        yield images.to(device, non_blocking=True), labels.to(device), index.to(device)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+class Views:
+    """Augmented batches of a run's data: a view's random parameters are drawn once and kept while it lasts."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self._view: int | None = None
+        self._table: Tensor | None = None
+
+    def number(self, epoch: int, stage: int) -> int:
+        """Which view an epoch looks at; endless views differ from stage to stage too."""
+        return epoch % self.data.views if self.data.views else stage * 100_000 + epoch
+
+    def augmented(self, images: Tensor, index: Tensor, view: int) -> Tensor:
+        """Images uint8 [N, C, H, W] as float [0, 1], seen as in `view`."""
+        if self._view != view:
+            self._table = views.draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(images.device)
+            self._view = view
+        return views.apply(self.data.augment, images, self._table[index])
+
+
+def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself reversed; labels become [N, K].
+
+    With both given one of them is chosen for each batch, evenly. Draws from torch's global generator.
+    """
+    one_hot = torch.nn.functional.one_hot(labels, num_classes).to(images.dtype)
+    use_cutmix = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
+    alpha = cutmix if use_cutmix else mixup
+    # A Beta draw from two Gamma draws, by torch's generator, which the step's seed has set.
+    draws = torch._standard_gamma(torch.tensor([alpha, alpha]))
+    share = (draws[0] / draws.sum().clamp_min(1e-12)).item()
+    if use_cutmix:
+        height, width = images.shape[2:]
+        cut_h, cut_w = round(height * (1 - share) ** 0.5), round(width * (1 - share) ** 0.5)
+        centre = torch.rand(2)
+        top = min(max(int(centre[0] * height) - cut_h // 2, 0), height - cut_h)
+        left = min(max(int(centre[1] * width) - cut_w // 2, 0), width - cut_w)
+        mixed = images.clone()
+        mixed[:, :, top : top + cut_h, left : left + cut_w] = images.flip(0)[:, :, top : top + cut_h, left : left + cut_w]
+        share = 1 - cut_h * cut_w / (height * width)
+    else:
+        mixed = images * share + images.flip(0) * (1 - share)
+    return mixed, one_hot * share + one_hot.flip(0) * (1 - share)

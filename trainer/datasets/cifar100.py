@@ -1,0 +1,26 @@
+"""CIFAR-100: 60,000 small colour photographs of 100 kinds of things."""
+
+import torch
+
+from trainer.context import InMemory, Source
+from trainer.fetch import fetch, read_cifar, read_lines
+
+
+def cifar100() -> Source:
+    """50,000 training and 10,000 test images of 3 x 32 x 32 (RGB) in 100 fine classes (Krizhevsky 2009).
+
+    Reads the binary archive, where nothing is unpickled. Fetched into the cache folder if missing; raises FetchError
+    when no source answers.
+    """
+    archive = fetch("cifar100") / "cifar-100-binary.tar.gz"
+    inside = "cifar-100-binary"
+    images, labels = read_cifar(archive, [f"{inside}/train.bin"], num_labels=2)
+    test_images, test_labels = read_cifar(archive, [f"{inside}/test.bin"], num_labels=2)
+    return Source(
+        train=InMemory(torch.from_numpy(images), torch.from_numpy(labels)),
+        test=InMemory(torch.from_numpy(test_images), torch.from_numpy(test_labels)),
+        classes=read_lines(archive, f"{inside}/fine_label_names.txt"),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        shape=(3, 32, 32),
+    )

@@ -1,0 +1,122 @@
+"""Image folder: images of any size in a folder of yours, one subfolder for each class."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from trainer.context import Source
+
+
+def image_folder(
+    *,
+    folder: Path,
+    test_folder: Path | None = None,
+    size: PositiveInt = 224,
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225),
+) -> Source:
+    """Images read from disk when they are needed, as RGB of 3 x size x size; the class is the subfolder's name.
+
+    folder: has the subfolder `train` and one of `test`, `val` and `validation`, the first that is there; or is itself
+    the folder of the training images, and test_folder gives the others. Training images that lie in no subfolder are
+    unlabelled (-1): a teacher can distil with them. Test images are labelled, and their classes are the training's.
+    Classes are in natural order (2 before 10), as timm has them.
+    size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased).
+    mean, std: what the networks' inputs are normalised with; ImageNet's by default.
+    Raises ValueError for a folder or class that is not there and, on reading, for a file that is no whole image.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"image_folder: there is no folder {folder}")
+    train_folder = folder / "train" if (folder / "train").is_dir() else folder
+    if test_folder is None:
+        if train_folder == folder:
+            raise ValueError(f"image_folder: {folder} has no subfolder 'train': give test_folder too")
+        found = [folder / name for name in ("test", "val", "validation") if (folder / name).is_dir()]
+        if not found:
+            raise ValueError(f"image_folder: {folder} has no subfolder 'test', 'val' or 'validation'")
+        test_folder = found[0]
+    places = train_folder.resolve(), test_folder.resolve()
+    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+        raise ValueError(f"image_folder: of {train_folder} and {test_folder} (test images) one lies in the other")
+
+    files, names = _find(train_folder)
+    test_files, test_names = _find(test_folder)
+    if "" in test_names:
+        raise ValueError(
+            f"image_folder: {test_files[test_names.index('')]} lies in no subfolder; test images need a class each"
+        )
+    labelled = [name for name in names if name]
+    if labelled and len(labelled) < len(names):
+        raise ValueError(
+            f"image_folder: {files[names.index('')]} lies beside the classes' subfolders; "
+            "either all training images lie in one, or none does"
+        )
+    classes = _in_order(labelled or test_names)
+    number = {name: position for position, name in enumerate(classes)} | {"": -1}
+    for name, file in zip(test_names, test_files, strict=True):
+        if name not in number:
+            raise ValueError(f"image_folder: {file}: there are no training images of class {name!r}")
+    return Source(
+        train=_OnDisk(files, [number[name] for name in names], size, crop),
+        test=_OnDisk(test_files, [number[name] for name in test_names], size, crop),
+        classes=classes,
+        mean=mean,
+        std=std,
+        shape=(3, size, size),
+    )
+
+
+def _find(folder: Path) -> tuple[list[str], list[str]]:
+    """The image files under a folder and the name of each one's class, '' for those that lie in no subfolder."""
+    from timm.data.readers import create_reader  # only here: the import takes seconds
+
+    if not folder.is_dir():
+        raise ValueError(f"image_folder: there is no folder {folder}")
+    try:
+        reader = create_reader("", root=str(folder))
+    except RuntimeError as fault:  # no image in it
+        raise ValueError(f"image_folder: {fault}") from fault
+    names = {number: name for name, number in reader.class_to_idx.items()}
+    return [file for file, _ in reader.samples], [names[number] for _, number in reader.samples]
+
+
+def _in_order(names: list[str]) -> list[str]:
+    from timm.utils.misc import natural_key
+
+    return sorted(set(names), key=natural_key)
+
+
+class _OnDisk:
+    """Image files, decoded and brought to one size when they are asked for."""
+
+    def __init__(self, files: list[str], labels: list[int], size: int, crop: float) -> None:
+        self.files = files
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.size = size
+        self.crop = crop
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        images = torch.stack([self._read(self.files[position]) for position in positions])
+        return images, self.labels[torch.as_tensor(positions)]
+
+    def _read(self, file: str) -> Tensor:
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except Exception as fault:  # a damaged file makes Pillow raise nearly anything
+            raise ValueError(f"image_folder: {file} cannot be read as an image: {fault}") from fault
+        side = min(image.size) * self.crop
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize(
+            (self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+        )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,0 +1,126 @@
+"""Accuracy and agreement of a network, each image counted once, and the report's rows."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trainer import compress, measure, packed
+from trainer.context import InMemory, Part, Run
+from trainer.data import batches
+from trainer.teacher import normalize
+
+
+@torch.no_grad()
+def predict(run: Run, network: Callable[[Tensor], Tensor], part: Part) -> Tensor:
+    """The class that `network` (images in [0, 1] -> logits) gives each image of a part: [len(part)] int64.
+
+    The processes of a run each take every so many-th batch, and their answers are added up: nothing is counted twice.
+    """
+    accelerator = run.accelerator
+    size = 1000 if isinstance(part.images, InMemory) and run.data.shape[1] <= 64 else 128
+    order = list(torch.arange(len(part)).split(size))[accelerator.process_index :: accelerator.num_processes]
+    answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
+    for positions, (images, _, _) in zip(order, batches(part, order, run.data.workers, accelerator.device), strict=True):
+        answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(answers)
+    return answers
+
+
+def percent_right(answers: Tensor, labels: Tensor) -> float:
+    """Percent of answers that equal the label; images without a label do not count. NaN where none has one."""
+    known = labels >= 0
+    if not known.any():
+        return float("nan")
+    return (answers[known] == labels[known]).double().mean().item() * 100
+
+
+def teacher_answers(run: Run, part_name: str) -> Tensor | None:
+    """The teacher's classes for the images of a part ('validation', 'test'), computed once; None without a teacher."""
+    if run.teacher is None:
+        return None
+    key = (part_name, run.teacher.version)
+    if key not in run.answers:
+        run.answers[key] = predict(run, lambda images: run.teacher.see(images).logits, getattr(run.data, part_name))
+    return run.answers[key]
+
+
+def truth(run: Run, part: Part) -> Tensor:
+    """Labels of a part; for unlabelled images the teacher's answers stand in, so that progress can be seen."""
+    if (part.labels >= 0).any() or run.teacher is None:
+        return part.labels
+    return teacher_answers(run, "validation" if part is run.data.validation else "test")
+
+
+def student_view(run: Run, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`network` as a function of images in [0, 1], with the data's normalisation."""
+    return lambda images: network(normalize(images, run.data.mean, run.data.std))
+
+
+def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
+    """Measures the student as it stands and adds a row to the report; the test split is read here and only here.
+
+    label: what the row is called ('pruned', 'recovered'). seconds: what led to this row took. numbers: the stage's own.
+    """
+    started = time.monotonic()
+    run.student.eval()
+    view = student_view(run, run.student)
+    answers = predict(run, view, run.data.test)
+    taught = teacher_answers(run, "test")
+    counts = measure.counts(run.student)
+    file_bytes = len(packed.encode(run.student, run.student_spec, packed.facts(run.data)))
+    row = {
+        "stage": label,
+        "index": run.stage,
+        "top1": percent_right(answers, run.data.test.labels),
+        "top1_validation": percent_right(predict(run, view, run.data.validation), run.data.validation.labels),
+        "agreement": None if taught is None else (answers == taught).double().mean().item() * 100,
+        **counts,
+        "file_bytes": file_bytes,
+        "ratio_student": measure.dense_bytes(run.student) / file_bytes,
+        "ratio_teacher": None if run.teacher is None else run.teacher.num_bytes / file_bytes,
+        "seconds": seconds,
+        "measure_seconds": time.monotonic() - started,
+        **numbers,
+    }
+    return add_row(run, row)
+
+
+def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
+    """Measures the teacher and adds its row; its bytes are those of its dense weights."""
+    test, validation = teacher_answers(run, "test"), teacher_answers(run, "validation")
+    network = run.teacher.network
+    row = {
+        "stage": label,
+        "index": run.stage,
+        "top1": percent_right(test, run.data.test.labels),
+        "top1_validation": percent_right(validation, run.data.validation.labels),
+        "agreement": 100.0,
+        **measure.counts(network),
+        "file_bytes": run.teacher.num_bytes,
+        "ratio_student": None,
+        "ratio_teacher": 1.0,
+        "seconds": seconds,
+        **numbers,
+    }
+    return add_row(run, row)
+
+
+def add_row(run: Run, row: dict) -> dict:
+    run.rows.append(row)
+    run.log.row(row)
+    if run.accelerator.is_main_process:
+        agreement = "" if row.get("agreement") is None else f"  agreement {row['agreement']:.2f} %"
+        print(f"== {row['stage']}: top-1 {row['top1']:.2f} %{agreement}  "
+              f"sparsity {row['sparsity'] * 100:.2f} %  {row['file_bytes']:,} bytes", flush=True)
+    return row
+
+
+def keep_histogram(run: Run, moment: str) -> None:
+    """Keeps the layers' weights for the report's histograms, as they are at this moment ('dense', 'pruned' ...)."""
+    run.histograms[moment] = {
+        name: place.value.detach().float().cpu().numpy().ravel().copy()
+        for name, place in compress.weights(run.student).items()
+    }

@@ -1,0 +1,401 @@
+"""The one loop: everything that learns goes through `fit`. It knows nothing of teachers, masks or codebooks."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from trainer import bind, checkpoint, compress
+from trainer.context import Run
+from trainer.data import Views, batches, epoch_order, mix
+from trainer.evaluate import percent_right, predict, truth
+from trainer.objective import Objective
+
+LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
+CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training
+
+
+class Training(bind.Entry):
+    """How to train. batch_size counts the images of all processes; `accumulate` batches make one step.
+
+    schedule: `constant`, `cosine` to 0, `one_cycle` (up over the first 30 %, then down to 1/10000), `step` (times `gamma` at
+    each epoch of `milestones`); `warmup`: epochs of linear rise before it. clip: largest norm of the gradient. keep: the
+    `last` weights or those of the `best` validation accuracy. patience: stop after so many epochs without a better
+    one. ema: decay of the exponential moving average of the weights, which is then what is kept. weight_decay is
+    never put on centroids. momentum and nesterov are sgd's. compile, channels_last: how the network is run.
+    """
+
+    epochs: PositiveInt
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 1e-3
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    nesterov: bool = False
+    schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
+    warmup: NonNegativeFloat = 0.0
+    milestones: list[PositiveInt] | None = None
+    gamma: PositiveFloat | None = None
+    clip: PositiveFloat | None = None
+    accumulate: PositiveInt = 1
+    keep: Literal["last", "best"] = "last"
+    patience: PositiveInt | None = None
+    validate_every: PositiveInt = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    compile: bool = False
+    channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "Training":
+        if self.optimizer != "sgd" and (self.momentum is not None or self.nesterov):
+            raise ValueError(f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov has no effect without momentum")
+        if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
+            raise ValueError(f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them")
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("schedule 'step' needs milestones, the epochs at which the rate falls")
+        if self.schedule == "one_cycle" and self.warmup:
+            raise ValueError("warmup has no effect with schedule 'one_cycle', which rises by itself")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
+        return self
+
+
+def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step, counted from 0: a pure function, so that resuming needs no scheduler's state."""
+    total = training.epochs * steps_per_epoch
+    rise = training.warmup * steps_per_epoch
+    if step < rise:
+        return training.lr * (step + 1) / (rise + 1)
+    if training.schedule == "constant":
+        return training.lr
+    if training.schedule == "step":
+        passed = sum(step >= milestone * steps_per_epoch for milestone in training.milestones)
+        return training.lr * (0.1 if training.gamma is None else training.gamma) ** passed
+    if training.schedule == "cosine":
+        return training.lr * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+    top = 0.3 * total
+    if step < top:
+        low, high, fraction = training.lr / 25, training.lr, step / top
+    else:
+        low, high, fraction = training.lr, training.lr / 1e4, (step - top) / max(1.0, total - 1 - top)
+    return low + (high - low) * (1 - math.cos(math.pi * fraction)) / 2
+
+
+def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; centroids are in a group of their own without weight decay."""
+    free = {id(parameter) for parameter in compress.centroid_parameters(module)}
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in trainable if id(p) not in free], "weight_decay": training.weight_decay}]
+    if free:
+        groups.append({"params": [p for p in trainable if id(p) in free], "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("there is nothing to train: all parameters are frozen")
+    if training.optimizer == "sgd":
+        momentum = 0.0 if training.momentum is None else training.momentum
+        return torch.optim.SGD(groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True)
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=training.lr, fused=True)
+
+
+class Averaged:
+    """The exponential moving average of a module's trainable parameters and floating buffers."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.live += [b for b in module.buffers() if b.is_floating_point()]
+        self.average = [t.detach().clone() for t in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.average, [t.detach() for t in self.live], 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Puts the average into the module and keeps what was there; a second call undoes the first."""
+        for live, average in zip(self.live, self.average, strict=True):
+            kept = live.detach().clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+
+def freeze_unused(objective: Objective, batch: Sequence[Tensor]) -> list[nn.Parameter]:
+    """Freezes the parameters that the losses do not reach (a head, under losses on maps alone), and returns them.
+
+    DDP waits for a gradient of every trainable parameter, so these must be told beforehand.
+    """
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    was_training = objective.training
+    objective.eval()
+    objective(*batch)["loss"].backward()
+    unused = [p for p in objective.parameters() if p.requires_grad and p.grad is None]
+    objective.zero_grad(set_to_none=True)
+    for name, buffer in objective.named_buffers():
+        buffer.copy_(buffers[name])
+    objective.train(was_training)
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    return unused
+
+
+def fit(
+    run: Run, objective: Objective, training: Training, before_step: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """Trains the objective in place; returns epochs, steps, train_seconds, images_per_second and the best validation.
+
+    before_step(step, num_steps) is called before every optimizer step: gradual pruning tightens its masks there. What
+    it changes must be in the objective's parameters and buffers, so that a resumed training finds it.
+    Interrupted at any moment, the same call continues from the newest checkpoint, to the same weights bit for bit on the
+    same machine. Raises FloatingPointError at the first loss that is not finite, naming stage, epoch, step and term.
+    """
+    accelerator, data = run.accelerator, run.data
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{run.num_fits}"
+    run.num_fits += 1
+    device = accelerator.device
+    if training.batch_size % num_processes:
+        raise ValueError(f"batch_size {training.batch_size} does not split over {num_processes} processes")
+    objective.train()
+    if training.channels_last:
+        objective.to(memory_format=torch.channels_last)
+    seen_views = Views(data)
+    unused: list[nn.Parameter] = []
+    if num_processes > 1:
+        images, labels, index = next(batches(data.train, [torch.arange(min(2, len(data.train)))], 0, device))
+        unused = freeze_unused(objective, (seen_views.augmented(images, index, 0), labels, index))
+    optimizer = make_optimizer(objective, training)
+    averaged = Averaged(objective, training.ema) if training.ema else None
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    if training.compile:
+        wrapped = torch.compile(wrapped)
+
+    num_batches = math.ceil(len(data.train) / training.batch_size)
+    steps_per_epoch = math.ceil(num_batches / training.accumulate)
+    num_steps = training.epochs * steps_per_epoch
+    state = _Progress(folder, objective, optimizer, averaged)
+    if state.load():
+        run.log.numbers(run.stage_name, state.step, resumed=1)
+    step, seconds, num_images = state.step, state.facts.get("seconds", 0.0), state.facts.get("images", 0)
+    best, best_epoch = state.facts.get("best"), state.facts.get("best_epoch")
+    done = state.facts.get("done", False)
+    last_saved = time.monotonic()
+    window = _Window(run, training)
+    bar = tqdm(total=num_steps, initial=step, desc=run.stage_name, unit="step", leave=False, dynamic_ncols=True,
+               disable=None if accelerator.is_main_process else True)
+
+    epoch = step // steps_per_epoch
+    while epoch < training.epochs and not done:
+        view = seen_views.number(epoch, run.stage)
+        order = epoch_order(len(data.train), training.batch_size, run.seed + 7919 * run.stage, epoch, rank, num_processes)
+        skipped = (step - epoch * steps_per_epoch) * training.accumulate
+        started, images_before = time.monotonic(), num_images
+        micro = skipped
+        for images, labels, index in batches(data.train, order[skipped:], data.workers, device):
+            if micro % training.accumulate == 0:
+                torch.manual_seed((run.seed * 1_000_003 + run.stage * 100_000_007 + step) * 64 + rank)
+                if before_step is not None:
+                    before_step(step, num_steps)
+            position = step / steps_per_epoch
+            images = seen_views.augmented(images, index, view)
+            mixed = data.mixup > 0 or data.cutmix > 0
+            if mixed:
+                images, labels = mix(images, labels, len(data.classes), data.mixup, data.cutmix)
+            if training.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            group = min(training.accumulate, num_batches - micro // training.accumulate * training.accumulate)
+            last_of_step = micro % training.accumulate == group - 1
+            if last_of_step or num_processes == 1:
+                terms = wrapped(images, labels, index, None if mixed else view, position)
+                accelerator.backward(terms["loss"] / group if group > 1 else terms["loss"])
+            else:
+                with accelerator.no_sync(wrapped):
+                    terms = wrapped(images, labels, index, None if mixed else view, position)
+                    accelerator.backward(terms["loss"] / group)
+            window.add(terms, epoch, step)
+            num_images += len(images) * num_processes
+            micro += 1
+            if not last_of_step:
+                continue
+            rate = learning_rate(training, step, steps_per_epoch)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = rate
+            if training.clip:
+                accelerator.clip_grad_norm_(wrapped.parameters(), training.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if averaged is not None:
+                averaged.update()
+            if step % LOG_STEPS == 0:
+                window.flush(step, rate)
+                bar.update(step - bar.n)
+                bar.set_postfix(loss=f"{window.loss:.4f}", refresh=False)
+                if _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
+                    facts = {"best": best, "best_epoch": best_epoch, "images": num_images}
+                    state.save(accelerator, step, facts | {"seconds": seconds + time.monotonic() - started})
+                    last_saved = time.monotonic()
+        window.flush(step, learning_rate(training, max(0, step - 1), steps_per_epoch))
+        bar.update(step - bar.n)
+        epoch_seconds = time.monotonic() - started
+        seconds += epoch_seconds
+        epoch += 1
+        facts = {}
+        if epoch % training.validate_every == 0 or epoch == training.epochs:
+            _sync_buffers(accelerator, objective)
+            facts["validation"] = _validate(run, objective, averaged)
+            if best is None or facts["validation"] > best:
+                best, best_epoch = facts["validation"], epoch
+                if training.keep == "best":
+                    state.remember_best()
+        run.log.numbers(run.stage_name, step, epoch=epoch, images_per_second=(num_images - images_before) / epoch_seconds, **facts)
+        if accelerator.is_main_process and bar.disable:
+            told = f"  validation {facts['validation']:.2f} %" if facts else ""
+            print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  "
+                  f"{(num_images - images_before) / epoch_seconds:,.0f} images/s", flush=True)
+        done = bool(training.patience and best_epoch is not None and epoch - best_epoch >= training.patience)
+        if not done and epoch < training.epochs and _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
+            state.save(accelerator, step, {"best": best, "best_epoch": best_epoch, "seconds": seconds, "images": num_images})
+            last_saved = time.monotonic()
+    bar.close()
+    if not state.facts.get("finished"):
+        if averaged is not None:
+            averaged.swap()
+        _sync_buffers(accelerator, objective)
+        if training.keep == "best":
+            state.recall_best()
+        # The finished state is kept until the whole stage is over: a stage may train several times.
+        state.save(accelerator, step, {"best": best, "best_epoch": best_epoch, "seconds": seconds, "images": num_images,
+                                       "done": True, "finished": True})
+    for parameter in unused:
+        parameter.requires_grad_(True)
+    accelerator.free_memory()
+    objective.zero_grad(set_to_none=True)
+    objective.eval()
+    return {
+        "epochs": epoch,
+        "steps": step,
+        "train_seconds": seconds,
+        "images_per_second": num_images / seconds if seconds else 0.0,
+        **({"best_validation": best, "best_epoch": best_epoch} if training.keep == "best" else {}),
+    }
+
+
+class _Window:
+    """Losses since the last look at them, kept on the device."""
+
+    def __init__(self, run: Run, training: Training) -> None:
+        self.run = run
+        self.loss = math.nan
+        self._kept: list[Tensor] = []
+        self._where: list[tuple[int, int]] = []
+        self._names: list[str] = []
+
+    def add(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
+        self._names = list(terms)
+        self._kept.append(torch.stack([value.detach().float() for value in terms.values()]))
+        self._where.append((epoch, step))
+
+    def flush(self, step: int, rate: float) -> None:
+        """Logs the means. Raises FloatingPointError at the first loss that is not finite."""
+        if not self._kept:
+            return
+        values = torch.stack(self._kept).cpu()
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row = bad[0, 0].item()
+            broken = [n for n, v in zip(self._names, values[row], strict=True) if n != "loss" and not math.isfinite(v)]
+            epoch, at = self._where[row]
+            raise FloatingPointError(
+                f"stage {self.run.stage_name!r}, epoch {epoch + 1}, step {at}: "
+                f"{', '.join(broken) or 'the weighted sum'} is not finite (the run stops; its last checkpoint stands)"
+            )
+        means = dict(zip(self._names, values.mean(0).tolist(), strict=True))
+        self.loss = means["loss"]
+        self.run.log.numbers(self.run.stage_name, step, lr=rate, **means)
+        self._kept, self._where = [], []
+
+
+class _Progress:
+    """What a training needs to go on after a kill: parameters, buffers, optimizer, average, best weights, position."""
+
+    def __init__(self, folder, objective: Objective, optimizer, averaged: Averaged | None) -> None:
+        self.folder, self.objective, self.optimizer, self.averaged = folder, objective, optimizer, averaged
+        self.step = 0
+        self.facts: dict = {}
+        self.best: dict[str, Tensor] | None = None
+
+    def remember_best(self) -> None:
+        if self.averaged is not None:
+            self.averaged.swap()
+        self.best = {name: tensor.detach().clone() for name, tensor in self.objective.state_dict().items()}
+        if self.averaged is not None:
+            self.averaged.swap()
+
+    def recall_best(self) -> None:
+        if self.best is not None:
+            self.objective.load_state_dict(self.best)
+
+    def save(self, accelerator, step: int, facts: dict) -> None:
+        if accelerator.is_main_process:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            tensors, layout = checkpoint.optimizer_tensors(optimizer.state_dict())
+            groups = {"objective": self.objective.state_dict(), "optimizer": tensors}
+            if self.averaged is not None:
+                groups["average"] = {str(i): t for i, t in enumerate(self.averaged.average)}
+            if self.best is not None:
+                groups["best"] = self.best
+            checkpoint.save(self.folder, groups, {**facts, "step": step, "optimizer": layout}, keep=1)
+        accelerator.wait_for_everyone()
+
+    def load(self) -> bool:
+        found = checkpoint.load(self.folder)
+        if found is None:
+            return False
+        groups, self.facts = found
+        self.step = self.facts["step"]
+        compress_aware = self.objective.state_dict()
+        self.objective.load_state_dict({k: v.to(compress_aware[k].device) for k, v in groups["objective"].items()})
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.load_state_dict(checkpoint.optimizer_state(groups["optimizer"], self.facts["optimizer"]))
+        if self.averaged is not None:
+            for i, tensor in enumerate(self.averaged.average):
+                tensor.copy_(groups["average"][str(i)])
+        self.best = groups.get("best")
+        return True
+
+
+def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> float:
+    """Percent of the validation part that is right (agrees with the teacher, where there are no labels), by the averaged weights where there are such."""
+    was_training = objective.training
+    objective.eval()
+    if averaged is not None:
+        averaged.swap()
+    predictions = predict(run, lambda images: objective.student(objective.prepare(images)), run.data.validation)
+    if averaged is not None:
+        averaged.swap()
+    objective.train(was_training)
+    return percent_right(predictions, truth(run, run.data.validation))
+
+
+def _sync_buffers(accelerator, module: nn.Module) -> None:
+    """Statistics that each process gathered by itself (BatchNorm's) become the main process's on all."""
+    if accelerator.num_processes > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def _agreed(accelerator, wish: bool) -> bool:
+    """The main process's wish, on all processes."""
+    if accelerator.num_processes == 1:
+        return wish
+    told = torch.tensor([int(wish)], device=accelerator.device)
+    torch.distributed.broadcast(told, src=0)
+    return bool(told.item())

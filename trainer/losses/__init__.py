@@ -1,0 +1,17 @@
+"""What the student is asked for, one file a loss.
+
+`loss: NAME` is the file NAME.py, which defines `NAME`: a function of what it wants to be fed, by name, or, where it has
+learned parameters, an `nn.Module` class whose constructor is given example sizes under the same names. The names:
+
+    student_logits, teacher_logits        [N, K]
+    student_map, teacher_map              [N, C, H, W] of one pair of layers
+    projected_map                         [N, Ct, h, w]: the student's map through a learned 1x1 convolution to the
+                                          teacher's width; teacher_map then comes at the same size
+    student_maps, teacher_maps            lists of the paired maps, shallow first
+    student_embedding, teacher_embedding  [N, D], pooled, before the classifier
+    projected_embedding                   [N, Dt]: the student's through a learned linear map
+    student_weight, teacher_weight        a layer's parameter
+    labels [N] or [N, K], index [N], teacher_head (embedding -> logits), epoch
+
+Keyword-only arguments are recipe keys. To add a loss: write the file; the contract tests find it.
+"""

@@ -1,0 +1,35 @@
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from trainer.projectors import ConvNorm, full_precision, same_size
+
+
+class activation_boundary(nn.Module):
+    """Activation boundaries: the student's neurons should be on and off where the teacher's are, by a margin.
+
+    The student's map passes a connector (1x1 convolution and batch normalisation) to the teacher's width;
+    the larger map is pooled to the smaller's size. A response s costs (s - margin)^2 where the teacher is
+    positive and s is not above the margin, (s + margin)^2 where the teacher is not and s is not below
+    -margin, else nothing. Mean over all elements; the authors' code sums over them, divides by batch and
+    weights by 3 / 1000.
+
+    Made for maps before the ReLU. After it the teacher's zeros are its inactive neurons, so the target is the
+    same; pooling a larger teacher map then widens the active regions, as any active neuron makes the mean
+    positive.
+    Heo et al. 2019, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons".
+    """
+
+    def __init__(
+        self, student_map: torch.Size, teacher_map: torch.Size, *, margin: PositiveFloat = 1.0
+    ) -> None:
+        super().__init__()
+        self.connector = ConvNorm(student_map[1], teacher_map[1])
+        self.margin = margin
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        student = self.connector(full_precision(student_map))
+        student, teacher = same_size(student, full_precision(teacher_map.detach()))
+        # How far the response is on the wrong side of its margin, whichever side that is.
+        short = torch.where(teacher > 0, self.margin - student, self.margin + student)
+        return short.clamp(min=0).square().mean()

@@ -1,0 +1,30 @@
+from typing import Annotated
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from trainer.projectors import full_precision
+
+
+def binary_cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    sum_classes: bool = False,
+) -> Tensor:
+    """Binary cross entropy of the student's sigmoids against one-hot labels: a yes or no for each class.
+
+    Mean over the batch and over the classes, in nats; with sum_classes the sum over the classes (K times as
+    much). labels: class ids [N], or class probabilities [N, K]. label_smoothing: share of the target spread
+    evenly over all K classes, of ids and of probabilities alike: smoothing a mixture is mixing the
+    smoothed.
+    Wightman, Touvron, Jegou 2021, "ResNet strikes back".
+    """
+    logits = full_precision(student_logits)
+    num_classes = logits.shape[1]
+    target = (labels if labels.dim() == 2 else F.one_hot(labels, num_classes)).to(logits.dtype)
+    target = (1 - label_smoothing) * target + label_smoothing / num_classes
+    loss = F.binary_cross_entropy_with_logits(logits, target)
+    return loss * num_classes if sum_classes else loss

@@ -1,0 +1,119 @@
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from trainer.gather import gather_batch
+from trainer.projectors import full_precision, unit_length
+
+
+class contrastive(nn.Module):
+    """Student and teacher shall agree on a sample, and differ from each other on all other samples.
+
+    Both embeddings go through a learned Linear to `dim` and are brought to length 1. A bank remembers the
+    last one of every training sample, for each network. A student's embedding is told from noise by its
+    similarity to the teacher's bank at its own index, against `num_negatives` other indices, drawn
+    uniformly with replacement, and the teacher's against the student's bank; noise-contrastive estimation,
+    the sum of both sides, summed over the negatives, mean over the batch, in nats. num_negatives: 16384, or
+    all others of a smaller set, where not given; ValueError where the set does not hold that many others.
+    temperature divides the similarities; momentum is what an entry of the bank keeps of itself when its
+    sample is seen. The normalising constants are the first batch's. The banks and constants change in
+    training mode only, and are buffers: 2 x num_samples x dim numbers in every checkpoint. Every process
+    applies the batches of all processes, so banks that start equal (as DDP makes them) stay equal.
+    Negatives come from torch's global generator. A step needs batch x num_samples memory and a copy of the
+    banks. Unlike the reference code's, negatives may be of the sample's own class: labels are not asked
+    for.
+    Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation" (CRD).
+    """
+
+    def __init__(
+        self,
+        student_embedding: torch.Size,
+        teacher_embedding: torch.Size,
+        num_samples: int,
+        *,
+        dim: PositiveInt = 128,
+        num_negatives: PositiveInt | None = None,
+        temperature: PositiveFloat = 0.07,
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+    ) -> None:
+        super().__init__()
+        if num_samples < 2:
+            raise ValueError(f"contrastive: {num_samples} training samples; at least 2 are needed")
+        if num_negatives is None:
+            num_negatives = min(16384, num_samples - 1)
+        if num_negatives > num_samples - 1:
+            raise ValueError(
+                f"contrastive: num_negatives: got {num_negatives}; a training set of {num_samples} samples "
+                f"allows at most {num_samples - 1}"
+            )
+        self.num_negatives = num_negatives
+        self.temperature = temperature
+        self.momentum = momentum
+        self.embed_student = nn.Linear(student_embedding[1], dim)
+        self.embed_teacher = nn.Linear(teacher_embedding[1], dim)
+        # Uniform numbers whose rows have a length of about 1, as the entries will.
+        bound = math.sqrt(3 / dim)
+        self.register_buffer("student_bank", torch.empty(num_samples, dim).uniform_(-bound, bound))
+        self.register_buffer("teacher_bank", torch.empty(num_samples, dim).uniform_(-bound, bound))
+        self.register_buffer("log_constants", torch.zeros(2))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, index: Tensor) -> Tensor:
+        # Similarities are divided by a small temperature: half precision would not do.
+        with torch.autocast(student_embedding.device.type, enabled=False):
+            student = unit_length(self.embed_student(full_precision(student_embedding)))
+            teacher = unit_length(self.embed_teacher(full_precision(teacher_embedding.detach())))
+            seen = self._own_and_negatives(index)
+            scores = [
+                _scores(student, self.teacher_bank, seen) / self.temperature,
+                _scores(teacher, self.student_bank, seen) / self.temperature,
+            ]
+            log_constants = self._constants(scores)
+            loss = sum(self._estimate(s - c) for s, c in zip(scores, log_constants, strict=True))
+        if self.training:
+            self._remember(student.detach(), teacher.detach(), index, log_constants)
+        return loss
+
+    def _own_and_negatives(self, index: Tensor) -> Tensor:
+        """Indices [N, 1 + num_negatives]: the sample's own, then others."""
+        others = len(self.student_bank) - 1
+        drawn = torch.randint(others, (len(index), self.num_negatives), device=index.device)
+        own = index[:, None]
+        return torch.cat([own, drawn + (drawn >= own)], dim=1)
+
+    @torch.no_grad()
+    def _constants(self, scores: list[Tensor]) -> Tensor:
+        """Logarithms of the sum over the training set that the first batch's scores suggest [2]."""
+        means = torch.stack([s.flatten().logsumexp(0) - math.log(s.numel()) for s in scores])
+        if self.training:
+            means = gather_batch(means[None]).mean(dim=0)
+        fresh = means + math.log(len(self.student_bank))
+        return torch.where(self.num_updates == 0, fresh, self.log_constants)
+
+    def _estimate(self, log_probabilities: Tensor) -> Tensor:
+        # Log odds that an index belongs to the sample, against num_negatives draws of uniform noise.
+        odds = log_probabilities - math.log(self.num_negatives / len(self.student_bank))
+        return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
+
+    @torch.no_grad()
+    def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, log_constants: Tensor) -> None:
+        index = gather_batch(index)
+        # Of a sample that comes twice the last counts: written twice, it would be left to chance which.
+        place = torch.arange(len(index), device=index.device)
+        last = torch.zeros(len(self.student_bank), dtype=torch.int64, device=index.device)
+        last = last.scatter_reduce(0, index, place, "amax")[index]
+        for bank, embedding in ((self.student_bank, student), (self.teacher_bank, teacher)):
+            new = gather_batch(embedding)[last]
+            bank[index] = unit_length(self.momentum * bank[index] + (1 - self.momentum) * new)
+        self.log_constants.copy_(log_constants)
+        self.num_updates += 1
+
+
+def _scores(embedding: Tensor, bank: Tensor, seen: Tensor) -> Tensor:
+    # All similarities, then those wanted: far less memory than fetching a row of the bank for each negative.
+    # A copy, because the bank changes before the gradient is taken.
+    return (embedding @ bank.clone().T).gather(1, seen)

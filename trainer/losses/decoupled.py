@@ -1,0 +1,44 @@
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from trainer.projectors import full_precision
+
+
+def decoupled(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: NonNegativeFloat = 1.0,
+    beta: NonNegativeFloat = 8.0,
+    temperature: PositiveFloat = 4.0,
+) -> Tensor:
+    """Soft labels in two parts: how sure of the true class, and how the rest is spread over the others.
+
+    T^2 (alpha * target + beta * non-target). target: KL(teacher || student) of (true class, any other);
+    non-target: KL(teacher || student) of the softmax over the K - 1 other classes. Mean over the batch, in
+    nats. Zero where student equals teacher. labels are class ids [N]; ValueError for probabilities [N, K],
+    since a mixed image has no one true class. The paper's warm-up over 20 epochs is a weight schedule of
+    the term.
+    Zhao et al. 2022, "Decoupled Knowledge Distillation" (DKD).
+    """
+    if labels.dim() != 1:
+        raise ValueError(f"decoupled: labels are {tuple(labels.shape)}; class ids [N] are needed (no mixup)")
+    student, student_others = _split(full_precision(student_logits) / temperature, labels)
+    teacher, teacher_others = _split(full_precision(teacher_logits.detach()) / temperature, labels)
+    target = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    non_target = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    return (alpha * target + beta * non_target) * temperature**2
+
+
+def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (true class, any other) [N, 2], and of the others among themselves [N, K - 1]."""
+    true = labels[:, None]
+    # The others are picked out, not masked with a large negative number: for some logits that would be too
+    # small or too large a number, and a probability of 0 has no logarithm.
+    column = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = logits.gather(1, column + (column >= true))
+    pair = torch.cat([logits.gather(1, true), others.logsumexp(dim=1, keepdim=True)], dim=1)
+    return F.log_softmax(pair, dim=1), F.log_softmax(others, dim=1)

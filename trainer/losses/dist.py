@@ -1,0 +1,36 @@
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from trainer.projectors import full_precision
+
+
+def dist(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: NonNegativeFloat = 1.0,
+    gamma: NonNegativeFloat = 1.0,
+    temperature: PositiveFloat = 1.0,
+) -> Tensor:
+    """Asks the student's probabilities to correlate with the teacher's, not to equal them.
+
+    T^2 (beta * between + gamma * within). between: 1 - Pearson's correlation over the classes of a sample,
+    mean over the samples; within: 1 - Pearson's correlation over the samples of a class, mean over the
+    classes. Each part is in [0, 2]. The T^2 is the reference code's; the paper's formula has none, and at T
+    = 1 they agree.
+    1e-8 is added to the product of the norms, as there: a sample or class whose probabilities hardly vary
+    counts as uncorrelated. `within` looks at this process's batch only, and is left out for a batch of one.
+    Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (DIST).
+    """
+    student = (full_precision(student_logits) / temperature).softmax(dim=1)
+    teacher = (full_precision(teacher_logits.detach()) / temperature).softmax(dim=1)
+    loss = beta * (1 - _pearson(student, teacher, over=1)).mean()
+    if len(student) > 1:
+        loss = loss + gamma * (1 - _pearson(student, teacher, over=0)).mean()
+    return loss * temperature**2
+
+
+def _pearson(a: Tensor, b: Tensor, over: int) -> Tensor:
+    a = a - a.mean(dim=over, keepdim=True)
+    b = b - b.mean(dim=over, keepdim=True)
+    return (a * b).sum(dim=over) / (a.norm(dim=over) * b.norm(dim=over) + 1e-8)

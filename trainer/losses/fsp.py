@@ -1,0 +1,45 @@
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from trainer.projectors import MapProjector, full_precision, same_size
+
+
+class fsp(nn.Module):
+    """Flow of the solution procedure: how one layer's channels turn into those of the next.
+
+    The flow between two consecutive paired layers is the matrix [C1, C2] of the channels' products, averaged
+    over positions (the larger of the two maps is pooled to the smaller's size). Squared difference between
+    the student's and the teacher's flow, mean over matrix elements and batch, summed over the flows. Student
+    and teacher may differ in size. Where their widths differ, a learned 1x1 convolution brings the student's
+    map to the teacher's width (in the paper widths must be equal); without such a pair the loss has no
+    parameters. Needs at least two pairs of layers: ValueError otherwise.
+    Yim et al. 2017, "A Gift from Knowledge Distillation".
+    """
+
+    def __init__(self, student_maps: list[torch.Size], teacher_maps: list[torch.Size]) -> None:
+        super().__init__()
+        if len(student_maps) < 2:
+            raise ValueError(
+                f"fsp: got {len(student_maps)} pair of layers; a flow is between two layers, so 2 or more"
+            )
+        self.projectors = nn.ModuleList(
+            nn.Identity() if student[1] == teacher[1] else MapProjector(student[1], teacher[1])
+            for student, teacher in zip(student_maps, teacher_maps, strict=True)
+        )
+
+    def forward(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
+        student_maps = [
+            full_precision(project(full_precision(map_)))
+            for project, map_ in zip(self.projectors, student_maps, strict=True)
+        ]
+        teacher_maps = [full_precision(map_.detach()) for map_ in teacher_maps]
+        flows = zip(pairwise(student_maps), pairwise(teacher_maps), strict=True)
+        return torch.stack([(_flow(*ours) - _flow(*theirs)).square().mean() for ours, theirs in flows]).sum()
+
+
+def _flow(a: Tensor, b: Tensor) -> Tensor:
+    a, b = same_size(a, b)
+    with torch.autocast(a.device.type, enabled=False):  # sums over all positions overflow float16
+        return a.flatten(2) @ b.flatten(2).transpose(1, 2) / (a.shape[2] * a.shape[3])

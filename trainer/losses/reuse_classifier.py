@@ -1,0 +1,59 @@
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from trainer.features import head
+from trainer.projectors import full_precision
+
+
+class reuse_classifier(nn.Module):
+    """The student learns the teacher's embedding, and in the end takes over the teacher's classifier.
+
+    Mean squared error, over batch and width, between the student's embedding through a learned Linear and
+    the teacher's embedding. This trains all of the student but its classifier; `finish` sets that one.
+    The paper's projector is three convolutions with BatchNorm and ReLU on the last feature maps, and stays
+    in the student for good. Ours is linear on pooled embeddings: weaker, but it folds with the teacher's
+    classifier exactly into the student's own, so the exported student has not one number more.
+    Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier" (SimKD).
+    """
+
+    def __init__(self, student_embedding: torch.Size, teacher_embedding: torch.Size) -> None:
+        super().__init__()
+        self.projector = nn.Linear(student_embedding[1], teacher_embedding[1])
+
+    def forward(self, student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
+        projected = self.projector(full_precision(student_embedding))
+        return F.mse_loss(full_precision(projected), full_precision(teacher_embedding.detach()))
+
+    @torch.no_grad()
+    def finish(self, student: nn.Module, teacher_head: nn.Module) -> None:
+        """Sets the student's classifier to teacher_head(projector(embedding)).
+
+        ValueError where either classifier is no Linear layer, or the student's cannot hold the result.
+        """
+        if not isinstance(teacher_head, nn.Linear):
+            raise ValueError(
+                f"reuse_classifier: the teacher's classifier is a {type(teacher_head).__name__}; only a "
+                "Linear one folds into the student's"
+            )
+        classifier = head(student)
+        plain = isinstance(classifier, nn.Linear) and not parametrize.is_parametrized(classifier)
+        if not plain or classifier.bias is None:
+            raise ValueError(
+                f"reuse_classifier: the student's classifier is a {type(classifier).__name__}; a plain "
+                "Linear layer with a bias is needed, neither pruned nor shared yet"
+            )
+        wanted = (teacher_head.out_features, self.projector.in_features)
+        if tuple(classifier.weight.shape) != wanted:
+            raise ValueError(
+                f"reuse_classifier: the student's classifier has weights {tuple(classifier.weight.shape)}; "
+                f"the teacher's classes and the student's embedding ask for {wanted}"
+            )
+        # In float64, so that the two products round once.
+        weight = teacher_head.weight.double()
+        bias = weight @ self.projector.bias.double()
+        if teacher_head.bias is not None:
+            bias = bias + teacher_head.bias.double()
+        classifier.weight.copy_(weight @ self.projector.weight.double())
+        classifier.bias.copy_(bias)

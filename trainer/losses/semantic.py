@@ -1,0 +1,36 @@
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.projectors import full_precision
+
+
+class semantic(nn.Module):
+    """The student's embedding shall mean to the teacher's classifier what the teacher's own does.
+
+    The student's embedding goes through a learned Linear to the teacher's width; mean squared error to the
+    teacher's embedding (over batch and width), plus mean squared error of the teacher's classifier on it to
+    the teacher's logits (over batch and classes), equally weighted, as the reference code does. The
+    classifier is frozen, and
+    passes the gradient on. The paper's connector is a 1x1 convolution with BatchNorm and ReLU on maps; on
+    pooled embeddings, which may be negative, it is the Linear alone.
+    Yang et al. 2021, "Knowledge Distillation via Softmax Regression Representation Learning" (SRRL).
+    """
+
+    def __init__(self, student_embedding: torch.Size, teacher_embedding: torch.Size) -> None:
+        super().__init__()
+        self.projector = nn.Linear(student_embedding[1], teacher_embedding[1])
+
+    def forward(
+        self,
+        student_embedding: Tensor,
+        teacher_embedding: Tensor,
+        teacher_logits: Tensor,
+        teacher_head: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        projected = self.projector(full_precision(student_embedding))
+        logits = teacher_head(projected)
+        features = F.mse_loss(full_precision(projected), full_precision(teacher_embedding.detach()))
+        return features + F.mse_loss(full_precision(logits), full_precision(teacher_logits.detach()))

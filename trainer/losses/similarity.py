@@ -1,0 +1,27 @@
+import torch
+from torch import Tensor
+
+from trainer.gather import gather_batch
+from trainer.projectors import full_precision, unit_length
+
+
+def similarity(student_map: Tensor, teacher_map: Tensor, *, gather: bool = False) -> Tensor:
+    """Similarity preserving: samples alike to the teacher should be alike to the student.
+
+    Each network's map is flattened to Q [N, CHW]; the rows of Q Q' [N, N] are scaled to L2 length 1. The
+    squared Frobenius distance of the two matrices, divided by N^2. Widths and sizes may differ; nothing is
+    pooled. A sample whose map is all zeros has a row of zeros. Zero where student equals teacher.
+
+    gather: the pairs are those of the joined batch of all processes. Without it each process sees only the
+    pairs within its own batch, so the loss depends on how many processes there are.
+    Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation".
+    """
+    student, teacher = full_precision(student_map).flatten(1), full_precision(teacher_map.detach()).flatten(1)
+    if gather:
+        student, teacher = gather_batch(student), gather_batch(teacher)
+    return (_likeness(student) - _likeness(teacher)).square().mean()
+
+
+def _likeness(features: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):  # products over a whole map overflow float16
+        return unit_length(features @ features.T)

@@ -1,0 +1,82 @@
+"""Small depthwise-separable convolution network: a student of a thousand weights or a hundred thousand."""
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from trainer.features import Staged
+
+
+def separable(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    widths: tuple[PositiveInt, ...] = (8, 16, 24, 24),
+    strides: tuple[PositiveInt, ...] = (2, 1, 2, 1),
+    kernel: PositiveInt = 5,
+    batch_norm: bool = True,
+    residual: bool = False,
+) -> nn.Module:
+    """A convolution, then depthwise-separable blocks, the mean over positions and a linear classifier.
+
+    A block is a depthwise convolution, a 1 x 1 convolution and ReLU (after MobileNet, Howard et al. 2017,
+    with one normalization a block). widths: channels of the first convolution and of each block. strides:
+    likewise; their number must be that of the widths. kernel: side of all windows, odd. batch_norm: normalise
+    before each ReLU, the convolution before it then has no bias; folding it away gives exactly the network
+    without `batch_norm`. residual: add a block's input to its output where their shapes are equal.
+    Stages conv1, block2, block3, ... each after its ReLU; the embedding is the last one's mean over
+    positions.
+    """
+    if not widths or len(strides) != len(widths):
+        raise ValueError(
+            f"separable: {len(widths)} widths and {len(strides)} strides; as many are needed, at least 1"
+        )
+    if kernel % 2 == 0:
+        raise ValueError(f"separable: kernel is {kernel}; it must be odd")
+    return _Separable(input_shape[0], num_classes, widths, strides, kernel, batch_norm, residual)
+
+
+class _Block(nn.Module):
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, kernel: int, batch_norm: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(inputs, inputs, kernel, stride, kernel // 2, groups=inputs, bias=False)
+        self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=not batch_norm)
+        self.norm = nn.BatchNorm2d(outputs) if batch_norm else nn.Identity()
+        self.residual = residual and stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.relu(self.norm(self.pointwise(self.depthwise(x))))
+        return x + inner if self.residual else inner
+
+
+class _Separable(Staged):
+    def __init__(
+        self,
+        images: int,
+        num_classes: int,
+        widths: tuple[int, ...],
+        strides: tuple[int, ...],
+        kernel: int,
+        batch_norm: bool,
+        residual: bool,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(images, widths[0], kernel, strides[0], kernel // 2, bias=not batch_norm)
+        self.norm1 = nn.BatchNorm2d(widths[0]) if batch_norm else nn.Identity()
+        self.blocks = [f"block{number}" for number in range(2, len(widths) + 1)]
+        steps = zip(self.blocks, widths[:-1], widths[1:], strides[1:], strict=True)
+        for name, inputs, outputs, stride in steps:
+            self.add_module(name, _Block(inputs, outputs, stride, kernel, batch_norm, residual))
+        self.fc = nn.Linear(widths[-1], num_classes)
+
+    def stages(self):
+        return [("conv1", self._conv1), *((name, self.get_submodule(name)) for name in self.blocks)]
+
+    def _conv1(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm1(self.conv1(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = x.mean((2, 3))
+        return pooled if pre_logits else self.fc(pooled)

@@ -1,0 +1,35 @@
+"""Any architecture of timm (Wightman, PyTorch Image Models): `model: timm/resnet18`, or `hf-hub:NAME` from a hub."""
+
+from typing import Any
+
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import nn
+
+
+def timm(
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    name: str,
+    *,
+    pretrained: bool = False,
+    img_size: PositiveInt | None = None,
+    drop_rate: NonNegativeFloat = 0.0,
+    drop_path_rate: NonNegativeFloat | None = None,
+    options: dict[str, Any] = {},
+) -> nn.Module:
+    """The timm network `name` for `num_classes` classes and images of `input_shape`'s channels.
+
+    pretrained: weights from the hub (needs a network). img_size: pixels, for the architectures that must know it (ViT).
+    options: passed on to `timm.create_model`. Raises ValueError for an unknown name, RuntimeError when the weights
+    cannot be fetched.
+    """
+    from timm import create_model, is_model  # imported here: it takes seconds, and most runs have no timm network
+
+    if not name.startswith("hf-hub:") and not is_model(name.split(".")[0]):
+        raise ValueError(f"timm has no model {name!r}")
+    settings = dict(options, in_chans=input_shape[0], num_classes=num_classes, drop_rate=drop_rate)
+    if img_size is not None:
+        settings["img_size"] = img_size
+    if drop_path_rate is not None:
+        settings["drop_path_rate"] = drop_path_rate
+    return create_model(name, pretrained=pretrained, **settings)

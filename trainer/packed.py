@@ -1,0 +1,97 @@
+"""Networks as packed files: the architecture's spec and the weights, through the codec, and back."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer import codec, compress
+from trainer.context import Data
+from trainer.teacher import build
+
+
+def facts(data: Data) -> dict[str, Any]:
+    """What a packed file must know of the images: shape (C, H, W), mean and std per channel, class names."""
+    return {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std), "classes": list(data.classes)}
+
+
+def _compact(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Class names that only count ('0', '1' ...) are stored as their number."""
+    classes = facts["classes"]
+    return {**facts, "classes": len(classes) if classes == [str(i) for i in range(len(classes))] else classes}
+
+
+def _full(header: Mapping[str, Any]) -> dict[str, Any]:
+    classes = header["classes"]
+    return {**header, "classes": [str(i) for i in range(classes)] if isinstance(classes, int) else classes}
+
+
+def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bytes:
+    """The bytes of a packed network; they decode to exactly the tensors the network computes with.
+
+    spec: {"model": name, settings} as in a recipe, None for a network that the reader must bring himself.
+    facts: {"shape", "mean", "std", "classes"}.
+    """
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in compress.dense_state(model).items()}
+    header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
+    return codec.encode(header, tensors, layout=None if spec is None else layout)
+
+
+def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a packed file by name, and its facts. Raises ValueError naming the file when it is damaged."""
+    header = codec.read_header(data, name)
+    _, arrays = codec.decode(data, name, layout=layout if "net" in header else None)
+    return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}, _full(header)
+
+
+def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]]:
+    """Where each byte of a packed file goes, and its facts."""
+    header = codec.read_header(data, name)
+    return codec.account(data, name, layout=layout if "net" in header else None), _full(header)
+
+
+def decode(data: bytes, name: str = "file", into: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a packed file, in evaluation mode, and its facts.
+
+    into: a network to fill, for files of networks that are on no shelf. Raises ValueError naming the file when it is
+    damaged, when it needs `into`, or when the network does not fit.
+    """
+    state, header = tensors(data, name)
+    if into is None and "net" not in header:
+        raise ValueError(f"{name}: holds the weights of a network that is on no shelf: give the network as `into`")
+    model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    compress.bake(model)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: does not fit the network: {str(error)[:600]}") from None
+    return model.eval(), header
+
+
+def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Names, shapes and types of the tensors of the network that the header names, without allocating it."""
+    header = _full(header)
+    with torch.device("meta"):
+        model = build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    return {
+        name: (tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors: equal only for bit-equal weights."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
+    """The network of a packed file, in evaluation mode (see `decode`)."""
+    return decode(Path(path).read_bytes(), str(path), into)[0]

@@ -1,0 +1,484 @@
+"""What a run has to show: report.json for programs, report.md and plots for people.
+
+A row is what is known after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
+"num_weights", "num_nonzero", "sparsity" (share of zeros, 0 to 1), "file_bytes", "ratio_student", "ratio_teacher",
+"seconds" and what the stage adds. A layer is "layer", "shape", "num_weights", "num_nonzero", "sparsity",
+"thresholds" (a number or several, on |weight| unless the method says otherwise), "clusters", "bits",
+"ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". What is not known is None or left out.
+"""
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors", "pydantic",
+    "constriction", "matplotlib", "wandb",
+)  # fmt: skip
+NOTHING = "–"
+
+INK, GRID = "#33383d", "#e3e6e8"
+STUDENT, TEACHER = "#2f6f9f", "#8a8f94"
+MOMENTS = {"dense": "#8a8f94", "pruned": "#c8743a", "recovered": "#2f6f9f", "clustered": "#8d7bb0", "shared": "#3d8a62"}
+LAYERS_A_PAGE = 8
+SPIKES = 256  # a layer with at most so many different weights is drawn value by value
+
+
+def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write report.json, report.md and the plots into the folder, each file whole or not at all.
+
+    report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and more if wanted; "command" and
+        "seed" are shown in report.md. In report.json a number that is not finite is null.
+    weights: moment ("dense", "pruned", "recovered", "clustered", "shared") -> layer -> its weights, of any shape.
+    """
+    folder = Path(folder)
+    plots = {}
+    if any(_place(row) for row in report["rows"]):
+        plots["accuracy_bytes.png"] = _accuracy_against_bytes(report)
+    for name, figure in _histograms(report["name"], weights):
+        plots[name] = figure
+    for name, figure in plots.items():
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=130)
+        _write(folder / name, image.getvalue())
+    _write(folder / "report.md", _markdown(report, list(plots)).encode())
+    data = json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False)
+    _write(folder / "report.json", data.encode())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read the report.json of a run's folder. ValueError naming the file when it is not there or not whole."""
+    path = Path(folder) / "report.json"
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table that reads well as plain text and is Markdown."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "stage": lambda row: str(row["stage"]),
+        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
+        "agreement %": lambda row: _decimals(row.get("agreement"), 2),
+        "non-zero": lambda row: _count(row.get("num_nonzero")),
+        "zeros %": lambda row: _decimals(row.get("sparsity"), 2, 100),
+        "bytes": lambda row: _count(row.get("file_bytes")),
+        "to student": lambda row: _ratio(row.get("ratio_student")),
+        "to teacher": lambda row: _ratio(row.get("ratio_teacher")),
+    }
+    return _aligned(columns, rows, num_text=1)
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The layers as a table like `table`'s; "formula" is `sharing_ratio`, "bytes" what the packed file spends."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "layer": lambda layer: str(layer["layer"]),
+        "shape": lambda layer: "×".join(str(size) for size in layer["shape"]) or "scalar",
+        "non-zero": lambda layer: _count(layer.get("num_nonzero")),
+        "zeros %": lambda layer: _decimals(_sparsity(layer), 2, 100),
+        "threshold": lambda layer: _thresholds(layer.get("thresholds")),
+        "clusters": lambda layer: _count(layer.get("clusters")),
+        "bits": lambda layer: _count(layer.get("bits")),
+        "formula": lambda layer: _ratio(layer.get("ratio_sharing")),
+        "bytes": lambda layer: _count(layer.get("file_bytes")),
+        "CSR bytes": lambda layer: _count(layer.get("csr_bytes")),
+        "CSC bytes": lambda layer: _count(layer.get("csc_bytes")),
+    }
+    return _aligned(columns, layers, num_text=2)
+
+
+def sharing_ratio(num_weights: int, bits: int, k: int) -> float:
+    """How many times smaller weights get that share k values: r = n b / (n log2 k + k b) (Han et al. 2016).
+
+    num_weights: n, the weights that are stored. bits: b, of one weight before, so 32 for float32. The positions of
+    the weights that are left are not counted.
+    """
+    if min(num_weights, bits, k) < 1:
+        raise ValueError(f"sharing_ratio: got {num_weights} weights of {bits} bits, {k} values; all are at least 1")
+    return num_weights * bits / (num_weights * math.log2(k) + k * bits)
+
+
+def csr_bytes(weight: np.ndarray) -> int:
+    """Bytes of a layer in compressed sparse rows: values, column indices and row pointers of [out, all the rest]."""
+    return _sparse_bytes(weight, "csr")
+
+
+def csc_bytes(weight: np.ndarray) -> int:
+    """Bytes of a layer in compressed sparse columns: values, row indices and column pointers of [out, all the rest]."""
+    return _sparse_bytes(weight, "csc")
+
+
+def hardware() -> dict[str, Any]:
+    """What the run ran on: "cpu", "cores" (that this process may use), "torch_threads", "gpu" (None or names), "system"."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": ", ".join(gpus) or None,
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package ("source" when it is not installed) and of the libraries that are."""
+    found = {"python": platform.python_version(), "trainer": _version("tiny-student") or "source"}
+    return found | {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        for line in listed.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _sparse_bytes(weight: np.ndarray, layout: str) -> int:
+    import scipy.sparse
+
+    weight = np.asarray(weight)
+    flat = weight.reshape(weight.shape[0] if weight.ndim else 1, -1) != 0  # scipy has no float16
+    places = scipy.sparse.csr_array(flat) if layout == "csr" else scipy.sparse.csc_array(flat)
+    return places.nnz * weight.itemsize + places.indices.nbytes + places.indptr.nbytes
+
+
+# -- text
+
+
+def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int) -> str:
+    """A Markdown table, its columns padded to one width; the first num_text are text, the others numbers."""
+    cells = [list(columns), *([show(item).replace("|", "\\|") for show in columns.values()] for item in items)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.ljust(width) if number < num_text else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(padded) + " |")
+    rules = ["-" * width if number < num_text else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
+    lines.insert(1, "| " + " | ".join(rules) + " |")
+    return "\n".join(lines)
+
+
+def _decimals(value: float | None, digits: int, times: float = 1) -> str:
+    return NOTHING if _missing(value) else f"{value * times:.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return NOTHING if _missing(value) else f"{value:,}"
+
+
+def _ratio(value: float | None) -> str:
+    return NOTHING if _missing(value) else f"{value:,.1f}×" if value < 1000 else f"{value:,.0f}×"
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
+
+
+def _sparsity(layer: Mapping[str, Any]) -> float | None:
+    if layer.get("sparsity") is None and layer.get("num_weights") and layer.get("num_nonzero") is not None:
+        return 1 - layer["num_nonzero"] / layer["num_weights"]
+    return layer.get("sparsity")
+
+
+def _thresholds(value: float | Sequence[float] | None) -> str:
+    several = sorted(value) if isinstance(value, Sequence) else [] if value is None else [value]
+    if not several:
+        return NOTHING
+    low, high = f"{several[0]:.3g}", f"{several[-1]:.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
+    recipe = report.get("recipe")
+    seed = report.get("seed", recipe.get("seed") if isinstance(recipe, Mapping) else None)
+    parts = [f"# {report['name']}"]
+    facts = [f"took {_duration(report['seconds'])}"]
+    if seed is not None:
+        facts.append(f"seed {seed}")
+    command = report.get("command")
+    parts.append((f"`{command}`  \n" if command else "") + ", ".join(facts))
+    parts += ["## Stages", table(report["rows"])]
+    parts.append(
+        "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at that "
+        "stage; the ratios compare them with the dense student and the dense teacher."
+    )
+    if report["layers"]:
+        parts += ["## Layers", layer_table(report["layers"])]
+        parts.append(
+            "Formula is the ratio by weight sharing alone, n·b / (n·log2 k + k·b), for the n weights that are left, "
+            "of b = 32 bits, and k clusters; bytes are what the packed file really spends on the layer."
+        )
+    if plots := list(plots):
+        parts += ["## Plots", *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots)]
+    parts += ["## Hardware", _listed(report["hardware"]), "## Versions", _listed(report["versions"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {key.replace('_', ' ')}: {NOTHING if value is None else value}" for key, value in facts.items())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # a tensor, an array, or a number of either
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+# -- plots
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """An empty figure that draws into memory, without pyplot and its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _calm(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b4babf")
+    axes.tick_params(colors=INK, which="both", labelsize=8, length=3, color="#b4babf")
+    axes.set_axisbelow(True)
+
+
+def _is_teacher(row: Mapping[str, Any]) -> bool:
+    return row.get("who") == "teacher" or "teacher" in str(row["stage"])
+
+
+def _place(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Where a row is drawn: (bytes, top-1 in percent); None when either is not known."""
+    if _missing(row.get("top1")) or not row.get("file_bytes"):
+        return None
+    return float(row["file_bytes"]), float(row["top1"])
+
+
+def _accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
+    """Top-1 over the bytes of the file: the student's way from stage to stage, and the teacher."""
+    figure = _figure(7.6, 4.8)
+    axes = figure.subplots()
+    _calm(axes)
+    placed = [(row, place) for row in report["rows"] if (place := _place(row))]
+    way = [place for row, place in placed if not _is_teacher(row)]
+    axes.plot([x for x, _ in way], [y for _, y in way], color=STUDENT, linewidth=1, alpha=0.4, zorder=2)
+    for row, place in placed:
+        colour, marker = (TEACHER, "D") if _is_teacher(row) else (STUDENT, "o")
+        axes.plot(*place, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
+    _byte_axis(axes, [x for _, (x, _) in placed])
+    _accuracy_axis(axes, [y for _, (_, y) in placed])
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_title(f"{report['name']}: accuracy against size", loc="left", fontsize=11, color=INK, pad=12)
+    _label(axes, [(place, str(row["stage"]), TEACHER if _is_teacher(row) else STUDENT) for row, place in placed], way)
+    return figure
+
+
+def _byte_axis(axes: "Axes", values: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = min(values), max(values)
+    room = max(1.7, 4 / math.sqrt(high / low))  # so that points of one size do not fill the plot
+    axes.set_xscale("log")
+    axes.set_xlim(low / room, high * room)
+    decades = math.log10(high / low * room**2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axes.set_xlabel("size of the file", fontsize=9, color=INK)
+
+
+def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """Plain where the accuracies are near each other. Otherwise spaced by the logarithm of the error, so that a fall
+    to 60 % and a tenth of a percent at 98 % can both be seen."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    low, high = min(values), max(values)
+    if high - low <= 8:
+        room = max(0.25 * (high - low), 0.15)
+        axes.set_ylim(low - room, high + room)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    else:
+        best = 100 + max(0.05, (100 - high) / 10)  # an error of 0 has no logarithm
+        axes.set_yscale("function", functions=(lambda y: -np.log(best - y), lambda z: best - np.exp(-z)))
+        step = 0.12 * math.log((best - low) / (best - high))
+        axes.set_ylim(best - (best - low) * math.exp(step), best - (best - high) * math.exp(-step))
+        ticks = [0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100]
+        axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.set_ylabel("top-1 accuracy on the test split (%)", fontsize=9, color=INK)
+
+
+def _label(axes: "Axes", points: Sequence[tuple[tuple[float, float], str, str]], way: Sequence[Any]) -> None:
+    """Write (place, name, colour) beside the points, each where it hides least; points in one spot share a label."""
+    axes.figure.draw_without_rendering()  # settles the layout, so that places in pixels hold
+    inside = axes.get_window_extent()
+    spots: list[list[Any]] = []  # pixels, place, names, accuracies, colour
+    for place, name, colour in points:
+        pixels = axes.transData.transform(place)
+        near = next((spot for spot in spots if np.hypot(*(spot[0] - pixels)) < 8 and spot[4] == colour), None)
+        if near is None:
+            spots.append([pixels, place, [name], [place[1]], colour])
+        else:
+            near[2].append(name)
+            near[3].append(place[1])
+    corners = axes.transData.transform(way) if len(way) else np.empty((0, 2))
+    steps = np.linspace(0, 1, 40)[:, None]
+    line = [start + steps * (end - start) for start, end in zip(corners[:-1], corners[1:], strict=True)]
+    hidden = np.concatenate([*line, np.empty((0, 2))])
+    marks = np.array([spot[0] for spot in spots])
+    taken: list[Any] = []
+    for _, place, names, accuracies, colour in spots:
+        text = f"{', '.join(names)}  {_span(accuracies)} %"
+        note = axes.annotate(text, place, (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center", zorder=4)
+
+        def cost(offset: tuple[float, float, str], note: Any = note) -> float:
+            note.set_position(offset[:2])
+            note.set_horizontalalignment(offset[2])
+            box = note.get_window_extent().padded(2)
+            outside = sum((box.x0 < inside.x0, box.x1 > inside.x1, box.y0 < inside.y0, box.y1 > inside.y1))
+            over = sum(box.overlaps(other) for other in taken)
+            return 1000 * outside + 500 * over + 60 * _within(box.padded(4), marks) + 3 * _within(box, hidden) + math.hypot(*offset[:2])
+
+        best = min(_offsets(), key=cost)
+        cost(best)
+        taken.append(note.get_window_extent().padded(2))
+        if math.hypot(*best[:2]) > 25:
+            note.arrowprops = None
+            axes.annotate("", place, best[:2], textcoords="offset points", arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.7})
+
+
+def _offsets() -> list[tuple[float, float, str]]:
+    """Places for a label about its point, in points, with the side of the text that is turned to the point."""
+    found = []
+    for far in (9, 18, 30, 45, 60):
+        for height in (0, far, -far, far / 2, -far / 2):
+            found += [(far, height, "left"), (-far, height, "right")]
+        found += [(0, far, "center"), (0, -far, "center")]
+    return found
+
+
+def _within(box: Any, pixels: np.ndarray) -> int:
+    """How many of the pixels [N, 2] lie in the box."""
+    x, y = pixels[:, 0], pixels[:, 1]
+    return int(((x > box.x0) & (x < box.x1) & (y > box.y0) & (y < box.y1)).sum())
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"
+
+
+def _histograms(name: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> Iterable[tuple[str, "Figure"]]:
+    """(file name, figure) of the weights: a row for each layer, a column for each moment; a few layers a page."""
+    layers = list(dict.fromkeys(layer for moment in weights.values() for layer in moment))
+    pages = [layers[start : start + LAYERS_A_PAGE] for start in range(0, len(layers), LAYERS_A_PAGE)]
+    for number, page in enumerate(pages, start=1):
+        figure = _figure(1.2 + 2.5 * len(weights), 0.8 + 1.75 * len(page))
+        figure.suptitle(f"{name}: weights of each layer", x=0.01, ha="left", fontsize=11, color=INK)
+        grid = figure.subplots(len(page), len(weights), squeeze=False, sharex="row")
+        for row, layer in zip(grid, page, strict=True):
+            arrays = [moment.get(layer) for moment in weights.values()]
+            edges = _edges([array for array in arrays if array is not None])
+            for axes, moment, array in zip(row, weights, arrays, strict=True):
+                _histogram(axes, array, edges, MOMENTS.get(moment, STUDENT))
+            row[0].set_ylabel(f"{layer}\nweights", fontsize=9, color=INK)
+        for axes, moment in zip(grid[0], weights, strict=True):
+            axes.set_title(moment, loc="left", fontsize=10, color=MOMENTS.get(moment, STUDENT), fontweight="bold")
+        for axes in grid[-1]:
+            axes.set_xlabel("value", fontsize=9, color=INK)
+        yield ("weights.png" if len(pages) == 1 else f"weights_{number}.png"), figure
+
+
+def _edges(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Bin edges [62] that hold all the weights of a layer at all moments."""
+    low = min(float(np.min(array)) for array in arrays)
+    high = max(float(np.max(array)) for array in arrays)
+    return np.linspace(low, high if high > low else low + 1, 62)
+
+
+def _histogram(axes: "Axes", weight: np.ndarray | None, edges: np.ndarray, colour: str) -> None:
+    """The weights that are not zero; few different values as one spike each. Zeros are said in words."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    _calm(axes)
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
+    if weight is None:
+        axes.set_axis_off()
+        return
+    alive = weight[weight != 0]
+    values, counts = np.unique(alive, return_counts=True)
+    said = [f"{100 * (1 - alive.size / weight.size):.1f} % zeros"]
+    if len(values) <= SPIKES and len(values) < alive.size:
+        axes.vlines(values, 0, counts, color=colour, linewidth=1.4)
+        axes.plot(values, counts, ".", color=colour, markersize=4)
+        axes.set_ylim(0, 1.35 * counts.max())
+        said.append(f"{len(values)} values")
+    else:
+        heights, _ = np.histogram(alive, edges)
+        axes.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
+        axes.set_ylim(0, 1.35 * max(1, heights.max()))
+    axes.text(0.98, 0.97, "\n".join(said), transform=axes.transAxes, ha="right", va="top", fontsize=7.5, color=INK)

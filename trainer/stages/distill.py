@@ -1,0 +1,27 @@
+"""Teaches the student what the teacher knows: soft labels, feature maps, embeddings, weights."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer.context import Run
+from trainer.evaluate import keep_histogram, record
+from trainer.fit import Training, fit
+from trainer.objective import Objective, Term, needs_teacher
+
+
+def check(settings) -> None:
+    if not any(needs_teacher(term) for term in settings.losses):
+        raise ValueError("no loss looks at the teacher: use stage train, or add one that does (kl, hint ...)")
+
+
+def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> dict:
+    """Trains the student by `losses` with the teacher as its guide (Hinton et al. 2015; Romero et al. 2015)."""
+    objective = Objective(
+        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device
+    )
+    numbers = fit(run, objective, training)
+    objective.finish()
+    record(run, "distilled", numbers["train_seconds"], **numbers)
+    keep_histogram(run, "dense")
+    return numbers

@@ -1,0 +1,64 @@
+"""Writes the student as one small file, and reads it back in a fresh process to see that it is the same network."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer import compress, files, packed
+from trainer.context import Run
+from trainer.evaluate import record
+
+# What a launcher tells its processes: the fresh process is no part of the launch.
+LAUNCH = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMPI_", "PMI_")
+
+
+def pack(run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = "student.tiny") -> dict:
+    """Writes runs/NAME/`file`; a fresh process decodes it and measures what it decoded.
+
+    Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
+    removed.
+    """
+    path = run.folder / file
+    decoded: dict = {}
+    if run.accelerator.is_main_process:
+        data = packed.encode(run.student, run.student_spec, packed.facts(run.data))
+        files.write_bytes(path, data)
+        decoded = _in_fresh_process(run, path)
+        _account(run, data, str(path))
+    row = record(run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file)
+    if run.accelerator.is_main_process:
+        mine = packed.digest(compress.dense_state(run.student))
+        same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
+        if decoded["digest"] != mine or not same:
+            path.unlink()
+            raise RuntimeError(
+                f"{path}: decoded to another network: digest {decoded['digest'][:12]} for {mine[:12]}, "
+                f"top-1 {decoded['top1']} % for {row['top1']} %; the file is removed"
+            )
+    return {"file": file, "file_bytes": row["file_bytes"]}
+
+
+def _account(run: Run, data: bytes, name: str) -> None:
+    """Tells the report how many bytes of the file each layer takes."""
+    known = compress.weights(run.student)
+    for name_ in known:
+        run.layers.setdefault(name_, {})["file_bytes"] = 0
+    for part in packed.account(data, name)[0]:
+        layer = part["tensor"] if part["tensor"] in known else part["tensor"].removesuffix(".weight")
+        if layer in known:
+            run.layers[layer]["file_bytes"] += part["bytes"]
+
+
+def _in_fresh_process(run: Run, path) -> dict:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH)}
+    if run.accelerator.device.type == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "1"  # the same arithmetic as here
+    command = [sys.executable, "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{path}: the fresh process could not evaluate it:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,69 @@
+"""Teaches the teacher or the student from labels, or loads a checkpoint and checks its accuracy."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.context import Run
+from trainer.evaluate import keep_histogram, record, record_teacher
+from trainer.fit import Training, fit
+from trainer.objective import Objective, Term, TermKeys, needs_teacher
+from trainer.teacher import load_weights
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+def check(settings) -> None:
+    if (settings.training is None) == (settings.checkpoint is None):
+        raise ValueError("exactly one of training and checkpoint is needed")
+    if settings.checkpoint is not None and settings.losses:
+        raise ValueError("losses have no effect with checkpoint: nothing is trained")
+    for term in settings.losses or []:
+        if needs_teacher(term):
+            raise ValueError(f"loss {term.loss!r} needs a teacher: use stage distill")
+
+
+def train(
+    run: Run,
+    *,
+    who: Literal["teacher", "student"] = "student",
+    training: Training | None = None,
+    losses: list[Term] | None = None,
+    checkpoint: Path | None = None,
+    at_least: Percent | None = None,
+) -> dict:
+    """Trains on labels (cross-entropy, or the `losses` given), or loads `checkpoint`.
+
+    at_least: percent of the validation images that must then be right; fewer is an error. Of several teachers each
+    is trained. Raises ValueError when the accuracy is missed or the checkpoint does not fit.
+    """
+    losses = losses or [TermKeys(loss="cross_entropy")]
+    networks = run.teacher.networks if who == "teacher" else [run.student]
+    numbers: dict = {}
+    for number, network in enumerate(networks):
+        if checkpoint is not None:
+            load_weights(network, checkpoint)
+            continue
+        prepare = (lambda images, n=number: run.teacher.prepare(images, n)) if who == "teacher" else None
+        network.requires_grad_(True)
+        objective = Objective(
+            network, losses, run.data, num_epochs=training.epochs, device=run.accelerator.device, prepare=prepare
+        )
+        fitted = fit(run, objective, training)
+        numbers = {k: fitted[k] + numbers.get(k, 0) if k in ("epochs", "steps", "train_seconds") else v
+                   for k, v in fitted.items()}
+        network.eval()
+        if who == "teacher":
+            network.requires_grad_(False)
+    if who == "teacher":
+        run.teacher.version += 1
+        row = record_teacher(run, "teacher", numbers.get("train_seconds", 0.0), **numbers)
+    else:
+        row = record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)
+        keep_histogram(run, "dense")
+    if at_least is not None and not row["top1_validation"] >= at_least:
+        raise ValueError(
+            f"the {who} has {row['top1_validation']:.2f} % of the validation images right; at_least asks for {at_least} %"
+        )
+    return numbers

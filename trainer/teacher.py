@@ -1,0 +1,210 @@
+"""Building the networks of a recipe, and the teacher as the student's lessons see it."""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer import bind, checkpoint, features
+from trainer.features import Seen
+
+
+class ModelKeys(bind.Entry):
+    """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`."""
+
+    model: str
+    checkpoint: Path | None = None
+
+
+class StudentKeys(ModelKeys):
+    """The student; `from_teacher: copy` starts it from evenly spaced layers and leading channels of the teacher."""
+
+    from_teacher: Literal["copy"] | None = None
+
+
+class TeacherKeys(ModelKeys):
+    """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `share` is its say among several."""
+
+    resize: PositiveInt | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    share: PositiveFloat = 1.0
+
+
+def spec(keys: ModelKeys) -> dict[str, Any]:
+    """What rebuilds the network: the model's name and those settings that differ from their defaults."""
+    settings = bind.own_settings(keys, _base(keys))
+    fields = type(keys).model_fields
+    return {"model": keys.model} | {n: v for n, v in settings.items() if v != fields[n].default and n != "pretrained"}
+
+
+def _base(keys: ModelKeys) -> type[ModelKeys]:
+    return next(base for base in (TeacherKeys, StudentKeys, ModelKeys) if isinstance(keys, base))
+
+
+def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The network of a spec, freshly initialised from torch's generator. Raises ValueError when it cannot be built."""
+    settings = {key: value for key, value in spec.items() if key != "model"}
+    function = bind.find("model", spec["model"])
+    _, rest = bind.split("model", spec["model"])
+    try:
+        return function(shape, num_classes, *([rest] if rest else []), **settings)
+    except (TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(f"model {spec['model']!r} cannot be built for images {shape}: {error}") from error
+
+
+def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """The network of a recipe entry, its checkpoint loaded where one is named."""
+    size = getattr(keys, "resize", None)
+    if size:
+        shape = (shape[0], size, size)
+    settings = {"model": keys.model} | bind.own_settings(keys, _base(keys))
+    model = build(settings, shape, num_classes)
+    if keys.checkpoint is not None:
+        load_weights(model, keys.checkpoint)
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises ValueError naming the file when it does not fit."""
+    state = checkpoint.load_file(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: does not fit the network: {str(error)[:600]}") from None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of all weights and statistics of a network."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Teacher:
+    """The network (or networks) that guide the student. Not an `nn.Module`: nothing of it is trained, wrapped or saved.
+
+    combine: how several teachers speak as one: `logits` (mean of logits), `probabilities` (log of the mean of their
+    probabilities), `confidence` (probabilities weighted per sample by each teacher's highest one); the first two are
+    weighted by each one's share. Maps and embeddings are the first teacher's.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        keys: Sequence[TeacherKeys],
+        mean: Sequence[float],
+        std: Sequence[float],
+        combine: str = "logits",
+    ) -> None:
+        self.networks = list(networks)
+        self.keys = list(keys)
+        self.combine = combine
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.cache = None
+        self.version = 0  # counts its own trainings: answers of an earlier version are not this one's
+        self.accuracy: dict[str, float] = {}
+        for network in self.networks:
+            network.eval().requires_grad_(False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The first teacher: the one whose layers can be looked at."""
+        return self.networks[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights and statistics of the teacher (of all teachers together), dense."""
+        return sum(t.numel() * t.element_size() for n in self.networks for t in n.state_dict().values())
+
+    def to(self, device: torch.device) -> "Teacher":
+        for network in self.networks:
+            network.to(device)
+        return self
+
+    def fingerprint(self) -> str:
+        facts = [(fingerprint(n), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
+        return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
+
+    def prepare(self, images: Tensor, number: int = 0) -> Tensor:
+        """Images [N, C, H, W] in [0, 1] as teacher `number` wants them: its own size and normalisation."""
+        keys = self.keys[number]
+        if keys.resize:
+            images = F.interpolate(images, size=(keys.resize, keys.resize), mode="bilinear", antialias=True)
+        return normalize(images, keys.mean or self.mean, keys.std or self.std)
+
+    @torch.no_grad()
+    def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
+        """What the teacher sees in images [N, C, H, W] in [0, 1]."""
+        first = features.see(self.network, self.prepare(images), layers, embedding)
+        if len(self.networks) == 1:
+            return first
+        rest = [n(self.prepare(images, i)) for i, n in enumerate(self.networks[1:], start=1)]
+        return Seen(self._agree([first.logits, *rest]), first.embedding, first.maps)
+
+    def _agree(self, logits: list[Tensor]) -> Tensor:
+        shares = torch.tensor([k.share for k in self.keys], device=logits[0].device)
+        shares = (shares / shares.sum())[:, None, None]
+        stacked = torch.stack(logits).float()
+        if self.combine == "logits":
+            return (stacked * shares).sum(0)
+        if self.combine == "confidence":
+            confidence = stacked.softmax(-1).amax(-1, keepdim=True)
+            shares = confidence / confidence.sum(0)
+        return torch.logsumexp(stacked.log_softmax(-1) + shares.log(), dim=0)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
+    if len(mean) != images.shape[1] or len(std) != images.shape[1]:
+        raise ValueError(f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels")
+    if len(mean) == 1:
+        return (images - mean[0]) * (1 / std[0])
+    like = {"device": images.device, "dtype": images.dtype}
+    return (images - torch.tensor(mean, **like)[:, None, None]) * (1 / torch.tensor(std, **like)[:, None, None])
+
+
+def copy_layers(student: nn.Module, teacher: nn.Module) -> int:
+    """Starts the student from the teacher: evenly spaced layers, leading channels. Returns how many tensors were copied.
+
+    Layers are grouped by kind (type and number of dimensions of the weight) and matched by their fraction of the
+    depth; of each matched tensor the leading block that both have is copied.
+    """
+    copied = 0
+    mine, theirs = _by_kind(student), _by_kind(teacher)
+    for kind, layers in mine.items():
+        sources = theirs.get(kind, [])
+        for number, layer in enumerate(layers):
+            if not sources:
+                break
+            last = len(layers) - 1
+            source = sources[round(number * (len(sources) - 1) / last) if last else len(sources) - 1]
+            theirs_state = source.state_dict()
+            for name, tensor in layer.state_dict().items():
+                if name in theirs_state and theirs_state[name].dim() == tensor.dim():
+                    block = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, theirs_state[name].shape, strict=True))
+                    tensor[block] = theirs_state[name][block].to(tensor)
+                    copied += 1
+    return copied
+
+
+def _by_kind(model: nn.Module) -> dict[tuple, list[nn.Module]]:
+    kinds: dict[tuple, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not list(module.children()) and isinstance(weight, Tensor):
+            kinds.setdefault((type(module), weight.dim(), weight.shape[2:]), []).append(module)
+    return kinds
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of a network that learns nothing more."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,250 @@
+"""The record of a run: a log of JSON lines, and its mirror in Weights & Biases.
+
+The file is the record: a failure to write it is raised. wandb is a mirror: whatever goes wrong there is told
+once, the mirror is switched off, and the run goes on.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
+
+INIT_SECONDS = 30  # how long wandb may take to start, and to ask for a login
+FINISH_SECONDS = 60  # how long wandb may upload at the end; what is left stays on disk for `wandb sync`
+
+
+class Log:
+    """The numbers of a run, one JSON object a line, appended to the file `path` and flushed at once.
+
+    Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values), "row"
+    (with "stage" and the row's entries) or "summary". Non-finite floats are written as the strings "nan", "inf"
+    and "-inf", which Python's float() reads back. A resumed run appends; a last line cut off by a kill is removed.
+
+    Only the main process writes; on the others every call does nothing. OSError when the file cannot be written.
+
+    track: None or "wandb". The mirror is Accelerate's tracker, so `accelerator` must then be an
+        Accelerator(log_with="wandb"). Without a key or a network it works offline, in the folder wandb/ beside the
+        log. A resumed run is a new wandb run in the group `name`.
+    name, config: of the run, for wandb; `config` is what was asked for (a mapping of plain values).
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        accelerator: Any = None,
+        track: str | None = None,
+        project: str = "tiny-student",
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if track not in (None, "wandb"):
+            raise ValueError(f"track: got {track!r}; allowed: wandb, or nothing")
+        if track and accelerator is None:
+            raise ValueError("track: wandb is reached through Accelerate; give an Accelerator(log_with='wandb')")
+        self.path = Path(path)
+        self._file = None
+        self._tracker: Any = None
+        self._accelerator = accelerator
+        self._charts: set[str] = set()
+        if accelerator is not None and not accelerator.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(self.path)
+        self._file = open(self.path, "ab", buffering=0)
+        if track:
+            self._start(project, name or self.path.parent.name, dict(config or {}))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def numbers(self, stage: str, step: int, **values: Any) -> None:
+        """Write the values of one step (losses, learning rate, images a second) of the stage of that name."""
+        self._write({"kind": "numbers", "stage": stage, "step": step, **values})
+        self._mirror(lambda: self._chart(stage, "step", {"step": step, **values}))
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Write one row of the report: what is known after a stage."""
+        self._write({"kind": "row", **row})
+        self._mirror(lambda: self._chart("report", "index", row))
+
+    def table(self, rows: list[dict[str, Any]]) -> None:
+        """Show the rows so far as a wandb.Table. The file needs nothing: it has each row already."""
+        self._mirror(lambda: self._tracker.log_table("stages", *_columns_and_cells(rows)))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write the figures that stand for the whole run."""
+        self._write({"kind": "summary", **values})
+        self._mirror(lambda: self._tracker.tracker.summary.update(_plain(values)))
+
+    def close(self) -> None:
+        """Close the file and finish the mirror; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._mirror(lambda: self._tracker.finish())
+        self._forget()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        record = _plain({"time": round(time.time(), 3), **line}, finite=True)
+        data = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            while data:  # an unbuffered write may take only a part
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, f"the log cannot be written: {error.strerror}", str(self.path)) from error
+
+    def _start(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Open the mirror: offline where there is no key, and offline too where going online fails."""
+        try:
+            modes = _modes()
+        except Exception as error:  # wandb is missing, or its own settings are broken
+            return self._fail(error)
+        trouble = None
+        for mode in modes:
+            options = {"name": name, "group": name, "dir": str(self.path.parent), "settings": _settings()}
+            options.update({"mode": mode} if mode else {})
+            try:
+                self._accelerator.init_trackers(project, _plain(config), {"wandb": options})
+                self._tracker = self._accelerator.get_tracker("wandb")
+            except Exception as error:
+                self._forget()
+                trouble = error
+                continue
+            if trouble is not None:
+                logger.warning("wandb is offline, as going online failed: %s", _first_line(trouble))
+            return
+        self._fail(trouble)
+
+    def _chart(self, chart: str, along: str, values: Mapping[str, Any]) -> None:
+        """Send the numbers among the values as CHART/KEY, drawn along CHART/`along` (stages count on their own)."""
+        if chart not in self._charts:
+            self._charts.add(chart)
+            self._tracker.tracker.define_metric(f"{chart}/*", step_metric=f"{chart}/{along}")
+        plain = _plain(values)
+        self._tracker.log({f"{chart}/{key}": value for key, value in plain.items() if _is_number(value)})
+
+    def _mirror(self, call: Callable[[], object]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception | None) -> None:
+        """Switch the mirror off, for the rest of the run, and say so."""
+        self._forget()
+        logger.warning("wandb failed and is switched off (the log file goes on): %s", _first_line(error))
+        if isinstance(error, ConnectionError):
+            _tear_down()
+
+    def _forget(self) -> None:
+        """Let neither this log nor accelerator.end_training() touch the tracker again."""
+        self._tracker = None
+        if self._accelerator is not None:
+            kept = [tracker for tracker in self._accelerator.trackers if tracker.name != "wandb"]
+            self._accelerator.trackers[:] = kept
+
+
+def _modes() -> list[str | None]:
+    """The modes to try in turn; None leaves the choice to wandb and so to what the user has set."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return [None]
+    if os.environ.get("WANDB_MODE") or _has_key(settings):
+        return [None, "offline"]
+    return ["offline"]
+
+
+def _settings() -> dict[str, Any]:
+    """How wandb is kept from holding up the run, as far as the installed version can be told so."""
+    import wandb
+
+    wanted = {
+        "init_timeout": INIT_SECONDS,
+        "login_timeout": INIT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+        "console": "off",  # a captured stdout would break together with the helper process behind it
+    }
+    return {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether wandb can log in without asking: by its settings and environment, or by the netrc file."""
+    if settings.api_key or settings.identity_token_file:
+        return True
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    if not path.is_file():
+        return False
+    return netrc.netrc(path).authenticators(urlsplit(settings.base_url).hostname or "") is not None
+
+
+def _tear_down() -> None:
+    """Have wandb give up its lost helper process now; left alone it prints a traceback when Python exits."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except ConnectionError as error:
+        logger.debug("wandb.teardown: %s", error)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut the file after its last whole line: a kill may have stopped a write half way."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open(path, "r+b") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+
+def _columns_and_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """The rows as wandb.Table wants them: a column holds numbers only, or text only."""
+    rows = [_plain(row) for row in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        if not all(row.get(column) is None or _is_number(row[column]) for row in rows):
+            rows = [{**row, column: None if row.get(column) is None else str(row[column])} for row in rows]
+    return columns, [[row.get(column) for column in columns] for row in rows]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(value: Any, finite: bool = False) -> Any:
+    """The value in JSON's types: tensors and arrays as numbers or lists, paths and what is unknown as text.
+
+    finite: write non-finite floats as text, which JSON has no numbers for.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, finite) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) or not finite else str(float(value))
+    if hasattr(value, "tolist"):  # a tensor, an array, or a number of either
+        return _plain(value.tolist(), finite)
+    return str(value)
+
+
+def _first_line(error: Exception | None) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
