@@ -325,13 +325,19 @@ def test_value_is_the_naive_reference(case):
 def test_gradcheck(case):
     fed = Fed(case, batch=2, dtype=torch.float64)
     fixed = fed.loss
+    parameters = dict(fixed.named_parameters()) if fed.learned else {}
+    # The teacher's factor is a constant by design, so the encoder's gradient is not the loss's slope.
+    names = [name for name in parameters if not (case == "factor" and name.startswith("encoder"))]
 
-    def value(*student):
-        fed.loss = copy.deepcopy(fixed)  # its running statistics must not move between the evaluations
-        return fed.value(list(student))
+    def value(*inputs):
+        student, changed = list(inputs[: len(fed.student)]), dict(zip(names, inputs[len(fed.student):]))
+        if fed.learned:  # a copy: running statistics must not move between the evaluations
+            loss = copy.deepcopy(fixed)
+            fed.loss = lambda *maps: torch.func.functional_call(loss, changed, maps)
+        return fed.value(student)
 
-    inputs = tuple(map_.requires_grad_() for map_ in fed.student)
-    assert torch.autograd.gradcheck(value, inputs, fast_mode=True)
+    inputs = [map_.requires_grad_() for map_ in fed.student] + [parameters[name] for name in names]
+    assert torch.autograd.gradcheck(value, tuple(inputs), fast_mode=True)
 
 
 def fills(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -455,9 +461,16 @@ def test_margin_is_the_mean_of_all_negative_responses_so_far():
     kept.load_state_dict(loss.state_dict())
     kept.eval()(torch.randn(2, 3, 4, 4), -5 * torch.ones(2, 2, 4, 4))
     assert kept.margin.tolist() == loss.margin.tolist()  # evaluation does not move it
-    after_relu = margin_relu(torch.Size((2, 3, 4, 4)), torch.Size((2, 2, 4, 4)))
-    after_relu(torch.randn(2, 3, 4, 4), torch.rand(2, 2, 4, 4).clamp(min=0.5) - 0.5)
-    assert after_relu.margin.tolist() == [0, 0]
+
+
+def test_margin_relu_after_a_relu_lets_the_student_be_negative_where_the_teacher_is_silent():
+    fed = Fed("margin_relu", same=True)
+    fed.loss.connector = nn.Identity()
+    active = fed.teacher[0].relu()
+    assert fed.value([fed.teacher[0]], [active]) == 0 and not fed.loss.margin.any()
+    assert fed.value([-active], [active]).item() == pytest.approx(4 * active.square().mean().item())
+    silent = torch.zeros_like(active)
+    assert fed.value([active], [silent]).item() == pytest.approx(active.square().mean().item())
 
 
 def test_activation_boundary_costs_nothing_beyond_the_margin():
@@ -487,6 +500,16 @@ def test_variational_starts_at_its_variance():
         assert (nn.functional.softplus(start) + 1e-5).tolist() == pytest.approx([variance] * 3, rel=1e-4)
     with pytest.raises(ValueError, match="init_variance: got 1e-06"):
         variational(shape, shape, init_variance=1e-6)
+
+
+@torch.no_grad()
+def test_variational_has_a_least_variance():
+    fed = Fed("variational")
+    fed.loss.raw_variance.fill_(-100)
+    value = fed.value().item()
+    fed.loss.double()
+    reference = naive_variational(fed, [fed.student[0].double()], [fed.teacher[0].double()])
+    assert value == pytest.approx(reference, rel=1e-5)
 
 
 def test_one_for_all_labels():

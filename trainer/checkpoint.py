@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill, weights files without pickles, and the lock of a run's folder.
 
-A checkpoint is a folder of safetensors files with facts.json and manifest.json (the sha256 sum of every file). It is
-written under another name, forced to the disk and renamed, so it is there whole or not at all; what is damaged
-later is seen by its sums, and the one before it is used.
+A checkpoint is a folder of safetensors files with facts.json and manifest.json (the sha256 sum of every
+file). It is written under another name, forced to the disk and renamed, so it is there whole or not at all;
+what is damaged later is seen by its sums, and the one before it is used.
 """
 
 import contextlib
@@ -32,20 +32,24 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 
-PARTIAL = ".partial-"  # a checkpoint being written
+PARTIAL = ".partial-"  # begins the name of what is being written
+ORDER = "key_order"  # in a safetensors header: the keys in order, and the mark of our own files
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
 PREFIXES = ("module.", "model.", "_orig_mod.", "state_dict.")
 
 
-def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int = 2) -> Path:
+def save(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Write a new checkpoint into `folder` and return its path, folder/NNNNNNNN.
 
-    tensors: NAME -> {key: tensor}, each written as NAME.safetensors (any device, any strides; key order is kept).
+    tensors: NAME -> {key: tensor}, each written as NAME.safetensors (any device, any strides, in order).
     facts: what JSON can hold, so tuples come back as lists and keys as text.
-    The number is facts["step"], or one above the newest checkpoint's where there is no step or it is not above.
-    Afterwards the `keep` newest valid checkpoints are there and all older ones are removed. One writer at a time:
-    what a killed writer left is cleared away.
+
+    The number is facts["step"], or one above the newest checkpoint's where there is no step or it is not
+    above. Afterwards the `keep` newest valid checkpoints are there and all older ones are removed. One writer
+    at a time: what a killed writer left is cleared away.
     """
     if keep < 1:
         raise ValueError(f"keep: got {keep}; at least 1 checkpoint is kept")
@@ -58,7 +62,9 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mappi
 
     files = {f"{_checked(name)}.safetensors": _to_bytes(entry, name) for name, entry in tensors.items()}
     files["facts.json"] = _json(facts)
-    sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    sums = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    }
     files["manifest.json"] = _json({"files": sums})
 
     partial = folder / f"{PARTIAL}{final.name}"
@@ -79,7 +85,8 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mappi
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Read the newest valid checkpoint of `folder`: (tensors, facts) as given to `save`, the tensors on the CPU.
+    """Read the newest valid checkpoint of `folder`: (tensors, facts) as given to `save`, the tensors on the
+    CPU.
 
     A damaged one is skipped with a warning that names it. None when there is no valid one.
     """
@@ -97,11 +104,18 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
     return None
 
 
-def save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors as one safetensors file, whole or not at all; a file of that name is replaced."""
+def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write the tensors as one safetensors file, whole or not at all; a file of that name is replaced.
+
+    metadata: text that goes into the file's header.
+    """
+    write_bytes(path, _to_bytes(tensors, path, metadata))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and force it to the disk; a file of that name is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = _to_bytes(tensors, path)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         _write_through(partial, data)
@@ -115,9 +129,9 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """Read the weights in a safetensors file, or in a pickle (.pth, .pt, .bin, .ckpt, .tar) of tensors alone.
 
     Weights nested under "state_dict", "model" and the like are found, and a prefix that every key carries
-    ("module.", "model.", "_orig_mod.", "state_dict.") is taken off, also several in turn; a file that `save_file`
-    wrote comes back as it was. ValueError naming the file when it is missing, damaged, holds no weights, or is a
-    pickle with code in it, which is never run.
+    ("module.", "model.", "_orig_mod.", "state_dict.") is taken off, also several in turn; a file that
+    `save_file` wrote comes back as it was. ValueError naming the file when it is missing, damaged, holds no
+    weights, or is a pickle with code in it, which is never run.
     """
     path = Path(path)
     if not path.is_file():
@@ -127,14 +141,16 @@ def load_file(path: Path) -> dict[str, Tensor]:
         return tensors if ours else _without_prefixes(tensors)
     if path.suffix in PICKLES:
         return _without_prefixes(_weights_in(_unpickled(path), path))
-    raise ValueError(f"{path}: got a file ending in {path.suffix!r}; allowed: .safetensors, {', '.join(PICKLES)}")
+    raise ValueError(
+        f"{path}: got a file ending in {path.suffix!r}; allowed: .safetensors, {', '.join(PICKLES)}"
+    )
 
 
 def optimizer_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Part an optimizer's state_dict into its tensors and the rest as JSON can hold it: (tensors, facts).
 
-    The tensors are named by their place ("state/0/exp_avg"). `optimizer_state` puts both together again exactly.
-    ValueError for a value that is no tensor, number, text, None, dict, list or tuple.
+    The tensors are named by their place ("state/0/exp_avg"). `optimizer_state` puts both together again
+    exactly. ValueError for a value that is no tensor, number, text, None, dict, list or tuple.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _parted(state_dict, "", tensors)
@@ -149,9 +165,9 @@ def optimizer_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> 
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process, so that a second run cannot write into it.
 
-    ValueError, saying who holds it and since when, if another holder is alive. The lock goes with the process
-    however it ends; the file .lock stays and means nothing by itself. Where the system has no such locks (Windows,
-    some network disks) a warning is logged and nothing is held.
+    ValueError, saying who holds it and since when, if another holder is alive. The lock goes with the
+    process however it ends; the file .lock stays and means nothing by itself. Where the system has no such
+    locks (Windows, some network disks) a warning is logged and nothing is held.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +178,9 @@ def lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{folder}: another run is working in this folder ({_holder(file)})") from None
+                raise ValueError(
+                    f"{folder}: another run is working in this folder ({_holder(file)})"
+                ) from None
             except OSError as error:
                 logger.warning("%s: not locked against a second run: %s", folder, error)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -179,7 +197,7 @@ _locks: set[BinaryIO] = set()
 
 
 def _close_locks() -> None:
-    """In a forked child (a data loader's worker), which would keep the lock alive after its parent was killed."""
+    """In a forked child (a data loader's worker), which would hold the lock after its parent was killed."""
     for file in _locks:
         file.close()
     _locks.clear()
@@ -205,7 +223,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _verified(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each with the sum that the manifest says. ValueError if anything is amiss."""
+    """The files of a checkpoint, each with the sum its manifest says. ValueError if anything is amiss."""
     try:
         sums = json.loads((path / "manifest.json").read_bytes())["files"]
         files = {name: (path / name).read_bytes() for name in sums}
@@ -238,7 +256,9 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode()
 
 
-def _to_bytes(tensors: Mapping[str, Tensor], where: object) -> bytes:
+def _to_bytes(
+    tensors: Mapping[str, Tensor], where: object, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The tensors in the safetensors format, with the order of the keys, which the format does not keep."""
     copies = {}
     for key, tensor in tensors.items():
@@ -247,7 +267,7 @@ def _to_bytes(tensors: Mapping[str, Tensor], where: object) -> bytes:
         # A copy of its own: the format refuses strides and tensors that share memory (tied weights).
         copies[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
-        return safetensors.torch.save(copies, metadata={"keys": json.dumps(list(copies))})
+        return safetensors.torch.save(copies, {**(metadata or {}), ORDER: json.dumps(list(copies))})
     except KeyError as error:
         raise ValueError(f"{where}: safetensors has no type {error}") from error
 
@@ -256,25 +276,25 @@ def _from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
     """The tensors in the order they were given, and whether the file is one of ours."""
     try:
         tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError) as error:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if ORDER not in header.get("__metadata__", {}):
+            return tensors, False
+        return {key: tensors[key] for key in json.loads(header["__metadata__"][ORDER])}, True
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{where}: this is no whole safetensors file ({error})") from error
-    length = int.from_bytes(data[:8], "little")
-    keys = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("keys")
-    if keys is None:
-        return tensors, False
-    return {key: tensors[key] for key in json.loads(keys)}, True
 
 
 def _unpickled(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about old pickle protocols; they are read or refused
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: they are read or refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        asks = f"it asks for {named[1]}" if named else "it holds more than tensors"
+        found = f"this one asks for {named[1]}" if named else "this one holds something else, or is damaged"
         raise ValueError(
-            f"{path}: refused, as a pickle may run code and {asks}; save model.state_dict() alone, or safetensors"
+            f"{path}: refused: a pickle can run code, so only tensors are read, and {found}; "
+            "save model.state_dict() alone, or safetensors"
         ) from error
     except Exception as error:  # whatever a damaged pickle or archive makes torch stumble over
         why = f"{type(error).__name__} {error}".strip().splitlines()[0]
@@ -284,7 +304,7 @@ def _unpickled(path: Path) -> Any:
 def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
     """The state_dict in what was loaded: the thing itself, or nested in it."""
     while isinstance(loaded, Mapping):
-        if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+        if loaded and all(isinstance(k, str) and isinstance(value, Tensor) for k, value in loaded.items()):
             return {key: value.detach() for key, value in loaded.items()}
         nested = [loaded[key] for key in NESTS if isinstance(loaded.get(key), Mapping)]
         if not nested:
@@ -308,7 +328,11 @@ def _parted(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         tensors[place] = value
         return {"tensor": place}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _parted(item, f"{place}/{key}".lstrip("/"), tensors)] for key, item in value.items()]}
+        return {
+            "dict": [
+                [key, _parted(item, f"{place}/{key}".lstrip("/"), tensors)] for key, item in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
         items = [_parted(item, f"{place}/{position}", tensors) for position, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}

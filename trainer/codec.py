@@ -1,83 +1,104 @@
-"""The packed file: a header and named arrays in as few bytes as we know how, bit for bit.
+"""The packed file: a header and named arrays in as few bytes as we know how, given back bit for bit.
 
-    magic, version     3 bytes
-    coded stream       header, layout, tensors: one arithmetic-coded stream (trainer.entropy)
-    literal bytes      what does not compress (low bits of long raw arrays), read from the end backwards
-    checksum           4 bytes, CRC-32 of all that precedes
+    magic, version      3 bytes
+    coded stream        header, layout, tensors: one arithmetic-coded stream, see trainer/entropy.py
+    literal bytes       low bits of long raw arrays, where nothing is to be gained; read from the end backwards
+    checksum            4 bytes, CRC-32 of all before it
 
-Each array is written in the smallest of the forms that give it back exactly: raw numbers, zeros as coded positions
-followed by the rest as raw numbers, as codes into a codebook, or as small integers times a step.
+A tensor is written as numbers, or as a mask (where it is not zero) followed by the non-zero numbers, or by codes into a
+codebook, or by small integers that a step multiplies. Zero means the bit pattern of +0.0; a -0.0 is a number like any
+other, so add 0.0 to a masked tensor before packing it. Masks and codes are predicted bit by bit from what is already
+known of the tensor and of the one before it: see `_code_mask` and `_code_ranks`.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from trainer.entropy import LOWEST, ONE, Decoder, Encoder, log2_table, squash_table, stretch_table
+from trainer.entropy import (
+    ONE,
+    UNIT,
+    Decoder,
+    Encoder,
+    Meter,
+    Mixer,
+    Scalars,
+    Text,
+    log2_table,
+    squash,
+    stretch_table,
+)
 
 MAGIC = b"tS"
 VERSION = 1
 MAX_NUMEL = 1 << 28  # of all tensors of a file together: 1 GB of float32
-DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool",
-          "uint16", "uint32", "uint64")
+DTYPES = ("float32", "int64", "float16", "float64", "int32", "int16", "int8", "uint8", "bool", "uint16", "uint32",
+          "uint64")
+MAX_CLUSTERS = 1 << 16
+_SHORT = 1024  # raw arrays up to this many numbers go into the coded stream, longer ones into literal planes
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
+LayoutSource = Layout | Callable[[dict], Layout] | None
+
+# Typical headers: what a header shares with them costs next to nothing. A change here is a new format version.
+_PRIMER = (
+    '{"model":"resnet18","settings":{"in_chans":1,"num_classes":10,"pretrained":false},"input_shape":[3,32,32],'
+    '"mean":[0.4914,0.4822,0.4465],"std":[0.247,0.2435,0.2616],"classes":["airplane","automobile","bird","cat","deer",'
+    '"dog","frog","horse","ship","truck"]}{"model":"lenet5","settings":{"width":24},"shape":[1,28,28],"mean":[0.286],'
+    '"std":[0.353],"classes":["T-shirt/top","Trouser","Pullover","Dress","Coat","Sandal","Shirt","Sneaker","Bag",'
+    '"Ankle boot"]}layer1.0.conv1.weight\0layer1.0.bn1.running_mean\0running_var\0num_batches_tracked\0'
+    'conv1.bias\0fc1.weight\0fc1.bias\0{"model":"lenet300","settings":{"hidden":[300,100]},"shape":[1,28,28],'
+    '"mean":[0.1307],"std":[0.3081],"classes":["0","1","2","3","4","5","6","7","8","9"]}'
+)
 
 
-class _Scalars:
-    """Codes single numbers with adaptive bits; a context is any hashable thing."""
+@dataclass
+class _Stream:
+    """One direction of coding: the coder, what it has learned so far, and what each part took."""
 
-    def __init__(self, coder: Encoder | Decoder) -> None:
-        self.coder = coder
-        self.counts: dict[Any, list[int]] = {}
+    coder: Meter
+    literal: bytearray  # an Encoder's: written so far, last first; a Decoder's: not yet read
+    scalars: Scalars = field(init=False)
+    text: Text = field(init=False)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
+    density: tuple[int, int] = (3, 10)  # non-zeros among positions of the last masked tensor
+    ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last codes, by their depth
 
-    def bit(self, context: Any, bit: int = 0) -> int:
-        count = self.counts.setdefault(context, [0, 0])
-        probability = ONE * (2 * count[1] + 1) // (2 * (count[0] + count[1]) + 2)
-        bit = self.coder.bit(min(max(probability, LOWEST), ONE - LOWEST), bit)
-        count[bit] += 1
-        return bit
+    def __post_init__(self) -> None:
+        self.scalars = Scalars(self.coder)
+        self.text = Text(self.coder, _PRIMER)
 
-    def tree(self, context: Any, num_bits: int, value: int = 0) -> int:
-        """A number below 2^num_bits, most significant bit first."""
-        node = 1
-        for shift in reversed(range(num_bits)):
-            node = node * 2 + self.bit((context, node), value >> shift & 1)
-        return node - (1 << num_bits)
+    def part(self, tensor: str, name: str, start: tuple[float, int], **more: Any) -> None:
+        """Notes what was coded since `start`, an earlier `here()`."""
+        bits, literal = self.here()
+        self.parts.append({"tensor": tensor, "part": name, "bits": bits - start[0],
+                           "literal": abs(literal - start[1]), **more})
 
-    def number(self, context: Any, value: int = 0, limit: int = 1 << 63) -> int:
-        """A number 0 <= value < limit: its length in unary, then its bits."""
-        value += 1
-        length = 0
-        while self.bit((context, "length", length), int(value >> length > 1)):
-            length += 1
-            if length > 64:
-                raise ValueError("a number is out of range")
-        node = 1
-        for shift in reversed(range(length)):
-            bit = value >> shift & 1
-            if length - shift <= 2:
-                node = node * 2 + self.bit((context, length, node), bit)
-            else:
-                node = node * 2 + self.coder.uniform(bit, 1)
-        if node - 1 >= limit:
-            raise ValueError(f"got {node - 1} where less than {limit} is allowed")
-        return node - 1
+    def here(self) -> tuple[float, int]:
+        return self.coder.bits, len(self.literal)
 
-    def text(self, context: Any, text: str = "") -> str:
-        data = text.encode()
-        out = bytearray()
-        last = 0
-        for i in range(self.number((context, "bytes"), len(data), 1 << 24)):
-            last = self.tree((context, last), 8, data[i] if self.coder.writes else 0)
-            out.append(last)
-        return out.decode()
+    def bytes(self, num_bytes: int, data: bytes = b"") -> bytes:
+        """Literal bytes."""
+        if self.coder.writes:
+            self.literal[:0] = data
+            return data
+        if num_bytes > len(self.literal):
+            raise ValueError("the literal bytes end too early")
+        data = bytes(self.literal[len(self.literal) - num_bytes:])
+        del self.literal[len(self.literal) - num_bytes:]
+        return data
+
+
+# ---- raw numbers -----------------------------------------------------------------------------------------------------
 
 
 def _patterns(array: np.ndarray) -> np.ndarray:
@@ -85,287 +106,706 @@ def _patterns(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
-class _Stream:
-    """One direction of coding: the coder, its adaptive state, the literal bytes and the account."""
-
-    def __init__(self, coder: Encoder | Decoder, literal: bytes = b"") -> None:
-        self.coder = coder
-        self.scalars = _Scalars(coder)
-        self.literal = literal  # a Decoder's: not yet read; an Encoder's: written so far
-        self.rows: list[dict[str, Any]] = []
-
-    def mark(self, tensor: str, part: str, start: float, literal: int = 0, **more: Any) -> None:
-        self.rows.append({"tensor": tensor, "part": part, "bits": self.coder.cost - start + 8 * literal, **more})
-
-    def take(self, num_bytes: int, data: bytes = b"") -> bytes:
-        if self.coder.writes:
-            self.literal = data + self.literal
-            return data
-        if num_bytes > len(self.literal):
-            raise ValueError("the literal bytes end too early")
-        data = self.literal[len(self.literal) - num_bytes:]
-        self.literal = self.literal[: len(self.literal) - num_bytes]
-        return data
+def _code_numbers(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Patterns [n] of numbers of a dtype. What a Decoder is handed matters only for its length and dtype."""
+    drop = _code_drop(stream, patterns, dtype)
+    if len(patterns) > _SHORT:
+        return _code_planes(stream, patterns >> drop, 8 * dtype.itemsize - drop) << patterns.dtype.type(drop)
+    if dtype.kind == "f":
+        values = [_code_float(stream, value, dtype, drop) for value in patterns.tolist()]
+    else:
+        modulus = 1 << 8 * dtype.itemsize
+        values = []
+        for value in patterns.tolist():
+            folded = 2 * value if 2 * value < modulus else 2 * (modulus - value) - 1  # 0, -1, 1, -2, ...
+            folded = stream.scalars.number(("integer", dtype.name), folded, modulus)
+            values.append((modulus - folded // 2 - 1 if folded % 2 else folded // 2) % modulus)
+    return np.array(values, patterns.dtype)
 
 
-FORMS = ("raw", "sparse", "codebook", "steps")
+def _fraction_bits(dtype: np.dtype) -> int:
+    return {2: 10, 4: 23, 8: 52}[dtype.itemsize]
 
 
-def _code_mask(stream: _Stream, mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """v0: adaptive column counts."""
-    rows, cols = shape
-    ones = np.zeros(cols, np.int64)
-    total = 1
-    out = np.zeros(shape, bool)
-    seen = 0
-    for r in range(rows):
-        base = ONE * (2 * total + 1) // (2 * (seen + 2))
-        p = (ONE * ones + 2 * base) // (r + 2)
-        p = np.clip(p, 16, ONE - 16)
-        out[r] = stream.coder.code(p, mask[r] if stream.coder.writes else None)
-        ones += out[r]
-        total += int(out[r].sum())
-        seen += cols
+def _code_drop(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> int:
+    """How many low bits of the fraction are zero in every number: 13 where float16 is exact."""
+    if dtype.kind != "f":
+        return 0
+    union = int(np.bitwise_or.reduce(patterns, initial=0)) | 1 << _fraction_bits(dtype)
+    return stream.scalars.number(("drop", dtype.name), (union & -union).bit_length() - 1, _fraction_bits(dtype) + 1)
+
+
+def _code_float(stream: _Stream, value: int, dtype: np.dtype, drop: int) -> int:
+    fraction = _fraction_bits(dtype)
+    top = stream.scalars.tree(("float", dtype.name), 8 * dtype.itemsize - fraction, value >> fraction)
+    return top << fraction | stream.coder.uniform(fraction - drop, (value & (1 << fraction) - 1) >> drop) << drop
+
+
+def _code_planes(stream: _Stream, patterns: np.ndarray, num_bits: int) -> np.ndarray:
+    """Byte by byte of the numbers, each plane deflated where that is smaller."""
+    out = np.zeros_like(patterns)
+    for shift in range(0, num_bits, 8):
+        plane = (patterns >> patterns.dtype.type(shift)).astype(np.uint8).tobytes() if stream.coder.writes else b""
+        packed = zlib.compress(plane, 9)
+        if not stream.scalars.bit("deflated", int(len(packed) < len(plane))):
+            plane = stream.bytes(len(patterns), plane)
+        else:
+            packed = stream.bytes(stream.scalars.number("packed", len(packed), len(patterns)), packed)
+            plane = zlib.decompressobj().decompress(packed, len(patterns))
+            if len(plane) != len(patterns):
+                raise ValueError("literal bytes are damaged")
+        out |= np.frombuffer(plane, np.uint8).astype(patterns.dtype) << patterns.dtype.type(shift)
     return out
 
 
-def _code_codes(stream: _Stream, codes: np.ndarray, num: int, k: int) -> np.ndarray:
+# ---- matrices: masks and codes ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Grid:
+    """A tensor as a matrix [rows, columns], whose columns fall into grids of `height` x `width` neighbours."""
+
+    rows: int
+    columns: int
+    height: int = 1
+    width: int = 1
+    column_live: np.ndarray | None = None  # [columns], [rows]: how alive the unit is that feeds it
+    row_live: np.ndarray | None = None
+
+    @property
+    def flat(self) -> bool:
+        return self.height * self.width == 1
+
+    def waves(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The order of coding: (row numbers, column numbers) of positions that are coded together.
+
+        Wave t holds the positions with column + row = t: what lies left, above, or above and right in the grid, and
+        all rows above in the same column are known by then. Wide matrices are cut at grid borders into chunks of
+        columns that advance side by side, so that there are fewer and longer waves.
+        """
+        starts = self._chunks()
+        longest = int(np.diff(starts).max())
+        even = len(starts) == 2 or int(np.diff(starts).min()) == longest
+        for t in range(self.rows + longest - 1):
+            rows = np.arange(max(0, t - longest + 1), min(self.rows, t + 1))
+            columns = starts[:-1, None] + (t - rows)
+            rows = np.broadcast_to(rows, columns.shape)
+            if even:
+                yield rows.reshape(-1), columns.reshape(-1)
+            else:
+                inside = columns < starts[1:, None]
+                yield rows[inside], columns[inside]
+
+    def _chunks(self) -> np.ndarray:
+        """Starts of the chunks, and the number of columns."""
+        grids = self.columns // (self.height * self.width)
+        num = max(1, min(grids, self.rows * self.columns // (64 * min(self.rows, self.columns))))
+        return np.arange(num + 1) * grids // num * (self.height * self.width)
+
+    def neighbours(self, offsets: list[tuple[int, int]]) -> np.ndarray:
+        """[len(offsets), columns]: the column at (down, right) in the same grid, or `columns` where there is none."""
+        column = np.arange(self.columns)
+        y, x = column // self.width % self.height, column % self.width
+        found = []
+        for down, right in offsets:
+            inside = (y + down >= 0) & (y + down < self.height) & (x + right >= 0) & (x + right < self.width)
+            found.append(np.where(inside, column + down * self.width + right, self.columns))
+        return np.array(found)
+
+
+def _grid(shape: tuple[int, ...], live: np.ndarray | None) -> _Grid:
+    """The matrix of a tensor, by its shape and that of the weight tensor before it (live: a number for each row)."""
+    numel = math.prod(shape)
+    if len(shape) < 2:
+        return _Grid(1, numel, column_live=live if live is not None and len(live) == numel else None)
+    rows, columns = shape[0], numel // shape[0]
+    grid = _Grid(rows, columns)
+    if live is not None and columns % len(live) == 0 and shape[1] % len(live) == 0:
+        grid.column_live = np.repeat(live, columns // len(live))
+    elif live is not None and len(live) == rows:
+        grid.row_live = live
+    if len(shape) > 2:
+        grid.height, grid.width = math.prod(shape[2:-1]), shape[-1]
+        return grid
+    # a matrix whose columns are pixels: channels of the layer before it, or one or three of an image
+    if grid.column_live is not None:
+        sizes = [columns // len(live)]
+    else:
+        sizes = [columns // channels for channels in (1, 3) if columns % channels == 0 and columns // channels >= 64]
+    for size in sizes:
+        if math.isqrt(size) ** 2 == size:
+            grid.height = grid.width = math.isqrt(size)
+            break
+    return grid
+
+
+_NEAR = [(0, -1), (-1, 0), (-1, 1), (-1, -1), (0, -2), (-2, 0)]
+_FAR = [(-1, 2), (-1, -2), (-2, -1), (-2, 1), (-2, 2), (-2, -2), (0, -3), (-3, 0)]
+_AROUND = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+_COUNT = 16  # counts are kept in units of 1 / _COUNT
+
+
+def _log_ratio(found: np.ndarray, expected: np.ndarray, weight: int) -> np.ndarray:
+    """log2((found + weight) / (expected + weight)); all three in units of 1 / _COUNT."""
+    log2 = log2_table()
+    return log2.take(found + weight, mode="clip") - log2.take(expected + weight, mode="clip")
+
+
+def _liveness(live: np.ndarray) -> np.ndarray:
+    """log2 of how alive each unit is, against the mean."""
+    mean = np.full_like(live, live.sum() * _COUNT // len(live))
+    return _log_ratio(live * _COUNT, mean, _COUNT // 2)
+
+
+def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
+    """Where a matrix is not zero: [rows, columns] of 0 and 1.
+
+    Each position's odds are mixed from: the density so far; what the column, the row and the columns around it had
+    more than expected; the neighbours in the row's grid, one by one, as a pattern, and as a sum; the rows above; and
+    how many weights the unit has that feeds the column (or row) in the tensor before.
+    """
+    rows, columns = grid.rows, grid.columns
+    coder, stretch = stream.coder, stretch_table()
+    spatial = not grid.flat
+    weights = {"density": 1.0, "column": 0.7, "row": 0.6, "above": 0.0, "pattern": 0.5}
+    if spatial:
+        weights |= {"left": 1.8, "up": 1.1, "up right": 0.9, "up left": -0.1, "left 2": 0.1, "up 2": 0.0,
+                    "around": 0.3, "corners": 0.1, "none": -0.5, "far": 0.3}
+    if grid.column_live is not None:
+        weights["column live"] = 0.8
+    if grid.row_live is not None:
+        weights["row live"] = 0.8
+    names = list(weights)
+    at = {name: i for i, name in enumerate(names)}
+    mixer = Mixer(list(weights.values()), num_sets=3 if spatial else 1)
+    column_live = None if grid.column_live is None else _liveness(grid.column_live)
+    row_live = None if grid.row_live is None else _liveness(grid.row_live)
+    near, around = grid.neighbours(_NEAR + _FAR), grid.neighbours(_AROUND)
+    powers = 1 << np.arange(len(_NEAR))
+
+    stride = columns + 1
+    out = np.zeros((rows + 2, stride), np.uint8)  # two rows above and a column to the right stay zero
+    known = out.reshape(-1)
+    column_ones, row_ones, row_expected = (np.zeros(size, np.int64) for size in (columns, rows, rows))
+    column_ratio, column_probability = np.zeros(stride, np.int64), np.zeros(stride, np.int64)
+    pattern_found = np.full(1 << len(_NEAR), 2 * _COUNT, np.int64)
+    pattern_expected = np.full(1 << len(_NEAR), 2 * _COUNT * ONE, np.int64)
+    # counts that would leave the logarithm's table are kept in coarser units
+    coarse = max(0, (max(rows, columns) * _COUNT).bit_length() - 17)
+    ones, seen = stream.density
+    ones, seen = 2 * _COUNT * ones // seen + 1, 2 * _COUNT + 2
+
+    for r, c in grid.waves():
+        density = ONE * ones // seen
+        odds = int(stretch[density])
+        found = column_ones[c]
+        by_column = _log_ratio(found * _COUNT >> coarse, r * density * _COUNT >> 16 + coarse, _COUNT)
+        probability = squash(odds + by_column)
+        column_ratio[c] = by_column
+        column_probability[c] = probability
+        inputs = np.empty((len(names), len(r)))
+        inputs[0] = odds
+        inputs[1] = by_column
+        inputs[2] = _log_ratio(row_ones[r] * _COUNT >> coarse, row_expected[r] * _COUNT >> 16 + coarse, _COUNT)
+        here = (r + 2) * stride + c
+        above = known[here - stride]
+        inputs[3] = above * float(UNIT)
+        inputs[4] = 0
+        sets = None
+        if spatial:
+            neighbours = known[(r + 2) * stride + near[:, c]]
+            inputs[5:11] = neighbours[:6] * float(UNIT)
+            ratios = column_ratio[around[:, c]]
+            inputs[11] = ratios[:4].sum(0) >> 2
+            inputs[12] = ratios[4:].sum(0) >> 2
+            touching = neighbours[:4].sum(0)
+            inputs[13] = (touching == 0) * float(UNIT)
+            inputs[14] = _log_ratio(neighbours[6:].sum(0, dtype=np.int64) * _COUNT,
+                                    column_probability[near[6:, c]].sum(0) >> 12, _COUNT // 2)
+            sets = np.minimum(touching, 2)
+            pattern = powers @ neighbours[:6]
+        else:
+            pattern = above + 2 * known[here - 2 * stride]
+        if column_live is not None:
+            inputs[at["column live"]] = column_live[c]
+        if row_live is not None:
+            inputs[at["row live"]] = row_live[r]
+        expected = mixer.predict(inputs, sets)
+        inputs[4] = _log_ratio(pattern_found[pattern], pattern_expected[pattern] >> 16, 0)
+        bits = coder.code(mixer.predict(inputs, sets), mask[r, c])
+        mixer.update(bits)
+
+        known[here] = bits
+        column_ones[c] += bits
+        add = np.bincount(r, bits).astype(np.int64)
+        row_ones[:len(add)] += add
+        add = np.bincount(r, probability).astype(np.int64)
+        row_expected[:len(add)] += add
+        pattern_found += np.bincount(pattern, bits, len(pattern_found)).astype(np.int64) * _COUNT
+        pattern_expected += np.bincount(pattern, expected, len(pattern_found)).astype(np.int64) * _COUNT
+        if int(pattern_expected.max()) >> 16 > 1 << 16:
+            halve = pattern_expected >> 16 > 1 << 16
+            pattern_found[halve] >>= 1
+            pattern_expected[halve] >>= 1
+        ones += int(bits.sum()) * _COUNT
+        seen += len(r) * _COUNT
+    mask = out[2:, :columns]
+    stream.density = (int(mask.sum()), mask.size)
+    return mask
+
+
+def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Grid, highest: tuple[int, int]
+                ) -> np.ndarray:
+    """The non-zeros of a matrix as signed ranks: the smallest positive value is 1, the smallest negative -1, ...
+
+    highest: the highest rank of the negative and of the positive values. The sign is coded first, from the signed
+    neighbours and the balance of the row and column; then the rank, highest bit first, from how often each value
+    came before, the neighbours' ranks, and the mean of the row and column.
+    """
     coder = stream.coder
-    depth = max(1, (k - 1).bit_length())
-    counts = np.full((1 << depth, 2), 1, np.int64)
-    out = np.zeros(num, np.int64)
-    at = 0
-    while at < num:
-        end = min(num, at + 1 + at // 16)
-        node = np.ones(end - at, np.int64)
-        for shift in reversed(range(depth)):
-            c = counts[node]
-            p = np.clip(ONE * c[:, 1] // (c[:, 0] + c[:, 1]), 16, ONE - 16)
-            bits = coder.code(p, codes[at:end] >> shift & 1 if coder.writes else None)
-            np.add.at(counts, (node, bits.astype(np.int64)), 2)
+    log2 = log2_table()
+    rows, columns = mask.shape
+    depth = (max(highest) - 1).bit_length()
+    full = 1 << depth
+    spatial = not grid.flat
+    signs = [0.9, 0.4, 0.2, 0.1] + ([1.5, 1.2, 0.9, 0.1, 0.2, 0.5] if spatial else [])
+    sizes = [0.6, 0.5, 0.5, 0.1, 0.0] + ([0.7, 0.5, 0.4, 0.0, 0.15, 0.1, 0.1] if spatial else [])
+    sign_mixer = Mixer(signs)
+    size_mixers = [Mixer(sizes) for _ in range(depth)]
+    near = grid.neighbours(_NEAR + _FAR[:4])
+    stride = columns + 1
+    size, sign = np.zeros((rows + 2) * stride, np.int64), np.zeros((rows + 2) * stride, np.int64)  # 1 .. 255; -1, 0, 1
+    out = np.zeros((rows, columns), np.int64)
+    padded = np.concatenate([mask, np.zeros((rows, 1), mask.dtype)], 1)
+    crowd = padded[:, grid.neighbours(_AROUND)].sum(1, dtype=np.int64) if spatial else None
+    row_live = _liveness(mask.sum(1, dtype=np.int64)) >> 1
+
+    unit = 64  # of these counts
+    balance = np.full(2, unit, np.int64)
+    row_signs, column_signs = np.full((rows, 2), 3 * unit, np.int64), np.full((columns, 2), 3 * unit, np.int64)
+    pattern_signs = np.full((81, 2), 2 * unit, np.int64)
+    powers = np.array([1, 3, 9, 27])
+    shared = _faded(stream.ranks.get(depth, np.full((2 * full, 2), unit, np.int64)), 16 * unit)
+    nodes = np.full((2, 2 * full, 2), unit, np.int64)
+    row_sizes, column_sizes = np.zeros((rows, 2), np.int64), np.zeros((columns, 2), np.int64)  # sum, number
+    total, number = 4 * 128, 4
+    both = min(highest) > 0
+
+    for r, c in grid.waves():
+        keep = mask[r, c] > 0
+        if not keep.any():
+            continue
+        r, c = r[keep], c[keep]
+        here = (r + 2) * stride + c
+        rank = ranks[r, c]
+        inputs = np.empty((len(signs), len(r)))
+        inputs[0] = log2[balance[1]] - log2[balance[0]]
+        inputs[1] = log2[row_signs[r, 1]] - log2[row_signs[r, 0]]
+        inputs[2] = log2[column_signs[c, 1]] - log2[column_signs[c, 0]]
+        inputs[3] = sign[here - stride] * (size[here - stride] + 64)
+        if spatial:
+            where = (r + 2) * stride + near[:, c]
+            near_sign, near_size = sign[where], size[where]
+            signed = near_sign * (3 * near_size + 128)
+            inputs[4:8] = signed[:4]
+            inputs[8] = signed[4:].sum(0)
+            pattern = powers @ (near_sign[:4] + 1)
+            inputs[9] = log2[pattern_signs[pattern, 1]] - log2[pattern_signs[pattern, 0]]
+        if both:
+            positive = coder.code(sign_mixer.predict(inputs), rank > 0).astype(np.int64)
+            sign_mixer.update(positive)
+        else:
+            positive = np.full(len(r), int(highest[1] > 0))
+        balance += np.bincount(positive, minlength=2) * unit
+        _fade(balance[None])
+        np.add.at(row_signs, (r, positive), unit)
+        np.add.at(column_signs, (c, positive), unit)
+        _fade(row_signs)
+        _fade(column_signs)
+        if spatial:
+            np.add.at(pattern_signs, (pattern, positive), unit)
+            _fade(pattern_signs)
+
+        node, low = np.ones(len(r), np.int64), np.zeros(len(r), np.int64)
+        mean = total // number
+        inputs = np.empty((len(sizes), len(r)))
+        inputs[2] = ((row_sizes[r, 0] + 3 * mean) // (row_sizes[r, 1] + 3) - mean) * 4
+        inputs[3] = ((column_sizes[c, 0] + 3 * mean) // (column_sizes[c, 1] + 3) - mean) * 4
+        inputs[4] = row_live[r]
+        if spatial:
+            larger = np.where(near_size > 0, near_size - mean, 0) * 4
+            inputs[5:9] = larger[:4]
+            inputs[9] = larger[4:].sum(0)
+            inputs[10] = (crowd[r, c] - 2) * 64
+            inputs[11] = near_sign[:4].sum(0) * (2 * positive - 1) * 128
+        top = np.array(highest)[positive]
+        rest = np.abs(rank) - 1
+        for level, mixer in enumerate(size_mixers):
+            half = full >> level + 1
+            inputs[0] = log2[shared[node, 1]] - log2[shared[node, 0]]
+            inputs[1] = log2[nodes[positive, node, 1]] - log2[nodes[positive, node, 0]]
+            probability = mixer.predict(inputs)
+            free = low + half < top  # elsewhere the upper half is empty
+            bits = np.zeros(len(r), np.int64)
+            if free.any():
+                bits[free] = coder.code(probability[free], (rest & half > 0)[free])
+                mixer.update(bits, free)
+            np.add.at(shared, (node, bits), unit)
+            np.add.at(nodes, (positive, node, bits), unit)
+            _fade(shared)
+            _fade(nodes[0])
+            _fade(nodes[1])
+            low += bits * half
             node = node * 2 + bits
-        out[at:end] = node - (1 << depth)
-        at = end
-    if k and out.size and int(out.max()) >= k:
-        raise ValueError("a code is outside its codebook")
+        out[r, c] = (low + 1) * (2 * positive - 1)
+        level = (2 * low + 1) * 128 // full
+        size[here], sign[here] = np.maximum(level, 1), 2 * positive - 1
+        np.add.at(row_sizes, r, np.stack([level, np.ones_like(level)], 1))
+        np.add.at(column_sizes, c, np.stack([level, np.ones_like(level)], 1))
+        total += int(level.sum())
+        number += len(r)
+    stream.ranks[depth] = shared
     return out
 
 
-def _code_raw(stream: _Stream, patterns: np.ndarray, num: int, dtype: np.dtype) -> np.ndarray:
-    """Numbers as bit patterns: common trailing zero bits dropped, high bits adaptive, low bits as they are."""
-    scalars = stream.scalars
-    width = dtype.itemsize * 8
-    if dtype.kind in "iub":
-        signed = patterns.view(f"i{dtype.itemsize}").astype(object) if stream.coder.writes else []
-        out = []
-        for i in range(num):
-            value = int(signed[i]) if stream.coder.writes else 0
-            zigzag = scalars.number(("integer", width), value * 2 if value >= 0 else -2 * value - 1, 1 << width + 1)
-            out.append(zigzag // 2 if zigzag % 2 == 0 else -(zigzag + 1) // 2)
-        return np.array(out, f"i{dtype.itemsize}").view(patterns.dtype)
-    high = {16: 6, 32: 9, 64: 12}[width]
-    values = patterns.tolist() if stream.coder.writes else [0] * num
-    common = 0
-    for value in values:
-        common |= value
-    drop = min((common & -common).bit_length() - 1, width - high) if common else width - high
-    drop = scalars.number("drop", drop, width - high + 1)
-    out = []
-    for value in values:
-        top = scalars.tree(("high", width), high, value >> width - high)
-        low = stream.coder.uniform(value >> drop & (1 << width - high - drop) - 1, width - high - drop)
-        out.append((top << width - high - drop | low) << drop)
-    return np.array(out, patterns.dtype)
+def _fade(counts: np.ndarray, limit: int = 1 << 17) -> None:
+    """Halves, in place, rows of counts that grew too large for the logarithm's table."""
+    if int(counts.max()) > limit:
+        counts[counts.max(1) > limit] >>= 1
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    numel = math.prod(shape)
-    return (shape[0], numel // shape[0]) if shape and numel else (1, numel)
+def _faded(counts: np.ndarray, limit: int) -> np.ndarray:
+    """Counts scaled so that no row sums to more than a limit."""
+    total = counts.sum(1, keepdims=True)
+    return np.maximum(np.where(total > limit, counts * limit // np.maximum(total, 1), counts), 8)
 
 
-def _code_tensor(stream: _Stream, name: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: str,
-                 step: float | None) -> np.ndarray:
-    coder, scalars = stream.coder, stream.scalars
-    kind = np.dtype(dtype)
-    numel = math.prod(shape)
-    unsigned = np.dtype(f"u{kind.itemsize}")
-    patterns = _patterns(array) if coder.writes else np.zeros(numel, unsigned)
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+_ZEROS = ("none", "some", "all")
+_RAW, _CODEBOOK, _STEPS = range(3)
+
+
+def _code_tensor(stream: _Stream, name: str, array: np.ndarray, step: float | None = None) -> np.ndarray:
+    """A tensor; a Decoder is handed an array of the right shape and dtype."""
+    scalars, dtype, start = stream.scalars, array.dtype, stream.here()
+    patterns = _patterns(array)
+    numel = len(patterns)
     if numel == 0:
-        return np.zeros(shape, kind)
-    start = coder.cost
-    form = 0
-    nonzero = patterns != 0
-    codebook = np.zeros(0, unsigned)
-    if coder.writes:
-        codebook = np.unique(patterns[nonzero])
-        if step is not None:
-            form = 3
-        elif kind.kind == "f" and 2 * codebook.size < nonzero.sum() and codebook.size <= 1 << 16:
-            form = 2
-        elif kind.kind == "f" and not nonzero.all():
-            form = 1
-    form = scalars.tree(("form", kind.kind, len(shape) > 1), 2, form)
-    stream.mark(name, "header", start)
-    if form == 0:
-        start = coder.cost
-        patterns = _code_raw(stream, patterns, numel, kind)
-        stream.mark(name, "values", start, numel=numel)
-        return patterns.view(kind).reshape(shape)
-    if form == 3:
-        start = coder.cost
-        scale = int(scalars.coder.uniform(int(np.float32(step or 0).view(np.uint32)), 32))
-        scale32 = np.uint32(scale).view(np.float32)
-        integers = np.zeros(numel, np.int64)
-        if coder.writes:
-            integers = np.rint(array.reshape(-1) / scale32).astype(np.int64)
-        integers = _code_raw(stream, integers.view(np.uint64), numel, np.dtype(np.int64)).view(np.int64)
-        stream.mark(name, "values", start, numel=numel)
-        return (scale32 * integers.astype(np.float32)).reshape(shape)
-    start = coder.cost
-    mask = _code_mask(stream, nonzero.reshape(_matrix(shape)), _matrix(shape)).reshape(-1)
-    stream.mark(name, "mask", start, numel=numel)
-    count = int(mask.sum())
-    start = coder.cost
-    out = np.zeros(numel, unsigned)
-    if form == 1:
-        out[mask] = _code_raw(stream, patterns[nonzero], count, kind)
-        stream.mark(name, "values", start, numel=numel)
-        return out.view(kind).reshape(shape)
-    k = scalars.number("clusters", codebook.size, 1 << 17)
-    codebook = _code_raw(stream, codebook, k, kind)
-    stream.mark(name, "codebook", start)
-    start = coder.cost
-    codes = np.searchsorted(codebook, patterns[nonzero]) if coder.writes else np.zeros(0, np.int64)
-    out[mask] = codebook[_code_codes(stream, codes, count, k)]
-    stream.mark(name, "values", start, numel=numel)
-    return out.view(kind).reshape(shape)
+        return array.copy()
+    present = patterns != 0
+    context = (dtype.kind, array.ndim > 1)
+    count = int(present.sum())
+    form, zeros, drop = _RAW, int(count < numel) + int(count == 0), 0
+    if stream.coder.writes:
+        form, masked = _choose(array, patterns, present, step)
+        zeros = zeros if masked or zeros == 2 else 0
+    form = scalars.tree(("form", *context), 2, form)
+    zeros = scalars.tree(("zeros", *context), 2, zeros)
+    if form > _STEPS or zeros > 2 or form and dtype.kind != "f":
+        raise ValueError("the coded stream is damaged: unknown form of a tensor")
+    grid = _grid(array.shape, stream.live)
+    matrix = (grid.rows, grid.columns)
+    mask = np.full(matrix, zeros == 0, np.uint8)
+    stream.part(name, "form", start)
+    if zeros == 1:
+        start = stream.here()
+        mask = _code_mask(stream, present.reshape(matrix), grid)
+        stream.part(name, "mask", start)
+    chosen = mask.reshape(-1) > 0
+    values = np.zeros(int(chosen.sum()), patterns.dtype)
+    clusters = 0
+    if form == _RAW:
+        start = stream.here()
+        values = _code_numbers(stream, patterns[chosen] if stream.coder.writes else values, dtype)
+    else:
+        start = stream.here()
+        if form == _CODEBOOK:
+            codebook, highest = _code_codebook(stream, np.unique(patterns[chosen]), dtype)
+        else:
+            codebook, highest = _code_steps(stream, array, step)
+        stream.part(name, "codebook", start)
+        start = stream.here()
+        clusters = sum(highest)
+        ranks = np.zeros(matrix, np.int64)
+        if stream.coder.writes:
+            order = np.argsort(codebook, kind="stable")
+            found = order[np.searchsorted(codebook, patterns[chosen], sorter=order)] - highest[0]
+            ranks.reshape(-1)[chosen] = found + (found >= 0)
+        if clusters > 1:
+            ranks = _code_ranks(stream, ranks, mask, grid, highest)
+            found = ranks.reshape(-1)[chosen]
+            values = codebook[found + highest[0] - (found > 0)]
+        elif clusters:
+            values = np.repeat(codebook, len(values))
+    stream.part(name, "values", start)
+    out = np.zeros(numel, patterns.dtype)
+    out[chosen] = values
+    if array.ndim > 1:
+        stream.live = mask.sum(1, dtype=np.int64)
+    return out.view(dtype).reshape(array.shape)
 
 
-def _code_layout(stream: _Stream, layout: Layout | None, known: bool) -> Layout:
-    """Names, shapes and dtypes; of a layout that both sides know, only a check."""
-    scalars = stream.scalars
-    if scalars.bit("known", int(known)):
-        if layout is None:
-            raise ValueError("the file holds no names and shapes: a layout is needed")
-        check = zlib.crc32(repr([(n, tuple(s), str(d)) for n, (s, d) in layout.items()]).encode()) & 0xFF
-        if stream.coder.uniform(check, 8) != check:
-            raise ValueError("the layout given is not the one that the file was written with")
-        return layout
-    out = {}
-    items = list(layout.items()) if stream.coder.writes else []
-    total = 0
-    for i in range(scalars.number("tensors", len(items), 1 << 20)):
-        name, (shape, dtype) = items[i] if stream.coder.writes else ("", ((), ""))
-        name = scalars.text("name", name)
-        dtype = DTYPES[scalars.number("dtype", DTYPES.index(dtype) if dtype else 0, len(DTYPES))]
-        ndim = scalars.number("ndim", len(shape), 33)
-        shape = tuple(scalars.number(("dim", ndim), shape[j] if shape else 0, MAX_NUMEL + 1) for j in range(ndim))
-        out[name] = (shape, dtype)
-    return out
+def _choose(array: np.ndarray, patterns: np.ndarray, present: np.ndarray, step: float | None) -> tuple[int, bool]:
+    """The form that takes the fewest bytes, and whether a mask helps, by the entropy of each."""
+    numel, count = len(patterns), int(present.sum())
+    mask_bits = _entropy_bits(np.array([count, numel - count]))
+    if array.dtype.kind != "f":
+        return _RAW, count == 0
+    if step is not None:
+        return _STEPS, count < numel
+    if count == 0:
+        return _RAW, True
+    union = int(np.bitwise_or.reduce(patterns)) | 1 << _fraction_bits(array.dtype)
+    number_bits = _fraction_bits(array.dtype) + 4 - (union & -union).bit_length()
+    sizes = {(_RAW, True): mask_bits + count * number_bits, (_RAW, False): numel * number_bits}
+    values, counts = np.unique(patterns[present], return_counts=True)
+    if len(values) <= MAX_CLUSTERS:
+        sizes[_CODEBOOK, True] = mask_bits + _entropy_bits(counts) + len(values) * (number_bits + 2)
+    form, masked = min(sizes, key=sizes.get)
+    return form, masked and count < numel
 
 
-def _check_layout(layout: Layout) -> None:
+def _entropy_bits(counts: np.ndarray) -> float:
+    counts = counts[counts > 0]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
+def _code_codebook(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, tuple[int, int]]:
+    """Distinct values; negative ones first, the largest in magnitude at both ends; how many of either sign."""
+    width = 8 * dtype.itemsize
+    drop = _code_drop(stream, patterns, dtype)
+    halves = []
+    for negative in (1, 0):
+        sizes = np.sort(patterns[patterns >> width - 1 == negative] & (1 << width - 1) - 1).tolist()
+        count = stream.scalars.number("clusters", len(sizes), MAX_CLUSTERS + 1)
+        out = []
+        for i in range(count):
+            size = sizes[i] if stream.coder.writes else 0
+            if not out:
+                out.append(_code_float(stream, size, dtype, drop))
+            else:
+                gap = stream.scalars.number("gap", (size - out[-1] >> drop) - 1, 1 << width)
+                out.append(out[-1] + (gap + 1 << drop))
+        if out and out[-1] >> width - 1:
+            raise ValueError("the coded stream is damaged: a codebook overflows")
+        halves.append([size | negative << width - 1 for size in out])
+    negative, positive = halves
+    return np.array(negative[::-1] + positive, patterns.dtype), (len(negative), len(positive))
+
+
+def _code_steps(stream: _Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """The codebook of a step times all integers between the least and the greatest."""
+    pattern = int(np.float32(step or 1).view(np.uint32))
+    drop = _code_drop(stream, np.array([pattern], np.uint32), np.dtype(np.float32))
+    scale = np.uint32(_code_float(stream, pattern, np.dtype(np.float32), drop)).view(np.float32)
+    integers = np.rint(array.astype(np.float64) / np.float64(scale)) if stream.coder.writes else np.zeros(1)
+    highest = tuple(stream.scalars.number("highest", int(max(0, (sign * integers).max())), MAX_CLUSTERS // 2 + 1)
+                    for sign in (-1, 1))
+    integers = np.concatenate([np.arange(-highest[0], 0), np.arange(1, highest[1] + 1)])
+    return _patterns(scale * integers.astype(np.float32)), highest
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _normal(layout: Layout) -> dict[str, tuple[tuple[int, ...], str]]:
+    """A layout with plain tuples and dtype names. ValueError where it asks for too much."""
+    layout = {str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
+              for name, (shape, dtype) in layout.items()}
+    for name, (_, dtype) in layout.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
+        if "\0" in name:
+            raise ValueError(f"tensor {name!r}: a name may not hold the byte 0")
     total = sum(math.prod(shape) for shape, _ in layout.values())
     if total > MAX_NUMEL:
-        raise ValueError(f"{total} numbers; at most {MAX_NUMEL} fit a file")
+        raise ValueError(f"{total} numbers in all tensors together; at most {MAX_NUMEL} are allowed")
+    return layout
+
+
+def _code_layout(stream: _Stream, layout: Layout | None, stored: bool) -> Layout:
+    """Names, shapes and dtypes; of a layout that both sides know, only a check.
+
+    stored: whether an Encoder writes it all. A Decoder is handed the layout that it knows, or None.
+    """
+    scalars = stream.scalars
+    if not scalars.bit("stored", int(stored)):
+        if layout is None:
+            raise ValueError("it holds no names and shapes; they must be given as a layout")
+        check = zlib.crc32(repr(list(layout.items())).encode()) & 0xFF
+        if stream.coder.uniform(8, check) != check:
+            raise ValueError("the layout given is not the one that it was written with")
+        return layout
+    items = list(layout.items()) if stream.coder.writes else []
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for i in range(scalars.number("tensors", len(items), 1 << 20)):
+        name, (shape, dtype) = items[i] if stream.coder.writes else ("", ((), DTYPES[0]))
+        name = stream.text.code(name)
+        dtype = DTYPES[scalars.number("dtype", DTYPES.index(dtype), len(DTYPES))]
+        dims = scalars.number("dims", len(shape), 65)
+        found[name] = (tuple(scalars.number(("size", dims), shape[j] if stream.coder.writes else 0, MAX_NUMEL + 1)
+                             for j in range(dims)), dtype)
+    return _normal(found)
+
+
+def _code_header(stream: _Stream, header: dict) -> dict:
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False) if stream.coder.writes else ""
+    return json.loads(stream.text.code(text))
 
 
 def encode(header: dict, tensors: Mapping[str, np.ndarray], steps: Mapping[str, float] = {},
            layout: Layout | None = None) -> bytes:
-    """Packs a header (any JSON-able dict) and arrays into bytes that `decode` turns back, bit for bit.
+    """Packs a header (any JSON-able dict) and arrays into bytes, from which `decode` restores them bit for bit.
 
-    steps: for a float32 tensor that equals float32(step) times small integers, that step.
-    layout: name -> (shape, dtype) in the order of tensors, where the reader knows it too: then neither names nor
-    shapes are stored.
+    steps: of a float32 tensor that equals float32(step) times integers below 2^15, that step: then it is written so.
+    layout: name -> (shape, dtype), in the order of the tensors, where the reader will know it too (from the
+    architecture that the header names): then neither names nor shapes are written.
+    ValueError where a tensor is of an unknown dtype, or not what steps or layout say of it.
     """
-    arrays = {name: np.asarray(array) for name, array in tensors.items()}
-    found = {name: (array.shape, array.dtype.name) for name, array in arrays.items()}
-    for name, (shape, dtype) in found.items():
-        if dtype not in DTYPES:
-            raise ValueError(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
-    if layout is not None and [(n, tuple(s), str(d)) for n, (s, d) in layout.items()] != [
-            (n, s, d) for n, (s, d) in found.items()]:
+    arrays = {str(name): np.asarray(array) for name, array in tensors.items()}
+    found = _normal({name: (array.shape, array.dtype) for name, array in arrays.items()})
+    if layout is not None and list(_normal(layout).items()) != list(found.items()):
         raise ValueError("the tensors do not have the names, shapes and dtypes of the layout, in its order")
-    _check_layout(found)
     for name, step in steps.items():
         if name not in arrays:
-            raise ValueError(f"steps: no tensor is called {name!r}")
-        array, scale = arrays[name], np.float32(step)
-        integers = np.rint(array.astype(np.float64) / scale)
-        if array.dtype != np.float32 or not np.array_equal(
-                _patterns(scale * integers.astype(np.float32)), _patterns(array)):
-            raise ValueError(f"steps: tensor {name} is not float32({step}) times integers")
-    stream = _Stream(Encoder())
+            raise ValueError(f"steps: there is no tensor {name!r}")
+        _check_step(name, arrays[name], step)
+    if json.loads(json.dumps(header)) != header:
+        raise ValueError("the header is not the same after a round trip through JSON (keys are text, no tuples)")
+    coder = Encoder()
+    stream = _Stream(Meter(coder), bytearray())
     _code_header(stream, header)
-    _code_layout(stream, found, layout is not None)
+    _code_layout(stream, found, layout is None)
     for name, array in arrays.items():
-        _code_tensor(stream, name, array, *found[name], steps.get(name))
-    body = MAGIC + bytes([VERSION]) + stream.coder.finish() + stream.literal
-    return body + zlib.crc32(body, len(body)).to_bytes(4, "little")
+        _code_tensor(stream, name, array, steps.get(name))
+    body = MAGIC + bytes([VERSION]) + coder.finish(bool(stream.literal)) + bytes(stream.literal)
+    return body + _checksum(body)
 
 
-def _code_header(stream: _Stream, header: dict | None) -> dict:
-    text = "" if header is None else json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-    start = stream.coder.cost
-    text = stream.scalars.text("header", text)
-    stream.mark("", "header", start)
-    return json.loads(text)
+def _check_step(name: str, array: np.ndarray, step: float) -> None:
+    scale = np.float32(step)
+    if array.dtype != np.float32 or not np.isfinite(scale) or scale <= 0:
+        raise ValueError(f"steps: tensor {name} is {array.dtype} with step {step}; it is float32, the step positive")
+    if not np.isfinite(array).all():
+        raise ValueError(f"steps: tensor {name} holds values that are not finite")
+    integers = np.rint(array.astype(np.float64) / np.float64(scale))
+    if np.abs(integers).max(initial=0) > MAX_CLUSTERS // 2:
+        raise ValueError(f"steps: tensor {name} reaches {np.abs(integers).max():.0f} steps of {step}; "
+                         f"at most {MAX_CLUSTERS // 2} are allowed")
+    exact = scale * integers.astype(np.float32) + np.float32(0)
+    if not np.array_equal(_patterns(exact), _patterns(array)):
+        raise ValueError(f"steps: tensor {name} is not float32({step}) times integers (-0.0 does not count as 0)")
 
 
-def _open(data: bytes, name: str) -> _Stream:
+def _checksum(body: bytes) -> bytes:
+    return zlib.crc32(body, len(body) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def _open(data: bytes, name: str) -> tuple[_Stream, Decoder]:
     if data[:2] != MAGIC:
-        raise ValueError(f"{name}: not a packed network (it does not begin with {MAGIC!r})")
-    body = data[:-4]
-    if len(data) < 7 or zlib.crc32(body, len(body)) != int.from_bytes(data[-4:], "little"):
-        raise ValueError(f"{name}: damaged or cut short (its checksum does not match)")
+        raise ValueError(f"{name}: not a packed network (it does not begin with {MAGIC.decode()!r})")
+    if len(data) < 7 or _checksum(data[:-4]) != data[-4:]:
+        raise ValueError(f"{name}: damaged or cut short (its checksum does not match its {len(data)} bytes)")
     if data[2] != VERSION:
         raise ValueError(f"{name}: format version {data[2]}; this program reads version {VERSION}")
-    return _Stream(Decoder(body[3:]), body[3:])
+    body = data[3:-4]
+    decoder = Decoder(body)
+    return _Stream(Meter(decoder), bytearray(body)), decoder
 
 
 def read_header(data: bytes, name: str = "file") -> dict:
     """The header alone. ValueError naming `name` where the data is damaged."""
-    stream = _open(data, name)
+    stream, _ = _open(data, name)
     try:
-        return _code_header(stream, None)
+        return _code_header(stream, {})
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _decode(data: bytes, name: str, layout) -> tuple[dict, dict[str, np.ndarray], _Stream]:
-    stream = _open(data, name)
+def _decode(data: bytes, name: str, layout: LayoutSource) -> tuple[dict, dict[str, np.ndarray], _Stream]:
+    stream, decoder = _open(data, name)
     try:
-        header = _code_header(stream, None)
-        start = stream.coder.cost
-        layout = _code_layout(stream, layout(header) if callable(layout) else layout, False)
-        _check_layout(layout)
-        stream.mark("", "layout", start)
-        tensors = {tensor: _code_tensor(stream, tensor, None, tuple(shape), str(dtype), None)
-                   for tensor, (shape, dtype) in layout.items()}
+        header = _code_header(stream, {})
+        stream.part("", "header", (0.0, len(stream.literal)))
+        start = stream.here()
+        known = layout(header) if callable(layout) else layout
+        found = _code_layout(stream, None if known is None else _normal(known), False)
+        stream.part("", "layout", start)
+        tensors = {tensor: _code_tensor(stream, tensor, np.zeros(shape, dtype))
+                   for tensor, (shape, dtype) in found.items()}
+        decoder.check_end(len(stream.literal))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return header, tensors, stream
 
 
-def decode(data: bytes, name: str = "file",
-           layout: Layout | Callable[[dict], Layout] | None = None) -> tuple[dict, dict[str, np.ndarray]]:
-    """The header and tensors of `encode`. ValueError naming `name` where the data is damaged.
+def decode(data: bytes, name: str = "file", layout: LayoutSource = None) -> tuple[dict, dict[str, np.ndarray]]:
+    """The header and the tensors that `encode` was given, bit for bit.
 
-    layout: needed where the file was written with one; a callable is given the header.
+    layout: needed where the file was written with one; a callable is given the header and returns the layout.
+    ValueError naming `name` where the data is damaged, or not what the layout says.
     """
     header, tensors, _ = _decode(data, name, layout)
     return header, tensors
 
 
-def account(data: bytes, name: str = "file",
-            layout: Layout | Callable[[dict], Layout] | None = None) -> list[dict]:
-    """Where each byte goes: rows {"tensor", "part", "bytes", ...} that sum to len(data)."""
-    _, _, stream = _decode(data, name, layout)
-    total = len(data) - 7 - 0
-    bits = sum(row["bits"] for row in stream.rows)
-    rows = [{"tensor": "", "part": "frame", "bytes": 7}]
-    for row in stream.rows:
-        share = row.pop("bits")
-        rows.append({**row, "bytes": share / bits * total})
-    rows[0]["bytes"] += len(data) - sum(row["bytes"] for row in rows)
+def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> list[dict[str, Any]]:
+    """Where each byte goes: rows {"tensor", "part", "bytes"} whose bytes sum to exactly len(data).
+
+    part: frame (magic, version, checksum), header, layout; of each tensor form, mask, codebook, values. Parts share one
+    coded stream, so their bytes are fractions, by ideal code length.
+    The "values" row of a tensor that has zeros or a codebook also tells: numel, nonzero, clusters, and what others would
+    take: iid_bytes (entropy of the mask plus that of the values), huffman_bytes (Huffman-coded relative indexes of 5
+    bits for matrices and 8 for convolutions, with fillers, and Huffman-coded codes; Han et al. 2016, without tables)
+    and zlib_bytes (the array of codes, deflated).
+    """
+    _, tensors, stream = _decode(data, name, layout)
+    rows = [{"tensor": "", "part": "frame", "bytes": 7.0}]
+    rows += [{"tensor": part["tensor"], "part": part["part"], "bytes": float(part["literal"])} for part in stream.parts]
+    coded = len(data) - sum(row["bytes"] for row in rows)
+    bits = np.cumsum([0.0, *(part["bits"] for part in stream.parts)])
+    # multiples of 1/1024: their sum is exact
+    edges = np.rint(bits / bits[-1] * coded * 1024) / 1024
+    for row, share in zip(rows[1:], np.diff(edges).tolist()):
+        row["bytes"] += share
+        tensor = tensors.get(row["tensor"])
+        if row["part"] == "values" and tensor is not None and tensor.dtype.kind == "f":
+            row |= _others(tensor)
     return rows
+
+
+def _others(tensor: np.ndarray) -> dict[str, Any]:
+    """What a tensor's mask and codes take by other means; nothing for one of mostly distinct numbers."""
+    patterns = _patterns(tensor)
+    values, codes = np.unique(patterns, return_inverse=True)
+    nonzero = np.flatnonzero(patterns)
+    if len(nonzero) == len(patterns) and len(values) > MAX_CLUSTERS:
+        return {}
+    if not values.size or values[0] != 0:
+        codes = codes + 1
+    counts = np.bincount(codes[nonzero])
+    bits = 8 if tensor.ndim > 2 else 5
+    fillers, gaps = np.divmod(np.diff(nonzero, prepend=-1) - 1, 1 << bits)
+    gap_counts = np.bincount(gaps, minlength=1 << bits)
+    gap_counts[-1] += fillers.sum()
+    code_counts = np.append(counts, fillers.sum())
+    iid = _entropy_bits(np.array([len(nonzero), len(patterns) - len(nonzero)])) + _entropy_bits(counts)
+    width = np.uint8 if len(values) < 256 else np.uint16 if len(values) < 65536 else np.uint32
+    return {"numel": len(patterns), "nonzero": len(nonzero), "clusters": int((counts > 0).sum()),
+            "iid_bytes": iid / 8, "huffman_bytes": (_huffman_bits(gap_counts) + _huffman_bits(code_counts)) / 8,
+            "zlib_bytes": len(zlib.compress(codes.astype(width).tobytes(), 9))}
+
+
+def _huffman_bits(counts: np.ndarray) -> int:
+    """Length of a message in its own Huffman code."""
+    heap = counts[counts > 0].tolist()
+    if len(heap) == 1:
+        return heap[0]
+    heapq.heapify(heap)
+    bits = 0
+    while len(heap) > 1:
+        joined = heapq.heappop(heap) + heapq.heappop(heap)
+        bits += joined
+        heapq.heappush(heap, joined)
+    return bits

@@ -112,6 +112,7 @@ class Run:
     folder: runs/NAME. teacher: None where the recipe has none. stage: position of the stage now running. rows and
     layers are what the report says, histograms the weights
     of its plots. answers: the teacher's, kept.
+    learned: projectors and other learned parts of losses, handed from stage to stage.
     """
 
     name: str
@@ -130,4 +131,5 @@ class Run:
     rows: list[dict] = field(default_factory=list)
     layers: dict[str, dict] = field(default_factory=dict)
     histograms: dict[str, dict] = field(default_factory=dict)
+    learned: dict[str, Tensor] = field(default_factory=dict)
     answers: dict[tuple, Tensor] = field(default_factory=dict)

@@ -10,8 +10,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer import bind, views
+from trainer import bind
 from trainer.context import Data, InMemory, Part, Source
+from trainer.views import Augment, apply, draw
 
 
 class DataKeys(bind.Entry):
@@ -27,7 +28,7 @@ class DataKeys(bind.Entry):
     validation: Annotated[float, Field(gt=0, lt=1)] | PositiveInt = 0.1
     subset: PositiveInt | None = None
     views: PositiveInt | None = None
-    augment: views.Augment = views.Augment()
+    augment: Augment = Augment()
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
     workers: NonNegativeInt = 2
@@ -118,15 +119,17 @@ class Views:
         self._table: Tensor | None = None
 
     def number(self, epoch: int, stage: int) -> int:
-        """Which view an epoch looks at; endless views differ from stage to stage too."""
+        """Which view an epoch looks at; endless views differ from stage to stage too, images as they are have one."""
+        if self.data.augment == Augment():
+            return 0
         return epoch % self.data.views if self.data.views else stage * 100_000 + epoch
 
     def augmented(self, images: Tensor, index: Tensor, view: int) -> Tensor:
         """Images uint8 [N, C, H, W] as float [0, 1], seen as in `view`."""
         if self._view != view:
-            self._table = views.draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(images.device)
+            self._table = draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(images.device)
             self._view = view
-        return views.apply(self.data.augment, images, self._table[index])
+        return apply(self.data.augment, images, self._table[index])
 
 
 def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:

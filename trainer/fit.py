@@ -163,6 +163,7 @@ def fit(
     device = accelerator.device
     if training.batch_size % num_processes:
         raise ValueError(f"batch_size {training.batch_size} does not split over {num_processes} processes")
+    objective.recall(run.learned)
     objective.train()
     if training.channels_last:
         objective.to(memory_format=torch.channels_last)
@@ -276,6 +277,7 @@ def fit(
                                        "done": True, "finished": True})
     for parameter in unused:
         parameter.requires_grad_(True)
+    run.learned.update(objective.learned())
     accelerator.free_memory()
     objective.zero_grad(set_to_none=True)
     objective.eval()

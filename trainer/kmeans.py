@@ -4,17 +4,20 @@
 `kmeans_optimal` finds the best one, optionally weighted and optionally counting the bits of the codes;
 `assign` gives each value its code and `inertia` says what the sharing costs.
 
-In one dimension the clusters of an optimal solution are intervals of the sorted values, so the optimum is found by
-dynamic programming over where the intervals end (Wang & Song 2011; Gronlund et al. 2017). What makes it quick here:
+In one dimension the clusters of an optimal solution are intervals of the sorted values, so the optimum is
+found by dynamic programming over where the intervals end (Wang & Song 2011; Gronlund et al. 2017). What
+makes it quick here:
 
-1. Values are sorted a chunk at a time and summed into narrow bins, each kept as a point (mean, weight, count). A bin's
-   own spread costs the same in every clustering that keeps the bin whole, so only its sums matter.
-2. The dynamic programme runs over a few thousand bins, each layer by divide and conquer with a whole level at a time
-   in numpy (the best start of the last interval never moves left when its end moves right).
+1. Values are sorted a chunk at a time and summed into narrow bins, each kept as a point (mean, weight,
+   count). A bin's own spread costs the same in every clustering that keeps the bin whole, so only its sums
+   matter.
+2. The dynamic programme runs over a few thousand bins, each layer by divide and conquer with a whole level
+   at a time in numpy (the best start of the last interval never moves left when its end moves right).
 3. Then every end may move within a window over the hundreds of thousands of points, all ends jointly.
 
-Bins are not equally wide: their density follows (density of the values)^(1/3), which is how the centroids of a fine
-optimal quantizer are spread (Panter & Dite 1951). A far outlier therefore costs nothing in resolution.
+Bins are not equally wide: their density follows (density of the values)^(1/3), which is how the centroids
+of a fine optimal quantizer are spread (Panter & Dite 1951). A far outlier therefore costs nothing in
+resolution.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ NUM_POINTS = 1 << 18  # points kept in sum at the least: as many distinct values
 MAX_POINTS = 1 << 20  # points in hand before they are summed up again
 DP_BINS = 4096  # bins of the dynamic programme: at most as many distinct values are solved exactly
 ENTROPY_BINS = 1024  # the same where codes cost bits: there every pair of bins is looked at
+FEW_POINTS = 256  # up to here looking at every pair is quicker than divide and conquer
 WINDOW = 8  # places to either side where a refinement may move the end of an interval
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -37,10 +41,10 @@ def kmeans_linear(values: np.ndarray, k: int) -> np.ndarray:
     """Cluster values by scikit-learn's KMeans from k evenly spaced centroids between minimum and maximum.
 
     The initialisation that Han et al. 2016 (Deep Compression) found best; one start, no randomness.
-    Returns float32 centroids in ascending order: k of them, or the distinct values where these are k or fewer.
+    Returns float32 centroids in ascending order: k of them, or the distinct values where these are fewer.
     Raises ValueError for k < 1, no values, NaN or infinity.
     """
-    from sklearn.cluster import KMeans  # here, because importing it takes a second that only this function needs
+    from sklearn.cluster import KMeans  # here: importing it takes a second
 
     values = _as_floats(_checked(values, k))
     distinct = np.unique(values)
@@ -64,23 +68,28 @@ def kmeans_optimal(
 
         sum_i weights_i * (values_i - centroid_i)^2  +  code_cost * sum_clusters n_c * log2(n / n_c)
 
-    where n_c of the n values fall in cluster c: an ideal entropy coder spends log2(n / n_c) bits on each of them
-    (entropy-constrained quantization, Chou, Lookabaugh & Gray 1989, here by dynamic programming on that very cost, where
-    code lengths and clusters are not found in turn but together). Fewer than k clusters may then be best. To use such a
-    codebook, alternate `assign` with `code_bits` and `code_lengths` a few times.
+    where n_c of the n values fall in cluster c: an ideal entropy coder spends log2(n / n_c) bits on each of
+    them (entropy-constrained quantization, Chou, Lookabaugh & Gray 1989, here by dynamic programming on
+    that very cost, where code lengths and clusters are not found in turn but together). Fewer than k
+    clusters may then be best. To use such a codebook, alternate `assign` with `code_bits` and
+    `code_lengths` a few times.
 
-    Exact where at most `bins` values are distinct (default 4096; 1024 where `code_cost` > 0). Otherwise the ends of
-    the intervals are optimal on `bins` bins, then jointly optimal within a window over some hundred thousand points.
-    Where k exceeds a quarter of the bins the start is the Panter-Dite spacing instead. Deterministic.
+    Exact where at most `bins` values are distinct (default 4096; 1024 where `code_cost` > 0). Otherwise the
+    ends of the intervals are optimal on `bins` bins, then jointly optimal within a window over some hundred
+    thousand points. Where k exceeds half of the bins and more values are distinct, the start is the
+    Panter-Dite spacing instead, which is quick but ends a few per cent above the optimum: raise `bins`.
+    Deterministic.
 
-    `weights` has the shape of `values`, for example squared gradients; only ratios matter unless `code_cost` > 0.
-    A value of weight 0 takes no part.
+    `weights` has the shape of `values`, for example squared gradients; only ratios matter unless
+    `code_cost` > 0. A value of weight 0 takes no part.
 
-    Returns float32 centroids in ascending order: at most k, and where at most k values are distinct and codes cost
-    nothing, these values. Sums are in double precision about the mean: structure finer than about 1e-8 of the range
-    is not resolved. Takes up to about 40 MB beside the input for k <= 256, however many values there are.
+    Returns float32 centroids in ascending order: at most k, and where at most k values are distinct and
+    codes cost nothing, these values. Sums are in double precision about the mean: structure finer than
+    about 1e-8 of the range is not resolved. Takes up to about 40 MB beside the input for k <= 256, however
+    many values there are.
+
     Raises ValueError for k < 1, bins < 1, no values, NaN or infinity, values beyond float32, a negative or
-    not finite `code_cost`, and weights that are negative, not finite, all zero or of another shape.
+    not finite `code_cost`, and weights that are negative, not finite, all zero or of another number.
     """
     values = _checked(values, k)
     bins = DP_BINS if bins is None else bins
@@ -92,7 +101,8 @@ def kmeans_optimal(
         weights = _checked_weights(weights, values.size)
 
     num_chunks = -(-values.size // CHUNK)
-    position, mass, count = _points(values, weights, max(NUM_POINTS // num_chunks, CHUNK_BINS, 2 * bins, 16 * k))
+    chunk_bins = max(NUM_POINTS // num_chunks, CHUNK_BINS, 2 * bins, 16 * k)
+    position, mass, count = _points(values, weights, chunk_bins)
     if len(position) == 1 or (len(position) <= k and code_cost == 0):
         return _as_centroids(position)
     total = mass.sum()
@@ -100,11 +110,13 @@ def kmeans_optimal(
     scale = np.abs(position - centre).max()
     share = np.maximum(mass / total, 1e-15)  # so that sums of doubles still grow with every point
     line = _Line((position - centre) / scale, share, count)
-    bounds = _refined(line, _start(line, k, bins)) if k < len(position) else np.arange(len(position) + 1)
+    bounds = _start(line, k, bins)
+    if len(position) > bins:
+        bounds = _refined(line, bounds)
     if code_cost:
         line.code_cost = code_cost / scale / scale / total
-        small = min(bins, ENTROPY_BINS)
-        starts = [bounds, _start_with_codes(line, k, small)]
+        coarse, ends = line.coarse(min(bins, ENTROPY_BINS))
+        starts = [bounds, ends[_all_pairs(coarse, k)]]
         bounds = min((_refined(line, start) for start in starts), key=line.total_cost)
     heads = bounds[:-1]
     return _as_centroids(np.add.reduceat(position * mass, heads) / np.add.reduceat(mass, heads))
@@ -115,12 +127,13 @@ def assign(
 ) -> np.ndarray:
     """Give each value the code (index) of its nearest centroid; of two equally near, the smaller centroid.
 
-    With `code_bits` (one length per centroid, as from `code_lengths`), the code of the least
-    (value - centroid)^2 + code_cost * bits; an infinite length bars a code. Centroids may come in any order; of equal
-    ones the cheaper code is used, then the first.
+    With `code_bits` (one length per centroid, as from `code_lengths`) it is the code of the least
+    (value - centroid)^2 + code_cost * bits; an infinite length bars a code. Centroids may come in any order;
+    of equal ones the cheaper code is used, then the first.
+
     Returns codes in the shape of `values`: uint8 for up to 256 centroids, then int16 up to 32,768, then int32.
-    Raises ValueError for no centroids, NaN or infinity, lengths of another number or all infinite, a `code_cost`
-    without lengths.
+    Raises ValueError for no centroids, NaN or infinity, lengths of another number or all infinite, and a
+    `code_cost` without lengths.
     """
     values = np.asarray(values)
     codes = np.empty(values.shape, _code_type(np.size(centroids)))
@@ -132,19 +145,25 @@ def assign(
 
 
 def code_lengths(codes: np.ndarray, num_codes: int) -> np.ndarray:
-    """Ideal code length of each code in bits: log2(number of codes / times used), infinite where it is unused."""
+    """Ideal length of each code in bits, log2(number of codes / times used); infinite where it is unused.
+
+    Raises ValueError where there are no codes or one is not below `num_codes`.
+    """
     used = np.bincount(np.asarray(codes).reshape(-1), minlength=num_codes)
-    if used.sum() == 0 or len(used) > num_codes:
-        raise ValueError(f"codes must be some numbers from 0 to {num_codes - 1}, got {used.sum()} up to {len(used) - 1}")
+    total = used.sum()
+    if total == 0 or len(used) > num_codes:
+        got = f"codes up to {len(used) - 1}" if total else "none"
+        raise ValueError(f"there must be codes, from 0 to {num_codes - 1}, got {got}")
     bits = np.full(num_codes, np.inf)
-    bits[used > 0] = np.log2(used.sum() / used[used > 0])
+    bits[used > 0] = np.log2(total / used[used > 0])
     return bits
 
 
 def inertia(values: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Sum of the (weighted) squared distances of values to their nearest centroids, in double precision.
 
-    Raises ValueError as `assign` does, and for weights that are negative, not finite, all zero or of another shape.
+    Raises ValueError as `assign` does, and for weights that are negative, not finite, all zero or of
+    another shape.
     """
     values = np.asarray(values).reshape(-1)
     if weights is not None:
@@ -159,7 +178,7 @@ def inertia(values: np.ndarray, centroids: np.ndarray, weights: np.ndarray | Non
     return total
 
 
-# ---------------------------------------------------------------------------------------------- what comes in
+# -------------------------------------------------------------------------------------------- what comes in
 
 
 def _checked(values: np.ndarray, k: int) -> np.ndarray:
@@ -178,7 +197,7 @@ def _checked_weights(weights: np.ndarray, size: int) -> np.ndarray:
     if weights.size != size:
         raise ValueError(f"weights must be as many as the values, got {weights.size} for {size}")
     if not (weights.min() >= 0 and 0 < weights.max() <= LARGEST):
-        raise ValueError("weights must be finite, within the range of float32, none negative and not all zero")
+        raise ValueError("weights must be finite, in the range of float32, none negative and not all zero")
     return weights
 
 
@@ -187,7 +206,7 @@ def _parts(size: int, length: int = CHUNK) -> Iterator[slice]:
 
 
 def _as_floats(chunk: np.ndarray) -> np.ndarray:
-    """The chunk as float32 or float64, whichever holds it exactly; ValueError where a value is no usable number."""
+    """The chunk as float32 or float64, whichever holds it; ValueError where a value is no usable number."""
     if chunk.dtype.kind not in "fiub":
         raise ValueError(f"values must be real numbers, got {chunk.dtype}")
     chunk = chunk.astype(np.float32 if chunk.dtype in (np.float16, np.float32) else np.float64, copy=False)
@@ -204,7 +223,7 @@ def _code_type(num_codes: int) -> type:
     return np.uint8 if num_codes <= 1 << 8 else np.int16 if num_codes <= 1 << 15 else np.int32
 
 
-# ---------------------------------------------------------------------------------- many values -> fewer points
+# ------------------------------------------------------------------------------ many values -> fewer points
 
 
 def _points(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> tuple[np.ndarray, ...]:
@@ -245,12 +264,15 @@ def _merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
 def _binned(
     position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int
 ) -> tuple[np.ndarray, ...]:
-    """Sum sorted points into about `bins` points at most; equal positions become one. None stands for ones."""
+    """Sum sorted points into at most `bins` points; equal positions become one. None stands for ones."""
     heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1]]))
     exact = len(heads) <= bins
     if not exact:
         heads = _bin_heads(position, mass, bins)
-    counts = np.diff(heads, append=len(position)).astype(np.float64) if count is None else np.add.reduceat(count, heads)
+    if count is None:
+        counts = np.diff(heads, append=len(position)).astype(np.float64)
+    else:
+        counts = np.add.reduceat(count, heads)
     masses = counts if mass is None else np.add.reduceat(mass, heads)
     if exact:
         positions = position[heads].astype(np.float64)
@@ -261,10 +283,10 @@ def _binned(
 
 
 def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.ndarray:
-    """Index of the first point of each of about `bins` bins, spread by Panter and Dite's rule.
+    """Index of the first point of each of at most `bins` bins, spread by Panter and Dite's rule.
 
-    Between neighbouring knots of mass m and distance d the density is m / d, so the share of bins that the rule gives
-    to them is (m / d)^(1/3) * d = (m * d^2)^(1/3).
+    Between neighbouring knots of mass m and distance d the density is m / d, so the share of bins that the
+    rule gives to them is (m / d)^(1/3) * d = (m * d^2)^(1/3).
     """
     step = max(1, len(position) // (4 * bins))
     knots = np.append(position[:-1:step], position[-1]).astype(np.float64)
@@ -273,7 +295,7 @@ def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.n
         between = np.add.reduceat(mass, np.arange(0, len(position) - 1, step))
         share *= between
     share = np.cbrt(share)
-    for _ in range(30):  # an empty gap before an outlier must not swallow the bins: 64 for any gap, then try again
+    for _ in range(30):  # an empty gap before an outlier must not swallow the bins: no gap gets over 64
         cap = 64 * share.sum() / bins
         if share.max() <= cap:
             break
@@ -285,7 +307,7 @@ def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.n
     return np.concatenate([[0], heads[np.diff(heads, prepend=0) > 0]])
 
 
-# --------------------------------------------------------------------------------------- fewer points -> intervals
+# -------------------------------------------------------------------------------- fewer points -> intervals
 
 
 class _Line:
@@ -326,24 +348,29 @@ class _Line:
 
 def _start(line: _Line, k: int, bins: int) -> np.ndarray:
     """Bounds of k intervals: optimal on at most `bins` bins where these are enough, else spaced by rule."""
+    if k >= len(line.position):
+        return np.arange(len(line.position) + 1)
     coarse, bounds = line.coarse(bins)
-    if coarse is line or 4 * k <= len(coarse.position):
-        return bounds[_divide_and_conquer(coarse, k)]
+    if coarse is line or 2 * k <= len(coarse.position):
+        return bounds[(_all_pairs if len(coarse.position) <= FEW_POINTS else _divide_and_conquer)(coarse, k)]
     heads = _bin_heads(line.position, line.mass, k)
     size = len(line.position)
-    while len(heads) < k:  # split the largest intervals until there are k
+    while len(heads) < k:  # split the costliest intervals until there are k
         length = np.diff(heads, append=size)
-        widest = np.argsort(-length, kind="stable")[: min(k - len(heads), np.count_nonzero(length > 1))]
-        heads = np.sort(np.concatenate([heads, heads[widest] + length[widest] // 2]))
+        width = line.position[heads + length - 1] - line.position[heads]
+        cost = np.add.reduceat(line.mass, heads) * width**2
+        num_splits = min((k - len(heads) + 1) // 2, np.count_nonzero(length > 1))
+        costliest = np.argsort(-cost, kind="stable")[:num_splits]
+        heads = np.sort(np.concatenate([heads, heads[costliest] + length[costliest] // 2]))
     return np.append(heads, size)
 
 
 def _divide_and_conquer(line: _Line, k: int) -> np.ndarray:
     """Bounds of the cheapest k intervals, without cost for codes; needs at least k points.
 
-    Layer c finds the least cost of the points 0 .. j - 1 in c intervals, for every j that leaves a point for each of
-    the other k - c, from layer c - 1: the last interval starts at some i, which grows with j. Indices are offsets:
-    j = c + t and i = c - 1 + r with 0 <= r <= t <= spare.
+    Layer c finds the least cost of the points 0 .. j - 1 in c intervals, for every j that leaves a point
+    for each of the other k - c, from layer c - 1: the last interval starts at some i, which grows with j.
+    Indices are offsets: j = c + t and i = c - 1 + r with 0 <= r <= t <= spare.
     """
     masses, moments = line.masses, line.moments
     spare = len(line.position) - k
@@ -380,32 +407,33 @@ def _divide_and_conquer(line: _Line, k: int) -> np.ndarray:
     return bounds
 
 
-def _start_with_codes(line: _Line, k: int, bins: int) -> np.ndarray:
-    """Bounds of the cheapest 1 to k intervals on at most `bins` bins, codes' bits included.
+def _all_pairs(line: _Line, k: int) -> np.ndarray:
+    """Bounds of the cheapest k intervals, looking at every pair of points; of 1 to k where codes cost bits.
 
-    The cost of bits is concave in the count, so the best start of an interval need not grow with its end and divide
-    and conquer does not hold: all pairs are tried.
+    The cost of bits is concave in the count, so the best start of an interval need not grow with its end,
+    and divide and conquer does not hold.
     """
-    coarse, bounds = line.coarse(bins)
-    size = len(coarse.position)
+    size = len(line.position)
+    k = min(k, size)
     first = np.arange(size + 1)
-    pair = coarse.cost(first[None, :], first[:, None])  # [end, start]
+    pair = line.cost(first[None, :], first[:, None])  # [end, start]
     cost, choices, totals = pair[:, 0], [np.zeros(size + 1, np.int64)], [pair[-1, 0]]
-    for _ in range(1, min(k, size)):
+    for _ in range(1, k):
         trial = pair + cost
         choices.append(trial.argmin(axis=1))
-        cost = np.take_along_axis(trial, choices[-1][:, None], axis=1)[:, 0]
+        cost = trial[first, choices[-1]]
         totals.append(cost[-1])
     path = [size]
-    for layer in range(int(np.argmin(totals)), -1, -1):
+    for layer in range(int(np.argmin(totals)) if line.code_cost else k - 1, -1, -1):
         path.append(int(choices[layer][path[-1]]))
-    return bounds[path[::-1]]
+    return np.array(path[::-1])
 
 
 def _refined(line: _Line, bounds: np.ndarray) -> np.ndarray:
     """Move all inner bounds jointly to the best of 2 * WINDOW + 1 places about each, until none moves.
 
-    Places are first far apart, then neighbouring points. Exact within the window, so never worse than the start.
+    Places are first far apart, then neighbouring points. Exact within the window, so never worse than the
+    start.
     """
     k, size = len(bounds) - 1, len(line.position)
     if k == 1 or k == size:
@@ -441,15 +469,15 @@ def _best_places(line: _Line, places: np.ndarray) -> np.ndarray:
     return places[np.arange(len(places)), chosen[::-1]]
 
 
-# ------------------------------------------------------------------------------------------------ values -> codes
+# ------------------------------------------------------------------------------------------ values -> codes
 
 
 class _Finder:
     """Codes of values: those of the lower envelope of the parabolas (value - centroid)^2 + code_cost * bits.
 
-    Between thresholds the best code is constant. A value's cell in an even grid over the thresholds says which
-    thresholds lie below its cell; those within the cell are compared one by one. Rounding cannot hurt, since thresholds
-    are put into cells by the same monotone arithmetic.
+    Between thresholds the best code is constant. A value's cell in an even grid over the thresholds says
+    which thresholds lie below its cell; those within the cell are compared one by one. Rounding cannot
+    hurt, since thresholds are put into cells by the same monotone arithmetic.
     """
 
     CELLS = 1 << 14
@@ -464,9 +492,11 @@ class _Finder:
         offset = np.zeros(len(centroids))
         if bits is not None:
             bits = np.asarray(bits, np.float64)
-            if bits.shape != centroids.shape or np.isnan(bits).any() or not (np.isfinite(bits).any() and bits.min() >= 0):
-                raise ValueError(f"code_bits must be a length of at least 0 for each of the {len(centroids)} centroids")
-            offset = np.where(np.isfinite(bits), code_cost * np.where(np.isfinite(bits), bits, 0), np.inf)
+            usable = np.isfinite(bits)
+            if bits.shape != centroids.shape or not usable.any() or not bits.min() >= 0:
+                need = f"{len(centroids)} numbers of at least 0, not all infinite"
+                raise ValueError(f"code_bits must be {need}, got {bits}")
+            offset = np.where(usable, code_cost * np.where(usable, bits, 0), np.inf)
         order = np.lexsort((np.arange(len(centroids)), offset, centroids))
         order = order[np.isfinite(offset[order])]
         first = np.concatenate([[True], np.diff(centroids[order]) > 0])

@@ -6,7 +6,7 @@ out of reach of DDP, optimizers, `state_dict` and `.train()`.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -238,6 +238,24 @@ class Objective(nn.Module):
              "teacher_shape": theirs.shape, "projector": type(b.projector).__name__ if b.projector else "-"}
             for b in self.bound for mine, theirs in b.pairs
         ]
+
+    def learned(self) -> dict[str, Tensor]:
+        """What was learned beside the student: projectors and the losses' own parameters and buffers, by term."""
+        return {
+            f"{bound.name}.{key}": tensor.detach().clone()
+            for bound in self.bound for key, tensor in bound.state_dict().items()
+        }
+
+    def recall(self, learned: Mapping[str, Tensor]) -> None:
+        """Takes up what an earlier stage's terms of the same names and sizes had learned; others start afresh.
+
+        A projector that starts at random would first drag the student's maps after it.
+        """
+        for bound in self.bound:
+            state = bound.state_dict()
+            known = {key: learned.get(f"{bound.name}.{key}") for key in state}
+            if all(t is not None and t.shape == state[key].shape for key, t in known.items()):
+                bound.load_state_dict(known)
 
     def finish(self) -> None:
         """After training: a loss that leaves something in the student (a folded classifier) does it now."""

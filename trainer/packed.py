@@ -38,7 +38,14 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     """
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in compress.dense_state(model).items()}
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
-    return codec.encode(header, tensors, layout=None if spec is None else layout)
+    if spec is None:
+        return codec.encode(header, tensors)
+    order = layout(header)
+    if set(order) != set(tensors):
+        odd = sorted(set(order) ^ set(tensors))
+        raise ValueError(f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only")
+    # A masked weight has left its place among its module's parameters: the spec's order is what a reader knows.
+    return codec.encode(header, {name: tensors[name] for name in order}, layout=order)
 
 
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:

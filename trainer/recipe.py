@@ -13,6 +13,7 @@ from trainer import bind
 from trainer.data import DataKeys
 from trainer.objective import MAPS, MAP_LISTS, WEIGHTS, TermKeys, needs_teacher, wants
 from trainer.teacher import StudentKeys, TeacherKeys
+from trainer.views import Augment
 
 
 class RecipeError(ValueError):
@@ -221,7 +222,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple, str]]:
     has_teacher = bool(recipe.teacher_entries)
     if recipe.student.from_teacher and not has_teacher:
         found.append((("student", "from_teacher"), "there is no teacher in this recipe"))
-    if recipe.data.views is not None and not recipe.data.augment.active:
+    if recipe.data.views is not None and recipe.data.augment == Augment():
         found.append((("data", "views"), "has no effect without augment: every view is the same"))
     mixed = recipe.data.mixup > 0 or recipe.data.cutmix > 0
     if mixed and recipe.data.views is not None:

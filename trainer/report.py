@@ -1,10 +1,11 @@
 """What a run has to show: report.json for programs, report.md and plots for people.
 
 A row is what is known after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
-"num_weights", "num_nonzero", "sparsity" (share of zeros, 0 to 1), "file_bytes", "ratio_student", "ratio_teacher",
-"seconds" and what the stage adds. A layer is "layer", "shape", "num_weights", "num_nonzero", "sparsity",
-"thresholds" (a number or several, on |weight| unless the method says otherwise), "clusters", "bits",
-"ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". What is not known is None or left out.
+"num_weights", "num_nonzero", "sparsity" (share of zeros, 0 to 1), "file_bytes", "ratio_student",
+"ratio_teacher", "seconds" and what the stage adds. A layer is "layer", "shape", "num_weights",
+"num_nonzero", "sparsity", "thresholds" (a number or several, on |weight| unless the method says otherwise),
+"clusters", "bits", "ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". What is not known is None or
+left out.
 """
 
 import importlib.metadata
@@ -32,7 +33,13 @@ NOTHING = "–"
 
 INK, GRID = "#33383d", "#e3e6e8"
 STUDENT, TEACHER = "#2f6f9f", "#8a8f94"
-MOMENTS = {"dense": "#8a8f94", "pruned": "#c8743a", "recovered": "#2f6f9f", "clustered": "#8d7bb0", "shared": "#3d8a62"}
+MOMENTS = {
+    "dense": "#8a8f94",
+    "pruned": "#c8743a",
+    "recovered": "#2f6f9f",
+    "clustered": "#8d7bb0",
+    "shared": "#3d8a62",
+}
 LAYERS_A_PAGE = 8
 SPIKES = 256  # a layer with at most so many different weights is drawn value by value
 
@@ -40,9 +47,9 @@ SPIKES = 256  # a layer with at most so many different weights is drawn value by
 def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Write report.json, report.md and the plots into the folder, each file whole or not at all.
 
-    report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and more if wanted; "command" and
-        "seed" are shown in report.md. In report.json a number that is not finite is null.
-    weights: moment ("dense", "pruned", "recovered", "clustered", "shared") -> layer -> its weights, of any shape.
+    report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and more if wanted;
+        "command" and "seed" are shown in report.md. In report.json a number that is not finite is null.
+    weights: moment ("dense", "pruned", "recovered", "clustered", "shared") -> layer -> weights of any shape.
     """
     folder = Path(folder)
     plots = {}
@@ -60,7 +67,7 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the report.json of a run's folder. ValueError naming the file when it is not there or not whole."""
+    """Read the report.json of a run's folder. ValueError naming the file when it is missing or not whole."""
     path = Path(folder) / "report.json"
     try:
         return json.loads(path.read_bytes())
@@ -84,7 +91,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The layers as a table like `table`'s; "formula" is `sharing_ratio`, "bytes" what the packed file spends."""
+    """The layers as such a table; "formula" is `sharing_ratio`, "bytes" what the packed file spends."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "layer": lambda layer: str(layer["layer"]),
         "shape": lambda layer: "×".join(str(size) for size in layer["shape"]) or "scalar",
@@ -104,26 +111,28 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
 def sharing_ratio(num_weights: int, bits: int, k: int) -> float:
     """How many times smaller weights get that share k values: r = n b / (n log2 k + k b) (Han et al. 2016).
 
-    num_weights: n, the weights that are stored. bits: b, of one weight before, so 32 for float32. The positions of
-    the weights that are left are not counted.
+    num_weights: n, the weights that are stored. bits: b, of one weight before, so 32 for float32. The
+    positions of the weights that are left are not counted.
     """
     if min(num_weights, bits, k) < 1:
-        raise ValueError(f"sharing_ratio: got {num_weights} weights of {bits} bits, {k} values; all are at least 1")
+        raise ValueError(
+            f"sharing_ratio: got {num_weights} weights of {bits} bits, {k} values; all are at least 1"
+        )
     return num_weights * bits / (num_weights * math.log2(k) + k * bits)
 
 
 def csr_bytes(weight: np.ndarray) -> int:
-    """Bytes of a layer in compressed sparse rows: values, column indices and row pointers of [out, all the rest]."""
+    """Bytes of a layer as compressed sparse rows of [out, rest]: values, column indices and row pointers."""
     return _sparse_bytes(weight, "csr")
 
 
 def csc_bytes(weight: np.ndarray) -> int:
-    """Bytes of a layer in compressed sparse columns: values, row indices and column pointers of [out, all the rest]."""
+    """Bytes of a layer as compressed sparse columns of [out, rest]: values, row indices, column pointers."""
     return _sparse_bytes(weight, "csc")
 
 
 def hardware() -> dict[str, Any]:
-    """What the run ran on: "cpu", "cores" (that this process may use), "torch_threads", "gpu" (None or names), "system"."""
+    """What this runs on: "cpu", "cores" (it may use), "torch_threads", "gpu" (names or None), "system"."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     return {
@@ -136,7 +145,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package ("source" when it is not installed) and of the libraries that are."""
+    """Versions of Python, of this package ("source" when not installed) and of the installed libraries."""
     found = {"python": platform.python_version(), "trainer": _version("tiny-student") or "source"}
     return found | {name: version for name in PACKAGES if (version := _version(name))}
 
@@ -171,7 +180,10 @@ def _sparse_bytes(weight: np.ndarray, layout: str) -> int:
 
 def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int) -> str:
     """A Markdown table, its columns padded to one width; the first num_text are text, the others numbers."""
-    cells = [list(columns), *([show(item).replace("|", "\\|") for show in columns.values()] for item in items)]
+    cells = [
+        list(columns),
+        *([show(item).replace("|", "\\|") for show in columns.values()] for item in items),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
@@ -180,7 +192,9 @@ def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], 
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("| " + " | ".join(padded) + " |")
-    rules = ["-" * width if number < num_text else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
+    rules = [
+        "-" * width if number < num_text else "-" * (width - 1) + ":" for number, width in enumerate(widths)
+    ]
     lines.insert(1, "| " + " | ".join(rules) + " |")
     return "\n".join(lines)
 
@@ -226,23 +240,28 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
     parts.append((f"`{command}`  \n" if command else "") + ", ".join(facts))
     parts += ["## Stages", table(report["rows"])]
     parts.append(
-        "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at that "
-        "stage; the ratios compare them with the dense student and the dense teacher."
+        "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at "
+        "that stage; the ratios compare them with the dense student and the dense teacher."
     )
     if report["layers"]:
         parts += ["## Layers", layer_table(report["layers"])]
         parts.append(
-            "Formula is the ratio by weight sharing alone, n·b / (n·log2 k + k·b), for the n weights that are left, "
+            "Formula is the ratio by weight sharing alone, n·b / (n·log2 k + k·b), for the n weights left, "
             "of b = 32 bits, and k clusters; bytes are what the packed file really spends on the layer."
         )
     if plots := list(plots):
-        parts += ["## Plots", *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots)]
+        parts += [
+            "## Plots",
+            *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
+        ]
     parts += ["## Hardware", _listed(report["hardware"]), "## Versions", _listed(report["versions"])]
     return "\n\n".join(parts) + "\n"
 
 
 def _listed(facts: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {key.replace('_', ' ')}: {NOTHING if value is None else value}" for key, value in facts.items())
+    return "\n".join(
+        f"- {key.replace('_', ' ')}: {NOTHING if value is None else value}" for key, value in facts.items()
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -281,14 +300,38 @@ def _write(path: Path, data: bytes) -> None:
 # -- plots
 
 
-def _figure(width: float, height: float) -> "Figure":
-    """An empty figure that draws into memory, without pyplot and its global state."""
+def _grid(
+    num_rows: int, num_columns: int, size: tuple[float, float], gaps: tuple[float, float], top: float
+) -> Any:
+    """A new figure's axes [num_rows, num_columns]: each of that size, with gaps between them (inches:
+    across, down) and so much room above.
+
+    Drawn without pyplot and its global state, and laid out by hand: matplotlib's own layout takes longer
+    than all the rest.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    left, right, bottom = 0.85, 0.2, 0.55
+    width = left + num_columns * (size[0] + gaps[0]) - gaps[0] + right
+    height = top + num_rows * (size[1] + gaps[1]) - gaps[1] + bottom
+    figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    return figure
+    figure.subplots_adjust(
+        left / width,
+        bottom / height,
+        1 - right / width,
+        1 - top / height,
+        gaps[0] / size[0],
+        gaps[1] / size[1],
+    )
+    return figure.subplots(num_rows, num_columns, squeeze=False)
+
+
+def _title(figure: "Figure", text: str) -> None:
+    figure.text(
+        0.1 / figure.get_figwidth(), 1 - 0.1 / figure.get_figheight(), text, fontsize=11, color=INK, va="top"
+    )
 
 
 def _calm(axes: "Axes") -> None:
@@ -311,8 +354,7 @@ def _place(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 def _accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
     """Top-1 over the bytes of the file: the student's way from stage to stage, and the teacher."""
-    figure = _figure(7.6, 4.8)
-    axes = figure.subplots()
+    [[axes]] = _grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
     _calm(axes)
     placed = [(row, place) for row in report["rows"] if (place := _place(row))]
     way = [place for row, place in placed if not _is_teacher(row)]
@@ -323,9 +365,13 @@ def _accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
     _byte_axis(axes, [x for _, (x, _) in placed])
     _accuracy_axis(axes, [y for _, (_, y) in placed])
     axes.grid(color=GRID, linewidth=0.7)
-    axes.set_title(f"{report['name']}: accuracy against size", loc="left", fontsize=11, color=INK, pad=12)
-    _label(axes, [(place, str(row["stage"]), TEACHER if _is_teacher(row) else STUDENT) for row, place in placed], way)
-    return figure
+    _title(axes.figure, f"{report['name']}: accuracy against size")
+    _label(
+        axes,
+        [(place, str(row["stage"]), TEACHER if _is_teacher(row) else STUDENT) for row, place in placed],
+        way,
+    )
+    return axes.figure
 
 
 def _byte_axis(axes: "Axes", values: Sequence[float]) -> None:
@@ -343,68 +389,102 @@ def _byte_axis(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> None:
-    """Plain where the accuracies are near each other. Otherwise spaced by the logarithm of the error, so that a fall
+    """Plain where the accuracies are near each other. Otherwise spaced by the logarithm of the error, so
+    that a fall
     to 60 % and a tenth of a percent at 98 % can both be seen."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
+    label = "top-1 accuracy on the test split (%)"
     if high - low <= 8:
-        room = max(0.25 * (high - low), 0.15)
-        axes.set_ylim(low - room, high + room)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        room = max(0.25 * (high - low), 0.2)
+        bottom, top = low - room, high + room
+        ticks = MaxNLocator(6).tick_values(bottom, top)
     else:
         best = 100 + max(0.05, (100 - high) / 10)  # an error of 0 has no logarithm
         axes.set_yscale("function", functions=(lambda y: -np.log(best - y), lambda z: best - np.exp(-z)))
-        step = 0.12 * math.log((best - low) / (best - high))
-        axes.set_ylim(best - (best - low) * math.exp(step), best - (best - high) * math.exp(-step))
-        ticks = [0, 20, 40, 60, 70, 80, 90, 95, 98, 99, 99.5, 99.9, 100]
-        axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]))
+        room = ((best - low) / (best - high)) ** 0.12
+        bottom, top = best - (best - low) * room, best - (best - high) / room
+        ticks = [0, 20, 40, 50, 60, 70, 80, 90, 95, 97, 98, 98.5, 99, 99.5, 99.9, 100]
+        label += ", log scale of the error"
+    axes.set_ylim(bottom, top)
+    axes.yaxis.set_major_locator(
+        FixedLocator([tick for tick in ticks if max(0, bottom) <= tick <= min(100, top)])
+    )
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axes.set_ylabel("top-1 accuracy on the test split (%)", fontsize=9, color=INK)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))
+    axes.set_ylabel(label, fontsize=9, color=INK)
 
 
 def _label(axes: "Axes", points: Sequence[tuple[tuple[float, float], str, str]], way: Sequence[Any]) -> None:
-    """Write (place, name, colour) beside the points, each where it hides least; points in one spot share a label."""
-    axes.figure.draw_without_rendering()  # settles the layout, so that places in pixels hold
-    inside = axes.get_window_extent()
-    spots: list[list[Any]] = []  # pixels, place, names, accuracies, colour
+    """Write (place, name, colour) beside the points, each where it hides least; points in one spot share a
+    label.
+
+    way: the places that the line drawn through the points goes along.
+    """
+    spots: list[tuple[np.ndarray, tuple[float, float], str, list[str], list[float]]] = []
     for place, name, colour in points:
         pixels = axes.transData.transform(place)
-        near = next((spot for spot in spots if np.hypot(*(spot[0] - pixels)) < 8 and spot[4] == colour), None)
-        if near is None:
-            spots.append([pixels, place, [name], [place[1]], colour])
-        else:
-            near[2].append(name)
-            near[3].append(place[1])
-    corners = axes.transData.transform(way) if len(way) else np.empty((0, 2))
-    steps = np.linspace(0, 1, 40)[:, None]
-    line = [start + steps * (end - start) for start, end in zip(corners[:-1], corners[1:], strict=True)]
-    hidden = np.concatenate([*line, np.empty((0, 2))])
-    marks = np.array([spot[0] for spot in spots])
-    taken: list[Any] = []
-    for _, place, names, accuracies, colour in spots:
-        text = f"{', '.join(names)}  {_span(accuracies)} %"
-        note = axes.annotate(text, place, (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center", zorder=4)
+        spot = next((spot for spot in spots if spot[2] == colour and math.dist(spot[0], pixels) < 8), None)
+        if spot is None:
+            spot = (pixels, place, colour, [], [])
+            spots.append(spot)
+        spot[3].append(name)
+        spot[4].append(place[1])
 
-        def cost(offset: tuple[float, float, str], note: Any = note) -> float:
-            note.set_position(offset[:2])
-            note.set_horizontalalignment(offset[2])
-            box = note.get_window_extent().padded(2)
-            outside = sum((box.x0 < inside.x0, box.x1 > inside.x1, box.y0 < inside.y0, box.y1 > inside.y1))
-            over = sum(box.overlaps(other) for other in taken)
-            return 1000 * outside + 500 * over + 60 * _within(box.padded(4), marks) + 3 * _within(box, hidden) + math.hypot(*offset[:2])
+    from matplotlib.patheffects import withStroke
 
-        best = min(_offsets(), key=cost)
-        cost(best)
-        taken.append(note.get_window_extent().padded(2))
-        if math.hypot(*best[:2]) > 25:
-            note.arrowprops = None
-            axes.annotate("", place, best[:2], textcoords="offset points", arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.7})
+    corners = [axes.transData.transform(place) for place in way]
+    line = [start + (end - start) * part for start, end in zip(corners[:-1], corners[1:], strict=True)
+            for part in np.linspace(0, 1, 40)]  # fmt: skip
+    marks = [spot[0] for spot in spots]
+    inside = axes.get_window_extent().extents
+    pixels_a_point = axes.figure.dpi / 72
+    taken: list[tuple[float, float, float, float]] = []
+    for pixels, place, colour, names, accuracies in spots:
+        note = axes.annotate(
+            f"{', '.join(names)}  {_span(accuracies)} %", place, (0, 0), textcoords="offset points",
+            fontsize=8, color=colour, va="center", zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )  # fmt: skip
+        size = note.get_window_extent()
+        best = None
+        for x, y, side in _offsets():
+            far = math.hypot(x, y)
+            left = pixels[0] + x * pixels_a_point - {"left": 0, "center": 0.5, "right": 1}[side] * size.width
+            middle = pixels[1] + y * pixels_a_point
+            box = (
+                left - 3,
+                middle - size.height / 2 - 2,
+                left + size.width + 3,
+                middle + size.height / 2 + 2,
+            )
+            outside = box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]
+            hides = (
+                500 * sum(_overlap(box, other) for other in taken)
+                + 60 * _within(box, marks)
+                + 3 * _within(box, line)
+            )
+            if best is None or 1000 * outside + hides + far < best[0]:
+                best = (1000 * outside + hides + far, x, y, side, box)
+        _, x, y, side, box = best
+        note.set_position((x, y))
+        note.set_horizontalalignment(side)
+        taken.append(box)
+        if math.hypot(x, y) > 20:
+            arrow = {
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "linestyle": ":",
+                "shrinkA": 2,
+                "shrinkB": 4,
+            }
+            axes.annotate("", place, (x, y), textcoords="offset points", arrowprops=arrow)
 
 
 def _offsets() -> list[tuple[float, float, str]]:
-    """Places for a label about its point, in points, with the side of the text that is turned to the point."""
+    """Places for a label about its point (in points), and which end of the text is turned to the point."""
     found = []
     for far in (9, 18, 30, 45, 60):
         for height in (0, far, -far, far / 2, -far / 2):
@@ -413,10 +493,13 @@ def _offsets() -> list[tuple[float, float, str]]:
     return found
 
 
-def _within(box: Any, pixels: np.ndarray) -> int:
-    """How many of the pixels [N, 2] lie in the box."""
-    x, y = pixels[:, 0], pixels[:, 1]
-    return int(((x > box.x0) & (x < box.x1) & (y > box.y0) & (y < box.y1)).sum())
+def _overlap(box: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+
+
+def _within(box: tuple[float, float, float, float], pixels: Sequence[np.ndarray]) -> int:
+    """How many of the pixels lie in the box (left, bottom, right, top)."""
+    return sum(box[0] < x < box[2] and box[1] < y < box[3] for x, y in pixels)
 
 
 def _span(values: Sequence[float]) -> str:
@@ -432,31 +515,41 @@ def _bytes(value: float) -> str:
 
 
 def _histograms(name: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> Iterable[tuple[str, "Figure"]]:
-    """(file name, figure) of the weights: a row for each layer, a column for each moment; a few layers a page."""
-    layers = list(dict.fromkeys(layer for moment in weights.values() for layer in moment))
+    """(file name, figure) of the weights: a row for each layer, a column for each moment; a few layers a
+    page.
+
+    "clustered" is left out where "shared" is there: the same values before their training, hardly to be
+    told apart.
+    """
+    moments = [moment for moment in weights if moment != "clustered" or "shared" not in weights]
+    layers = list(dict.fromkeys(layer for moment in moments for layer in weights[moment]))
     pages = [layers[start : start + LAYERS_A_PAGE] for start in range(0, len(layers), LAYERS_A_PAGE)]
     for number, page in enumerate(pages, start=1):
-        figure = _figure(1.2 + 2.5 * len(weights), 0.8 + 1.75 * len(page))
-        figure.suptitle(f"{name}: weights of each layer", x=0.01, ha="left", fontsize=11, color=INK)
-        grid = figure.subplots(len(page), len(weights), squeeze=False, sharex="row")
+        grid = _grid(len(page), len(moments), (2.1, 1.3), (0.42, 0.32), top=0.7)
         for row, layer in zip(grid, page, strict=True):
-            arrays = [moment.get(layer) for moment in weights.values()]
-            edges = _edges([array for array in arrays if array is not None])
-            for axes, moment, array in zip(row, weights, arrays, strict=True):
-                _histogram(axes, array, edges, MOMENTS.get(moment, STUDENT))
-            row[0].set_ylabel(f"{layer}\nweights", fontsize=9, color=INK)
-        for axes, moment in zip(grid[0], weights, strict=True):
-            axes.set_title(moment, loc="left", fontsize=10, color=MOMENTS.get(moment, STUDENT), fontweight="bold")
+            edges = _edges([weights[moment][layer] for moment in moments if layer in weights[moment]])
+            for axes, moment in zip(row, moments, strict=True):
+                _histogram(axes, weights[moment].get(layer), edges, MOMENTS.get(moment, STUDENT))
+            short = layer if len(layer) <= 20 else f"…{layer[-19:]}"
+            row[0].set_ylabel(f"{short}\nweights", fontsize=9, color=INK)
+            row[0].yaxis.set_label_coords(-0.24, 0.5)
+        for axes, moment in zip(grid[0], moments, strict=True):
+            axes.set_title(
+                moment, loc="left", fontsize=10, color=MOMENTS.get(moment, STUDENT), fontweight="bold"
+            )
         for axes in grid[-1]:
             axes.set_xlabel("value", fontsize=9, color=INK)
-        yield ("weights.png" if len(pages) == 1 else f"weights_{number}.png"), figure
+        _title(grid[0][0].figure, f"{name}: weights of each layer")
+        yield ("weights.png" if len(pages) == 1 else f"weights_{number}.png"), grid[0][0].figure
 
 
 def _edges(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Bin edges [62] that hold all the weights of a layer at all moments."""
+    """Bin edges [62] that hold all the weights of a layer, at all moments."""
     low = min(float(np.min(array)) for array in arrays)
     high = max(float(np.max(array)) for array in arrays)
-    return np.linspace(low, high if high > low else low + 1, 62)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, 62)
 
 
 def _histogram(axes: "Axes", weight: np.ndarray | None, edges: np.ndarray, colour: str) -> None:
@@ -464,11 +557,17 @@ def _histogram(axes: "Axes", weight: np.ndarray | None, edges: np.ndarray, colou
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     _calm(axes)
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
     if weight is None:
-        axes.set_axis_off()
+        axes.spines[:].set_visible(False)
+        axes.set(xticks=[], yticks=[])
         return
+    room = 0.03 * (edges[-1] - edges[0])
+    axes.set_xlim(edges[0] - room, edges[-1] + room)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+    )
     alive = weight[weight != 0]
     values, counts = np.unique(alive, return_counts=True)
     said = [f"{100 * (1 - alive.size / weight.size):.1f} % zeros"]
@@ -481,4 +580,6 @@ def _histogram(axes: "Axes", weight: np.ndarray | None, edges: np.ndarray, colou
         heights, _ = np.histogram(alive, edges)
         axes.stairs(heights, edges, fill=True, color=colour, alpha=0.85)
         axes.set_ylim(0, 1.35 * max(1, heights.max()))
-    axes.text(0.98, 0.97, "\n".join(said), transform=axes.transAxes, ha="right", va="top", fontsize=7.5, color=INK)
+    axes.text(
+        0.98, 0.97, "\n".join(said), transform=axes.transAxes, ha="right", va="top", fontsize=7.5, color=INK
+    )

@@ -19,6 +19,7 @@ from trainer.context import Run
 from trainer.data import make_data
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.measure import dense_bytes
+from trainer.objective import Objective
 from trainer.recipe import Recipe, RecipeError, StageKeys, read
 from trainer.teacher import Teacher
 from trainer.tracking import Log
@@ -214,8 +215,6 @@ def _guard_teacher(run: Run) -> None:
 
 def _check_layers(recipe: Recipe, run: Run) -> None:
     """Names of layers and pairs that only the networks know, checked before the first step of training."""
-    from trainer.objective import Objective  # here only for the dry forward
-
     faults = []
     places = compress.weights(run.student)
     for number, stage in enumerate(recipe.stages):
@@ -244,7 +243,7 @@ def _finish_stage(run: Run) -> None:
     """Keeps what the stage left: networks, rows, histograms; the training's own checkpoints are no longer needed."""
     folder = _stage_folder(run, run.stage, run.stage_name)
     if run.accelerator.is_main_process:
-        tensors = {"student": run.student.state_dict()}
+        tensors = {"student": run.student.state_dict(), "learned": run.learned}
         if run.teacher is not None and run.teacher.version:
             tensors |= {f"teacher-{i}": n.state_dict() for i, n in enumerate(run.teacher.networks)}
         for moment, layers in run.histograms.items():
@@ -266,6 +265,7 @@ def _resume(run: Run, stages: list) -> int:
         tensors, facts = found
         compress.restore(run.student, tensors["student"])
         run.student.to(run.accelerator.device)
+        run.learned = {key: t.to(run.accelerator.device) for key, t in tensors["learned"].items()}
         for i, network in enumerate(run.teacher.networks if run.teacher is not None else []):
             if f"teacher-{i}" in tensors:
                 network.load_state_dict(tensors[f"teacher-{i}"])

@@ -24,15 +24,17 @@ FINISH_SECONDS = 60  # how long wandb may upload at the end; what is left stays 
 class Log:
     """The numbers of a run, one JSON object a line, appended to the file `path` and flushed at once.
 
-    Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values), "row"
-    (with "stage" and the row's entries) or "summary". Non-finite floats are written as the strings "nan", "inf"
-    and "-inf", which Python's float() reads back. A resumed run appends; a last line cut off by a kill is removed.
+    Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values),
+    "row" (with "stage" and the row's entries) or "summary". Non-finite floats are written as the strings
+    "nan", "inf" and "-inf", which Python's float() reads back. A resumed run appends; a last line cut off
+    by a kill is removed.
 
-    Only the main process writes; on the others every call does nothing. OSError when the file cannot be written.
+    Only the main process writes; on the others every call does nothing. OSError when the file cannot be
+    written.
 
     track: None or "wandb". The mirror is Accelerate's tracker, so `accelerator` must then be an
-        Accelerator(log_with="wandb"). Without a key or a network it works offline, in the folder wandb/ beside the
-        log. A resumed run is a new wandb run in the group `name`.
+        Accelerator(log_with="wandb"). Without a key or a network it works offline, in the folder wandb/
+        beside the log. A resumed run is a new wandb run in the group `name`.
     name, config: of the run, for wandb; `config` is what was asked for (a mapping of plain values).
     """
 
@@ -48,7 +50,9 @@ class Log:
         if track not in (None, "wandb"):
             raise ValueError(f"track: got {track!r}; allowed: wandb, or nothing")
         if track and accelerator is None:
-            raise ValueError("track: wandb is reached through Accelerate; give an Accelerator(log_with='wandb')")
+            raise ValueError(
+                "track: wandb is reached through Accelerate; give an Accelerator(log_with='wandb')"
+            )
         self.path = Path(path)
         self._file = None
         self._tracker: Any = None
@@ -58,7 +62,7 @@ class Log:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self.path)
-        self._file = open(self.path, "ab", buffering=0)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         if track:
             self._start(project, name or self.path.parent.name, dict(config or {}))
 
@@ -104,7 +108,9 @@ class Log:
             while data:  # an unbuffered write may take only a part
                 data = data[self._file.write(data) :]
         except OSError as error:
-            raise OSError(error.errno, f"the log cannot be written: {error.strerror}", str(self.path)) from error
+            raise OSError(
+                error.errno, f"the log cannot be written: {error.strerror}", str(self.path)
+            ) from error
 
     def _start(self, project: str, name: str, config: dict[str, Any]) -> None:
         """Open the mirror: offline where there is no key, and offline too where going online fails."""
@@ -129,7 +135,7 @@ class Log:
         self._fail(trouble)
 
     def _chart(self, chart: str, along: str, values: Mapping[str, Any]) -> None:
-        """Send the numbers among the values as CHART/KEY, drawn along CHART/`along` (stages count on their own)."""
+        """Send the numbers among the values as CHART/KEY, to be drawn along CHART/`along`."""
         if chart not in self._charts:
             self._charts.add(chart)
             self._tracker.tracker.define_metric(f"{chart}/*", step_metric=f"{chart}/{along}")

@@ -9,8 +9,8 @@ from trainer.fetch import fetch, read_cifar, read_lines
 def cifar10() -> Source:
     """50,000 training and 10,000 test images of 3 x 32 x 32 (RGB) in 10 classes (Krizhevsky 2009).
 
-    Reads the binary archive, where nothing is unpickled. Fetched into the cache folder if missing; raises FetchError
-    when no source answers.
+    Reads the binary archive, where nothing is unpickled. Fetched into the cache folder if missing; raises
+    FetchError when no source answers.
     """
     archive = fetch("cifar10") / "cifar-10-binary.tar.gz"
     inside = "cifar-10-batches-bin"

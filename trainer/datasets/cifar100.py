@@ -9,8 +9,8 @@ from trainer.fetch import fetch, read_cifar, read_lines
 def cifar100() -> Source:
     """50,000 training and 10,000 test images of 3 x 32 x 32 (RGB) in 100 fine classes (Krizhevsky 2009).
 
-    Reads the binary archive, where nothing is unpickled. Fetched into the cache folder if missing; raises FetchError
-    when no source answers.
+    Reads the binary archive, where nothing is unpickled. Fetched into the cache folder if missing; raises
+    FetchError when no source answers.
     """
     archive = fetch("cifar100") / "cifar-100-binary.tar.gz"
     inside = "cifar-100-binary"

@@ -14,10 +14,12 @@ _TEST_PER_CLASS = 36
 
 
 def digits(*, size: Annotated[int, Field(ge=8)] = 8) -> Source:
-    """1,437 training and 360 test images of 1 x size x size in 10 classes (Alpaydin & Kaynak 1998); no download.
+    """1,437 training and 360 test images of 1 x size x size in 10 classes (Alpaydin & Kaynak 1998).
 
-    size: side in pixels; other than the 8 of the data, images are resized bilinearly. The test images, 36 of each
-    class, are the same in every run: those whose pixels have the lowest sha256 in their class.
+    No download: they come with scikit-learn.
+
+    size: side in pixels; other than the 8 of the data, images are resized bilinearly. The test images, 36 of
+    each class, are the same in every run: those whose pixels have the lowest sha256 in their class.
     """
     from sklearn.datasets import load_digits  # only here: the import takes a second
 
@@ -26,7 +28,9 @@ def digits(*, size: Annotated[int, Field(ge=8)] = 8) -> Source:
     images = torch.from_numpy(pixels).view(-1, 1, 8, 8)
     labels = torch.from_numpy(classes)
     if size != 8:
-        resized = functional.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False)
+        resized = functional.interpolate(
+            images.float(), size=(size, size), mode="bilinear", align_corners=False
+        )
         images = resized.round().to(torch.uint8)
 
     rank = [hashlib.sha256(image.tobytes()).digest() for image in pixels]

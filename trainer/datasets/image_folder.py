@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trainer.context import Source
 
+_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
 
 def image_folder(
     *,
@@ -21,15 +23,15 @@ def image_folder(
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225),
 ) -> Source:
-    """Images read from disk when they are needed, as RGB of 3 x size x size; the class is the subfolder's name.
+    """Images read from disk when needed, as RGB of 3 x size x size; the subfolder's name is the class.
 
-    folder: has the subfolder `train` and one of `test`, `val` and `validation`, the first that is there; or is itself
-    the folder of the training images, and test_folder gives the others. Training images that lie in no subfolder are
-    unlabelled (-1): a teacher can distil with them. Test images are labelled, and their classes are the training's.
-    Classes are in natural order (2 before 10), as timm has them.
+    folder: has the subfolder `train` and one of `test`, `val` and `validation`, the first that is there; or
+    is itself the folder of the training images, and test_folder gives the others. Training images that lie in
+    no subfolder are unlabelled (-1): a teacher can distil with them. Test images are labelled, and their
+    classes are the training's. Classes are in natural order (2 before 10), as timm has them.
     size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased).
     mean, std: what the networks' inputs are normalised with; ImageNet's by default.
-    Raises ValueError for a folder or class that is not there and, on reading, for a file that is no whole image.
+    Raises ValueError for a folder or class that is not there and, on reading, for a damaged image file.
     """
     if not folder.is_dir():
         raise ValueError(f"image_folder: there is no folder {folder}")
@@ -43,13 +45,16 @@ def image_folder(
         test_folder = found[0]
     places = train_folder.resolve(), test_folder.resolve()
     if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
-        raise ValueError(f"image_folder: of {train_folder} and {test_folder} (test images) one lies in the other")
+        raise ValueError(
+            f"image_folder: of {train_folder} and {test_folder} (test images) one lies in the other"
+        )
 
     files, names = _find(train_folder)
     test_files, test_names = _find(test_folder)
     if "" in test_names:
         raise ValueError(
-            f"image_folder: {test_files[test_names.index('')]} lies in no subfolder; test images need a class each"
+            f"image_folder: {test_files[test_names.index('')]} lies in no subfolder; "
+            "test images need a class each"
         )
     labelled = [name for name in names if name]
     if labelled and len(labelled) < len(names):
@@ -73,15 +78,15 @@ def image_folder(
 
 
 def _find(folder: Path) -> tuple[list[str], list[str]]:
-    """The image files under a folder and the name of each one's class, '' for those that lie in no subfolder."""
+    """The image files under a folder and the class name of each, '' where it lies in no subfolder."""
     from timm.data.readers import create_reader  # only here: the import takes seconds
 
     if not folder.is_dir():
         raise ValueError(f"image_folder: there is no folder {folder}")
     try:
-        reader = create_reader("", root=str(folder))
-    except RuntimeError as fault:  # no image in it
-        raise ValueError(f"image_folder: {fault}") from fault
+        reader = create_reader("", root=str(folder), input_key=";".join(_ENDINGS))
+    except RuntimeError as fault:
+        raise ValueError(f"image_folder: no file under {folder} ends with {', '.join(_ENDINGS)}") from fault
     names = {number: name for name, number in reader.class_to_idx.items()}
     return [file for file, _ in reader.samples], [names[number] for _, number in reader.samples]
 

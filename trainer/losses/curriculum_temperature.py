@@ -2,7 +2,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from trainer.projectors import full_precision
@@ -24,7 +24,7 @@ class curriculum_temperature(nn.Module):
         self,
         *,
         start: PositiveFloat = 1.0,
-        span: NonNegativeFloat = 20.0,
+        span: PositiveFloat = 20.0,
         warm_up_epochs: PositiveFloat = 10.0,
     ) -> None:
         super().__init__()

@@ -27,6 +27,6 @@ def probabilistic(student_embedding: Tensor, teacher_embedding: Tensor, *, gathe
 
 def _neighbours(embedding: Tensor) -> Tensor:
     unit = unit_length(embedding)
-    # A cosine may come out below -1 by rounding; a negative affinity has no logarithm.
+    # By rounding (TF32's above all) a cosine may be below -1, and a negative affinity has no logarithm.
     affinity = ((unit @ unit.T + 1) / 2).clamp(min=0)
     return affinity / affinity.sum(dim=1, keepdim=True)

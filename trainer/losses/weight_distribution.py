@@ -17,8 +17,8 @@ def weight_distribution(
     num_quantiles), so that every weight gets a gradient, and layers of any two sizes compare. Mean and
     scale of the weights are left free; weights that are all equal count as zeros. Zero where student equals
     teacher. The tensors may have any shape.
-    A loss of our own; for the distance see Peyre, Cuturi 2019, "Computational Optimal Transport", section
-    2.6.
+    A loss of our own; for the distance in one dimension see Peyre, Cuturi 2019, "Computational Optimal
+    Transport".
     """
     student = _quantiles(full_precision(student_weight), num_quantiles)
     teacher = _quantiles(full_precision(teacher_weight.detach()), num_quantiles)
@@ -30,8 +30,7 @@ def _quantiles(weight: Tensor, num_quantiles: int) -> Tensor:
     mean = values.mean()
     centred = values - mean
     variance = centred.square().mean()
-    # What is left of equal weights is rounding; blown up to a deviation of 1 it would be noise.
+    # What is left of equal weights is rounding, and blown up to a deviation of 1 it would be noise.
     rounding = (16 * torch.finfo(values.dtype).eps * mean).square()
-    spread = (variance > rounding).to(values.dtype)
-    standard = centred * spread * torch.where(variance > rounding, variance, 1).rsqrt()
+    standard = centred * torch.where(variance > rounding, variance, 1).rsqrt()
     return F.adaptive_avg_pool1d(standard.sort().values[None], num_quantiles)[0]

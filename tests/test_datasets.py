@@ -1,0 +1,310 @@
+import hashlib
+import inspect
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError, validate_call
+
+from trainer import fetch as fetching
+from trainer.context import InMemory, Source
+from trainer.datasets.cifar10 import cifar10
+from trainer.datasets.cifar100 import cifar100
+from trainer.datasets.digits import digits
+from trainer.datasets.fashion_mnist import fashion_mnist
+from trainer.datasets.image_folder import image_folder
+from trainer.datasets.mnist import mnist
+
+
+DIGITS_TEST = "3716b274d4273dd46113fc881babc4d72e53bcf7d1ba69a929d73082fb949436"
+
+
+def assert_is_a_source(source, num_train, num_test):
+    """What every dataset file owes the program."""
+    assert isinstance(source, Source)
+    assert (len(source.train), len(source.test)) == (num_train, num_test)
+    assert len(source.mean) == len(source.std) == source.shape[0]
+    assert all(isinstance(value, float) for value in source.mean + source.std)
+    assert len(set(source.classes)) == len(source.classes) > 1
+    for part in (source.train, source.test):
+        assert part.labels.dtype == torch.int64 and part.labels.shape == (len(part),)
+        assert part.labels.min() >= -1 and part.labels.max() < len(source.classes)
+        images, labels = part.__getitems__([len(part) - 1, 0])
+        assert images.dtype == torch.uint8 and images.shape == (2, *source.shape)
+        assert torch.equal(labels, part.labels[[len(part) - 1, 0]])
+
+
+# digits
+
+
+def test_digits():
+    source = digits()
+    assert_is_a_source(source, 1437, 360)
+    assert source.shape == (1, 8, 8)
+    assert torch.bincount(source.test.labels).tolist() == [36] * 10
+    values = source.train.images.double() / 255
+    assert source.mean == pytest.approx((values.mean().item(),))
+    assert source.std == pytest.approx((values.std(correction=0).item(),))
+
+
+def test_digits_are_all_there_once_and_scaled_to_bytes():
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    source = digits()
+    got = torch.cat([source.train.images, source.test.images]).flatten(1).numpy()
+    got = np.column_stack([got, torch.cat([source.train.labels, source.test.labels]).numpy()])
+    expected = np.column_stack([np.round(pixels * 255 / 16), labels])
+    np.testing.assert_array_equal(got[np.lexsort(got.T)], expected[np.lexsort(expected.T)])
+
+
+def test_the_split_of_digits_never_changes():
+    # Reported accuracies are of these 360 images: never adapt the test, only the code.
+    images = digits().test.images
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == DIGITS_TEST
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(digits().test.images, images)
+
+
+@pytest.mark.parametrize("size", [16, 28])
+def test_digits_can_be_resized(size):
+    small, large = digits(), digits(size=size)
+    assert_is_a_source(large, 1437, 360)
+    assert large.shape == (1, size, size)
+    assert torch.equal(large.test.labels, small.test.labels)
+    expected = np.asarray(
+        Image.fromarray(small.train.images[5, 0].numpy()).resize((size, size), Image.Resampling.BILINEAR)
+    )
+    assert np.abs(large.train.images[5, 0].numpy().astype(int) - expected).max() <= 1
+
+
+def test_digits_smaller_than_they_are_are_refused():
+    with pytest.raises(ValidationError, match="greater than or equal to 8"):
+        validate_call(digits)(size=7)
+
+
+# the fetched sets, from raw files written here
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Puts files into the cache folder that pass for a data set's raw files."""
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
+
+    def put(name, contents):
+        (tmp_path / name).mkdir()
+        for file, data in contents.items():
+            (tmp_path / name / file).write_bytes(data)
+        digests = {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}
+        monkeypatch.setitem(fetching.FILES, name, digests)
+
+    return put
+
+
+def idx(array):
+    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.tobytes()
+
+
+@pytest.mark.parametrize("dataset", [mnist, fashion_mnist])
+def test_mnist_and_fashion_mnist(cache, dataset):
+    generator = np.random.default_rng(0)
+    images = {part: generator.integers(0, 256, (12, 28, 28), np.uint8) for part in ("train", "t10k")}
+    labels = {part: np.arange(12, dtype=np.uint8) % 10 for part in ("train", "t10k")}
+    files = {f"{part}-images-idx3-ubyte": idx(images[part]) for part in images}
+    files |= {f"{part}-labels-idx1-ubyte": idx(labels[part]) for part in labels}
+    cache(dataset.__name__, files)
+    source = dataset()
+    assert_is_a_source(source, 12, 12)
+    assert source.shape == (1, 28, 28) and len(source.classes) == 10
+    np.testing.assert_array_equal(source.train.images[:, 0], images["train"])
+    np.testing.assert_array_equal(source.test.images[:, 0], images["t10k"])
+    np.testing.assert_array_equal(source.train.labels, labels["train"])
+
+
+def tar(members):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def test_cifar10(cache):
+    generator = np.random.default_rng(0)
+    batches = generator.integers(0, 10, (6, 4, 3073), np.uint8)
+    names = [f"data_batch_{part}.bin" for part in range(1, 6)] + ["test_batch.bin"]
+    members = {
+        f"cifar-10-batches-bin/{name}": batch.tobytes() for name, batch in zip(names, batches, strict=True)
+    }
+    members["cifar-10-batches-bin/batches.meta.txt"] = "\n".join([*"abcdefghij", ""]).encode()
+    cache("cifar10", {"cifar-10-binary.tar.gz": tar(members)})
+    source = cifar10()
+    assert_is_a_source(source, 20, 4)
+    assert source.shape == (3, 32, 32) and source.classes == [*"abcdefghij"]
+    np.testing.assert_array_equal(source.train.images.flatten(1), batches[:5].reshape(20, -1)[:, 1:])
+    np.testing.assert_array_equal(source.test.labels, batches[5, :, 0])
+
+
+def test_cifar100_takes_the_fine_labels(cache):
+    generator = np.random.default_rng(0)
+    parts = generator.integers(0, 100, (2, 6, 3074), np.uint8)
+    inside = "cifar-100-binary"
+    members = {
+        f"{inside}/{name}.bin": part.tobytes() for name, part in zip(("train", "test"), parts, strict=True)
+    }
+    members[f"{inside}/fine_label_names.txt"] = "\n".join(f"kind {number}" for number in range(100)).encode()
+    cache("cifar100", {"cifar-100-binary.tar.gz": tar(members)})
+    source = cifar100()
+    assert_is_a_source(source, 6, 6)
+    assert source.classes[99] == "kind 99" and len(source.classes) == 100
+    np.testing.assert_array_equal(source.train.labels, parts[0, :, 1])
+    np.testing.assert_array_equal(source.test.images.flatten(1), parts[1, :, 2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", [mnist, fashion_mnist])
+def test_mean_and_deviation_written_down_are_those_of_the_real_training_images(dataset):
+    source = dataset()
+    values = source.train.images.double() / 255
+    assert source.mean == pytest.approx((values.mean().item(),), abs=1e-6)
+    assert source.std == pytest.approx((values.std(correction=0).item(),), abs=1e-6)
+
+
+# image_folder
+
+
+def save(path, colour, size=(20, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """Two classes for training, the same two for testing; the colour tells the file."""
+    for number in range(3):
+        save(tmp_path / "train" / "cat" / f"{number}.png", (10 + number, 0, 0))
+    save(tmp_path / "train" / "dog" / "0.png", (0, 100, 200))
+    save(tmp_path / "test" / "dog" / "a.png", (1, 2, 3))
+    save(tmp_path / "test" / "cat" / "b.jpg", (50, 50, 50))
+    return tmp_path
+
+
+def test_image_folder(animals):
+    source = image_folder(folder=animals, size=8)
+    assert_is_a_source(source, 4, 2)
+    assert source.classes == ["cat", "dog"] and source.shape == (3, 8, 8)
+    assert source.train.labels.tolist() == [0, 0, 0, 1] and source.test.labels.tolist() == [0, 1]
+    assert source.mean == (0.485, 0.456, 0.406) and source.std == (0.229, 0.224, 0.225)
+    images, labels = source.train.__getitems__([3, 1])
+    assert labels.tolist() == [1, 0]
+    assert images[:, :, 4, 4].tolist() == [[0, 100, 200], [11, 0, 0]]  # channels are red, green, blue
+
+
+def test_image_folder_can_be_sent_to_worker_processes(animals):
+    train = image_folder(folder=animals, size=8).train
+    images, labels = pickle.loads(pickle.dumps(train)).__getitems__([3, 0])
+    assert torch.equal(images, train.__getitems__([3, 0])[0]) and labels.tolist() == [1, 0]
+
+
+def test_image_folder_cuts_the_middle_out(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = 255  # the middle square
+    pixels[5:15, 15:25, 1] = 77  # and half of that
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / part / name / "x.png")
+    whole, _ = image_folder(folder=tmp_path, size=20).train.__getitems__([0])
+    assert torch.equal(whole[0], torch.from_numpy(pixels[:, 10:30].copy()).permute(2, 0, 1))
+    half, _ = image_folder(folder=tmp_path, size=10, crop=0.5).train.__getitems__([0])
+    assert half[0, 1].unique().tolist() == [77] and half[0, 0].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
+def test_image_folder_gives_rgb_whatever_the_file_holds(animals, mode):
+    file = animals / "train" / "dog" / ("1.TIFF" if mode == "CMYK" else "1.png")
+    Image.new("RGB", (9, 30), (255, 255, 255)).convert(mode).save(file)
+    source = image_folder(folder=animals, size=8)
+    images, _ = source.train.__getitems__([4])
+    assert images.shape == (1, 3, 8, 8) and images.min() >= 250
+
+
+def test_image_folder_without_classes_is_unlabelled(animals, tmp_path):
+    for number in range(3):
+        save(tmp_path / "heap" / f"{number}.png", (number, 0, 0))
+    source = image_folder(folder=tmp_path / "heap", test_folder=animals / "test", size=8)
+    assert_is_a_source(source, 3, 2)
+    assert source.train.labels.tolist() == [-1, -1, -1]
+    assert source.classes == ["cat", "dog"] and source.test.labels.tolist() == [0, 1]
+
+
+def test_image_folder_classes_are_in_natural_order_and_the_test_may_lack_some(tmp_path):
+    for name in ("10", "2", "1"):
+        save(tmp_path / "train" / name / "x.png", (1, 1, 1))
+    save(tmp_path / "val" / "10" / "x.png", (1, 1, 1))
+    source = image_folder(folder=tmp_path, size=8)
+    assert source.classes == ["1", "2", "10"] and source.test.labels.tolist() == [2]
+
+
+def test_a_damaged_image_is_an_error_that_names_the_file(animals):
+    file = animals / "train" / "cat" / "1.png"
+    for damage in (file.read_bytes()[:-30], b"no image", b""):
+        file.write_bytes(damage)
+        source = image_folder(folder=animals, size=8)
+        source.train.__getitems__([0, 2])
+        with pytest.raises(ValueError, match="cat/1.png cannot be read as an image"):
+            source.train.__getitems__([0, 1, 2])
+
+
+def test_wrong_folders_are_refused(animals, tmp_path):
+    def refused(match, **settings):
+        with pytest.raises(ValueError, match=match):
+            image_folder(**settings)
+
+    refused("there is no folder .*nowhere", folder=tmp_path / "nowhere")
+    refused("there is no folder .*nowhere", folder=animals, test_folder=tmp_path / "nowhere")
+    refused("no subfolder 'train': give test_folder", folder=animals / "test")
+    refused("one lies in the other", folder=animals / "train", test_folder=animals / "train" / "cat")
+    refused("one lies in the other", folder=animals / "train" / "cat", test_folder=animals / "train")
+    (tmp_path / "empty").mkdir()
+    refused("no file under .*empty ends with .jpg", folder=animals, test_folder=tmp_path / "empty")
+    (animals / "alone" / "train").mkdir(parents=True)
+    refused("no subfolder 'test', 'val' or 'validation'", folder=animals / "alone")
+    save(animals / "more" / "cow" / "x.png", (1, 1, 1))
+    refused(
+        "cow/x.png: there are no training images of class 'cow'", folder=animals, test_folder=animals / "more"
+    )
+    save(animals / "test" / "loose.png", (1, 1, 1))
+    refused("loose.png lies in no subfolder", folder=animals)
+    save(animals / "train" / "loose.png", (1, 1, 1))
+    refused("loose.png lies beside the classes' subfolders", folder=animals, test_folder=animals / "more")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"size": 0}, {"crop": 0}, {"crop": 1.5}, {"std": (1, 1, 0)}, {"mean": (0, 0)}]
+)
+def test_wrong_settings_of_image_folder_are_refused(animals, settings):
+    with pytest.raises(ValidationError):
+        validate_call(image_folder)(folder=animals, **settings)
+
+
+@pytest.mark.parametrize("dataset", [digits, mnist, fashion_mnist, cifar10, cifar100, image_folder])
+def test_every_setting_is_keyword_only_with_a_type(dataset):
+    for parameter in inspect.signature(dataset).parameters.values():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.annotation is not parameter.empty
+    assert dataset.__doc__
+
+
+def test_in_memory_images_are_fetched_by_the_batch():
+    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 2)
+    got, labels = InMemory(images, torch.arange(5)).__getitems__([4, 0, 4])
+    assert got[:, 0, 0, 0].tolist() == labels.tolist() == [4, 0, 4]

@@ -1,0 +1,217 @@
+"""A view is a number: the augmented image is a function of (seed, view, index) alone.
+
+`draw` gives the random numbers of one view for all samples at once, `apply` turns a batch of stored images
+and their samples' numbers into the images that a network sees. An image's result depends on nothing but its
+own numbers, so whatever a teacher says about (view, index) can be kept and used again.
+"""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from torch import Tensor
+from torch.nn import functional
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_CONTROL_POINTS = 4  # along each side of the image, for `elastic`
+
+
+class Augment(BaseModel):
+    """How the views of an image differ from it. Amounts are drawn uniformly; everything is off by default.
+
+    What comes in from outside the image is 0. Geometry is bilinear; `shift` and `flip` alone are exact.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    flip: bool = Field(False, description="mirror left and right, half of the time")
+    shift: NonNegativeInt = Field(0, description="whole pixels, up to so many in each direction")
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(
+        0.0, description="degrees, up to so many either way"
+    )
+    scale: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="0.1: between 0.9 and 1.1 times the size"
+    )
+    shear: Annotated[float, Field(ge=0, le=60)] = Field(0.0, description="degrees, up to so many either way")
+    elastic: NonNegativeFloat = Field(
+        0.0,
+        description="pixels; a smooth warp whose 4 x 4 control points move up to so many in each direction",
+    )
+    brightness: Fraction = Field(0.0, description="0.2: values times a factor between 0.8 and 1.2")
+    contrast: Fraction = Field(
+        0.0, description="0.2: distance from the image's mean times between 0.8 and 1.2"
+    )
+    erase: Fraction = Field(
+        0.0,
+        description="share of the images of which a rectangle is set to 0, of 2 to 33 % of the area "
+        "and with sides in a ratio of 0.3 to 3.3 (Zhong et al. 2020)",
+    )
+
+
+# How many random numbers each setting needs, in the order of their columns.
+_NUMBERS = {
+    "flip": 1,
+    "shift": 2,
+    "rotate": 1,
+    "scale": 1,
+    "shear": 1,
+    "elastic": 2 * _CONTROL_POINTS**2,
+    "brightness": 1,
+    "contrast": 1,
+    "erase": 5,
+}
+
+
+def num_parameters(augment: Augment) -> int:
+    """P, the random numbers that each image of a view needs: none for the settings that are off."""
+    return sum(count for name, count in _NUMBERS.items() if getattr(augment, name))
+
+
+def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
+    """The random numbers of a view: float32 [num_samples, P] in [0, 1), row i for sample i.
+
+    The same on every machine and with every version of the libraries (NumPy promises both the seeding and the
+    raw stream of a bit generator), and the same for a sample whatever num_samples is. Seed and view are not
+    negative.
+    """
+    # The word keeps the stream apart from any other that is seeded with the same two numbers.
+    words = np.random.SeedSequence(seed, spawn_key=(int.from_bytes(b"view"), view))
+    count = num_parameters(augment)
+    raw = np.random.PCG64(words).random_raw(num_samples * count)
+    return torch.from_numpy((raw >> 40).astype(np.float32) * np.float32(2**-24)).view(num_samples, count)
+
+
+def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
+    """The views of a batch: images uint8 [N, C, H, W] with their rows of `draw` give float32 in [0, 1].
+
+    Works on the images' device. With everything off the result is images / 255 exactly. Raises ValueError if
+    the parameters are not those of these settings, or a shift reaches beyond the image.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; they are uint8 [N, C, H, W]")
+    if parameters.shape != (len(images), num_parameters(augment)):
+        raise ValueError(
+            f"parameters: got {tuple(parameters.shape)} where these settings need "
+            f"{(len(images), num_parameters(augment))}"
+        )
+    if augment.shift >= min(images.shape[2:]):
+        raise ValueError(f"shift: got {augment.shift} pixels; the images are {tuple(images.shape[2:])}")
+    on = [name for name in _NUMBERS if getattr(augment, name)]
+    columns = parameters.to(images.device).split([_NUMBERS[name] for name in on], dim=1)
+    number = dict(zip(on, columns, strict=True))
+
+    means = images.sum(dim=(1, 2, 3)) / (255 * images.shape[1:].numel()) if augment.contrast else None
+    if augment.flip:
+        images = torch.where(number["flip"][:, :, None, None] < 0.5, images.flip(3), images)
+    shift = _whole(number["shift"], augment.shift) if augment.shift else None
+    if augment.rotate or augment.scale or augment.shear or augment.elastic:
+        grid = _grid(augment, number, shift, images.shape[2:])
+        # Rounding may put an interpolated value a hair above the greatest.
+        out = functional.grid_sample(images.float() / 255, grid, align_corners=False).clamp_(0, 1)
+    else:
+        out = (images if shift is None else _shifted(images, shift, augment.shift)).float() / 255
+
+    if augment.brightness:
+        out = out * _factor(number["brightness"], augment.brightness)[:, :, None, None]
+    if augment.contrast:
+        # The mean of the stored image: a sum of whole numbers is the same in any order.
+        means = means[:, None, None, None]
+        out = means + (out - means) * _factor(number["contrast"], augment.contrast)[:, :, None, None]
+    if augment.brightness or augment.contrast:
+        out = out.clamp(0, 1)
+    if augment.erase:
+        out = out.masked_fill(_rectangles(number["erase"], augment.erase, images.shape[2:]), 0)
+    return out
+
+
+def _between(numbers: Tensor, limit: float) -> Tensor:
+    """[0, 1) to -limit .. limit."""
+    return (2 * numbers - 1) * limit
+
+
+def _factor(numbers: Tensor, fraction: float) -> Tensor:
+    return 1 + _between(numbers, fraction)
+
+
+def _whole(numbers: Tensor, limit: int) -> Tensor:
+    """[0, 1) to the whole numbers -limit .. limit."""
+    # The greatest number below 1 times a count is rounded up to the count.
+    return (numbers * (2 * limit + 1)).floor().clamp(max=2 * limit).long() - limit
+
+
+def _shifted(images: Tensor, shift: Tensor, limit: int) -> Tensor:
+    """Each image moved right and down by its own whole pixels: a window out of the padded image."""
+    padded = functional.pad(images, (limit,) * 4)
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # a view: nothing is copied
+    right, down = shift.unbind(1)
+    return windows[torch.arange(len(images), device=images.device), :, limit - down, limit - right]
+
+
+def _grid(
+    augment: Augment, number: dict[str, Tensor], shift: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """Where each pixel of the views comes from, [N, H, W, 2] as grid_sample wants it.
+
+    In pixels from the image's centre: the output position less the shift, slanted, turned and divided by the
+    scale, plus the warp. Products and sums stand apart, one operation each, so that they are rounded alike
+    wherever an image lies in the batch.
+    """
+    height, width = shape
+    any_number = next(iter(number.values()))
+    zero = any_number.new_zeros(len(any_number))
+
+    def amount(name: str, limit: float) -> Tensor:
+        return _between(number[name][:, 0], limit) if name in number else zero
+
+    turn = torch.deg2rad(amount("rotate", augment.rotate))
+    slant = torch.tan(torch.deg2rad(amount("shear", augment.shear)))
+    size = 1 + amount("scale", augment.scale)
+    cos, sin = torch.cos(turn) / size, torch.sin(turn) / size
+    right, down = (zero, zero) if shift is None else shift.to(zero.dtype).unbind(1)
+
+    # Pixel p from the centre lies at 2 p / side in grid_sample's coordinates, with align_corners=False.
+    across = torch.arange(width, device=zero.device) - (width - 1) / 2 - right[:, None]
+    along = torch.arange(height, device=zero.device) - (height - 1) / 2 - down[:, None]
+    grid = zero.new_empty(len(zero), height, width, 2)
+    for axis, (from_across, from_along, side) in enumerate(
+        [(cos, slant * cos - sin, width), (sin, slant * sin + cos, height)]
+    ):
+        per_column = across * (from_across * (2 / side))[:, None]
+        per_row = along * (from_along * (2 / side))[:, None]
+        torch.add(per_column[:, None, :], per_row[:, :, None], out=grid[..., axis])
+    if augment.elastic:
+        control = _between(number["elastic"], augment.elastic).view(-1, 2, _CONTROL_POINTS, _CONTROL_POINTS)
+        for axis, side in enumerate((width, height)):
+            grid[..., axis] += _smooth(control[:, axis] * (2 / side), height, width)
+    return grid
+
+
+def _smooth(control: Tensor, height: int, width: int) -> Tensor:
+    """Control points [N, 4, 4] spread over the image by cubic interpolation, [N, H, W]."""
+    points = torch.eye(_CONTROL_POINTS, device=control.device)[None, None]
+    down, across = (
+        functional.interpolate(points, size=(_CONTROL_POINTS, side), mode="bicubic", align_corners=True)[0, 0]
+        for side in (height, width)
+    )
+    # Sums written out: a matrix product's order of summation changes with the number of images.
+    rows = sum(control[:, :, point, None] * across[point] for point in range(_CONTROL_POINTS))
+    return sum(rows[:, point, None, :] * down[point][:, None] for point in range(_CONTROL_POINTS))
+
+
+def _rectangles(numbers: Tensor, share: float, shape: tuple[int, int]) -> Tensor:
+    """True in a rectangle of a `share` of the images, [N, 1, H, W]."""
+    height, width = shape
+    chosen, area, ratio, top, left = numbers.unbind(1)
+    area = (0.02 + area * (0.33 - 0.02)) * (height * width)
+    ratio = torch.exp(_between(ratio, float(np.log(10 / 3))))
+    sides = (torch.sqrt(area * ratio), torch.sqrt(area / ratio))
+    inside = []
+    for start, side, limit in zip((top, left), sides, shape, strict=True):
+        side = side.round().clamp(1, limit)
+        start = (start * (limit - side + 1)).floor().clamp(max=limit - side)
+        place = torch.arange(limit, device=numbers.device)
+        inside.append((place >= start[:, None]) & (place < (start + side)[:, None]))
+    rows, columns = inside
+    return (rows[:, :, None] & columns[:, None, :] & (chosen < share)[:, None, None])[:, None]
