@@ -1,16 +1,16 @@
 """Time, inertia and memory of the codebook search, side by side with other tools that are installed.
 
-Run:    python scripts/bench_kmeans.py            (all cases; an hour or two, most of it in the slow rivals)
+Run:    python scripts/bench_kmeans.py     (all cases; an hour or two, most of it in the slow rivals)
         python scripts/bench_kmeans.py --sizes 1e6 --clusters 16 32 --limit 60
-Rivals: pip install ckwrap kmeans1d coremltools   (each is left out where it does not import)
+Rivals: pip install ckwrap kmeans1d coremltools     (each is left out where it does not import)
 
-Every method first runs once in a fresh process, under a limit of time and of memory: that gives its memory, and whether
-it finishes at all. Those that took less than `--quick` seconds then run side by side in this one process, in turns, and
-the medians are shown; of the slower ones the single run is shown. One thread for everybody.
+Every method first runs once in a fresh process, under a limit of time and of memory: that gives its memory,
+and whether it finishes at all. Those that took less than `--quick` seconds then run side by side in this one
+process, in turns, and the medians are shown; of the slower ones the single run is shown. One thread for all.
 
-Memory is the highest resident size during the call less that before it, input and imports not counted (Linux only).
-The optimum is the least inertia of: exact dynamic programming by ckwrap or kmeans1d where one finished, and the
-dynamic programme on 2^16 bins followed by Lloyd's algorithm on the sorted values until nothing moves.
+Memory is the highest resident size during the call less that before it, input and imports not counted (Linux
+only). The optimum is the least inertia of all methods here (ckwrap and kmeans1d are exact where they finish)
+and of the dynamic programme on 2^16 bins followed by Lloyd's algorithm on the sorted values until it settles.
 """
 
 import os
@@ -37,7 +37,7 @@ from trainer.kmeans import assign, inertia, kmeans_linear, kmeans_optimal
 
 
 def make_values(kind: str, size: int) -> np.ndarray:
-    """Float32 values: a Gaussian, or a mixture like a layer's weights (narrow, heavy-tailed and wide parts)."""
+    """Float32 values: a Gaussian, or a mixture like a layer's weights (narrow, heavy-tailed and wide)."""
     random = np.random.default_rng(0)
     values = random.standard_normal(size, dtype=np.float32)
     if kind == "mixture":
@@ -68,15 +68,17 @@ def kmeans1d(values: np.ndarray, k: int) -> np.ndarray:
 
 def coremltools(values: np.ndarray, k: int) -> np.ndarray:
     import torch
-    from coremltools.optimize.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
+    from coremltools.optimize.torch import palettization
 
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     bits = k.bit_length() - 1
     model = torch.nn.Sequential(torch.nn.Linear(100, len(values) // 100, bias=False, device="meta"))
-    model[0].weight = torch.nn.Parameter(torch.from_numpy(values[: len(values) // 100 * 100]).view(-1, 100))
+    weight = torch.from_numpy(values[: len(values) // 100 * 100]).view(-1, 100)
+    model[0].weight = torch.nn.Parameter(weight)
     settings = {"global_config": {"n_bits": bits, "granularity": "per_tensor"}}
-    palettizer = PostTrainingPalettizer(model, PostTrainingPalettizerConfig.from_dict(settings))
+    config = palettization.PostTrainingPalettizerConfig.from_dict(settings)
+    palettizer = palettization.PostTrainingPalettizer(model, config)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         shared = palettizer.compress(num_kmeans_workers=1)
     return np.unique(shared[0].weight.detach().numpy()).astype(np.float32)
@@ -111,7 +113,8 @@ def memory_bytes(field: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(field))
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def run_alone(method: str, kind: str, size: int, k: int, folder: str, memory_limit: float) -> None:
@@ -150,7 +153,7 @@ def run_fresh(method: str, kind: str, size: int, k: int, limit: float, memory_li
 
 
 def settled(values: np.ndarray, k: int) -> np.ndarray:
-    """Near-optimal centroids by a way of its own: many bins, then Lloyd on the sorted values until it settles."""
+    """Near-optimal centroids: many bins, then Lloyd on the sorted values until it settles."""
     centroids = kmeans_optimal(values, k, bins=1 << 16).astype(np.float64)
     values = np.sort(values)
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
@@ -166,7 +169,8 @@ def settled(values: np.ndarray, k: int) -> np.ndarray:
 
 def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> list[str]:
     results = {
-        name: run_fresh(name, kind, size, k, settings.limit, settings.memory_limit) for name in settings.methods
+        name: run_fresh(name, kind, size, k, settings.limit, settings.memory_limit)
+        for name in settings.methods
     }
     values = make_values(kind, size)
     quick = [name for name, result in results.items() if result.get("wall", [1e9])[0] < settings.quick]
@@ -183,23 +187,24 @@ def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> li
     for result in results.values():
         if "centroids" in result:
             result["inertia"] = inertia(values, result["centroids"])
-    optimum = min([inertia(values, settled(values, k)), *(r["inertia"] for r in results.values() if "inertia" in r)])
+    reached = [result["inertia"] for result in results.values() if "inertia" in result]
+    optimum = min(inertia(values, settled(values, k)), *reached)
 
-    rows = []
+    rows, case = [], f"| {size:.0e} | {kind} | {k} "
     ours = statistics.median(results["kmeans_optimal"]["wall"])
     for name, result in results.items():
-        row = f"| {size:.0e} | {kind} | {k} | {name} "
+        row = f"{case}| {name} "
         if "failure" in result:
-            rows.append(row + f"| {result['failure']} | | | | | |")
+            rows.append(f"{row}| {result['failure']} | | | | | |")
             continue
         wall, processor = statistics.median(result["wall"]), statistics.median(result["processor"])
         memory = "" if result["memory"] is None else f"{result['memory'] / 1e6:.0f}"
         rows.append(
-            row + f"| {wall:.3f} | {processor:.3f} | {wall / ours:.1f}x | {result['inertia'] / optimum:.6f} "
-            f"| {memory} | {len(result['wall'])} |"
+            f"{row}| {wall:.3f} | {processor:.3f} | {wall / ours:.1f}x "
+            f"| {result['inertia'] / optimum:.6f} | {memory} | {len(result['wall'])} |"
         )
     wall, processor = (statistics.median(column) for column in zip(*assigned))
-    rows.append(f"| {size:.0e} | {kind} | {k} | assign | {wall:.3f} | {processor:.3f} | | | | {len(assigned)} |")
+    rows.append(f"{case}| assign | {wall:.3f} | {processor:.3f} | | | | {len(assigned)} |")
     return rows
 
 
@@ -210,18 +215,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    kinds = ["gaussian", "mixture"]
     parser.add_argument("--sizes", nargs="+", type=float, default=[1e6, 1e7])
-    parser.add_argument("--kinds", nargs="+", choices=["gaussian", "mixture"], default=["gaussian", "mixture"])
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--clusters", nargs="+", type=int, default=[16, 32, 256])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=installed())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", type=float, default=15, help="seconds up to which a method is repeated")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which a single run is stopped")
+    parser.add_argument("--quick", type=float, default=15, help="seconds under which a method is repeated")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a single run")
     parser.add_argument("--memory-limit", type=float, default=12, help="address space of a single run, in GB")
     settings = parser.parse_args()
     if "kmeans_optimal" not in settings.methods:
         parser.error("--methods must include kmeans_optimal, to which the others are compared")
-    print("| values | kind | k | method | seconds | CPU seconds | time / ours | inertia / optimum | MB | runs |")
+    print("| values | kind | k | method | seconds | CPU s | time / ours | inertia / optimum | MB | runs |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for size in settings.sizes:
         for kind in settings.kinds:

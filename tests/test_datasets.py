@@ -289,7 +289,7 @@ def test_wrong_folders_are_refused(animals, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"size": 0}, {"crop": 0}, {"crop": 1.5}, {"std": (1, 1, 0)}, {"mean": (0, 0)}]
+    "settings", [{"size": 0}, {"crop": 0}, {"crop": 1.5}]
 )
 def test_wrong_settings_of_image_folder_are_refused(animals, settings):
     with pytest.raises(ValidationError):

@@ -203,6 +203,12 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(images), model(images))
 
 
+def test_sizes_of_the_separable_students():
+    assert count(separable(*DIGITS, batch_norm=False)) == 1_706
+    widths, strides = (16, 24, 24, 32, 32, 40), (2, 1, 1, 2, 1, 1)
+    assert count(separable(*DIGITS, widths=widths, strides=strides, batch_norm=False)) == 6_162
+
+
 def test_separable_residual_adds_the_input():
     model = separable(*DIGITS, widths=(4, 4), strides=(1, 1), residual=True).eval()
     nn.init.zeros_(model.block2.norm.weight)
@@ -252,6 +258,7 @@ def test_both_directions_have_read_the_whole_image(function):
         (separable, (1, 28, 28), {"widths": (4, 4), "strides": (1,)}, "2 widths and 1 strides"),
         (separable, (1, 28, 28), {"widths": (), "strides": ()}, "0 widths"),
         (separable, (1, 28, 28), {"kernel": 4}, "kernel is 4; it must be odd"),
+        (separable, (1, 28, 28), {"first_kernel": 2}, "first_kernel is 2; it must be odd"),
     ],
 )
 def test_a_users_mistake_is_a_clear_error(function, shape, settings, message):

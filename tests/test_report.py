@@ -34,7 +34,7 @@ ROWS = [
 ]
 LAYERS = [
     {"layer": "fc1", "shape": [300, 784], "num_weights": 235200, "num_nonzero": 14000, "thresholds": [0.0701],
-     "clusters": 32, "bits": 5, "ratio_sharing": 6.3, "file_bytes": 12774,
+     "clusters": 32, "bits": 5, "ratio_sharing": 6.3, "file_bytes": 12774.4,
      "csr_bytes": 94108, "csc_bytes": 96044},
     {"layer": "conv1", "shape": [6, 1, 5, 5], "num_weights": 150, "num_nonzero": 150, "thresholds": None},
 ]  # fmt: skip

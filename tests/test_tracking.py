@@ -334,7 +334,8 @@ def wandb_runs(tmp_path_factory) -> dict[str, tuple[Path, subprocess.Popen, str,
         folder = tmp_path_factory.mktemp(how)
         started[how] = folder, subprocess.Popen(
             [sys.executable, "-c", RUN, str(folder / "run"), how],
-            cwd=ROOT, env={**kept, "HOME": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env={**kept, "HOME": str(folder)}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     return {how: (folder, run, *run.communicate(timeout=120)) for how, (folder, run) in started.items()}
 

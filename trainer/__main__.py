@@ -11,40 +11,50 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
+# torch, and what stands on it, takes seconds to import: each command imports what it needs.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 2 for a user's mistake, 1 for what went wrong in a run."""
+    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 1 for what went wrong in a run."""
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options) or 0
+        options.command(options)
+        sys.stdout.flush()
+        return 0
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on where this stopped")
+        _say("interrupted" + ("; the same command goes on where this stopped" if options.command is _run else ""))
         return 130
     except FloatingPointError as error:
         _say(str(error))
         return 1
     except BrokenPipeError:
-        # Whoever read the output (head, say) has seen enough. Python would complain while closing it.
+        # Whoever read the output has seen enough (head, say). Python would complain once more when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRAINER_TRACEBACK"):
+        return 141  # as a program that the signal SIGPIPE ends
+    except Exception as error:
+        told = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
+        if told is None:
             raise
-        _say(str(error))
+        _say(told)
         return 2
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        _say(f"torch and torchvision do not fit together ({error}): install a matching pair, "
-             "such as pip install torch==2.15.0 torchvision==0.29.2")
-        return 2
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to tell of an error that is the user's to mend; None for a fault of the program."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    fetch = sys.modules.get("trainer.fetch")  # what was not imported has raised nothing
+    if fetch is not None and isinstance(error, fetch.FetchError):
+        return str(error)
+    if isinstance(error, RuntimeError) and "torchvision::" in str(error):
+        return (f"torch and torchvision do not fit together ({error}): install a matching pair, "
+                "such as pip install torch==2.15.0 torchvision==0.29.2")
+    return None
 
 
 def _say(message: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"trainer: {message}" if "\n" not in message else f"trainer:\n{message}", file=sys.stderr, flush=True)
+        print(f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,59 +66,74 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=function)
         return made
 
-    def recipe_options(made: argparse.ArgumentParser) -> None:
+    def recipe_options(made: argparse.ArgumentParser, of_a_run: bool) -> None:
         made.add_argument("recipe", type=Path)
-        made.add_argument("--seed", type=int, help="another seed; the run is then called NAME-seedN")
-        made.add_argument("--name", help="another name of the run")
         made.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", dest="changes",
-                          help="change a value, such as stages.1.training.epochs=2")
+                          help="change a value, such as stages.1.training.epochs=2; may be given several times")
+        made.set_defaults(seed=None, name=None)
+        if of_a_run:
+            made.add_argument("--seed", type=int, help="another seed; without --name the run is then called NAME-seedN")
+            made.add_argument("--name", help="another name of the run")
 
     run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
-    recipe_options(run)
+    recipe_options(run, of_a_run=True)
     run.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
     check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
-    recipe_options(check)
+    recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
-    recipe_options(pairs)
-    fetch = command(_fetch, "fetch", "Fetch a dataset ahead of time.")
+    recipe_options(pairs, of_a_run=False)
+    fetch = command(_fetch, "fetch", "Fetch datasets ahead of time.")
     fetch.add_argument("dataset", nargs="+")
     inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
     inspect.add_argument("file", type=Path)
-    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument("--json", action="store_true", help="for programs: one line")
     unpack = command(_unpack, "unpack", "Write the weights of a packed file as safetensors.")
     unpack.add_argument("file", type=Path)
     unpack.add_argument("output", type=Path, nargs="?", help="FILE with the ending .safetensors, when not given")
     predict = command(_predict, "predict", "Classify images with a packed file.")
     predict.add_argument("file", type=Path)
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    predict.add_argument("--top", type=int, default=3, help="how many classes to tell (3)")
+    predict.add_argument("--top", type=_count, default=3, help="how many classes to tell (3)")
     evaluate = command(_evaluate, "evaluate", "Measure a packed file on the test split of a recipe's data.")
     evaluate.add_argument("file", type=Path)
-    recipe_options(evaluate)
-    evaluate.add_argument("--json", action="store_true")
-    schema = command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
-    schema.set_defaults()
+    recipe_options(evaluate, of_a_run=False)
+    evaluate.add_argument("--json", action="store_true", help="for programs: one line")
+    command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
 
 
-def _changes(options: argparse.Namespace) -> dict[str, Any]:
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}; a number from 1 up is allowed")
+    return int(word)
+
+
+def changes_of(words: list[str]) -> dict[str, Any]:
+    """What ['stages.1.training.epochs=2', ...] asks for: {'stages.1.training.epochs': 2, ...}."""
+    from trainer.recipe import value
+
     changes: dict[str, Any] = {}
-    for change in options.changes:
-        place, found, value = change.partition("=")
+    for word in words:
+        place, found, given = word.partition("=")
         if not found:
-            raise ValueError(f"--set {change}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
+            raise ValueError(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
         try:
-            changes[place] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {change}: the value is not YAML: {error}") from None
+            changes[place] = value(given)
+        except ValueError as error:
+            raise ValueError(f"--set {word}: {error}") from None
+    return changes
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    changes = changes_of(options.changes)
     if options.seed is not None:
         changes["seed"] = options.seed
-        if options.name is None:
-            from trainer.recipe import read
-
-            changes["name"] = f"{read(options.recipe, changes)[0].name}-seed{options.seed}"
     if options.name is not None:
         changes["name"] = options.name
+    elif options.seed is not None:
+        from trainer.recipe import read
+
+        changes["name"] = f"{read(options.recipe, changes)[0].name}-seed{options.seed}"
     return changes
 
 
@@ -133,19 +158,24 @@ def _pairs(options: argparse.Namespace) -> None:
     from trainer.data import make_data
     from trainer.objective import Objective
     from trainer.recipe import read
-    from trainer.runner import _make_teacher
+    from trainer.runner import check_layers, make_teacher
 
     recipe, _ = read(options.recipe, _changes(options))
     data = make_data(recipe.data, torch.device("cpu"))
-    guide = _make_teacher(recipe, data)
+    guide = make_teacher(recipe, data)
     student = teacher.create(recipe.student, data.shape, len(data.classes))
+    check_layers(recipe, student, data, guide, "cpu")
+    tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
     for number, stage in enumerate(recipe.stages):
         terms = getattr(stage, "losses", None)
         rows = Objective(student, terms, data, guide).pairs() if terms else []
+        shown = [{k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()} for row in rows]
         if rows:
-            print(f"stages[{number}] {stage.stage}")
-            print(tabulate([{k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()} for row in rows],
-                           headers="keys"))
+            tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
+    for table, stages in tables.items():
+        print(f"{', '.join(stages)}\n{table}\n")
+    if not tables:
+        print(f"{options.recipe}: no loss looks at layers")
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -159,17 +189,18 @@ def _fetch(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from trainer import packed
 
-    account, header = packed.account(_read(options.file), str(options.file))
+    data = _read(options.file)
+    account, header = packed.account(data, str(options.file))
     if options.json:
         print(json.dumps({"header": header, "account": account}))
         return
     from tabulate import tabulate
 
-    total = options.file.stat().st_size
-    net = header.get("net") or {"model": "(brought by the reader)"}
-    print(f"{options.file}: {total:,} bytes: {net['model']} "
-          f"{ {k: v for k, v in net.items() if k != 'model'} or ''} for images {'x'.join(map(str, header['shape']))}, "
-          f"{len(header['classes'])} classes\n")
+    net = header.get("net")
+    made = " ".join(f"{k}={v}" if k != "model" else str(v) for k, v in net.items()) if net else "a network on no shelf"
+    size = f" for images {'x'.join(map(str, header['shape']))}" if header["shape"] else ""
+    classes = f", {len(header['classes'])} classes" if header["classes"] else ""
+    print(f"{options.file}: {len(data):,} bytes: {made}{size}{classes}\n")
     rows = [{key: (f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value)
              for key, value in row.items()} for row in account]
     print(tabulate(rows, headers="keys", colalign=("left", "left")))
@@ -198,17 +229,19 @@ def _predict(options: argparse.Namespace) -> None:
 
     from trainer import packed
     from trainer.images import read_image
-
-    model, header = packed.decode(_read(options.file), str(options.file))
     from trainer.teacher import normalize
 
+    model, header = packed.decode(_read(options.file), str(options.file))
+    if not header["shape"] or not header["mean"]:
+        raise ValueError(f"{options.file}: was packed without shape, mean and std: what its images are like is not known")
+    shape, classes = tuple(header["shape"]), header["classes"]
     for path in options.images:
-        image = read_image(path, tuple(header["shape"]))
+        image = read_image(path, shape)
         with torch.inference_mode():
             shares = model(normalize(image[None].float() / 255, header["mean"], header["std"])).softmax(-1)[0]
         best = shares.topk(min(options.top, len(shares)))
-        told = "  ".join(f"{header['classes'][i]} {p * 100:.1f} %" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        print(f"{path}: {told}")
+        told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        print(f"{path}: {'  '.join(f'{classes[i]} {share * 100:.1f} %' for i, share in told)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, cr
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 SHELVES = {"loss": "losses", "stage": "stages", "dataset": "datasets", "model": "models"}
+MOST_NAMES = 40  # more than that are not listed in a message
 
 
 def names(key: str) -> list[str]:
@@ -27,12 +29,12 @@ def names(key: str) -> list[str]:
 
 def split(key: str, value: str) -> tuple[str, str | None]:
     """File and remainder of a value: 'timm/resnet18' is file 'timm' with 'resnet18', 'lenet5' is file 'lenet5'."""
-    if key == "model" and value.startswith("hf-hub:"):
-        return "timm", value
-    for mark in "/:":
-        head, found, rest = value.partition(mark)
-        if key == "model" and found and rest and head in ("timm", "python"):
-            return head, rest
+    if key == "model":
+        if value.startswith("hf-hub:"):
+            return "timm", value
+        for start in ("timm/", "python:"):
+            if value.startswith(start) and value != start:
+                return start[:-1], value.removeprefix(start)
     return value, None
 
 
@@ -41,16 +43,24 @@ def find(key: str, value: str) -> Callable:
     file, _ = split(key, value)
     if file not in names(key):
         raise ValueError(f"there is no {key} {value!r}{nearest(file, names(key))}")
-    return getattr(importlib.import_module(f"trainer.{SHELVES[key]}.{file}"), file)
+    module = importlib.import_module(f"trainer.{SHELVES[key]}.{file}")
+    if not callable(getattr(module, file, None)):
+        raise ValueError(f"{key} {value!r}: {module.__file__} defines no {file!r}, which its name promises")
+    return getattr(module, file)
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` was probably meant to be, None where nothing is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' or, when nothing is near, '; there are ...'."""
+    """' (did you mean ...?)', or, when nothing is near, '; there are: ...' with all names unless these are many."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
-    return f"; there are: {', '.join(known)}" if known else ""
+    near = closest(word, known)
+    if near is not None:
+        return f" (did you mean {near!r}?)"
+    return f"; there are: {', '.join(known)}" if 0 < len(known) <= MOST_NAMES else ""
 
 
 def fed(function: Callable) -> list[str]:
@@ -64,7 +74,7 @@ def fed(function: Callable) -> list[str]:
 
 def built_with(cls: type) -> list[str]:
     """Names of the positional arguments of a class's constructor."""
-    return [n for n in fed(cls.__init__) if n != "self"]
+    return fed(cls.__init__)
 
 
 @functools.cache
@@ -92,9 +102,66 @@ def own_settings(checked: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
 
 
 class Entry(BaseModel):
-    """A mapping in a recipe; a key that is not a field is a fault."""
+    """A mapping in a recipe. A key that is not a field is a fault; so are infinite numbers, and true for a number."""
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _every_fault(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
+        # By itself pydantic names no nearest key, and takes true for the number 1.
+        if not isinstance(given, dict):
+            return handler(given)
+        faults, meant = [], set()
+        for key in given.keys() - cls.model_fields.keys():
+            faults.append(fault(key, f"is no key here{nearest(str(key), cls.model_fields)}", given[key]))
+            meant.add((closest(str(key), cls.model_fields),))
+        checked = None
+        try:
+            checked = handler({key: value for key, value in given.items() if key in cls.model_fields})
+        except ValidationError as error:
+            # One slip of the pen, one message: the key that is missing is the one that was misspelt.
+            faults += [f for f in _faults(error) if f["type"].type != "missing" or f["loc"] not in meant]
+        wrong = {told["loc"][0] for told in faults if told["loc"]}
+        for name, field in cls.model_fields.items():
+            if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
+                for below, value in _booleans(given[name]):
+                    if not below or not _mentions(field.annotation, BaseModel):  # an entry looks at its own
+                        faults.append(fault(name, "it should be a valid number", value, *below, kind="bool_type"))
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return checked
+
+
+def _faults(error: ValidationError) -> list[InitErrorDetails]:
+    """pydantic's faults once more, to be raised together with others."""
+    return [
+        InitErrorDetails(
+            type=PydanticCustomError(told["type"], "{message}", {"message": told["msg"]}), loc=told["loc"], input=told["input"]
+        )
+        for told in error.errors(include_url=False)
+    ]
+
+
+def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") -> InitErrorDetails:
+    """One fault at `key` (and further keys below it) of the mapping that is being checked."""
+    loc = tuple(k if isinstance(k, (int, str)) else str(k) for k in (key, *below))
+    return InitErrorDetails(type=PydanticCustomError(kind, "{message}", {"message": message}), loc=loc, input=given)
+
+
+def _mentions(annotation: Any, *kinds: Any) -> bool:
+    """Whether one of `kinds` is named in a type hint, at any depth."""
+    if annotation in kinds or isinstance(annotation, type) and BaseModel in kinds and issubclass(annotation, BaseModel):
+        return True
+    return any(_mentions(part, *kinds) for part in typing.get_args(annotation))
+
+
+def _booleans(value: Any) -> list[tuple[tuple, bool]]:
+    """Where true and false stand in a value: at its top, or one level down."""
+    if isinstance(value, bool):
+        return [((), value)]
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [((key,), item) for key, item in inner if isinstance(item, bool)]
 
 
 def from_shelf(key: str, base: type[BaseModel]) -> Any:
@@ -104,21 +171,25 @@ def from_shelf(key: str, base: type[BaseModel]) -> Any:
         if isinstance(given, base):
             return given
         if not isinstance(given, dict):
-            raise PydanticCustomError("mapping", "got {got}; a mapping with the key {key!r} is allowed",
-                                      {"got": repr(given), "key": key})
+            raise PydanticCustomError("shelf", "it should be a mapping with the key {key}", {"key": repr(key)})
         if key not in given:
-            raise _fault(key, "missing, required", given)
-        if not isinstance(given[key], str):
-            raise _fault(key, f"got {given[key]!r}; a name is allowed", given)
+            near = closest(key, [name for name in given if isinstance(name, str) and name not in base.model_fields])
+            told = fault(near, f"is no key here (did you mean {key!r}?)", given) if near else fault(key, "", given, kind="missing")
+        elif not isinstance(given[key], str):
+            told = fault(key, f"it should be the name of a {key}", given[key], kind="shelf")
+        else:
+            try:
+                function = find(key, given[key])
+            except ValueError as error:
+                told = fault(key, str(error), given[key])
+            else:
+                return checker(function, base).model_validate(given)
+        # Which keys the file allows cannot be known; those that every file allows are checked all the same.
+        common = {name: value for name, value in given.items() if name in base.model_fields and name != key}
         try:
-            function = find(key, given[key])
-        except ValueError as error:
-            raise _fault(key, str(error), given) from None
-        return checker(function, base).model_validate(given)
+            base.model_validate(common | {key: key})
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(key, [told, *_faults(error)]) from None
+        raise ValidationError.from_exception_data(key, [told])
 
     return Annotated[base, BeforeValidator(check)]
-
-
-def _fault(key: str, message: str, given: Any) -> ValidationError:
-    error = PydanticCustomError("entry", "{message}", {"message": message})
-    return ValidationError.from_exception_data(key, [InitErrorDetails(type=error, loc=(key,), input=given)])

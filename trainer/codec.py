@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from trainer.entropy import (
+    LOG2_SIZE,
+    LOWEST,
     ONE,
     UNIT,
     Decoder,
@@ -43,6 +45,7 @@ MAX_NUMEL = 1 << 28  # of all tensors of a file together: 1 GB of float32
 DTYPES = ("float32", "int64", "float16", "float64", "int32", "int16", "int8", "uint8", "bool", "uint16", "uint32",
           "uint64")
 MAX_CLUSTERS = 1 << 16
+_LONG, _LONGEST = 4096, 1 << 24  # bytes of a header that is deflated, and of the longest that is read
 _SHORT = 1024  # raw arrays up to this many numbers go into the coded stream, longer ones into literal planes
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
@@ -64,7 +67,7 @@ _PRIMER = (
 class _Stream:
     """One direction of coding: the coder, what it has learned so far, and what each part took."""
 
-    coder: Meter
+    coder: Encoder | Decoder | Meter
     literal: bytearray  # an Encoder's: written so far, last first; a Decoder's: not yet read
     scalars: Scalars = field(init=False)
     text: Text = field(init=False)
@@ -185,9 +188,13 @@ class _Grid:
         """
         starts = self._chunks()
         longest = int(np.diff(starts).max())
-        even = len(starts) == 2 or int(np.diff(starts).min()) == longest
+        even = int(np.diff(starts).min()) == longest
+        everything = np.arange(self.rows)
         for t in range(self.rows + longest - 1):
-            rows = np.arange(max(0, t - longest + 1), min(self.rows, t + 1))
+            rows = everything[max(0, t - longest + 1): t + 1]
+            if len(starts) == 2:
+                yield rows, t - rows
+                continue
             columns = starts[:-1, None] + (t - rows)
             rows = np.broadcast_to(rows, columns.shape)
             if even:
@@ -199,7 +206,7 @@ class _Grid:
     def _chunks(self) -> np.ndarray:
         """Starts of the chunks, and the number of columns."""
         grids = self.columns // (self.height * self.width)
-        num = max(1, min(grids, self.rows * self.columns // (64 * min(self.rows, self.columns))))
+        num = max(1, min(grids, self.rows * self.columns // (128 * min(self.rows, self.columns))))
         return np.arange(num + 1) * grids // num * (self.height * self.width)
 
     def neighbours(self, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -267,10 +274,10 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     rows, columns = grid.rows, grid.columns
     coder, stretch = stream.coder, stretch_table()
     spatial = not grid.flat
-    weights = {"density": 1.0, "column": 0.7, "row": 0.6, "above": 0.0, "pattern": 0.5}
+    weights = {"density": 1.0, "column": 0.6, "row": 0.5, "above": 0.3, "pattern": 0.6}
     if spatial:
         weights |= {"left": 1.8, "up": 1.1, "up right": 0.9, "up left": -0.1, "left 2": 0.1, "up 2": 0.0,
-                    "around": 0.3, "corners": 0.1, "none": -0.5, "far": 0.3}
+                    "around": 0.4, "corners": 0.1, "none": -0.7, "far": 0.2}
     if grid.column_live is not None:
         weights["column live"] = 0.8
     if grid.row_live is not None:
@@ -316,12 +323,12 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             neighbours = known[(r + 2) * stride + near[:, c]]
             inputs[5:11] = neighbours[:6] * float(UNIT)
             ratios = column_ratio[around[:, c]]
-            inputs[11] = ratios[:4].sum(0) >> 2
-            inputs[12] = ratios[4:].sum(0) >> 2
-            touching = neighbours[:4].sum(0)
+            inputs[11] = np.add.reduce(ratios[:4]) >> 2
+            inputs[12] = np.add.reduce(ratios[4:]) >> 2
+            touching = np.add.reduce(neighbours[:4])
             inputs[13] = (touching == 0) * float(UNIT)
-            inputs[14] = _log_ratio(neighbours[6:].sum(0, dtype=np.int64) * _COUNT,
-                                    column_probability[near[6:, c]].sum(0) >> 12, _COUNT // 2)
+            inputs[14] = _log_ratio(np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
+                                    np.add.reduce(column_probability[near[6:, c]]) >> 12, _COUNT // 2)
             sets = np.minimum(touching, 2)
             pattern = powers @ neighbours[:6]
         else:
@@ -331,8 +338,8 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
         if row_live is not None:
             inputs[at["row live"]] = row_live[r]
         expected = mixer.predict(inputs, sets)
-        inputs[4] = _log_ratio(pattern_found[pattern], pattern_expected[pattern] >> 16, 0)
-        bits = coder.code(mixer.predict(inputs, sets), mask[r, c])
+        correction = _log_ratio(pattern_found[pattern], pattern_expected[pattern] >> 16, 0)
+        bits = coder.code(mixer.refine(4, correction), mask[r, c])
         mixer.update(bits)
 
         known[here] = bits
@@ -363,13 +370,12 @@ def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Gri
     came before, the neighbours' ranks, and the mean of the row and column.
     """
     coder = stream.coder
-    log2 = log2_table()
     rows, columns = mask.shape
     depth = (max(highest) - 1).bit_length()
     full = 1 << depth
     spatial = not grid.flat
-    signs = [0.9, 0.4, 0.2, 0.1] + ([1.5, 1.2, 0.9, 0.1, 0.2, 0.5] if spatial else [])
-    sizes = [0.6, 0.5, 0.5, 0.1, 0.0] + ([0.7, 0.5, 0.4, 0.0, 0.15, 0.1, 0.1] if spatial else [])
+    signs = [0.6, 0.2, 0.1, 0.5] + ([1.9, 1.6, 1.3, 0.3, 0.3, 0.5] if spatial else [])
+    sizes = [0.6, 0.45, 0.6, 0.2, 0.1] + ([0.9, 0.6, 0.5, 0.0, 0.15, 0.2, 0.15] if spatial else [])
     sign_mixer = Mixer(signs)
     size_mixers = [Mixer(sizes) for _ in range(depth)]
     near = grid.neighbours(_NEAR + _FAR[:4])
@@ -380,16 +386,16 @@ def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Gri
     crowd = padded[:, grid.neighbours(_AROUND)].sum(1, dtype=np.int64) if spatial else None
     row_live = _liveness(mask.sum(1, dtype=np.int64)) >> 1
 
-    unit = 64  # of these counts
-    balance = np.full(2, unit, np.int64)
-    row_signs, column_signs = np.full((rows, 2), 3 * unit, np.int64), np.full((columns, 2), 3 * unit, np.int64)
-    pattern_signs = np.full((81, 2), 2 * unit, np.int64)
+    balance = np.full((1, 2), _COUNT)
+    row_signs, column_signs = np.full((rows, 2), 3 * _COUNT), np.full((columns, 2), 3 * _COUNT)
+    pattern_signs = np.full((81, 2), 2 * _COUNT)
     powers = np.array([1, 3, 9, 27])
-    shared = _faded(stream.ranks.get(depth, np.full((2 * full, 2), unit, np.int64)), 16 * unit)
-    nodes = np.full((2, 2 * full, 2), unit, np.int64)
+    shared = _faded(stream.ranks.get(depth, np.full((2 * full, 2), _COUNT)), 24 * _COUNT)
+    nodes = np.full((2 * 2 * full, 2), _COUNT)  # negative values first
     row_sizes, column_sizes = np.zeros((rows, 2), np.int64), np.zeros((columns, 2), np.int64)  # sum, number
     total, number = 4 * 128, 4
-    both = min(highest) > 0
+    signed = min(highest) > 0
+    fresh = 0  # codes since the counts were last halved where they had grown
 
     for r, c in grid.waves():
         keep = mask[r, c] > 0
@@ -399,34 +405,29 @@ def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Gri
         here = (r + 2) * stride + c
         rank = ranks[r, c]
         inputs = np.empty((len(signs), len(r)))
-        inputs[0] = log2[balance[1]] - log2[balance[0]]
-        inputs[1] = log2[row_signs[r, 1]] - log2[row_signs[r, 0]]
-        inputs[2] = log2[column_signs[c, 1]] - log2[column_signs[c, 0]]
+        inputs[0] = _odds(balance[0])
+        inputs[1] = _odds(row_signs[r])
+        inputs[2] = _odds(column_signs[c])
         inputs[3] = sign[here - stride] * (size[here - stride] + 64)
         if spatial:
             where = (r + 2) * stride + near[:, c]
             near_sign, near_size = sign[where], size[where]
-            signed = near_sign * (3 * near_size + 128)
-            inputs[4:8] = signed[:4]
-            inputs[8] = signed[4:].sum(0)
+            near_signed = near_sign * (3 * near_size + 128)
+            inputs[4:8] = near_signed[:4]
+            inputs[8] = np.add.reduce(near_signed[4:])
             pattern = powers @ (near_sign[:4] + 1)
-            inputs[9] = log2[pattern_signs[pattern, 1]] - log2[pattern_signs[pattern, 0]]
-        if both:
-            positive = coder.code(sign_mixer.predict(inputs), rank > 0).astype(np.int64)
+            inputs[9] = _odds(pattern_signs[pattern])
+        if signed:
+            positive = coder.code(sign_mixer.predict(inputs), rank > 0)
             sign_mixer.update(positive)
         else:
             positive = np.full(len(r), int(highest[1] > 0))
-        balance += np.bincount(positive, minlength=2) * unit
-        _fade(balance[None])
-        np.add.at(row_signs, (r, positive), unit)
-        np.add.at(column_signs, (c, positive), unit)
-        _fade(row_signs)
-        _fade(column_signs)
+        balance += np.bincount(positive, minlength=2) * _COUNT
+        np.add.at(row_signs, (r, positive), _COUNT)
+        np.add.at(column_signs, (c, positive), _COUNT)
         if spatial:
-            np.add.at(pattern_signs, (pattern, positive), unit)
-            _fade(pattern_signs)
+            np.add.at(pattern_signs, (pattern, positive), _COUNT)
 
-        node, low = np.ones(len(r), np.int64), np.zeros(len(r), np.int64)
         mean = total // number
         inputs = np.empty((len(sizes), len(r)))
         inputs[2] = ((row_sizes[r, 0] + 3 * mean) // (row_sizes[r, 1] + 3) - mean) * 4
@@ -435,49 +436,59 @@ def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Gri
         if spatial:
             larger = np.where(near_size > 0, near_size - mean, 0) * 4
             inputs[5:9] = larger[:4]
-            inputs[9] = larger[4:].sum(0)
+            inputs[9] = np.add.reduce(larger[4:])
             inputs[10] = (crowd[r, c] - 2) * 64
-            inputs[11] = near_sign[:4].sum(0) * (2 * positive - 1) * 128
+            inputs[11] = np.add.reduce(near_sign[:4]) * (2 * positive - 1) * 128
         top = np.array(highest)[positive]
         rest = np.abs(rank) - 1
+        node, low = np.ones(len(r), np.int64), np.zeros(len(r), np.int64)
         for level, mixer in enumerate(size_mixers):
             half = full >> level + 1
-            inputs[0] = log2[shared[node, 1]] - log2[shared[node, 0]]
-            inputs[1] = log2[nodes[positive, node, 1]] - log2[nodes[positive, node, 0]]
+            own = node + positive * 2 * full
+            inputs[0] = _odds(shared[node])
+            inputs[1] = _odds(nodes[own])
             probability = mixer.predict(inputs)
+            bits = rest & half > 0
             free = low + half < top  # elsewhere the upper half is empty
-            bits = np.zeros(len(r), np.int64)
-            if free.any():
-                bits[free] = coder.code(probability[free], (rest & half > 0)[free])
+            if free.all():
+                bits = coder.code(probability, bits)
+                mixer.update(bits)
+            else:
+                coded = coder.code(probability[free], bits[free])
+                bits = np.zeros(len(r), np.int64)
+                bits[free] = coded
                 mixer.update(bits, free)
-            np.add.at(shared, (node, bits), unit)
-            np.add.at(nodes, (positive, node, bits), unit)
-            _fade(shared)
-            _fade(nodes[0])
-            _fade(nodes[1])
+            np.add.at(shared, (node, bits), _COUNT)
+            np.add.at(nodes, (own, bits), _COUNT)
             low += bits * half
             node = node * 2 + bits
         out[r, c] = (low + 1) * (2 * positive - 1)
-        level = (2 * low + 1) * 128 // full
-        size[here], sign[here] = np.maximum(level, 1), 2 * positive - 1
-        np.add.at(row_sizes, r, np.stack([level, np.ones_like(level)], 1))
-        np.add.at(column_sizes, c, np.stack([level, np.ones_like(level)], 1))
+        level = np.maximum((2 * low + 1) * 128 // full, 1)
+        size[here], sign[here] = level, 2 * positive - 1
+        for sums, line in ((row_sizes, r), (column_sizes, c)):
+            np.add.at(sums, (line, 0), level)
+            np.add.at(sums, (line, 1), 1)
         total += int(level.sum())
         number += len(r)
+        fresh += len(r)
+        if fresh >= 1024:
+            fresh = 0
+            for counts in (balance, row_signs, column_signs, pattern_signs, shared, nodes):
+                counts[counts.max(1) > LOG2_SIZE // 4] >>= 1
     stream.ranks[depth] = shared
     return out
 
 
-def _fade(counts: np.ndarray, limit: int = 1 << 17) -> None:
-    """Halves, in place, rows of counts that grew too large for the logarithm's table."""
-    if int(counts.max()) > limit:
-        counts[counts.max(1) > limit] >>= 1
+def _odds(counts: np.ndarray) -> np.ndarray:
+    """log2 odds of the second of two counts [..., 2]."""
+    logs = log2_table().take(counts, mode="clip")
+    return logs[..., 1] - logs[..., 0]
 
 
 def _faded(counts: np.ndarray, limit: int) -> np.ndarray:
-    """Counts scaled so that no row sums to more than a limit."""
+    """Counts [n, 2] scaled so that no row sums to more than a limit."""
     total = counts.sum(1, keepdims=True)
-    return np.maximum(np.where(total > limit, counts * limit // np.maximum(total, 1), counts), 8)
+    return np.maximum(np.where(total > limit, counts * limit // np.maximum(total, 1), counts), _COUNT // 8)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -606,6 +617,24 @@ def _code_steps(stream: _Stream, array: np.ndarray, step: float | None) -> tuple
     return _patterns(scale * integers.astype(np.float32)), highest
 
 
+def unit_order(weight: np.ndarray) -> np.ndarray:
+    """An order of a layer's units that makes it pack smaller: each is followed by the one most like it.
+
+    weight: [units, ...]. Where nothing depends on the order (hidden units, channels), rows weight[order], the bias in
+    that order and the next layer's columns in that order make the same network in fewer bytes.
+    """
+    signs = np.sign(np.nan_to_num(weight.reshape(len(weight), -1))).astype(np.float64)
+    marks = np.concatenate([10 * signs, 7 * np.abs(signs)], 1)
+    alike = marks @ marks.T
+    norm = np.sqrt(np.diag(alike)) + 1
+    alike /= norm[:, None] * norm
+    order = [int(np.abs(signs).sum(1).argmax())] if len(weight) else []
+    while len(order) < len(weight):
+        alike[:, order[-1]] = -1
+        order.append(int(alike[order[-1]].argmax()))
+    return np.array(order, np.int64)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -650,13 +679,26 @@ def _code_layout(stream: _Stream, layout: Layout | None, stored: bool) -> Layout
 
 
 def _code_header(stream: _Stream, header: dict) -> dict:
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False) if stream.coder.writes else ""
-    return json.loads(stream.text.code(text))
+    text = ""
+    if stream.coder.writes:
+        try:
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        except TypeError as error:
+            raise ValueError(f"the header cannot be written as JSON: {error}") from error
+    packed = text.encode()
+    # a long one (thousands of class names) is deflated: the text model takes 50 us for a byte
+    if stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
+        packed = zlib.compress(packed, 9)
+        packed = stream.bytes(stream.scalars.number("header", len(packed), _LONGEST), packed)
+        text = zlib.decompressobj().decompress(packed, _LONGEST).decode()
+    else:
+        text = stream.text.code(text)
+    return json.loads(text)
 
 
 def encode(header: dict, tensors: Mapping[str, np.ndarray], steps: Mapping[str, float] = {},
            layout: Layout | None = None) -> bytes:
-    """Packs a header (any JSON-able dict) and arrays into bytes, from which `decode` restores them bit for bit.
+    """Packs a header (a dict that JSON can hold; tuples become lists) and arrays, which come back bit for bit.
 
     steps: of a float32 tensor that equals float32(step) times integers below 2^15, that step: then it is written so.
     layout: name -> (shape, dtype), in the order of the tensors, where the reader will know it too (from the
@@ -671,10 +713,8 @@ def encode(header: dict, tensors: Mapping[str, np.ndarray], steps: Mapping[str, 
         if name not in arrays:
             raise ValueError(f"steps: there is no tensor {name!r}")
         _check_step(name, arrays[name], step)
-    if json.loads(json.dumps(header)) != header:
-        raise ValueError("the header is not the same after a round trip through JSON (keys are text, no tuples)")
     coder = Encoder()
-    stream = _Stream(Meter(coder), bytearray())
+    stream = _Stream(coder, bytearray())
     _code_header(stream, header)
     _code_layout(stream, found, layout is None)
     for name, array in arrays.items():
@@ -702,7 +742,7 @@ def _checksum(body: bytes) -> bytes:
     return zlib.crc32(body, len(body) & 0xFFFFFFFF).to_bytes(4, "little")
 
 
-def _open(data: bytes, name: str) -> tuple[_Stream, Decoder]:
+def _open(data: bytes, name: str, measure: bool = False) -> tuple[_Stream, Decoder]:
     if data[:2] != MAGIC:
         raise ValueError(f"{name}: not a packed network (it does not begin with {MAGIC.decode()!r})")
     if len(data) < 7 or _checksum(data[:-4]) != data[-4:]:
@@ -711,7 +751,7 @@ def _open(data: bytes, name: str) -> tuple[_Stream, Decoder]:
         raise ValueError(f"{name}: format version {data[2]}; this program reads version {VERSION}")
     body = data[3:-4]
     decoder = Decoder(body)
-    return _Stream(Meter(decoder), bytearray(body)), decoder
+    return _Stream(Meter(decoder) if measure else decoder, bytearray(body)), decoder
 
 
 def read_header(data: bytes, name: str = "file") -> dict:
@@ -719,12 +759,13 @@ def read_header(data: bytes, name: str = "file") -> dict:
     stream, _ = _open(data, name)
     try:
         return _code_header(stream, {})
-    except ValueError as error:
+    except (ValueError, zlib.error) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _decode(data: bytes, name: str, layout: LayoutSource) -> tuple[dict, dict[str, np.ndarray], _Stream]:
-    stream, decoder = _open(data, name)
+def _decode(data: bytes, name: str, layout: LayoutSource, measure: bool = False
+            ) -> tuple[dict, dict[str, np.ndarray], _Stream]:
+    stream, decoder = _open(data, name, measure)
     try:
         header = _code_header(stream, {})
         stream.part("", "header", (0.0, len(stream.literal)))
@@ -735,7 +776,7 @@ def _decode(data: bytes, name: str, layout: LayoutSource) -> tuple[dict, dict[st
         tensors = {tensor: _code_tensor(stream, tensor, np.zeros(shape, dtype))
                    for tensor, (shape, dtype) in found.items()}
         decoder.check_end(len(stream.literal))
-    except ValueError as error:
+    except (ValueError, zlib.error) as error:
         raise ValueError(f"{name}: {error}") from error
     return header, tensors, stream
 
@@ -755,12 +796,12 @@ def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> lis
 
     part: frame (magic, version, checksum), header, layout; of each tensor form, mask, codebook, values. Parts share one
     coded stream, so their bytes are fractions, by ideal code length.
-    The "values" row of a tensor that has zeros or a codebook also tells: numel, nonzero, clusters, and what others would
-    take: iid_bytes (entropy of the mask plus that of the values), huffman_bytes (Huffman-coded relative indexes of 5
-    bits for matrices and 8 for convolutions, with fillers, and Huffman-coded codes; Han et al. 2016, without tables)
-    and zlib_bytes (the array of codes, deflated).
+    The "values" row of a weight tensor (floating point, two dimensions or more) also tells: numel, nonzero, clusters,
+    and what its mask and codes would take otherwise: iid_bytes (entropy of the mask plus that of the values),
+    huffman_bytes (Huffman-coded relative indexes of 5 bits for matrices and 8 for convolutions, with fillers, and
+    Huffman-coded codes, without the tables; Han et al. 2016), zlib_bytes (the array of codes, deflated).
     """
-    _, tensors, stream = _decode(data, name, layout)
+    _, tensors, stream = _decode(data, name, layout, measure=True)
     rows = [{"tensor": "", "part": "frame", "bytes": 7.0}]
     rows += [{"tensor": part["tensor"], "part": part["part"], "bytes": float(part["literal"])} for part in stream.parts]
     coded = len(data) - sum(row["bytes"] for row in rows)
@@ -769,20 +810,18 @@ def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> lis
     edges = np.rint(bits / bits[-1] * coded * 1024) / 1024
     for row, share in zip(rows[1:], np.diff(edges).tolist()):
         row["bytes"] += share
-        tensor = tensors.get(row["tensor"])
-        if row["part"] == "values" and tensor is not None and tensor.dtype.kind == "f":
+        tensor = tensors.get(row["tensor"], np.zeros(0))
+        if row["part"] == "values" and tensor.dtype.kind == "f" and tensor.ndim > 1:
             row |= _others(tensor)
     return rows
 
 
 def _others(tensor: np.ndarray) -> dict[str, Any]:
-    """What a tensor's mask and codes take by other means; nothing for one of mostly distinct numbers."""
+    """What a tensor's mask and codes take by other means."""
     patterns = _patterns(tensor)
     values, codes = np.unique(patterns, return_inverse=True)
     nonzero = np.flatnonzero(patterns)
-    if len(nonzero) == len(patterns) and len(values) > MAX_CLUSTERS:
-        return {}
-    if not values.size or values[0] != 0:
+    if values[:1] != 0:
         codes = codes + 1
     counts = np.bincount(codes[nonzero])
     bits = 8 if tensor.ndim > 2 else 5

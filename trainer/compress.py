@@ -13,20 +13,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer import kmeans
+from trainer import kmeans, scores
 from trainer.bind import nearest
 
 
 class Mask(nn.Module):
-    """Holds pruned weights at zero: `where(mask, weight, 0)`; the mask is a buffer of booleans."""
+    """Holds pruned weights at zero: `where(mask, weight, 0)`; the mask is a buffer of booleans.
+
+    score: None, or a buffer in which every backward pass adds up the movement scores of all weights, the pruned ones
+    included: the gradient of the masked weight reaches those too (see `watch_movement`).
+    """
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask.bool())
+        self.register_buffer("score", None)
 
     def forward(self, weight: Tensor) -> Tensor:
         # Not a product: that would give -0.0 for a negative weight and NaN for an infinite one.
-        return torch.where(self.mask, weight, 0.0)
+        masked = torch.where(self.mask, weight, 0.0)
+        if self.score is not None and masked.requires_grad:
+            masked.register_hook(lambda gradient: self._feed(weight, gradient))
+        return masked
+
+    @torch.no_grad()
+    def _feed(self, weight: Tensor, gradient: Tensor) -> None:
+        self.score.add_(scores.movement(weight, gradient))
 
 
 class _Lookup(torch.autograd.Function):
@@ -115,6 +127,12 @@ class Place:
             return 3
         return 1
 
+    @property
+    def input_axis(self) -> int:
+        """The axis of the weight that its inputs lie along (in a convolution: its input channels)."""
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        return 0 if isinstance(self.places[0][0], transposed) else 1
+
 
 def weights(model: nn.Module) -> dict[str, Place]:
     """The weights that can be pruned and shared, by layer name, in the order of the network.
@@ -198,8 +216,13 @@ def std_masks(places: Mapping[str, Place], sensitivity: Mapping[str, float]) -> 
         alive = torch.ones_like(value, dtype=torch.bool) if alive is None else alive
         for part, alive_part in zip(value.chunk(place.parts), alive.chunk(place.parts), strict=True):
             survivors = part[alive_part]
-            if survivors.numel() == 0:
+            if survivors.numel() == 0 or not survivors.any():
                 raise ValueError(f"layer {name!r} has no weights left to prune: all are zero")
+            if survivors.numel() > 1 and survivors.min() == survivors.max():
+                raise ValueError(
+                    f"layer {name!r}: all weights left are {survivors[0].item():.3g}, so their standard deviation parts none "
+                    "from the others: name the layer in keep"
+                )
             threshold = sensitivity[name] * survivors.double().std(correction=0).item()
             thresholds.append(threshold)
             parts.append(alive_part & (part.abs() > threshold))
@@ -214,12 +237,18 @@ def std_masks(places: Mapping[str, Place], sensitivity: Mapping[str, float]) -> 
 
 
 def score_masks(
-    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor | None], sparsity: Mapping[str, float], together: bool
+    scores: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor | None],
+    sparsity: Mapping[str, float],
+    together: bool,
+    parts: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[Tensor, list[float]]]:
     """Masks that zero exactly round(sparsity x n) weights, the lowest scores first; a dead weight stays dead.
 
-    together: one ranking over all layers (then all sparsities are the same number); otherwise one a layer.
-    Ties fall in the order of the weights, so the count is exact. Returns {layer: (mask, [highest score pruned])}.
+    together: one ranking over all layers (then all sparsities are the same number); otherwise one a layer, or of each
+    of the `parts` stacked in it (gates; query, key, value), whose counts then add up to the layer's. Of equal scores
+    the first in the weight's order go, so that the count is exact. Where more are dead already than are asked for,
+    those are all the zeros. Returns {layer: (mask, [the highest score pruned, of each ranking])}.
     """
     flat = {}
     for name, score in scores.items():
@@ -228,39 +257,48 @@ def score_masks(
             score = torch.where(alive[name].reshape(-1), score, -torch.inf)
         flat[name] = score
     if together:
-        target = next(iter(sparsity.values()))
         joined = torch.cat(list(flat.values()))
-        mask, threshold = _keep_highest(joined, target)
+        mask, threshold = _keep_highest(joined, round(next(iter(sparsity.values())) * len(joined)))
         masks = mask.split([len(score) for score in flat.values()])
         return {n: (m.reshape(scores[n].shape), [threshold]) for n, m in zip(flat, masks, strict=True)}
     result = {}
     for name, score in flat.items():
-        mask, threshold = _keep_highest(score, sparsity[name])
-        result[name] = (mask.reshape(scores[name].shape), [threshold])
+        num_parts = parts[name] if parts else 1
+        zeros = [round(sparsity[name] * len(score) * i / num_parts) for i in range(num_parts + 1)]
+        found = [_keep_highest(part, zeros[i + 1] - zeros[i]) for i, part in enumerate(score.chunk(num_parts))]
+        mask = torch.cat([part_mask for part_mask, _ in found])
+        result[name] = (mask.reshape(scores[name].shape), [threshold for _, threshold in found])
     return result
 
 
-def _keep_highest(score: Tensor, sparsity: float) -> tuple[Tensor, float]:
-    zeros = round(sparsity * len(score))
-    order = torch.argsort(score, stable=True)
-    mask = torch.ones_like(score, dtype=torch.bool)
-    mask[order[:zeros]] = False
-    return mask, score[order[zeros - 1]].item() if zeros else 0.0
+def _keep_highest(score: Tensor, zeros: int) -> tuple[Tensor, float]:
+    """All but the `zeros` lowest of flat scores (-inf: dead, never kept), and the highest of those."""
+    if zeros == 0:
+        return score > -torch.inf, 0.0
+    threshold = score.kthvalue(zeros).values
+    mask = score > threshold
+    ties = (score == threshold).nonzero().reshape(-1)
+    stay = len(score) - zeros - int(mask.sum())
+    if stay and threshold > -torch.inf:
+        mask[ties[len(ties) - stay :]] = True
+    return mask, threshold.item()
 
 
-def lamp_scores(weight: Tensor) -> Tensor:
-    """LAMP (Lee et al. 2021): w^2 over the sum of the squares of the weights of the layer that are at least as large."""
-    square = weight.detach().double().reshape(-1) ** 2
-    order = torch.argsort(square, stable=True)
-    sums = square[order].flip(0).cumsum(0).flip(0)
-    scores = torch.empty_like(square)
-    scores[order] = square[order] / sums.clamp_min(torch.finfo(torch.float64).tiny)
-    return scores.reshape(weight.shape)
+def cubic(final: float, progress: float, initial: float = 0.0) -> float:
+    """The sparsity at `progress` (0 to 1) of a gradual pruning (Zhu & Gupta 2017, To Prune, or Not to Prune).
+
+    final + (initial - final) x (1 - progress)^3: fast while there is much to choose from, slow towards the end.
+    """
+    return final + (initial - final) * (1 - min(1.0, max(0.0, progress))) ** 3
 
 
-def cubic(final: float, progress: float) -> float:
-    """The target at `progress` (0 to 1) of a gradual pruning: final x (1 - (1 - progress)^3) (Zhu & Gupta 2017)."""
-    return final * (1 - (1 - min(1.0, max(0.0, progress))) ** 3)
+def geometric(final: float, progress: float, initial: float = 0.0) -> float:
+    """The sparsity at `progress` (0 to 1) of rounds that each prune the same share of the weights then left.
+
+    As the rounds of Frankle & Carbin 2019 (The Lottery Ticket Hypothesis): 1 - (1 - initial) x rest^progress.
+    """
+    rest = (1 - final) / (1 - initial)
+    return 1 - (1 - initial) * rest ** min(1.0, max(0.0, progress))
 
 
 def set_mask(place: Place, mask: Tensor) -> None:
@@ -272,6 +310,32 @@ def set_mask(place: Place, mask: Tensor) -> None:
     if isinstance(found, Codebook):
         raise ValueError(f"layer {place.name!r} shares its weights already: prune before sharing")
     _parametrize(place, Mask(mask))
+
+
+def watch_movement(places: Iterable[Place]) -> None:
+    """From now on every backward pass adds to the movement scores of these weights; unpruned ones get a mask of ones."""
+    for place in places:
+        if place.mask is None:
+            set_mask(place, torch.ones_like(place.value, dtype=torch.bool))
+        place.parametrization.score = torch.zeros_like(place.value.detach())
+
+
+def forget_movement(places: Iterable[Place]) -> None:
+    """Drops the movement scores; the masks stay."""
+    for place in places:
+        place.parametrization.score = None
+
+
+def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts parameters and statistics back to an earlier `dense_state` (its own copy), in place; the masks stay as they are.
+
+    Frankle & Carbin 2019 (The Lottery Ticket Hypothesis); Renda et al. 2020 (Comparing Rewinding and Fine-tuning).
+    """
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            plain = key.replace("parametrizations.", "").removesuffix(".original")
+            if plain in state:
+                tensor.copy_(state[plain])
 
 
 def set_codebook(place: Place, codes: Tensor, centroids: Tensor) -> None:
@@ -349,6 +413,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             place = by_key[weight_key]
             if ending == ".0.mask":
                 set_mask(place, tensor.to(place.value.device))
+                if key.removesuffix("mask") + "score" in state:
+                    watch_movement([place])
             else:
                 original = state[key.removesuffix(".0.codes") + ".original"]
                 set_codebook(place, tensor, original)

@@ -109,9 +109,9 @@ class Data:
 class Run:
     """One run of a recipe, handed from stage to stage.
 
-    folder: runs/NAME. teacher: None where the recipe has none. stage: position of the stage now running. rows and
-    layers are what the report says, histograms the weights
-    of its plots. answers: the teacher's, kept.
+    folder: runs/NAME. teacher: None where the recipe has none. student_bytes: of the student as it was built, dense (0:
+    as it is). stage: position of the stage now running. rows and layers are what the report says, histograms the
+    weights of its plots. answers: the teacher's, kept.
     learned: projectors and other learned parts of losses, handed from stage to stage.
     """
 
@@ -125,6 +125,7 @@ class Run:
     teacher: Any
     log: Any
     recipe_path: Path
+    student_bytes: int = 0
     stage: int = 0
     stage_name: str = ""
     num_fits: int = 0

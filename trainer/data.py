@@ -20,6 +20,7 @@ class DataKeys(bind.Entry):
 
     seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
     teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
+    mean, std: of the normalisation, per channel, instead of the training images' own (0 and 1: images in [0, 1]).
     subset: use only so many training images. mixup, cutmix: the alpha of their Beta distributions, 0 for off.
     """
 
@@ -32,6 +33,8 @@ class DataKeys(bind.Entry):
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
     workers: NonNegativeInt = 2
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
@@ -45,10 +48,11 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         raise ValueError(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
+    mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
+    if {len(mean), len(std)} != {source.shape[0]}:
+        raise ValueError(f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels")
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
-    for images in (source.train,):
-        sample = images.__getitems__(order[:256].tolist())[0]
-        digest.update(sample.cpu().numpy().tobytes())
+    digest.update(source.train.__getitems__(order[:256].tolist())[0].numpy().tobytes())
     train, test = source.train, source.test
     if isinstance(train, InMemory) and device.type != "cpu":
         train = InMemory(train.images.to(device), train.labels.to(device))
@@ -60,8 +64,8 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         validation=Part(train, order[:held_out].sort().values),
         test=Part(test, torch.arange(len(test), device=order.device)),
         classes=source.classes,
-        mean=tuple(source.mean),
-        std=tuple(source.std),
+        mean=mean,
+        std=std,
         shape=tuple(source.shape),
         num_samples=total,
         augment=keys.augment,
@@ -72,6 +76,11 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         workers=keys.workers,
         fingerprint=digest.hexdigest(),
     )
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that is a function of the numbers alone: what is drawn after it is the same in a resumed run."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
 
 
 def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int) -> list[Tensor]:
@@ -85,7 +94,7 @@ def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int, rank: i
     if num_processes == 1:
         return batches
     missing = -len(batches[-1]) % num_processes
-    batches[-1] = torch.cat([batches[-1], order[:missing]])
+    batches[-1] = torch.cat([batches[-1], order[torch.arange(missing) % num_images]])
     return [batch[rank::num_processes] for batch in batches]
 
 
@@ -137,12 +146,11 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: 
 
     With both given one of them is chosen for each batch, evenly. Draws from torch's global generator.
     """
-    one_hot = torch.nn.functional.one_hot(labels, num_classes).to(images.dtype)
+    # An unlabelled image (-1) has no class: its row is all zeros.
+    one_hot = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(images.dtype)
     use_cutmix = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
     alpha = cutmix if use_cutmix else mixup
-    # A Beta draw from two Gamma draws, by torch's generator, which the step's seed has set.
-    draws = torch._standard_gamma(torch.tensor([alpha, alpha]))
-    share = (draws[0] / draws.sum().clamp_min(1e-12)).item()
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
     if use_cutmix:
         height, width = images.shape[2:]
         cut_h, cut_w = round(height * (1 - share) ** 0.5), round(width * (1 - share) ** 0.5)

@@ -76,6 +76,7 @@ class Encoder:
     """A range coder that collects bits and their probabilities; `finish` gives the bytes."""
 
     writes = True
+    bits = 0.0  # not measured here: see Meter
 
     def __init__(self) -> None:
         self._low = 0
@@ -98,7 +99,7 @@ class Encoder:
                 low = self._low
                 span <<= 16
         self._low, self._span = low, span
-        return bits
+        return bits.astype(np.int64)
 
     def bit(self, probability: int, bit: int) -> int:
         """Writes one bit."""
@@ -160,6 +161,7 @@ class Decoder:
     """Reads back what an Encoder wrote. ValueError where the data cannot be an Encoder's."""
 
     writes = False
+    bits = 0.0
 
     def __init__(self, data: bytes) -> None:
         self._words = np.frombuffer(data + bytes(len(data) % 2), ">u2").tolist()
@@ -186,7 +188,7 @@ class Decoder:
                 span <<= 16
                 value = value << 16 | self._next()
         self._value, self._span = value, span
-        return np.array(out, np.uint8)
+        return np.array(out, np.int64)
 
     def bit(self, probability: int, bit: int = 0) -> int:
         bound = (self._span >> PROBABILITY_BITS) * probability
@@ -274,20 +276,30 @@ class Mixer:
         column = np.array([round(weight * 65536) for weight in weights], np.int64)[:, None]
         self.weights = np.repeat(column, num_sets, 1)
         self._curvature = np.full_like(self.weights, patience * (UNIT * UNIT * 3700))
-        self._sets = None
 
     def predict(self, inputs: np.ndarray, sets: np.ndarray | None = None) -> np.ndarray:
         """inputs: float64 that hold integers; clipped in place. Returns probabilities [n]."""
-        np.clip(inputs, -self.INPUT_LIMIT, self.INPUT_LIMIT, out=inputs)
+        np.minimum(inputs, self.INPUT_LIMIT, out=inputs)
+        np.maximum(inputs, -self.INPUT_LIMIT, out=inputs)
         odds = self.weights.T.astype(np.float64) @ inputs
-        odds = odds[0] if sets is None else odds[sets, np.arange(len(sets))]
+        self._odds = odds[0] if sets is None else odds[sets, np.arange(len(sets))]
         self._inputs, self._sets = inputs, sets
-        self.probabilities = squash(np.floor(odds * 2.0**-16).astype(np.int64))
+        return self._probabilities()
+
+    def refine(self, row: int, values: np.ndarray) -> np.ndarray:
+        """Fills in an input that was 0 in the last `predict`. Returns probabilities [n]."""
+        weights = self.weights[row]
+        self._inputs[row] = values
+        self._odds += values * (weights[0] if self._sets is None else weights[self._sets])
+        return self._probabilities()
+
+    def _probabilities(self) -> np.ndarray:
+        self.probabilities = squash(np.floor(self._odds * 2.0**-16).astype(np.int64))
         return self.probabilities
 
     def update(self, bits: np.ndarray, coded: np.ndarray | None = None) -> None:
         """Learns from the bits of the last `predict`; coded [n] marks those that count (all by default)."""
-        error = (bits.astype(np.int64) * ONE - self.probabilities).astype(np.float64)
+        error = (bits * ONE - self.probabilities).astype(np.float64)
         spread = (self.probabilities * (ONE - self.probabilities) >> 16).astype(np.float64)
         if coded is not None:
             error *= coded

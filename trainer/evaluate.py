@@ -31,6 +31,7 @@ def predict(run: Run, network: Callable[[Tensor], Tensor], part: Part) -> Tensor
 
 def percent_right(answers: Tensor, labels: Tensor) -> float:
     """Percent of answers that equal the label; images without a label do not count. NaN where none has one."""
+    labels = labels.to(answers.device)
     known = labels >= 0
     if not known.any():
         return float("nan")
@@ -79,7 +80,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
         "agreement": None if taught is None else (answers == taught).double().mean().item() * 100,
         **counts,
         "file_bytes": file_bytes,
-        "ratio_student": measure.dense_bytes(run.student) / file_bytes,
+        "ratio_student": (run.student_bytes or measure.dense_bytes(run.student)) / file_bytes,
         "ratio_teacher": None if run.teacher is None else run.teacher.num_bytes / file_bytes,
         "seconds": seconds,
         "measure_seconds": time.monotonic() - started,
@@ -91,14 +92,14 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
     """Measures the teacher and adds its row; its bytes are those of its dense weights."""
     test, validation = teacher_answers(run, "test"), teacher_answers(run, "validation")
-    network = run.teacher.network
+    networks = nn.ModuleList(run.teacher.networks)
     row = {
         "stage": label,
         "index": run.stage,
         "top1": percent_right(test, run.data.test.labels),
         "top1_validation": percent_right(validation, run.data.validation.labels),
         "agreement": 100.0,
-        **measure.counts(network),
+        **measure.counts(networks),
         "file_bytes": run.teacher.num_bytes,
         "ratio_student": None,
         "ratio_teacher": 1.0,

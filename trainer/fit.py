@@ -1,18 +1,21 @@
 """The one loop: everything that learns goes through `fit`. It knows nothing of teachers, masks or codebooks."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from trainer import bind, checkpoint, compress
 from trainer.context import Run
-from trainer.data import Views, batches, epoch_order, mix
+from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.evaluate import percent_right, predict, truth
 from trainer.objective import Objective
 
@@ -109,14 +112,14 @@ class Averaged:
     """The exponential moving average of a module's trainable parameters and floating buffers."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
         self.live = [p for p in module.parameters() if p.requires_grad]
         self.live += [b for b in module.buffers() if b.is_floating_point()]
         self.average = [t.detach().clone() for t in self.live]
+        self._mix = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self.average, [t.detach() for t in self.live], 1 - self.decay)
+        self._mix(self.average, [t.detach() for t in self.live], None)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -147,153 +150,159 @@ def freeze_unused(objective: Objective, batch: Sequence[Tensor]) -> list[nn.Para
 
 
 def fit(
-    run: Run, objective: Objective, training: Training, before_step: Callable[[int, int], None] | None = None
+    run: Run, objective: Objective, training: Training, before_step: Callable[[int, int], bool] | None = None
 ) -> dict[str, float]:
     """Trains the objective in place; returns epochs, steps, train_seconds, images_per_second and the best validation.
 
     before_step(step, num_steps) is called before every optimizer step: gradual pruning tightens its masks there. What
-    it changes must be in the objective's parameters and buffers, so that a resumed training finds it.
+    it changes must be in the objective's parameters and buffers or in run.layers, so that a resumed training finds it. It
+    returns whether it will change the network again: a validation before its last change is not up for `keep: best`
+    or `patience`, since what was validated is not what was asked for.
     Interrupted at any moment, the same call continues from the newest checkpoint, to the same weights bit for bit on the
     same machine. Raises FloatingPointError at the first loss that is not finite, naming stage, epoch, step and term.
     """
     accelerator, data = run.accelerator, run.data
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
-    folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{run.num_fits}"
-    run.num_fits += 1
-    device = accelerator.device
+    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     if training.batch_size % num_processes:
         raise ValueError(f"batch_size {training.batch_size} does not split over {num_processes} processes")
+    number = run.num_fits  # a stage may train several times
+    run.num_fits += 1
+    folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{number}"
     objective.recall(run.learned)
     objective.train()
     if training.channels_last:
         objective.to(memory_format=torch.channels_last)
-    seen_views = Views(data)
+    views = Views(data)
+    mixed = data.mixup > 0 or data.cutmix > 0
     unused: list[nn.Parameter] = []
     if num_processes > 1:
         images, labels, index = next(batches(data.train, [torch.arange(min(2, len(data.train)))], 0, device))
-        unused = freeze_unused(objective, (seen_views.augmented(images, index, 0), labels, index))
+        unused = freeze_unused(objective, (views.augmented(images, index, 0), labels, index))
     optimizer = make_optimizer(objective, training)
     averaged = Averaged(objective, training.ema) if training.ema else None
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    wrapped, scaled = accelerator.prepare(objective, optimizer)
+    # Accelerate's wrapper asks the file system about optional packages at each step; it is of use with a scaler only.
+    take_step = optimizer.step if accelerator.scaler is None else scaled.step
     if training.compile:
         wrapped = torch.compile(wrapped)
 
+    accumulate = training.accumulate
     num_batches = math.ceil(len(data.train) / training.batch_size)
-    steps_per_epoch = math.ceil(num_batches / training.accumulate)
+    steps_per_epoch = math.ceil(num_batches / accumulate)
     num_steps = training.epochs * steps_per_epoch
-    state = _Progress(folder, objective, optimizer, averaged)
-    if state.load():
-        run.log.numbers(run.stage_name, state.step, resumed=1)
-    step, seconds, num_images = state.step, state.facts.get("seconds", 0.0), state.facts.get("images", 0)
-    best, best_epoch = state.facts.get("best"), state.facts.get("best_epoch")
-    done = state.facts.get("done", False)
-    last_saved = time.monotonic()
-    window = _Window(run, training)
+    progress = _Progress(run, folder, objective, optimizer, averaged)
+    step, tally = progress.load()
+    done = tally["finished"]
+    window = _Window(run)
     bar = tqdm(total=num_steps, initial=step, desc=run.stage_name, unit="step", leave=False, dynamic_ncols=True,
                disable=None if accelerator.is_main_process else True)
+    clock = last_saved = time.monotonic()
 
     epoch = step // steps_per_epoch
     while epoch < training.epochs and not done:
-        view = seen_views.number(epoch, run.stage)
-        order = epoch_order(len(data.train), training.batch_size, run.seed + 7919 * run.stage, epoch, rank, num_processes)
-        skipped = (step - epoch * steps_per_epoch) * training.accumulate
-        started, images_before = time.monotonic(), num_images
-        micro = skipped
-        for images, labels, index in batches(data.train, order[skipped:], data.workers, device):
-            if micro % training.accumulate == 0:
-                torch.manual_seed((run.seed * 1_000_003 + run.stage * 100_000_007 + step) * 64 + rank)
+        view = views.number(epoch, run.stage)
+        order = epoch_order(
+            len(data.train), training.batch_size, seed_of(run.seed, run.stage, number), epoch, rank, num_processes
+        )
+        sizes = [len(positions) for positions in order]
+        skipped = step % steps_per_epoch * accumulate
+        images_before, seconds_before = tally["images"], tally["seconds"]
+        changing = False
+        for place, (images, labels, index) in enumerate(batches(data.train, order[skipped:], data.workers, device), skipped):
+            first = place - place % accumulate
+            last = min(first + accumulate, num_batches) - 1
+            if place == first:
+                _seed(device, run.seed, run.stage, number, step, rank)
                 if before_step is not None:
-                    before_step(step, num_steps)
-            position = step / steps_per_epoch
-            images = seen_views.augmented(images, index, view)
-            mixed = data.mixup > 0 or data.cutmix > 0
+                    changing = before_step(step, num_steps)
+            images = views.augmented(images, index, view)
             if mixed:
                 images, labels = mix(images, labels, len(data.classes), data.mixup, data.cutmix)
             if training.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            group = min(training.accumulate, num_batches - micro // training.accumulate * training.accumulate)
-            last_of_step = micro % training.accumulate == group - 1
-            if last_of_step or num_processes == 1:
-                terms = wrapped(images, labels, index, None if mixed else view, position)
-                accelerator.backward(terms["loss"] / group if group > 1 else terms["loss"])
-            else:
-                with accelerator.no_sync(wrapped):
-                    terms = wrapped(images, labels, index, None if mixed else view, position)
-                    accelerator.backward(terms["loss"] / group)
+            # Processes exchange gradients at the last batch of a step only.
+            with contextlib.nullcontext() if place == last else accelerator.no_sync(wrapped):
+                terms = wrapped(images, labels, index, None if mixed else view, step / steps_per_epoch)
+                loss = terms["loss"]
+                if last > first:
+                    loss = loss * (len(images) / sum(sizes[first : last + 1]))
+                accelerator.backward(loss)
             window.add(terms, epoch, step)
-            num_images += len(images) * num_processes
-            micro += 1
-            if not last_of_step:
+            tally["images"] += len(images) * num_processes
+            if place < last:
                 continue
             rate = learning_rate(training, step, steps_per_epoch)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = rate
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             if training.clip:
                 accelerator.clip_grad_norm_(wrapped.parameters(), training.clip)
-            optimizer.step()
+            take_step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if averaged is not None:
                 averaged.update()
-            if step % LOG_STEPS == 0:
+            # The end of an epoch looks and saves by itself, after its validation.
+            if step % LOG_STEPS == 0 and last + 1 < num_batches:
                 window.flush(step, rate)
                 bar.update(step - bar.n)
                 bar.set_postfix(loss=f"{window.loss:.4f}", refresh=False)
                 if _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
-                    facts = {"best": best, "best_epoch": best_epoch, "images": num_images}
-                    state.save(accelerator, step, facts | {"seconds": seconds + time.monotonic() - started})
-                    last_saved = time.monotonic()
-        window.flush(step, learning_rate(training, max(0, step - 1), steps_per_epoch))
-        bar.update(step - bar.n)
-        epoch_seconds = time.monotonic() - started
-        seconds += epoch_seconds
+                    clock, last_saved = _count_seconds(tally, clock), time.monotonic()
+                    progress.save(step, tally)
         epoch += 1
-        facts = {}
+        window.flush(step, learning_rate(training, step - 1, steps_per_epoch))
+        bar.update(step - bar.n)
+        clock = _count_seconds(tally, clock)
+        speed = (tally["images"] - images_before) / (tally["seconds"] - seconds_before)
+        found = {}
         if epoch % training.validate_every == 0 or epoch == training.epochs:
-            _sync_buffers(accelerator, objective)
-            facts["validation"] = _validate(run, objective, averaged)
-            if best is None or facts["validation"] > best:
-                best, best_epoch = facts["validation"], epoch
+            found["validation"] = _validate(run, objective, averaged)
+            if not changing and (tally["best"] is None or found["validation"] > tally["best"]):
+                tally["best"], tally["best_epoch"] = found["validation"], epoch
                 if training.keep == "best":
-                    state.remember_best()
-        run.log.numbers(run.stage_name, step, epoch=epoch, images_per_second=(num_images - images_before) / epoch_seconds, **facts)
+                    progress.remember_best()
+            if training.patience and tally["best_epoch"] is not None:
+                done = epoch - tally["best_epoch"] >= training.patience
+        run.log.numbers(run.stage_name, step, epoch=epoch, images_per_second=speed, **found)
         if accelerator.is_main_process and bar.disable:
-            told = f"  validation {facts['validation']:.2f} %" if facts else ""
-            print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  "
-                  f"{(num_images - images_before) / epoch_seconds:,.0f} images/s", flush=True)
-        done = bool(training.patience and best_epoch is not None and epoch - best_epoch >= training.patience)
+            told = f"  validation {found['validation']:.2f} %" if found else ""
+            print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  {speed:,.0f} images/s",
+                  flush=True)
         if not done and epoch < training.epochs and _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
-            state.save(accelerator, step, {"best": best, "best_epoch": best_epoch, "seconds": seconds, "images": num_images})
             last_saved = time.monotonic()
+            progress.save(step, tally)
+        clock = time.monotonic()  # validation and checkpoint are not training
     bar.close()
-    if not state.facts.get("finished"):
+    if not tally["finished"]:
         if averaged is not None:
             averaged.swap()
+        progress.recall_best()
         _sync_buffers(accelerator, objective)
-        if training.keep == "best":
-            state.recall_best()
         # The finished state is kept until the whole stage is over: a stage may train several times.
-        state.save(accelerator, step, {"best": best, "best_epoch": best_epoch, "seconds": seconds, "images": num_images,
-                                       "done": True, "finished": True})
+        progress.save(step, tally | {"finished": True})
     for parameter in unused:
         parameter.requires_grad_(True)
+    if training.channels_last:
+        objective.to(memory_format=torch.contiguous_format)
     run.learned.update(objective.learned())
     accelerator.free_memory()
     objective.zero_grad(set_to_none=True)
     objective.eval()
+    # Whatever the stage draws next is the same whether this training was run or found finished.
+    _seed(device, run.seed, run.stage, number, num_steps)
     return {
         "epochs": epoch,
         "steps": step,
-        "train_seconds": seconds,
-        "images_per_second": num_images / seconds if seconds else 0.0,
-        **({"best_validation": best, "best_epoch": best_epoch} if training.keep == "best" else {}),
+        "train_seconds": tally["seconds"],
+        "images_per_second": tally["images"] / tally["seconds"],
+        **({"best_validation": tally["best"], "best_epoch": tally["best_epoch"]} if training.keep == "best" else {}),
     }
 
 
 class _Window:
     """Losses since the last look at them, kept on the device."""
 
-    def __init__(self, run: Run, training: Training) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.loss = math.nan
         self._kept: list[Tensor] = []
@@ -306,17 +315,15 @@ class _Window:
         self._where.append((epoch, step))
 
     def flush(self, step: int, rate: float) -> None:
-        """Logs the means. Raises FloatingPointError at the first loss that is not finite."""
-        if not self._kept:
-            return
-        values = torch.stack(self._kept).cpu()
+        """Logs the means. Raises FloatingPointError, on all processes, at the first loss that is not finite on any."""
+        values = self.run.accelerator.reduce(torch.stack(self._kept), "mean").cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             row = bad[0, 0].item()
             broken = [n for n, v in zip(self._names, values[row], strict=True) if n != "loss" and not math.isfinite(v)]
             epoch, at = self._where[row]
             raise FloatingPointError(
-                f"stage {self.run.stage_name!r}, epoch {epoch + 1}, step {at}: "
+                f"stage {self.run.stage_name!r}, epoch {epoch + 1}, step {at + 1}: "
                 f"{', '.join(broken) or 'the weighted sum'} is not finite (the run stops; its last checkpoint stands)"
             )
         means = dict(zip(self._names, values.mean(0).tolist(), strict=True))
@@ -328,10 +335,11 @@ class _Window:
 class _Progress:
     """What a training needs to go on after a kill: parameters, buffers, optimizer, average, best weights, position."""
 
-    def __init__(self, folder, objective: Objective, optimizer, averaged: Averaged | None) -> None:
-        self.folder, self.objective, self.optimizer, self.averaged = folder, objective, optimizer, averaged
-        self.step = 0
-        self.facts: dict = {}
+    def __init__(
+        self, run: Run, folder: Path, objective: Objective, optimizer: torch.optim.Optimizer, averaged: Averaged | None
+    ) -> None:
+        self.run, self.folder, self.objective = run, folder, objective
+        self.optimizer, self.averaged = optimizer, averaged
         self.best: dict[str, Tensor] | None = None
 
     def remember_best(self) -> None:
@@ -345,41 +353,77 @@ class _Progress:
         if self.best is not None:
             self.objective.load_state_dict(self.best)
 
-    def save(self, accelerator, step: int, facts: dict) -> None:
+    def save(self, step: int, tally: dict) -> None:
+        accelerator = self.run.accelerator
         if accelerator.is_main_process:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            tensors, layout = checkpoint.optimizer_tensors(optimizer.state_dict())
-            groups = {"objective": self.objective.state_dict(), "optimizer": tensors}
-            if self.averaged is not None:
-                groups["average"] = {str(i): t for i, t in enumerate(self.averaged.average)}
-            if self.best is not None:
-                groups["best"] = self.best
-            checkpoint.save(self.folder, groups, {**facts, "step": step, "optimizer": layout}, keep=1)
+            facts = {"step": step, "tally": tally, "layers": self.run.layers}
+            groups = {"objective": self.objective.state_dict()}
+            if not tally["finished"]:
+                groups["optimizer"], facts["optimizer"] = checkpoint.optimizer_tensors(self.optimizer.state_dict())
+                facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+                if self.averaged is not None:
+                    groups["average"] = {str(i): t for i, t in enumerate(self.averaged.average)}
+                if self.best is not None:
+                    groups["best"] = self.best
+            checkpoint.save(self.folder, groups, facts)
         accelerator.wait_for_everyone()
 
-    def load(self) -> bool:
+    def load(self) -> tuple[int, dict]:
+        """Takes up the newest valid checkpoint; returns the steps done and the tally, those of a fresh start without one."""
         found = checkpoint.load(self.folder)
         if found is None:
-            return False
-        groups, self.facts = found
-        self.step = self.facts["step"]
-        compress_aware = self.objective.state_dict()
-        self.objective.load_state_dict({k: v.to(compress_aware[k].device) for k, v in groups["objective"].items()})
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        optimizer.load_state_dict(checkpoint.optimizer_state(groups["optimizer"], self.facts["optimizer"]))
-        if self.averaged is not None:
-            for i, tensor in enumerate(self.averaged.average):
-                tensor.copy_(groups["average"][str(i)])
-        self.best = groups.get("best")
-        return True
+            return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}
+        groups, facts = found
+        self.run.log.numbers(self.run.stage_name, facts["step"], resumed=1)
+        self.run.layers = facts["layers"]
+        self.objective.load_state_dict(groups["objective"])
+        if not facts["tally"]["finished"]:
+            self.optimizer.load_state_dict(checkpoint.optimizer_state(groups["optimizer"], facts["optimizer"]))
+            _lay_out_like_parameters(self.optimizer)
+            if self.run.accelerator.scaler is not None:
+                self.run.accelerator.scaler.load_state_dict(facts["scaler"])
+            if self.averaged is not None:
+                for i, tensor in enumerate(self.averaged.average):
+                    tensor.copy_(groups["average"][str(i)])
+            self.best = groups.get("best")
+        return facts["step"], facts["tally"]
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the state's tensors their parameters' strides: fused optimizers walk both as flat memory."""
+    for parameter, state in optimizer.state.items():
+        for key, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+def _seed(device: torch.device, *numbers: int) -> None:
+    """Seeds the generators that a step draws from.
+
+    Not torch.manual_seed: for each kind of device that is not in use it keeps a list of such calls, with stack traces.
+    """
+    torch.default_generator.manual_seed(seed_of(*numbers))
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed_of(*numbers))
+
+
+def _count_seconds(tally: dict, since: float) -> float:
+    """Adds the time since then to the training's seconds; returns the time now."""
+    now = time.monotonic()
+    tally["seconds"] += now - since
+    return now
 
 
 def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> float:
-    """Percent of the validation part that is right (agrees with the teacher, where there are no labels), by the averaged weights where there are such."""
+    """Percent of the validation part that is right, by the averaged weights where there are such.
+
+    Right is what the label says, and where there are no labels what the teacher says.
+    """
     was_training = objective.training
     objective.eval()
     if averaged is not None:
         averaged.swap()
+    _sync_buffers(run.accelerator, objective)
     predictions = predict(run, lambda images: objective.student(objective.prepare(images)), run.data.validation)
     if averaged is not None:
         averaged.swap()

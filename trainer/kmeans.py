@@ -85,8 +85,8 @@ def kmeans_optimal(
 
     Returns float32 centroids in ascending order: at most k, and where at most k values are distinct and
     codes cost nothing, these values. Sums are in double precision about the mean: structure finer than
-    about 1e-8 of the range is not resolved. Takes up to about 40 MB beside the input for k <= 256, however
-    many values there are.
+    about 1e-8 of the range is not resolved. Takes about 40 MB beside the input at most for k <= 256 (75 MB
+    where codes cost bits), however many values there are.
 
     Raises ValueError for k < 1, bins < 1, no values, NaN or infinity, values beyond float32, a negative or
     not finite `code_cost`, and weights that are negative, not finite, all zero or of another number.
@@ -131,7 +131,7 @@ def assign(
     (value - centroid)^2 + code_cost * bits; an infinite length bars a code. Centroids may come in any order;
     of equal ones the cheaper code is used, then the first.
 
-    Returns codes in the shape of `values`: uint8 for up to 256 centroids, then int16 up to 32,768, then int32.
+    Returns codes in the shape of `values`: uint8 for up to 256 centroids, int16 up to 32,768, then int32.
     Raises ValueError for no centroids, NaN or infinity, lengths of another number or all infinite, and a
     `code_cost` without lengths.
     """

@@ -4,13 +4,14 @@ The Objective owns the student, the projectors and every loss with learned param
 out of reach of DDP, optimizers, `state_dict` and `.train()`.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from trainer import bind, compress, features
@@ -28,19 +29,38 @@ OTHERS = {"student_logits", "teacher_logits", "labels", "index", "teacher_head",
 VOCABULARY = MAPS | MAP_LISTS | EMBEDDINGS | WEIGHTS | OTHERS
 TEACHER_WORDS = {w for w in VOCABULARY if w.startswith("teacher")} | {"projected_map", "projected_embedding"}
 
-Names = Annotated[list[str | int], Field(min_length=1)]
-At = Literal["auto", "last"] | Names | dict[str, str | int]
+WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
+
+# A layer: the name of a stage, the dotted name of a module, or the number of a stage (from 0, or from the end by -1).
+Name = str | int
+At = Literal["auto", "last"] | Annotated[list[Name], Field(min_length=1)] | Annotated[dict[Name, Name], Field(min_length=1)]
 
 
 class WeightSchedule(bind.Entry):
-    """A term's weight over the epochs of its stage: from `value` to `to`, over `epochs` (of the whole stage for None)."""
+    """A term's weight over the first `epochs` of its stage (all of them when not given), and as it ends after them.
+
+    schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value` to `to` (0).
+    """
 
     value: NonNegativeFloat
-    schedule: Literal["warm_up", "linear", "cosine"]
+    schedule: Literal["constant", "warm_up", "linear", "cosine"]
     epochs: PositiveFloat | None = None
     to: NonNegativeFloat | None = None
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> "WeightSchedule":
+        if self.to is not None and self.schedule in ("constant", "warm_up"):
+            raise ValueError(f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it")
+        if self.epochs is not None and self.schedule == "constant":
+            raise ValueError("epochs has no effect with schedule 'constant'")
+        if self.schedule != "constant" and self.value == (self.to or 0.0):
+            raise ValueError(f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.value}")
+        return self
+
     def at(self, epoch: float, num_epochs: float) -> float:
+        """The weight when `epoch` epochs of a stage of `num_epochs` are done."""
+        if self.schedule == "constant":
+            return self.value
         fraction = min(1.0, epoch / (self.epochs or num_epochs))
         if self.schedule == "warm_up":
             return self.value * fraction
@@ -62,30 +82,45 @@ Term = bind.from_shelf("loss", TermKeys)
 
 
 def wants(term: TermKeys) -> list[str]:
-    """The names that the term's loss asks to be fed."""
-    return bind.fed(bind.find("loss", term.loss))
+    """The names that the term's loss asks to be fed. Raises ValueError for a word that nobody knows."""
+    function = bind.find("loss", term.loss)
+    asks = bind.fed(function)
+    built_with = bind.built_with(function) if inspect.isclass(function) else []
+    for word, known in [(word, VOCABULARY) for word in asks] + [(word, WORDS_OF_CONSTRUCTORS) for word in built_with]:
+        if word not in known:
+            raise ValueError(f"loss {term.loss!r} asks for {word!r}{bind.nearest(word, sorted(known))}")
+    return asks
 
 
 def needs_teacher(term: TermKeys) -> bool:
-    return bool(TEACHER_WORDS & set(wants(term)))
+    """Whether the term's loss asks for anything of the teacher's, or for layers, which come in pairs."""
+    return bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
 
 
 class _Bound(nn.Module):
-    """One loss at one pair of layers (or at none): its function and projector, and what it asks for."""
+    """One loss at one pair of layers, at several together, or at none: its function and projector, and what it asks for."""
 
-    def __init__(self, name: str, function, asks: list[str], pairs: list[tuple[Layer, Layer]], weight) -> None:
+    def __init__(
+        self, name: str, function: nn.Module, asks: list[str], pairs: list[tuple[Layer, Layer]], weight: float | WeightSchedule
+    ) -> None:
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
         self.projector: nn.Module | None = None
+        self.places: tuple[compress.Place, compress.Place] | None = None  # of losses on weights
+
+    def weight_at(self, epoch: float, num_epochs: float) -> float:
+        return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
 
 
 class Objective(nn.Module):
     """The student with everything that is trained beside it; its forward gives the losses of one batch.
 
     terms: what is asked of the student. Without a teacher only losses on labels are possible. A loss on layers has one
-    term a pair, and they add up. Raises ValueError for a layer that does not exist, pairs that cannot be made, a
-    teacher that is missing or that knows another number of classes.
-    prepare: what turns images in [0, 1] into what the student sees; the data's normalisation when not given.
+    term a pair, and they add up; a loss on lists of maps has one for all its pairs. Raises ValueError for a layer that
+    does not exist, pairs that cannot be made, a teacher that is missing, and networks that do not give one logit for each
+    class of the data.
+    num_epochs: of the stage, for the weights' schedules. prepare: what turns images in [0, 1] into what the student sees;
+    the data's normalisation when not given.
     """
 
     def __init__(
@@ -99,83 +134,108 @@ class Objective(nn.Module):
         prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not terms:
+            raise ValueError("losses: there are none; at least one is needed")
+        for term in terms:
+            if teacher is None and needs_teacher(term):
+                raise ValueError(f"loss {term.loss!r} needs a teacher, and there is none")
         self.student = student
-        object.__setattr__(self, "teacher", teacher)  # not a submodule: see the module's docstring
+        self.teacher = teacher  # no nn.Module, so nothing of it is registered here: see the module's docstring
         self.num_epochs = num_epochs
         self.prepare = prepare or (lambda images: normalize(images, data.mean, data.std))
-        self._layers: tuple[list[str], list[str]] = ([], [])
-        self._embedding = (False, False)
         self.bound = nn.ModuleList()
-        if teacher is None:
-            for term in terms:
-                if needs_teacher(term):
-                    raise ValueError(f"loss {term.loss!r} needs a teacher, and there is none")
-        self._build(terms, data, device)
+        self._build(terms, data, torch.device(device))
+        asks = {word for bound in self.bound for word in bound.asks}
+        self._see_student = ([mine.name for mine, _ in self._looks({"student_map", "student_maps", "projected_map"})],
+                             bool({"student_embedding", "projected_embedding"} & asks))
+        self._see_teacher = ([theirs.name for _, theirs in self._looks({"teacher_map", "teacher_maps", "projected_map"})],
+                             "teacher_embedding" in asks)
+        self._asks_teacher = bool(TEACHER_WORDS & asks - WEIGHTS)
         self.to(device)
 
-    def _build(self, terms: Sequence[TermKeys], data: Data, device) -> None:
+    def _looks(self, words: set[str]) -> list[tuple[Layer, Layer]]:
+        """The pairs of the losses that ask for one of the words, each once."""
+        return list(dict.fromkeys(pair for bound in self.bound if words & set(bound.asks) for pair in bound.pairs))
+
+    def _build(self, terms: Sequence[TermKeys], data: Data, device: torch.device) -> None:
         asked = set().union(*(wants(term) for term in terms))
-        images = torch.rand(2, *data.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        images = example_images(data, device)
         self.student.to(device)
-        mine, theirs, example = [], [], {}
+        embedding = bool(EMBEDDINGS & asked)
+        seen = _look(self.student, self.prepare(images), embedding, len(data.classes), "the student")
+        example = {"student_logits": seen.logits, "student_embedding": seen.embedding}
+        if self.teacher is not None:
+            for number, network in enumerate(self.teacher.networks):
+                who = "the teacher" if len(self.teacher.networks) == 1 else f"teachers[{number}]"
+                taught = _look(network, self.teacher.prepare(images, number), embedding and number == 0, len(data.classes), who)
+                if number == 0:
+                    example |= {"teacher_logits": taught.logits, "teacher_embedding": taught.embedding}
+        known: tuple[list[Layer], list[Layer]] = ([], [])
         if (MAPS | MAP_LISTS) & asked:
-            mine = features.look(self.student, self.prepare(images))
-            if self.teacher is not None:
-                theirs = features.look(self.teacher.network, self.teacher.prepare(images))
-        was_training = self.student.training
-        self.student.eval()
-        with torch.no_grad():
-            seen = features.see(self.student, self.prepare(images), embedding=bool(EMBEDDINGS & asked))
-            example = {"student_logits": seen.logits, "student_embedding": seen.embedding}
-            if self.teacher is not None:
-                taught = self.teacher.see(images, embedding=bool(EMBEDDINGS & asked))
-                example |= {"teacher_logits": taught.logits, "teacher_embedding": taught.embedding}
-                if taught.logits.shape != seen.logits.shape:
-                    raise ValueError(
-                        f"the teacher knows {taught.logits.shape[1]} classes and the student {seen.logits.shape[1]}"
-                    )
-        self.student.train(was_training)
+            known = (features.look(self.student, self.prepare(images)),
+                     features.look(self.teacher.network, self.teacher.prepare(images)))
         counts: dict[str, int] = {}
         for term in terms:
             counts[term.loss] = counts.get(term.loss, 0) + 1
             name = term.loss if counts[term.loss] == 1 else f"{term.loss}_{counts[term.loss]}"
-            self._bind(term, name, mine, theirs, example, data)
-        student_layers = list(dict.fromkeys(a.name for b in self.bound for a, _ in b.pairs if not WEIGHTS & set(b.asks)))
-        teacher_layers = list(dict.fromkeys(t.name for b in self.bound for _, t in b.pairs if not WEIGHTS & set(b.asks)))
-        asks = {word for b in self.bound for word in b.asks}
-        self._layers = (student_layers, teacher_layers if (TEACHER_WORDS & asks) else [])
-        self._embedding = (
-            bool({"student_embedding", "projected_embedding"} & asks),
-            bool({"teacher_embedding"} & asks),
-        )
-        self._asks = asks
+            self._bind(term, name, known, {word: t.shape for word, t in example.items() if t is not None}, images, data)
 
-    def _bind(self, term: TermKeys, name: str, mine: list[Layer], theirs: list[Layer], example: dict, data: Data) -> None:
+    def _bind(
+        self, term: TermKeys, name: str, known: tuple[list[Layer], list[Layer]], shapes: dict[str, Any], images: Tensor, data: Data
+    ) -> None:
         function, asks = bind.find("loss", term.loss), wants(term)
         settings = bind.own_settings(term, TermKeys)
+        pairs: list[tuple[Layer, Layer]] = []
         if WEIGHTS & set(asks):
             pairs = weight_pairs(self.student, self.teacher.network, term.at)
         elif (MAPS | MAP_LISTS) & set(asks):
-            pairs = choose_pairs(mine, theirs, term.at, data, self.student, self.teacher, self.prepare)
-        else:
-            pairs = []
-        groups = [pairs] if MAP_LISTS & set(asks) or not pairs else [[pair] for pair in pairs]
-        for group in groups:
-            one_layer = len(group) == 1 and not MAP_LISTS & set(asks)
-            full_name = f"{name}/{group[0][0].name}" if one_layer else name
-            shapes = {k: v.shape for k, v in example.items() if v is not None} | _map_shapes(group, asks)
-            loss = function
+            pairs = self._map_pairs(*known, term.at, images)
+        elif term.at is not None:
+            raise ValueError(f"at: loss {term.loss!r} looks at no layers (it wants {', '.join(asks)})")
+        alone = not MAP_LISTS & set(asks)
+        for group in [[pair] for pair in pairs] if pairs and alone else [pairs]:
+            if group and not WEIGHTS & set(asks):
+                shapes = shapes | _map_shapes(group)
             if inspect.isclass(function):
-                shapes |= {"num_samples": data.num_samples, "num_classes": len(data.classes)}
-                loss = function(*(shapes[word] for word in bind.built_with(function)), **settings)
+                given = shapes | {"num_samples": data.num_samples, "num_classes": len(data.classes)}
+                loss = function(*(given[word] for word in bind.built_with(function)), **settings)
             else:
                 loss = _With(function, settings)
-            bound = _Bound(full_name, loss, asks, group, term.weight)
+            bound = _Bound(f"{name}/{group[0][0].name}" if group and alone else name, loss, asks, group, term.weight)
             if "projected_map" in asks:
                 bound.projector = MapProjector(group[0][0].shape[0], group[0][1].shape[0])
             if "projected_embedding" in asks:
                 bound.projector = EmbeddingProjector(shapes["student_embedding"][1], shapes["teacher_embedding"][1])
+            if WEIGHTS & set(asks):
+                (mine, theirs), = group
+                bound.places = (compress.weights(self.student)[mine.name], compress.weights(self.teacher.network)[theirs.name])
+            if hasattr(loss, "finish"):
+                # What it will refuse after the training it should refuse now.
+                loss.to(images.device).finish(copy.deepcopy(self.student), features.head(self.teacher.network))
             self.bound.append(bound)
+
+    def _map_pairs(self, mine: list[Layer], theirs: list[Layer], at: At | None, images: Tensor) -> list[tuple[Layer, Layer]]:
+        if at is None or isinstance(at, str):
+            pairs = features.pair(mine, theirs, images.shape[2])
+            if not pairs:
+                raise ValueError("at: no layers can be paired by themselves; name them, at: {student layer: teacher layer}")
+            return pairs[-1:] if at == "last" else pairs
+
+        def of_student(name: Name) -> Layer:
+            return choose_layer(self.student, "student", mine, name, lambda: self.prepare(images))
+
+        def of_teacher(name: Name) -> Layer:
+            return choose_layer(self.teacher.network, "teacher", theirs, name, lambda: self.teacher.prepare(images))
+
+        if isinstance(at, dict):
+            return _each_once([(of_student(a), of_teacher(b)) for a, b in at.items()])
+        pairs = []
+        for name in at:
+            layer = of_student(name)
+            same_name = isinstance(name, str) and name in {other.name for other in theirs}
+            theirs_then = of_teacher(name) if same_name else partner(layer, mine, theirs, self.student, images.shape[2])
+            pairs.append((layer, theirs_then))
+        return _each_once(pairs)
 
     def forward(
         self, images: Tensor, labels: Tensor, index: Tensor, view: int | None = None, epoch: float = 0.0
@@ -184,52 +244,71 @@ class Objective(nn.Module):
 
         images: [N, C, H, W] in [0, 1], augmented. labels: [N], or [N, K] for mixed images. index: [N] sample ids.
         view: the number of the augmented view, None when the images were mixed and no record of them can be kept.
+        epoch: epochs of the stage that are done.
         """
-        student = features.see(self.student, self.prepare(images), self._layers[0], self._embedding[0])
-        teacher = None
-        if TEACHER_WORDS & self._asks - WEIGHTS:
-            teacher = self._see_teacher(images, index, view)
-        if student.logits.dtype == torch.float16 or student.logits.dtype == torch.bfloat16:
+        student = features.see(self.student, self.prepare(images), *self._see_student)
+        teacher = self._taught(images, index, view) if self._asks_teacher else None
+        if student.logits.dtype in (torch.float16, torch.bfloat16):
             student = student._replace(logits=student.logits.float())
         terms: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         for bound in self.bound:
             value = bound.function(*self._feed(bound, student, teacher, labels, index, epoch))
             terms[bound.name] = value
-            weight = bound.weight if isinstance(bound.weight, float) else bound.weight.at(epoch, self.num_epochs)
-            total = total + weight * value
+            total = total + bound.weight_at(epoch, self.num_epochs) * value
         return {"loss": total, **terms}
 
-    def _see_teacher(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
+    def _taught(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
+        layers, embedding = self._see_teacher
         cache = self.teacher.cache
-        if cache is None or view is None or self._layers[1] or self._embedding[1] and not cache.embeddings:
-            return self.teacher.see(images, self._layers[1], self._embedding[1])
+        if cache is None or view is None or layers or embedding and not cache.embeddings:
+            return self.teacher.see(images, layers, embedding)
         return cache.see(self.teacher, images, index, view)
 
-    def _feed(self, bound: _Bound, student, teacher, labels: Tensor, index: Tensor, epoch: float) -> list[Any]:
+    def _feed(
+        self, bound: _Bound, student: features.Seen, teacher: features.Seen | None, labels: Tensor, index: Tensor, epoch: float
+    ) -> list[Any]:
         available: dict[str, Any] = {"labels": labels, "index": index, "epoch": epoch}
         available["student_logits"], available["student_embedding"] = student.logits, student.embedding
         if teacher is not None:
             available["teacher_logits"], available["teacher_embedding"] = teacher.logits, teacher.embedding
         if "teacher_head" in bound.asks:
             available["teacher_head"] = features.head(self.teacher.network)
-        if WEIGHTS & set(bound.asks):
-            (mine, theirs), = bound.pairs
-            available["student_weight"] = compress.weights(self.student)[mine.name].value
-            available["teacher_weight"] = compress.weights(self.teacher.network)[theirs.name].value
+        if bound.places is not None:
+            available["student_weight"], available["teacher_weight"] = (place.value for place in bound.places)
         elif bound.pairs:
-            student_maps = [student.maps[mine.name] for mine, _ in bound.pairs]
+            # A loss may look at the student's side of its pairs alone: what nobody asked for was not computed.
+            student_maps = [student.maps.get(mine.name) for mine, _ in bound.pairs]
+            teacher_maps = [teacher.maps.get(theirs.name) for _, theirs in bound.pairs] if teacher is not None else [None]
             available |= {"student_maps": student_maps, "student_map": student_maps[0]}
-            if teacher is not None and self._layers[1]:
-                teacher_maps = [teacher.maps[theirs.name] for _, theirs in bound.pairs]
-                available |= {"teacher_maps": teacher_maps, "teacher_map": teacher_maps[0]}
-                if "projected_map" in bound.asks:
-                    # Pooling first: the 1x1 convolution commutes with it and is then the smaller work.
-                    student_map, available["teacher_map"] = same_size(student_maps[0], teacher_maps[0])
-                    available["projected_map"] = bound.projector(student_map)
+            available |= {"teacher_maps": teacher_maps, "teacher_map": teacher_maps[0]}
+            if "projected_map" in bound.asks:
+                # Pooling first: the 1x1 convolution commutes with it and is then the smaller work.
+                student_map, available["teacher_map"] = same_size(student_maps[0], teacher_maps[0])
+                available["projected_map"] = bound.projector(student_map)
         if "projected_embedding" in bound.asks:
             available["projected_embedding"] = bound.projector(student.embedding)
         return [available[word] for word in bound.asks]
+
+    @torch.no_grad()
+    def rehearse(self, data: Data) -> None:
+        """Computes the losses of two made-up images with labels such as the data's. Raises ValueError where one cannot be."""
+        images = example_images(data, next(self.student.parameters()).device)
+        index = data.train.ids[:2].to(images.device)
+        labels = data.train.labels[:2].to(images.device)
+        labelled = bool((labels >= 0).all())
+        if (data.mixup or data.cutmix) and labelled:
+            labels = images.new_full((len(labels), len(data.classes)), 1 / len(data.classes))
+        was_training = self.training
+        self.eval()
+        try:
+            self(images[: len(labels)], labels, index)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if not labelled and any("labels" in bound.asks for bound in self.bound):
+                raise ValueError("the loss asks for labels, and the training images have none") from error
+            raise ValueError(f"cannot be computed for this student and data: {error}") from error
+        finally:
+            self.train(was_training)
 
     def pairs(self) -> list[dict[str, Any]]:
         """The table of paired layers: term, student layer and shape, teacher layer and shape, projector."""
@@ -275,88 +354,108 @@ class _With(nn.Module):
         return self.function(*fed, **self.settings)
 
 
-def _map_shapes(group: list[tuple[Layer, Layer]], asks: list[str]) -> dict[str, Any]:
-    if not group or WEIGHTS & set(asks):
-        return {}
+def example_images(data: Data, device: torch.device | str) -> Tensor:
+    """Two made-up images [2, C, H, W] in [0, 1], always the same."""
+    return torch.rand(2, *data.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@torch.no_grad()
+def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, who: str) -> features.Seen:
+    """What a network says to images, in evaluation mode. Raises ValueError unless it gives one logit for each class."""
+    was_training = network.training
+    network.eval()
+    try:
+        seen = features.see(network, images, embedding=embedding)
+    finally:
+        network.train(was_training)
+    if not isinstance(seen.logits, Tensor) or seen.logits.dim() != 2:
+        got = f"{tuple(seen.logits.shape)}" if isinstance(seen.logits, Tensor) else type(seen.logits).__name__
+        raise ValueError(f"{who} gives {got}; logits [N, {num_classes}] are needed")
+    if seen.logits.shape[1] != num_classes:
+        raise ValueError(f"{who} knows {seen.logits.shape[1]} classes and the data has {num_classes}")
+    if embedding and seen.embedding is None:
+        raise ValueError(f"{who} does not call the classifier its embedding would be looked for in front of")
+    return seen
+
+
+def _map_shapes(group: list[tuple[Layer, Layer]]) -> dict[str, Any]:
     student_maps = [torch.Size((2, *mine.shape)) for mine, _ in group]
     teacher_maps = [torch.Size((2, *theirs.shape)) for _, theirs in group]
     return {"student_maps": student_maps, "teacher_maps": teacher_maps,
             "student_map": student_maps[0], "teacher_map": teacher_maps[0]}
 
 
-def choose_pairs(
-    mine: list[Layer], theirs: list[Layer], at: At | None, data: Data,
-    student: nn.Module, teacher: Teacher | None, prepare: Callable[[Tensor], Tensor],
-) -> list[tuple[Layer, Layer]]:
-    """The pairs of layers that `at` means. Names are stages, dotted module names, or numbers of stages (from 0)."""
-    if teacher is None:
-        raise ValueError("there are no layers to pair: the recipe has no teacher")
-    at = "auto" if at is None else at
-    image_size = data.shape[1]
-    automatic = features.pair(mine, theirs, image_size)
-    if at in ("auto", "last"):
-        if not automatic:
-            raise ValueError("no layers can be paired by themselves: name them with at: {student layer: teacher layer}")
-        return automatic if at == "auto" else automatic[-1:]
-    device = next(student.parameters()).device
-    images = torch.rand(2, *data.shape, generator=torch.Generator().manual_seed(0)).to(device)
-
-    def layer(net: nn.Module, who: str, known: list[Layer], name: str | int, prepared) -> Layer:
-        if isinstance(name, int) or name.lstrip("-").isdigit():
-            number = int(name)
-            if not -len(known) <= number < len(known):
-                raise ValueError(f"at: {who} has no stage {number}; it has {len(known)}")
-            return known[number]
-        found = {candidate.name: candidate for candidate in known}
-        if name in found:
-            return found[name]
-        if name not in dict(net.named_modules()):
-            raise ValueError(f"at: {who} has no layer {name!r}{bind.nearest(name, found)}")
-        return features.look(net, prepared(images), [name])[0]
-
-    def of_student(name: str | int) -> Layer:
-        return layer(student, "student", mine, name, prepare)
-
-    def of_teacher(name: str | int) -> Layer:
-        return layer(teacher.network, "teacher", theirs, name, teacher.prepare)
-
-    if isinstance(at, dict):
-        return [(of_student(a), of_teacher(b)) for a, b in at.items()]
-    pairs = []
-    for name in at:
-        chosen = of_student(name)
-        if chosen.name in {t.name for t in theirs} and not isinstance(name, int):
-            pairs.append((chosen, of_teacher(chosen.name)))
-        else:
-            candidates = dict((a.name, b) for a, b in features.pair([*mine], theirs, image_size))
-            partner = candidates.get(chosen.name) or features.pair([chosen, *mine[-1:]], theirs, image_size)[0][1]
-            pairs.append((chosen, partner))
+def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
+    names = [mine.name for mine, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"at: names the student's layer {name!r} more than once")
     return pairs
 
 
-def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
-    """Pairs of layers whose weights are compared: by name where `at` names them, else by fraction of the depth."""
-    mine, theirs = list(compress.weights(student)), list(compress.weights(teacher))
+def choose_layer(network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]) -> Layer:
+    """The layer that a name means: a stage, a stage's number, or a module that is called in the forward pass."""
+    if isinstance(name, int):
+        if not -len(known) <= name < len(known):
+            raise ValueError(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
+        return known[name]
+    for layer in known:
+        if layer.name == name:
+            return layer
+    modules = [path for path, _ in network.named_modules() if path]
+    if name not in modules:
+        stages = [layer.name for layer in known]
+        near = bind.closest(name, stages + modules)
+        raise ValueError(f"at: {who} has no layer {name!r}{bind.nearest(name, [near] if near else stages)}")
+    try:
+        return features.look(network, prepared(), [name])[0]
+    except ValueError as error:
+        raise ValueError(f"at: {who}: {error}") from None
 
-    def layer(name: str | int, known: list[str], who: str) -> Layer:
+
+def partner(layer: Layer, mine: Sequence[Layer], theirs: Sequence[Layer], student: nn.Module, image_size: int) -> Layer:
+    """The teacher's stage for a student's layer that is named alone: of the same stride, or of the same depth."""
+    if all(len({other.shape[1] for other in layers}) > 1 for layers in (mine, theirs)):  # both shrink
+        others = [other for other in mine if other.shape[1] != layer.shape[1]]
+        return {a.name: b for a, b in features.pair([*others, layer], theirs, image_size)}[layer.name]
+    names = [other.name for other in mine]
+    if layer.name not in names:
+        names = [path for path, _ in student.named_modules() if path]
+    depth = (names.index(layer.name) + 1) / len(names)
+    return theirs[max(0, round(depth * len(theirs)) - 1)]
+
+
+def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
+    """Pairs of layers whose weights are compared: by name where `at` names them, else by fraction of the depth.
+
+    The shapes told are the weights'. Raises ValueError for a layer that does not exist.
+    """
+    mine, theirs = ([Layer(name, tuple(place.value.shape)) for name, place in compress.weights(net).items()]
+                    for net in (student, teacher))
+    if not mine or not theirs:
+        raise ValueError(f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more")
+
+    def choose(name: Name, known: list[Layer], who: str) -> Layer:
         if isinstance(name, int):
             if not -len(known) <= name < len(known):
-                raise ValueError(f"at: {who} has no weight number {name}; it has {len(known)}")
-            name = known[name]
-        if name not in known:
-            raise ValueError(f"at: {who} has no layer {name!r}{bind.nearest(name, known)}")
-        return Layer(name, ())
+                raise ValueError(f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0")
+            return known[name]
+        found = [layer for layer in known if layer.name == name]
+        if not found:
+            raise ValueError(f"at: {who} has no weights in {name!r}{bind.nearest(name, [layer.name for layer in known])}")
+        return found[0]
 
-    def partner(name: str) -> str:
-        place = mine.index(name) / max(1, len(mine) - 1)
-        return name if name in theirs else theirs[round(place * (len(theirs) - 1))]
+    def at_depth(layer: Layer) -> Layer:
+        return theirs[round(mine.index(layer) / max(1, len(mine) - 1) * (len(theirs) - 1))]
 
     if isinstance(at, dict):
-        return [(layer(a, mine, "student"), layer(b, theirs, "teacher")) for a, b in at.items()]
+        return _each_once([(choose(a, mine, "student"), choose(b, theirs, "teacher")) for a, b in at.items()])
+    if at == "last":
+        return [(mine[-1], theirs[-1])]
     if at in (None, "auto"):
         count = min(len(mine), len(theirs))
-        spread = [round(i * (len(theirs) - 1) / max(1, count - 1)) for i in range(count)]
-        spread_mine = [round(i * (len(mine) - 1) / max(1, count - 1)) for i in range(count)]
-        return [(Layer(mine[a], ()), Layer(theirs[b], ())) for a, b in zip(spread_mine, spread, strict=True)]
-    chosen = [mine[-1]] if at == "last" else [layer(name, mine, "student").name for name in at]
-    return [(Layer(name, ()), Layer(partner(name), ())) for name in chosen]
+        steps = [i / max(1, count - 1) for i in range(count)]
+        return [(mine[round(step * (len(mine) - 1))], theirs[round(step * (len(theirs) - 1))]) for step in steps]
+    chosen = [choose(name, mine, "student") for name in at]
+    by_name = {layer.name: layer for layer in theirs}
+    return _each_once([(layer, by_name.get(layer.name) or at_depth(layer)) for layer in chosen])

@@ -203,8 +203,10 @@ def _decimals(value: float | None, digits: int, times: float = 1) -> str:
     return NOTHING if _missing(value) else f"{value * times:.{digits}f}"
 
 
-def _count(value: int | None) -> str:
-    return NOTHING if _missing(value) else f"{value:,}"
+def _count(value: float | None) -> str:
+    return (
+        NOTHING if _missing(value) else f"{value:,.0f}"
+    )  # entropy-coded, a layer's bytes may be no whole number
 
 
 def _ratio(value: float | None) -> str:
@@ -405,7 +407,7 @@ def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_yscale("function", functions=(lambda y: -np.log(best - y), lambda z: best - np.exp(-z)))
         room = ((best - low) / (best - high)) ** 0.12
         bottom, top = best - (best - low) * room, best - (best - high) / room
-        ticks = [0, 20, 40, 50, 60, 70, 80, 90, 95, 97, 98, 98.5, 99, 99.5, 99.9, 100]
+        ticks = [0, 20, 40, 50, 60, 70, 80, 85, 90, 93, 95, 96, 97, 98, 98.5, 99, 99.5, 99.9, 100]
         label += ", log scale of the error"
     axes.set_ylim(bottom, top)
     axes.yaxis.set_major_locator(

@@ -1,26 +1,27 @@
 """From a checked recipe to a report: builds what a run carries, runs the stages in order, skips what is done."""
 
-import logging
+import contextlib
 import math
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
 
 from trainer import bind, checkpoint, compress, files, packed, report, teacher
-from trainer.context import Run
-from trainer.data import make_data
+from trainer.context import Data, Run
+from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.measure import dense_bytes
 from trainer.objective import Objective
-from trainer.recipe import Recipe, RecipeError, StageKeys, read
+from trainer.recipe import Recipe, RecipeError, StageKeys, dump, parse, read
 from trainer.teacher import Teacher
 from trainer.tracking import Log
 
@@ -41,12 +42,10 @@ def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | P
     recipe, plain = read(path, changes)
     accelerator = make_accelerator(recipe)
     here = Path(folder) / recipe.name
-    if accelerator.is_main_process:
-        _same_recipe(here, plain)
-        here.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
+    _same_recipe(here, plain)
+    accelerator.wait_for_everyone()  # nothing is written before all have looked
     # Only the main process holds the lock: the others belong to it.
-    with checkpoint.lock(here) if accelerator.is_main_process else _nothing():
+    with checkpoint.lock(here) if accelerator.is_main_process else contextlib.nullcontext():
         if (here / "report.json").is_file() and (here / "done").is_file():
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
@@ -62,47 +61,31 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=recipe.track,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    asked = _processes_asked()
-    if asked > accelerator.num_processes:
+    if _asked_for_more(accelerator.num_processes):
         raise RecipeError(
-            f"the launch asked for {asked} processes and got {accelerator.num_processes}; these work: {WORKING_LAUNCHES}"
+            f"the launch asked for more processes than the {accelerator.num_processes} it got; these commands work: "
+            f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
         )
     return accelerator
 
 
-def _processes_asked() -> int:
-    """How many processes the launch command asked for: accelerate's launcher quietly starts one where it cannot do more."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        words = []
-    if any(word.endswith(("accelerate", "accelerate-launch")) or word == "accelerate.commands.launch" for word in words):
-        counts = {"--num_processes": 1, "--num_machines": 1}
-        for number, word in enumerate(words):
-            for name in counts:
-                value = words[number + 1] if word in (name, name.replace("_", "-")) and number + 1 < len(words) else None
-                if word.startswith((name + "=", name.replace("_", "-") + "=")):
-                    value = word.partition("=")[2]
-                if value is not None and value.isdigit():
-                    counts[name] = int(value)
-        asked = max(asked, *counts.values())
-    return asked
+def _asked_for_more(num_processes: int) -> bool:
+    """Whether the launch asked for more processes: accelerate's launcher quietly starts one where it cannot do more.
 
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
+    By flags or by its configuration file, a launch of several sets MASTER_ADDR, and one that is really of several
+    tells each its number too.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) > num_processes
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return by_accelerate and "MASTER_ADDR" in os.environ and num_processes == 1
 
 
 def _same_recipe(here: Path, plain: dict[str, Any]) -> None:
     kept = here / "recipe.yaml"
     if not kept.is_file():
         return
-    if yaml.safe_load(kept.read_text(encoding="utf-8")) != plain:
+    if parse(kept).plain != plain:
         raise RecipeError(
             f"{here}: holds a run of a different recipe (see {kept}); give this one another name (--name), "
             "another folder (--folder), or remove that run"
@@ -113,7 +96,7 @@ def _write_recipe(here: Path, path: Path, plain: dict[str, Any], changed: bool) 
     """The recipe as run: the file itself, or, where it was changed on the command line, what came of it."""
     text = path.read_text(encoding="utf-8")
     if changed:
-        text = f"# {path.name} with changes from the command line\n" + yaml.safe_dump(plain, sort_keys=False)
+        text = f"# {path.name} with changes from the command line\n" + dump(plain)
     files.write_bytes(here / "recipe.yaml", text.encode())
 
 
@@ -127,10 +110,12 @@ def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
 def _run(
     recipe: Recipe, plain: dict[str, Any], path: Path, here: Path, accelerator: Accelerator, log: Log, started: float
 ) -> dict[str, Any]:
-    data = make_data(recipe.data, accelerator.device)
+    with accelerator.local_main_process_first():  # what is missing is fetched once
+        data = make_data(recipe.data, accelerator.device)
+        guide = make_teacher(recipe, data)
     run = Run(
         name=recipe.name, folder=here, seed=recipe.seed, accelerator=accelerator, data=data,
-        student=None, student_spec=teacher.spec(recipe.student), teacher=_make_teacher(recipe, data), log=log,
+        student=None, student_spec=teacher.spec(recipe.student), teacher=guide, log=log,
         recipe_path=here / "recipe.yaml",
     )
     torch.manual_seed(recipe.seed * 2 + 1)
@@ -141,25 +126,24 @@ def _run(
     if run.teacher is not None:
         run.teacher.to(accelerator.device)
     stages = recipe.stages
-    _check_layers(recipe, run)
-    first = _resume(run, stages)
+    check_layers(recipe, run.student, data, run.teacher, accelerator.device)
+    first, seconds_before = _resume(run, stages)
+    started -= seconds_before
     if run.teacher is not None and not _taught_here(stages) and first == 0:
         _guard_teacher(run)
-    proof = run.teacher.fingerprint() if run.teacher is not None else ""
+    proof = run.teacher.fingerprint() if run.teacher is not None else None
     for number in range(first, len(stages)):
         stage = stages[number]
         run.stage, run.stage_name, run.num_fits = number, stage.stage, 0
         function = bind.find("stage", stage.stage)
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {stage.stage}", flush=True)
-        if stage.stage != "train" and run.teacher is not None and not proof:
-            proof = run.teacher.fingerprint()
+        torch.manual_seed(seed_of(recipe.seed, number))  # of what the stage makes new, so that a resumed one makes the same
         function(run, **bind.own_settings(stage, StageKeys))
-        if stage.stage == "train" and stage.who == "teacher":
-            proof = run.teacher.fingerprint()
-        _finish_stage(run)
-    if run.teacher is not None and run.teacher.fingerprint() != proof:
-        raise RuntimeError("the teacher's weights or statistics changed while it taught: this run proves nothing")
+        before, proof = proof, run.teacher.fingerprint() if run.teacher is not None else None
+        if proof != before and not _taught_here([stage]):
+            raise RuntimeError(f"stage {stage.stage!r} changed the teacher's weights or statistics: this run proves nothing")
+        _finish_stage(run, proof, time.time() - started)
     result = _report(run, recipe, plain, time.time() - started)
     if accelerator.is_main_process:
         report.write(here, result, run.histograms)
@@ -175,7 +159,8 @@ def _taught_here(stages: list) -> bool:
     return any(s.stage == "train" and s.who == "teacher" for s in stages)
 
 
-def _make_teacher(recipe: Recipe, data) -> Teacher | None:
+def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
+    """The recipe's teacher, None where it has none. Raises ValueError for a head that nobody has trained."""
     if not recipe.teacher_entries:
         return None
     networks = []
@@ -198,14 +183,10 @@ def _make_teacher(recipe: Recipe, data) -> Teacher | None:
 
 def _guard_teacher(run: Run) -> None:
     """A teacher that was not taught here is examined before it teaches. Raises ValueError when it only guesses."""
-    answers = teacher_answers(run, "validation")
     labels = run.data.validation.labels
-    known = labels >= 0
-    if not known.any():
-        return
-    share = (answers[known] == labels[known]).double().mean().item()
+    share = percent_right(teacher_answers(run, "validation"), labels) / 100
     chance = 1 / len(run.data.classes)
-    if share < chance + 3 * math.sqrt(chance * (1 - chance) / int(known.sum())) or share < 1.2 * chance:
+    if share < chance + 3 * math.sqrt(chance * (1 - chance) / max(1, int((labels >= 0).sum()))) or share < 1.2 * chance:
         raise ValueError(
             f"the teacher has {share * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: its head "
             "is untrained, its classes are others, or its images are normalised otherwise"
@@ -213,33 +194,71 @@ def _guard_teacher(run: Run) -> None:
     record_teacher(run, "teacher")
 
 
-def _check_layers(recipe: Recipe, run: Run) -> None:
-    """Names of layers and pairs that only the networks know, checked before the first step of training."""
+def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher | None, device: torch.device | str) -> None:
+    """What only the networks know, checked before the first step of training: layers, pairs, what losses can be fed.
+
+    Raises RecipeError with all faults.
+    """
     faults = []
-    places = compress.weights(run.student)
+    places = compress.weights(student)
+    seen = set()
     for number, stage in enumerate(recipe.stages):
-        for key in ("keep", "sensitivity", "sparsity", "bits", "values"):
-            names = getattr(stage, key, None)
-            for name in names if isinstance(names, (list, dict)) else []:
-                try:
-                    if name not in ("first", "last"):
-                        compress.matching(places, name)
-                except ValueError as error:
-                    faults.append(f"stages[{number}].{key}: {error}")
+        if stage.stage in ("prune", "share"):
+            faults += [recipe.fault(("stages", number, *below), told) for below, told in _layer_faults(stage, places)]
         for n, term in enumerate(getattr(stage, "losses", None) or []):
+            if repr(term) in seen:  # mostly the same terms in every stage
+                continue
+            seen.add(repr(term))
             try:
-                Objective(run.student, [term], run.data, run.teacher, device=run.accelerator.device)
+                Objective(student, [term], data, guide, device=device).rehearse(data)
             except ValueError as error:
-                faults.append(f"stages[{number}].losses[{n}]: {error}")
+                faults.append(recipe.fault(("stages", number, "losses", n), str(error)))
     if faults:
         raise RecipeError("\n".join(faults))
+
+
+def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterator[tuple[tuple, str]]:
+    """Layers that a stage names and the student has not, or that it should name and does not."""
+    settings = {key: getattr(stage, key) for key in ("keep", "sensitivity", "sparsity", "bits", "values") if hasattr(stage, key)}
+    unknown = False
+    for key, setting in settings.items():
+        for number, name in enumerate(setting) if isinstance(setting, (list, dict)) else ():
+            if key == "keep" and name in ("first", "last"):
+                continue
+            try:
+                compress.matching(places, name)
+            except ValueError as error:
+                unknown = True
+                yield (key, number if key == "keep" else name), str(error)
+    if unknown:
+        return
+    try:
+        chosen = compress.choose(places, stage.keep)
+    except ValueError as error:
+        yield ("keep",), str(error)
+        return
+    if not chosen:
+        yield ("keep",), f"leaves no layer to {stage.stage}"
+    for key, setting in settings.items():
+        if isinstance(setting, dict):
+            named = {name: compress.matching(places, name) for name in setting}
+            for name, layers in named.items():
+                if not set(layers) & set(chosen):
+                    yield (key, name), "has no effect: the layer is in keep"
+            missing = [layer for layer in chosen if layer not in sum(named.values(), [])]
+            if missing:
+                yield (key,), f"nothing is given for {', '.join(missing)} (name them here or in keep)"
+    groups = getattr(stage, "groups", None)
+    for name, place in chosen.items() if groups else ():
+        if len(place.value) % groups:
+            yield ("groups",), f"got {groups}; the {len(place.value)} rows of layer {name!r} do not split into so many"
 
 
 def _stage_folder(run: Run, number: int, name: str) -> Path:
     return run.folder / "checkpoints" / f"{number:02d}-{name}"
 
 
-def _finish_stage(run: Run) -> None:
+def _finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> None:
     """Keeps what the stage left: networks, rows, histograms; the training's own checkpoints are no longer needed."""
     folder = _stage_folder(run, run.stage, run.stage_name)
     if run.accelerator.is_main_process:
@@ -248,7 +267,7 @@ def _finish_stage(run: Run) -> None:
             tensors |= {f"teacher-{i}": n.state_dict() for i, n in enumerate(run.teacher.networks)}
         for moment, layers in run.histograms.items():
             tensors[f"weights-{moment}"] = {name: torch.from_numpy(array) for name, array in layers.items()}
-        facts = {"step": 0, "rows": run.rows, "layers": run.layers,
+        facts = {"step": 0, "rows": run.rows, "layers": run.layers, "seconds": seconds, "teacher": teacher_fingerprint,
                  "teacher_version": run.teacher.version if run.teacher is not None else 0}
         checkpoint.save(folder, tensors, facts, keep=1)
         for training in folder.glob("fit-*"):
@@ -256,8 +275,10 @@ def _finish_stage(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _resume(run: Run, stages: list) -> int:
-    """Takes up what the newest finished stage left; returns the number of the first stage that is still to be run."""
+def _resume(run: Run, stages: list) -> tuple[int, float]:
+    """Takes up what the newest finished stage left; returns the number of the first stage that is still to be run, and
+    the seconds spent before. Raises ValueError when the teacher is another than it was.
+    """
     for number in reversed(range(len(stages))):
         found = checkpoint.load(_stage_folder(run, number, stages[number].stage))
         if found is None:
@@ -271,13 +292,15 @@ def _resume(run: Run, stages: list) -> int:
                 network.load_state_dict(tensors[f"teacher-{i}"])
         if run.teacher is not None:
             run.teacher.version = facts["teacher_version"]
+            if run.teacher.fingerprint() != facts["teacher"]:
+                raise ValueError(f"{run.folder}: the teacher is not the one that this run began with: give it another folder")
         run.rows, run.layers = facts["rows"], facts["layers"]
         run.histograms = {key.removeprefix("weights-"): {n: t.numpy() for n, t in layers.items()}
                           for key, layers in tensors.items() if key.startswith("weights-")}
         if run.accelerator.is_main_process:
             print(f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({stages[number].stage})", flush=True)
-        return number + 1
-    return 0
+        return number + 1, facts["seconds"]
+    return 0, 0.0
 
 
 def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> dict[str, Any]:

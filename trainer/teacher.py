@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer import bind, checkpoint, features
+from trainer import bind, channels, checkpoint, features
 from trainer.features import Seen
 
 
@@ -49,14 +49,19 @@ def _base(keys: ModelKeys) -> type[ModelKeys]:
 
 
 def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises ValueError when it cannot be built."""
-    settings = {key: value for key, value in spec.items() if key != "model"}
+    """The network of a spec, freshly initialised from torch's generator. Raises ValueError when it cannot be built.
+
+    spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
+    """
+    settings = {key: value for key, value in spec.items() if key not in ("model", "resized")}
     function = bind.find("model", spec["model"])
     _, rest = bind.split("model", spec["model"])
     try:
-        return function(shape, num_classes, *([rest] if rest else []), **settings)
+        model = function(shape, num_classes, *([rest] if rest else []), **settings)
     except (TypeError, RuntimeError, ImportError) as error:
         raise ValueError(f"model {spec['model']!r} cannot be built for images {shape}: {error}") from error
+    channels.resize(model, spec.get("resized", {}))
+    return model
 
 
 def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:

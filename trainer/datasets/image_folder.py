@@ -6,7 +6,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from trainer.context import Source
@@ -20,8 +20,6 @@ def image_folder(
     test_folder: Path | None = None,
     size: PositiveInt = 224,
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0,
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225),
 ) -> Source:
     """Images read from disk when needed, as RGB of 3 x size x size; the subfolder's name is the class.
 
@@ -30,7 +28,7 @@ def image_folder(
     no subfolder are unlabelled (-1): a teacher can distil with them. Test images are labelled, and their
     classes are the training's. Classes are in natural order (2 before 10), as timm has them.
     size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased).
-    mean, std: what the networks' inputs are normalised with; ImageNet's by default.
+    Normalised with ImageNet's mean and deviation, unless the data section gives its own.
     Raises ValueError for a folder or class that is not there and, on reading, for a damaged image file.
     """
     if not folder.is_dir():
@@ -71,8 +69,8 @@ def image_folder(
         train=_OnDisk(files, [number[name] for name in names], size, crop),
         test=_OnDisk(test_files, [number[name] for name in test_names], size, crop),
         classes=classes,
-        mean=mean,
-        std=std,
+        mean=(0.485, 0.456, 0.406),  # ImageNet's
+        std=(0.229, 0.224, 0.225),
         shape=(3, size, size),
     )
 

@@ -1,0 +1,109 @@
+"""Images a second of `fit` beside a bare PyTorch loop on the same tensors: LeNet-300-100, cross-entropy, batch 128.
+
+Run: python scripts/bench_fit.py [--rounds 5] [--epochs 1]. MNIST where it has been fetched, else random images of its
+size. The loops take turns, so that a busy machine slows all of them; medians are compared.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainer import fetch
+from trainer.context import Data, InMemory, Part, Run
+from trainer.datasets.mnist import mnist
+from trainer.fit import Training, fit
+from trainer.models.lenet300 import lenet300
+from trainer.objective import Objective, TermKeys
+from trainer.tracking import Log
+from trainer.views import Augment
+
+BATCH, RATE = 128, 1e-3
+
+
+def images_and_labels() -> tuple[str, InMemory]:
+    if (fetch.cache_folder() / "mnist" / "train-images-idx3-ubyte").is_file():
+        return "MNIST", mnist().train
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60_000, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    return "random images", InMemory(images, torch.randint(0, 10, (60_000,), generator=generator))
+
+
+def network(device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return lenet300((1, 28, 28), 10).to(device)
+
+
+def bare(train: InMemory, epochs: int, device: torch.device, fused: bool | None) -> float:
+    """Seconds of a loop as one would write it by hand."""
+    model = network(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=fused)
+    started = time.perf_counter()
+    for _ in range(epochs):
+        order = torch.randperm(len(train), device=device)
+        for where in order.split(BATCH):
+            images = (train.images[where].float() / 255 - 0.130660) / 0.308108
+            loss = nn.functional.cross_entropy(model(images), train.labels[where])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    loss.item()
+    return time.perf_counter() - started
+
+
+def fitted(train: InMemory, epochs: int, accelerator: Accelerator) -> float:
+    """Seconds of the whole call of `fit`: with its log, its checks, a validation of 100 images and its checkpoint."""
+    few = torch.arange(100, device=train.images.device)
+    data = Data(
+        name="bench", train=Part(train, torch.arange(len(train), device=few.device)), validation=Part(train, few),
+        test=Part(train, few), classes=[str(i) for i in range(10)], mean=(0.130660,), std=(0.308108,), shape=(1, 28, 28),
+        num_samples=len(train), augment=Augment(),
+    )
+    with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", accelerator) as log:
+        student = network(accelerator.device)
+        run = Run(
+            name="bench", folder=Path(folder), seed=0, accelerator=accelerator, data=data, student=student, student_spec={},
+            teacher=None, log=log, recipe_path=Path(folder), stage_name="train",
+        )
+        objective = Objective(student, [TermKeys(loss="cross_entropy")], data, device=accelerator.device)
+        started = time.perf_counter()
+        fit(run, objective, Training(epochs=epochs, lr=RATE, batch_size=BATCH))
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=1)
+    options = parser.parse_args()
+    accelerator = Accelerator()
+    what, train = images_and_labels()
+    train = InMemory(train.images.to(accelerator.device), train.labels.to(accelerator.device))
+    loops = {
+        "bare loop": lambda epochs: bare(train, epochs, accelerator.device, None),
+        "bare loop, fused Adam": lambda epochs: bare(train, epochs, accelerator.device, True),
+        "fit": lambda epochs: fitted(train, epochs, accelerator),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop(1)  # warming up
+    for _ in range(options.rounds):
+        for name, loop in loops.items():
+            seconds[name].append(loop(options.epochs))
+    speed = {name: len(train) * options.epochs / statistics.median(taken) for name, taken in seconds.items()}
+    print(f"{what}, {accelerator.device}, {torch.get_num_threads()} threads, "
+          f"medians of {options.rounds} rounds of {options.epochs} epochs")
+    for name, value in speed.items():
+        print(f"{name:22} {value:10,.0f} images/s   fit is {speed['fit'] / value:.2f} of it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Networks whose layers are really smaller: removing channels, and rebuilding what is left from its sizes.
+
+Which channels hang together is found by torch-pruning's dependency graph (Fang et al. 2023, DepGraph: Towards Any
+Structural Pruning), an optional extra. The sizes of what is left are plain numbers in the network's spec, so that a
+checkpoint or a packed file builds the small network without that library.
+"""
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+INSTALL = "method 'channels' needs the package torch-pruning: pip install 'tiny-student[channels]'"
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("torch_pruning") is not None
+
+
+def sizes(model: nn.Module) -> dict[str, list[int]]:
+    """{layer: [outputs, inputs]} of convolutions and linear layers, {layer: [channels]} of normalizations."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            found[name] = [module.out_channels, module.in_channels]
+        elif isinstance(module, nn.Linear):
+            found[name] = [module.out_features, module.in_features]
+        elif isinstance(module, _BatchNorm):
+            found[name] = [module.num_features]
+        elif isinstance(module, nn.LayerNorm):
+            found[name] = list(module.normalized_shape)
+    return found
+
+
+def resize(model: nn.Module, wanted: Mapping[str, Any]) -> None:
+    """Cuts layers down to the sizes wanted (see `sizes`), in place; what is left are the leading channels.
+
+    A depthwise convolution stays one. Raises ValueError for a layer that is not there, is of another kind, or is
+    smaller than wanted.
+    """
+    have, modules = sizes(model), dict(model.named_modules())
+    if not isinstance(wanted, Mapping):
+        raise ValueError(f"sizes of layers: got {wanted!r}; {{layer: [outputs, inputs]}} is allowed")
+    for name, size in wanted.items():
+        if name not in have:
+            raise ValueError(f"sizes of layers: the network has no convolution, linear or normalization layer {name!r}")
+        fits = isinstance(size, list | tuple) and len(size) == len(have[name])
+        if not fits or not all(type(n) is int and 0 < n <= most for n, most in zip(size, have[name], strict=True)):
+            raise ValueError(f"sizes of layer {name!r}: got {size!r}; at most {have[name]} is allowed")
+        module = modules[name]
+        if isinstance(module, _ConvNd):
+            outputs, inputs = size
+            if 1 < module.groups == module.in_channels:
+                module.groups = inputs
+            if inputs % module.groups or outputs % module.groups:
+                raise ValueError(f"sizes of layer {name!r}: {size} do not split into its {module.groups} groups")
+            first, second = (inputs, outputs) if isinstance(module, _ConvTransposeNd) else (outputs, inputs)
+            _cut(module, "weight", first, second // module.groups)
+            _cut(module, "bias", outputs)
+            module.out_channels, module.in_channels = outputs, inputs
+        elif isinstance(module, nn.Linear):
+            _cut(module, "weight", *size)
+            _cut(module, "bias", size[0])
+            module.out_features, module.in_features = size
+        else:
+            for attribute in ("weight", "bias", "running_mean", "running_var"):
+                _cut(module, attribute, *size)
+            if isinstance(module, _BatchNorm):
+                module.num_features = size[0]
+            else:
+                module.normalized_shape = tuple(size)
+
+
+def _cut(module: nn.Module, attribute: str, *leading: int) -> None:
+    tensor = getattr(module, attribute, None)
+    if tensor is None:
+        return
+    small = tensor.detach()[tuple(slice(0, n) for n in leading)].clone()
+    if isinstance(tensor, nn.Parameter):
+        small = nn.Parameter(small, requires_grad=tensor.requires_grad)
+    setattr(module, attribute, small)
+
+
+def remove(
+    model: nn.Module, images: Tensor, sparsity: float | Mapping[str, float], keep: Iterable[str] = (), together: bool = False
+) -> dict[str, list[int]]:
+    """Removes the output channels of the least L2 norm from a network, in place; returns the `sizes` that changed.
+
+    Channels that hang together (through a residual sum, say) go together; their norm is the mean over the layers they
+    are in. images: an example batch. sparsity: share of channels removed of each group of layers that hang together, or
+    {layer: share}, or with `together` of all channels in one ranking of the norms, each against its group's mean. A
+    group keeps one channel at least. keep: layers whose outputs stay; the classifier must be one.
+    Raises ValueError for layers that it cannot make smaller, and for a network that no longer gives its outputs.
+    """
+    if not installed():
+        raise ValueError(INSTALL)
+    _check(model)
+    import torch_pruning  # here, since it takes seconds to import and is an extra
+
+    modules, names = dict(model.named_modules()), {module: name for name, module in model.named_modules()}
+    before, was_training = sizes(model), model.training
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.eval().requires_grad_(True)  # the graph is read off autograd's
+    expected = model(images).shape
+    graph = torch_pruning.DependencyGraph().build_dependency(model, images)
+    score = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+    roots, norms, shares = [], [], []
+    for group in graph.get_all_groups(
+        ignored_layers=[modules[name] for name in keep],
+        root_module_types=[torch_pruning.ops.TORCH_CONV, torch_pruning.ops.TORCH_LINEAR],
+    ):
+        shares.append(_share(graph, group, sparsity, names))
+        norms.append(score(group).detach().cpu().double())
+        roots.append((group[0].dep.target.module, group[0].dep.handler))
+    if not roots:
+        raise ValueError("there is no layer whose channels can be removed")
+    counts = [min(round(share * len(norm)), len(norm) - 1) for share, norm in zip(shares, norms, strict=True)]
+    if together:
+        counts = _counts_together(norms, sparsity)
+    for (module, handler), norm, count in zip(roots, norms, counts, strict=True):
+        chosen = torch.argsort(norm, stable=True)[:count].tolist()
+        if chosen:
+            graph.get_pruning_group(module, handler, sorted(chosen)).prune()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    try:
+        with torch.no_grad():
+            got = model(images).shape
+    except RuntimeError as error:
+        raise ValueError(f"the network does not work without those channels: {error}") from error
+    if got != expected:
+        raise ValueError(f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
+                         "name its classifier in keep")
+    model.train(was_training)
+    return {name: size for name, size in sizes(model).items() if size != before[name]}
+
+
+def _check(model: nn.Module) -> None:
+    """Refuses what the graph cannot follow, or what cannot be rebuilt from sizes."""
+    for name, module in model.named_modules():
+        known = isinstance(module, _ConvNd | nn.Linear | _BatchNorm | nn.LayerNorm)
+        if not known and any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(
+                "method 'channels' knows convolutions, linear layers, batch and layer normalization; "
+                f"{name or 'the network itself'} ({type(module).__name__}) has weights of another kind"
+            )
+        if isinstance(module, _ConvNd) and 1 < module.groups and not module.groups == module.in_channels == module.out_channels:
+            raise ValueError(f"method 'channels' knows dense and depthwise convolutions; {name!r} has {module.groups} groups")
+    shared = [p for module in model.modules() for p in module.parameters(recurse=False)]
+    if len({id(p) for p in shared}) < len(shared):
+        raise ValueError("method 'channels' cannot make layers smaller that share one weight")
+
+
+def _share(graph, group, sparsity: float | Mapping[str, float], names: Mapping[nn.Module, str]) -> float:
+    """The share asked for of a group of layers. Raises ValueError where its layers ask for different ones."""
+    if not isinstance(sparsity, Mapping):
+        return sparsity
+    layers = [names.get(dep.target.module) for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
+    asked = {name: sparsity[name] for name in layers if name in sparsity}
+    if len(set(asked.values())) > 1:
+        raise ValueError(f"sparsity: the channels of {', '.join(asked)} hang together, so theirs must be one number")
+    return next(iter(asked.values()), 0.0)
+
+
+def _counts_together(norms: list[Tensor], sparsity: float) -> list[int]:
+    """How many channels each group loses in one ranking; its strongest one stays out of it."""
+    total = sum(len(norm) for norm in norms)
+    relative = torch.cat([(norm / norm.mean().clamp_min(1e-30)).sort().values[:-1] for norm in norms])
+    owner = torch.cat([torch.full((len(norm) - 1,), i) for i, norm in enumerate(norms)])
+    lost = owner[torch.argsort(relative, stable=True)[: round(sparsity * total)]]
+    return torch.bincount(lost, minlength=len(norms)).tolist()
