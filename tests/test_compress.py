@@ -1,12 +1,15 @@
 """Masks and codebooks on every kind of layer: exact sparsity, zeros and ties that hold under any optimizer."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trainer import compress
+from trainer import compress, scores
+from trainer.fit import Averaged
 
 
 class Attention(nn.Module):
@@ -78,21 +81,43 @@ def make(kind):
     return build(), x
 
 
-def train(model, x, optimizer, steps=5):
-    optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+def make_optimizer(model, optimizer):
+    return OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+
+
+def train(model, x, optimizer, steps=5, accumulate=1, dtype=None):
+    optimizer = make_optimizer(model, optimizer) if isinstance(optimizer, str) else optimizer
     for _ in range(steps):
         optimizer.zero_grad()
-        (model(x) - 1).square().mean().backward()
+        for _ in range(accumulate):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = (model(x) - 1).float().square().mean()
+            loss.backward()
         optimizer.step()
 
 
 def prune(model, sparsity=0.7):
+    """By magnitude, every part of a layer for itself."""
     places = compress.weights(model)
-    scores = {name: place.value.detach().abs() for name, place in places.items()}
-    masks = compress.score_masks(scores, {n: p.mask for n, p in places.items()}, dict.fromkeys(places, sparsity), False)
+    values = {name: scores.magnitude(place.value) for name, place in places.items()}
+    alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
+    masks = compress.score_masks(values, alive, dict.fromkeys(places, sparsity), together=False, parts=parts)
     for name, (mask, _) in masks.items():
         compress.set_mask(places[name], mask)
     return {name: mask for name, (mask, _) in masks.items()}
+
+
+def assert_pruned(model, masks, sparsity=0.7):
+    """Exactly so many zeros in all, in each part as many to within one, and where the masks say."""
+    places = compress.weights(model)
+    assert set(places) == set(masks)
+    for name, place in places.items():
+        value = place.value.detach()
+        assert int((value == 0).sum()) == round(sparsity * value.numel()), name
+        for part in value.chunk(place.parts):
+            assert abs(int((part == 0).sum()) - sparsity * part.numel()) < 1, name
+        assert torch.equal(value != 0, masks[name])
+        assert not torch.signbit(value[value == 0]).any(), "zeros are +0.0: -0.0 would be another value in a file"
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -102,14 +127,108 @@ def test_pruned_weights_stay_zero(kind, optimizer):
     before = model(x).detach()
     masks = prune(model)
     assert not torch.equal(model(x), before), "the mask must reach the forward pass"
+    weights = {name: place.value.detach().clone() for name, place in compress.weights(model).items()}
     train(model, x, optimizer)
+    assert_pruned(model, masks)
+    assert all(not torch.equal(place.value, weights[name]) for name, place in compress.weights(model).items())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_pruned_weights_stay_zero_with_accumulation_in_bfloat16(kind):
+    model, x = make(kind)
+    masks = prune(model)
+    train(model, x, "adamw", accumulate=2, dtype=torch.bfloat16)
+    assert_pruned(model, masks)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_averaged_weights_are_zero_where_the_live_ones_are(kind):
+    model, x = make(kind)
+    masks = prune(model)
+    averaged = Averaged(model, 0.8)
+    optimizer = make_optimizer(model, "adam")
+    for _ in range(3):
+        train(model, x, optimizer, steps=1)
+        averaged.update()
+    live = [place.value.detach().clone() for place in compress.weights(model).values()]
+    averaged.swap()
+    assert_pruned(model, masks)
+    assert all(not torch.equal(place.value, was) for place, was in zip(compress.weights(model).values(), live, strict=True))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_resumed_training_ends_at_the_same_bits(kind):
+    model, x = make(kind)
+    masks = prune(model)
+    optimizer = make_optimizer(model, "adam")
+    train(model, x, optimizer, steps=2)
+    kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    kept_optimizer = copy.deepcopy(optimizer.state_dict())
+    train(model, x, optimizer, steps=2)
+    resumed, _ = make(kind)
+    compress.restore(resumed, kept)
+    optimizer = make_optimizer(resumed, "adam")
+    optimizer.load_state_dict(kept_optimizer)
+    train(resumed, x, optimizer, steps=2)
+    assert_pruned(resumed, masks)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_movement_scores_add_up_over_all_positions(kind):
+    """Against the gradient that a plain copy of the pruned network has, also where it is pruned."""
+    model, x = make(kind)
+    masks = prune(model, 0.5)
     places = compress.weights(model)
-    assert set(places) == set(masks)
+    compress.watch_movement(places.values())
+    expected = {name: torch.zeros_like(mask, dtype=torch.float32) for name, mask in masks.items()}
+    optimizer = make_optimizer(model, "sgd")
+    for _ in range(3):
+        plain, _ = make(kind)
+        plain.load_state_dict(compress.dense_state(model))
+        (plain(x) - 1).square().mean().backward()
+        for name, place in compress.weights(plain).items():
+            module, attribute = places[name].places[0]
+            original = module.parametrizations[attribute].original.detach()
+            expected[name] -= original * getattr(*place.places[0]).grad
+        train(model, x, optimizer, steps=1)
     for name, place in places.items():
-        value = place.value.detach()
-        assert int((value == 0).sum()) == round(0.7 * value.numel()), name
-        assert torch.equal(value != 0, masks[name])
-        assert not torch.signbit(value[value == 0]).any(), "zeros are +0.0: -0.0 would be another value in a file"
+        score = place.parametrization.score
+        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-6)
+        assert (score[~masks[name]] != 0).any(), "pruned weights are scored too"
+    fresh, _ = make(kind)
+    compress.restore(fresh, {key: tensor.clone() for key, tensor in model.state_dict().items()})
+    assert all(torch.equal(place.parametrization.score, places[name].parametrization.score)
+               for name, place in compress.weights(fresh).items())
+    compress.forget_movement(places.values())
+    assert not any("score" in key for key in model.state_dict())
+    train(model, x, optimizer, steps=1)
+    assert_pruned(model, masks, 0.5)
+
+
+def test_evaluation_adds_nothing_to_movement_scores():
+    model, x = make("linear")
+    compress.watch_movement(compress.weights(model).values())
+    with torch.no_grad():
+        model(x)
+    assert all(not place.parametrization.score.any() for place in compress.weights(model).values())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_rewinding_takes_back_all_but_the_masks(kind):
+    model, x = make(kind)
+    began = {key: tensor.clone() for key, tensor in compress.dense_state(model).items()}
+    train(model, x, "adam")
+    masks = prune(model)
+    train(model, x, "adam")
+    compress.rewind(model, began)
+    assert_pruned(model, masks)
+    plain, _ = make(kind)
+    plain.load_state_dict(began)
+    for name, place in compress.weights(plain).items():
+        compress.set_mask(place, masks[name])
+    expected = compress.dense_state(plain)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in compress.dense_state(model).items())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -219,18 +338,52 @@ def test_ties_do_not_change_the_count():
     assert int((~masks["a"][0]).sum()) == 37
 
 
-def test_lamp_scores_by_hand():
-    weight = torch.tensor([[3.0, -1.0], [2.0, 0.5]])
-    expected = {3.0: 9 / 9, 2.0: 4 / 13, 1.0: 1 / 14, 0.5: 0.25 / 14.25}
-    scores = compress.lamp_scores(weight)
-    for value, score in zip(weight.abs().flatten().tolist(), scores.flatten().tolist(), strict=True):
-        assert score == pytest.approx(expected[value])
+def test_parts_of_a_layer_are_ranked_for_themselves():
+    score = torch.arange(12.0).reshape(6, 2)
+    [mask] = [m for m, _ in compress.score_masks({"a": score}, {"a": None}, {"a": 0.6}, False, {"a": 3}).values()]
+    assert [int((~part).sum()) for part in mask.chunk(3)] == [2, 3, 2]  # round(0.6 x 12) = 7 in all
+    assert mask.tolist() == [[False, False], [True, True], [False, False], [False, True], [False, False], [True, True]]
+
+
+def test_what_is_pruned_stays_pruned_also_when_less_is_asked_for():
+    score, alive = torch.arange(10.0), torch.arange(10) != 9
+    masks = compress.score_masks({"a": score}, {"a": alive}, {"a": 0.3}, together=False)
+    assert masks["a"][0].tolist() == [False, False, *[True] * 7, False]
+    assert masks["a"][1] == [2.0]
+    none = compress.score_masks({"a": score}, {"a": alive}, {"a": 0.0}, together=True)
+    assert torch.equal(none["a"][0], alive)
+
+
+def test_masks_against_a_sort():
+    generator = torch.Generator().manual_seed(0)
+    for sparsity in (0.0, 0.01, 0.5, 0.937, 0.999):
+        score = torch.randint(0, 40, (1000,), generator=generator).float()  # many ties
+        mask, _ = compress.score_masks({"a": score}, {"a": None}, {"a": sparsity}, together=False)["a"]
+        zeros = round(sparsity * 1000)
+        expected = torch.ones(1000, dtype=torch.bool)
+        expected[sorted(range(1000), key=lambda i: (score[i].item(), i))[:zeros]] = False
+        assert torch.equal(mask, expected)
 
 
 def test_cubic_schedule():
     assert compress.cubic(0.9, 0.0) == 0
     assert compress.cubic(0.9, 0.5) == pytest.approx(0.9 * 0.875)
     assert compress.cubic(0.9, 1.0) == 0.9
+    assert compress.cubic(0.9, 0.0, initial=0.5) == 0.5
+    assert compress.cubic(0.9, 0.5, initial=0.5) == pytest.approx(0.5 + 0.4 * 0.875)
+
+
+def test_geometric_schedule_prunes_the_same_share_of_what_is_left():
+    left = [1 - compress.geometric(0.9, i / 3, initial=0.2) for i in range(4)]
+    assert left[0] == pytest.approx(0.8)
+    assert compress.geometric(0.9, 1.0, initial=0.2) == 0.9
+    assert [b / a for a, b in zip(left, left[1:], strict=False)] == pytest.approx([0.5] * 3)
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("linear", 1), ("conv2d", 1), ("transposed", 0), ("embedding", 1), ("lstm", 1)])
+def test_axis_of_the_inputs(kind, axis):
+    model, _ = make(kind)
+    assert {place.input_axis for place in compress.weights(model).values()} == {axis}
 
 
 def test_groups_have_codebooks_of_their_own():
@@ -267,6 +420,18 @@ class TestBadInput:
             compress.std_masks(place, {"0": 1.0})
         with pytest.raises(ValueError, match="no weights left to share"):
             compress.cluster(place["0"], 4)
+
+    def test_a_layer_of_zeros_or_of_one_value_has_no_threshold(self):
+        layer = nn.Linear(4, 4)
+        place = compress.weights(nn.Sequential(layer))
+        nn.init.zeros_(layer.weight)
+        with pytest.raises(ValueError, match="'0' has no weights left to prune: all are zero"):
+            compress.std_masks(place, {"0": 1.0})
+        nn.init.constant_(layer.weight, 0.1)
+        with pytest.raises(ValueError, match="'0': all weights left are 0.1, so .* name the layer in keep"):
+            compress.std_masks(place, {"0": 1.0})
+        [(mask, _)] = compress.score_masks({"0": layer.weight}, {"0": None}, {"0": 0.5}, together=False).values()
+        assert int(mask.sum()) == 8, "by rank the count is exact all the same"
 
     def test_weights_that_are_not_finite(self):
         model = nn.Sequential(nn.Linear(4, 4))

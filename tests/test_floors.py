@@ -9,9 +9,9 @@ import trainer
 
 TOP = Path(trainer.__file__).parent
 FLOORS = [
-    ["bind", "entropy", "features", "files", "gather", "images", "kmeans", "projectors", "views"],
+    ["bind", "channels", "entropy", "features", "files", "gather", "images", "kmeans", "plots", "projectors", "scores", "views"],
     ["codec", "compress", "losses"],
-    ["measure", "checkpoint", "report", "tracking", "context", "fetch"],
+    ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
     ["models", "datasets"],
     ["teacher", "data"],
     ["cache", "packed", "objective"],
@@ -20,6 +20,7 @@ FLOORS = [
     ["stages"],
     ["recipe"],
     ["runner"],
+    ["ladder", "scan"],
     ["__main__", "api", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

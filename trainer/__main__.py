@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        _say("interrupted" + ("; the same command goes on where this stopped" if options.command is _run else ""))
+        _say(
+            "interrupted"
+            + ("; the same command goes on where this stopped" if options.command is _run else "")
+        )
         return 130
     except FloatingPointError as error:
         _say(str(error))
@@ -47,18 +50,24 @@ def _mistake(error: Exception) -> str | None:
     if fetch is not None and isinstance(error, fetch.FetchError):
         return str(error)
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
-        return (f"torch and torchvision do not fit together ({error}): install a matching pair, "
-                "such as pip install torch==2.15.0 torchvision==0.29.2")
+        return (
+            f"torch and torchvision do not fit together ({error}): install a matching pair, "
+            "such as pip install torch==2.15.0 torchvision==0.29.2"
+        )
     return None
 
 
 def _say(message: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True)
+        print(
+            f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trainer", description="Distil, prune, weight-share and pack image classifiers.")
+    parser = argparse.ArgumentParser(
+        prog="trainer", description="Distil, prune, weight-share and pack image classifiers."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, name: str, help: str) -> argparse.ArgumentParser:
@@ -68,11 +77,19 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_options(made: argparse.ArgumentParser, of_a_run: bool) -> None:
         made.add_argument("recipe", type=Path)
-        made.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", dest="changes",
-                          help="change a value, such as stages.1.training.epochs=2; may be given several times")
+        made.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="PLACE=VALUE",
+            dest="changes",
+            help="change a value, such as stages.1.training.epochs=2; may be given several times",
+        )
         made.set_defaults(seed=None, name=None)
         if of_a_run:
-            made.add_argument("--seed", type=int, help="another seed; without --name the run is then called NAME-seedN")
+            made.add_argument(
+                "--seed", type=int, help="another seed; without --name the run is then called NAME-seedN"
+            )
             made.add_argument("--name", help="another name of the run")
 
     run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
@@ -89,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="for programs: one line")
     unpack = command(_unpack, "unpack", "Write the weights of a packed file as safetensors.")
     unpack.add_argument("file", type=Path)
-    unpack.add_argument("output", type=Path, nargs="?", help="FILE with the ending .safetensors, when not given")
+    unpack.add_argument(
+        "output", type=Path, nargs="?", help="FILE with the ending .safetensors, when not given"
+    )
     predict = command(_predict, "predict", "Classify images with a packed file.")
     predict.add_argument("file", type=Path)
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
@@ -120,7 +139,7 @@ def changes_of(words: list[str]) -> dict[str, Any]:
         try:
             changes[place] = value(given)
         except ValueError as error:
-            raise ValueError(f"--set {word}: {error}") from None
+            raise ValueError(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
     return changes
 
 
@@ -169,7 +188,9 @@ def _pairs(options: argparse.Namespace) -> None:
     for number, stage in enumerate(recipe.stages):
         terms = getattr(stage, "losses", None)
         rows = Objective(student, terms, data, guide).pairs() if terms else []
-        shown = [{k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()} for row in rows]
+        shown = [
+            {k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()} for row in rows
+        ]
         if rows:
             tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
     for table, stages in tables.items():
@@ -197,12 +218,27 @@ def _inspect(options: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     net = header.get("net")
-    made = " ".join(f"{k}={v}" if k != "model" else str(v) for k, v in net.items()) if net else "a network on no shelf"
+    made = (
+        " ".join(f"{k}={v}" if k != "model" else str(v) for k, v in net.items())
+        if net
+        else "a network on no shelf"
+    )
     size = f" for images {'x'.join(map(str, header['shape']))}" if header["shape"] else ""
     classes = f", {len(header['classes'])} classes" if header["classes"] else ""
     print(f"{options.file}: {len(data):,} bytes: {made}{size}{classes}\n")
-    rows = [{key: (f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value)
-             for key, value in row.items()} for row in account]
+    rows = [
+        {
+            key: (
+                f"{value:,.1f}"
+                if isinstance(value, float)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else value
+            )
+            for key, value in row.items()
+        }
+        for row in account
+    ]
     print(tabulate(rows, headers="keys", colalign=("left", "left")))
 
 
@@ -233,7 +269,9 @@ def _predict(options: argparse.Namespace) -> None:
 
     model, header = packed.decode(_read(options.file), str(options.file))
     if not header["shape"] or not header["mean"]:
-        raise ValueError(f"{options.file}: was packed without shape, mean and std: what its images are like is not known")
+        raise ValueError(
+            f"{options.file}: was packed without shape, mean and std: what its images are like is not known"
+        )
     shape, classes = tuple(header["shape"]), header["classes"]
     for path in options.images:
         image = read_image(path, shape)
@@ -250,7 +288,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     result = evaluate_file(options.file, options.recipe, _changes(options))
     result["seconds"] = time.monotonic() - started
-    print(json.dumps(result) if options.json else f"{options.file}: top-1 {result['top1']:.2f} % of {result['images']:,} test images")
+    print(
+        json.dumps(result)
+        if options.json
+        else f"{options.file}: top-1 {result['top1']:.2f} % of {result['images']:,} test images"
+    )
 
 
 def _schema(options: argparse.Namespace) -> None:

@@ -33,7 +33,8 @@ def prune(
             if not 0 <= share < 1:
                 raise ValueError(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
         scores = {name: place.value.detach().abs() for name, place in places.items()}
-        masks = compress.score_masks(scores, {n: p.mask for n, p in places.items()}, target, together=False)
+        alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
+        masks = compress.score_masks(scores, alive, target, together=False, parts=parts)
     for name, (mask, _) in masks.items():
         compress.set_mask(places[name], mask)
     return {name: 1 - mask.double().mean().item() for name, (mask, _) in masks.items()}

@@ -84,8 +84,12 @@ def checker(function: Callable, base: type[BaseModel]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for parameter in parameters:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            assert parameter.annotation is not parameter.empty, f"{function.__name__}: {parameter.name} has no type"
-            assert parameter.name not in base.model_fields, f"{function.__name__}: {parameter.name} is a common key"
+            assert parameter.annotation is not parameter.empty, (
+                f"{function.__name__}: {parameter.name} has no type"
+            )
+            assert parameter.name not in base.model_fields, (
+                f"{function.__name__}: {parameter.name} is a common key"
+            )
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[parameter.name] = (parameter.annotation, default)
     # A shelf file may define `check(settings)`, which raises ValueError for settings that do not go together.
@@ -98,7 +102,9 @@ def checker(function: Callable, base: type[BaseModel]) -> type[BaseModel]:
 
 def own_settings(checked: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
     """The settings that are the shelf file's own, not the common keys of `base`."""
-    return {name: getattr(checked, name) for name in type(checked).model_fields if name not in base.model_fields}
+    return {
+        name: getattr(checked, name) for name in type(checked).model_fields if name not in base.model_fields
+    }
 
 
 class Entry(BaseModel):
@@ -127,7 +133,9 @@ class Entry(BaseModel):
             if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
                 for below, value in _booleans(given[name]):
                     if not below or not _mentions(field.annotation, BaseModel):  # an entry looks at its own
-                        faults.append(fault(name, "it should be a valid number", value, *below, kind="bool_type"))
+                        faults.append(
+                            fault(name, "it should be a valid number", value, *below, kind="bool_type")
+                        )
         if faults:
             raise ValidationError.from_exception_data(cls.__name__, faults)
         return checked
@@ -137,7 +145,9 @@ def _faults(error: ValidationError) -> list[InitErrorDetails]:
     """pydantic's faults once more, to be raised together with others."""
     return [
         InitErrorDetails(
-            type=PydanticCustomError(told["type"], "{message}", {"message": told["msg"]}), loc=told["loc"], input=told["input"]
+            type=PydanticCustomError(told["type"], "{message}", {"message": told["msg"]}),
+            loc=told["loc"],
+            input=told["input"],
         )
         for told in error.errors(include_url=False)
     ]
@@ -146,13 +156,17 @@ def _faults(error: ValidationError) -> list[InitErrorDetails]:
 def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") -> InitErrorDetails:
     """One fault at `key` (and further keys below it) of the mapping that is being checked."""
     loc = tuple(k if isinstance(k, (int, str)) else str(k) for k in (key, *below))
-    return InitErrorDetails(type=PydanticCustomError(kind, "{message}", {"message": message}), loc=loc, input=given)
+    return InitErrorDetails(
+        type=PydanticCustomError(kind, "{message}", {"message": message}), loc=loc, input=given
+    )
 
 
 def _mentions(annotation: Any, *kinds: Any) -> bool:
     """Whether one of `kinds` is named in a type hint, at any depth."""
-    if annotation in kinds or isinstance(annotation, type) and BaseModel in kinds and issubclass(annotation, BaseModel):
+    if annotation in kinds:
         return True
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return BaseModel in kinds
     return any(_mentions(part, *kinds) for part in typing.get_args(annotation))
 
 
@@ -171,10 +185,18 @@ def from_shelf(key: str, base: type[BaseModel]) -> Any:
         if isinstance(given, base):
             return given
         if not isinstance(given, dict):
-            raise PydanticCustomError("shelf", "it should be a mapping with the key {key}", {"key": repr(key)})
+            raise PydanticCustomError(
+                "shelf", "it should be a mapping with the key {key}", {"key": repr(key)}
+            )
         if key not in given:
-            near = closest(key, [name for name in given if isinstance(name, str) and name not in base.model_fields])
-            told = fault(near, f"is no key here (did you mean {key!r}?)", given) if near else fault(key, "", given, kind="missing")
+            near = closest(
+                key, [name for name in given if isinstance(name, str) and name not in base.model_fields]
+            )
+            told = (
+                fault(near, f"is no key here (did you mean {key!r}?)", given)
+                if near
+                else fault(key, "Field required", given, kind="missing")
+            )
         elif not isinstance(given[key], str):
             told = fault(key, f"it should be the name of a {key}", given[key], kind="shelf")
         else:

@@ -98,7 +98,7 @@ def remove(
     """
     if not installed():
         raise ValueError(INSTALL)
-    _check(model)
+    check(model)
     import torch_pruning  # here, since it takes seconds to import and is an extra
 
     modules, names = dict(model.named_modules()), {module: name for name, module in model.named_modules()}
@@ -139,8 +139,8 @@ def remove(
     return {name: size for name, size in sizes(model).items() if size != before[name]}
 
 
-def _check(model: nn.Module) -> None:
-    """Refuses what the graph cannot follow, or what cannot be rebuilt from sizes."""
+def check(model: nn.Module) -> None:
+    """Raises ValueError for what the graph cannot follow, or what cannot be rebuilt from sizes."""
     for name, module in model.named_modules():
         known = isinstance(module, _ConvNd | nn.Linear | _BatchNorm | nn.LayerNorm)
         if not known and any(True for _ in module.parameters(recurse=False)):

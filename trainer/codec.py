@@ -53,13 +53,21 @@ LayoutSource = Layout | Callable[[dict], Layout] | None
 
 # Typical headers: what a header shares with them costs next to nothing. A change here is a new format version.
 _PRIMER = (
-    '{"model":"resnet18","settings":{"in_chans":1,"num_classes":10,"pretrained":false},"input_shape":[3,32,32],'
-    '"mean":[0.4914,0.4822,0.4465],"std":[0.247,0.2435,0.2616],"classes":["airplane","automobile","bird","cat","deer",'
-    '"dog","frog","horse","ship","truck"]}{"model":"lenet5","settings":{"width":24},"shape":[1,28,28],"mean":[0.286],'
-    '"std":[0.353],"classes":["T-shirt/top","Trouser","Pullover","Dress","Coat","Sandal","Shirt","Sneaker","Bag",'
-    '"Ankle boot"]}layer1.0.conv1.weight\0layer1.0.bn1.running_mean\0running_var\0num_batches_tracked\0'
-    'conv1.bias\0fc1.weight\0fc1.bias\0{"model":"lenet300","settings":{"hidden":[300,100]},"shape":[1,28,28],'
-    '"mean":[0.1307],"std":[0.3081],"classes":["0","1","2","3","4","5","6","7","8","9"]}'
+    'layer4.1.bn2.running_mean\0running_var\0num_batches_tracked\0layer1.0.conv1.weight\0'
+    'block2.pointwise.weight\0depthwise.bias\0fc1.weight\0fc1.bias\0'
+    '{"net":{"model":"cifar_resnet","depth":20},"shape":[3,32,32],"mean":[0.4914,0.4822,0.4465],"std":[0.247,'
+    '0.2435,0.2616],"classes":["airplane","automobile","bird","cat","deer","dog","frog","horse","ship",'
+    '"truck"]}\0'
+    '{"net":{"model":"timm/resnet18"},"shape":[3,224,224],"mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225],'
+    '"classes":100}\0{"net":{"model":"lenet5","width":8},"shape":[1,28,28],"mean":[0.286041],"std":[0.353024],'
+    '"classes":["T-shirt/top","Trouser","Pullover","Dress","Coat","Sandal","Shirt","Sneaker","Bag",'
+    '"Ankle boot"]}\0'
+    '{"net":{"model":"lenet5_caffe"},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}\0'
+    '{"net":{"model":"lstm","hidden":128,"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],'
+    '"classes":10}\0'
+    '{"net":{"model":"lenet300"},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}\0'
+    '{"net":{"model":"separable","widths":[8,12,16,16],"strides":[2,1,2,1],"first_kernel":5,"batch_norm":false},'
+    '"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}'
 )
 
 
@@ -78,6 +86,7 @@ class _Stream:
 
     def __post_init__(self) -> None:
         self.scalars = Scalars(self.coder)
+        self.scalars.expect("exponent", 8, range(116, 128))  # 0.0005 .. 2
         self.text = Text(self.coder, _PRIMER)
 
     def part(self, tensor: str, name: str, start: tuple[float, int], **more: Any) -> None:
@@ -115,7 +124,9 @@ def _code_numbers(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> np.
     if len(patterns) > _SHORT:
         return _code_planes(stream, patterns >> drop, 8 * dtype.itemsize - drop) << patterns.dtype.type(drop)
     if dtype.kind == "f":
-        values = [_code_float(stream, value, dtype, drop) for value in patterns.tolist()]
+        sign = 8 * dtype.itemsize - 1
+        values = [stream.scalars.bit("sign", value >> sign) << sign | _code_float(stream, value, dtype, drop)
+                  for value in patterns.tolist()]
     else:
         modulus = 1 << 8 * dtype.itemsize
         values = []
@@ -135,13 +146,19 @@ def _code_drop(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> int:
     if dtype.kind != "f":
         return 0
     union = int(np.bitwise_or.reduce(patterns, initial=0)) | 1 << _fraction_bits(dtype)
-    return stream.scalars.number(("drop", dtype.name), (union & -union).bit_length() - 1, _fraction_bits(dtype) + 1)
+    drop = stream.scalars.tree("drop", 6, (union & -union).bit_length() - 1)
+    if drop > _fraction_bits(dtype):
+        raise ValueError("the coded stream is damaged: a fraction is too short")
+    return drop
 
 
 def _code_float(stream: _Stream, value: int, dtype: np.dtype, drop: int) -> int:
+    """The pattern of a number >= 0 whose fraction ends in `drop` zero bits."""
     fraction = _fraction_bits(dtype)
-    top = stream.scalars.tree(("float", dtype.name), 8 * dtype.itemsize - fraction, value >> fraction)
-    return top << fraction | stream.coder.uniform(fraction - drop, (value & (1 << fraction) - 1) >> drop) << drop
+    exponent_bits = 8 * dtype.itemsize - 1 - fraction
+    context = "exponent" if dtype.itemsize == 4 else ("exponent", dtype.itemsize)
+    exponent = stream.scalars.tree(context, exponent_bits, value >> fraction & (1 << exponent_bits) - 1)
+    return exponent << fraction | stream.coder.uniform(fraction - drop, (value & (1 << fraction) - 1) >> drop) << drop
 
 
 def _code_planes(stream: _Stream, patterns: np.ndarray, num_bits: int) -> np.ndarray:
@@ -325,7 +342,7 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             ratios = column_ratio[around[:, c]]
             inputs[11] = np.add.reduce(ratios[:4]) >> 2
             inputs[12] = np.add.reduce(ratios[4:]) >> 2
-            touching = np.add.reduce(neighbours[:4])
+            touching = np.add.reduce(neighbours[:4], dtype=np.int64)
             inputs[13] = (touching == 0) * float(UNIT)
             inputs[14] = _log_ratio(np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
                                     np.add.reduce(column_probability[near[6:, c]]) >> 12, _COUNT // 2)
@@ -584,23 +601,27 @@ def _entropy_bits(counts: np.ndarray) -> float:
 
 def _code_codebook(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, tuple[int, int]]:
     """Distinct values; negative ones first, the largest in magnitude at both ends; how many of either sign."""
-    width = 8 * dtype.itemsize
+    sign = 8 * dtype.itemsize - 1
     drop = _code_drop(stream, patterns, dtype)
     halves = []
     for negative in (1, 0):
-        sizes = np.sort(patterns[patterns >> width - 1 == negative] & (1 << width - 1) - 1).tolist()
+        sizes = np.sort(patterns[patterns >> sign == negative] & (1 << sign) - 1).tolist()
         count = stream.scalars.number("clusters", len(sizes), MAX_CLUSTERS + 1)
-        out = []
+        out: list[int] = []
+        # gaps between patterns are like gaps between logarithms; all of a side take about 3 octaves
+        plain = max(0, _fraction_bits(dtype) - drop + 1 - count.bit_length())
         for i in range(count):
             size = sizes[i] if stream.coder.writes else 0
             if not out:
                 out.append(_code_float(stream, size, dtype, drop))
-            else:
-                gap = stream.scalars.number("gap", (size - out[-1] >> drop) - 1, 1 << width)
-                out.append(out[-1] + (gap + 1 << drop))
-        if out and out[-1] >> width - 1:
+                continue
+            gap = size - out[-1] - 1 >> drop
+            high = stream.scalars.number("gap", gap >> plain, 1 << sign - drop)
+            gap = high << plain | stream.coder.uniform(plain, gap & (1 << plain) - 1)
+            out.append(out[-1] + (gap + 1 << drop))
+        if out and out[-1] >> sign:
             raise ValueError("the coded stream is damaged: a codebook overflows")
-        halves.append([size | negative << width - 1 for size in out])
+        halves.append([size | negative << sign for size in out])
     negative, positive = halves
     return np.array(negative[::-1] + positive, patterns.dtype), (len(negative), len(positive))
 
@@ -623,7 +644,8 @@ def unit_order(weight: np.ndarray) -> np.ndarray:
     weight: [units, ...]. Where nothing depends on the order (hidden units, channels), rows weight[order], the bias in
     that order and the next layer's columns in that order make the same network in fewer bytes.
     """
-    signs = np.sign(np.nan_to_num(weight.reshape(len(weight), -1))).astype(np.float64)
+    rows = weight.reshape(len(weight), math.prod(weight.shape[1:]))
+    signs = np.sign(np.nan_to_num(rows)).astype(np.float64)
     marks = np.concatenate([10 * signs, 7 * np.abs(signs)], 1)
     alike = marks @ marks.T
     norm = np.sqrt(np.diag(alike)) + 1

@@ -6,6 +6,7 @@ under any optimizer, and the state is plain tensors in the `state_dict`. Works f
 and attention weights. Sources: Han et al. 2015 (std x sensitivity), Zhu & Gupta 2017 (cubic schedule).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch.nn.utils import parametrize
 
 from trainer import kmeans, scores
 from trainer.bind import nearest
+
+
+LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in hand at a time
 
 
 class Mask(nn.Module):
@@ -54,8 +58,28 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (codes,) = ctx.saved_tensors
-        weights = gradient.reshape(-1) if gradient.device.type == "mps" else gradient.reshape(-1).double()
-        return torch.bincount(codes.reshape(-1), weights, minlength=ctx.length).to(ctx.dtype), None
+        return _sum_by_code(gradient, codes, ctx.length).to(ctx.dtype), None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """table[codes]; the gradient of a surviving weight goes to its latent weight too, as if it were that weight."""
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.length = len(table)
+        ctx.dtype = table.dtype
+        return table[codes]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        return torch.where(codes != 0, gradient, 0.0), _sum_by_code(gradient, codes, ctx.length).to(ctx.dtype), None
+
+
+def _sum_by_code(gradient: Tensor, codes: Tensor, length: int) -> Tensor:
+    weights = gradient.reshape(-1) if gradient.device.type == "mps" else gradient.reshape(-1).double()
+    return torch.bincount(codes.reshape(-1), weights, minlength=length)
 
 
 class Codebook(nn.Module):
@@ -76,6 +100,73 @@ class Codebook(nn.Module):
     def forward(self, centroids: Tensor) -> Tensor:
         table = torch.cat([centroids.new_zeros(1), centroids.reshape(-1)])
         return _Lookup.apply(table, self.codes)
+
+
+class TrainedCodebook(nn.Module):
+    """A codebook that is still open: at every step each surviving weight takes the shared value that is cheapest for it.
+
+    Trained are a latent weight for each position (the tensor that is parametrized) and the centroids [groups, k]. A
+    weight is the centroid of the least (latent - centroid)^2 + cost x bits of its code; its gradient goes straight
+    through to the latent one (Bengio et al. 2013) and, summed over each code, to the centroids. Pruned weights stay
+    zero. A centroid of exactly 0 is an unused place in the codebook. Codes are a function of parameters and buffers;
+    the bits of the codes, log2(survivors / times used) with half a use added to each, are counted anew at every
+    forward in training mode. See `close_codebook`.
+
+    alive: booleans of the weight's shape. cost: [groups, 1], what a bit is worth in squared error; 0: bits are free.
+    """
+
+    def __init__(self, alive: Tensor, centroids: Tensor, cost: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("alive", alive.bool())
+        self.register_buffer("cost", cost)
+        self.register_buffer("bits", torch.zeros_like(centroids))
+        positions = self.alive.reshape(-1).nonzero().reshape(-1)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("group", positions // (alive.numel() // len(centroids)), persistent=False)
+        self.centroids = nn.Parameter(centroids.detach().clone())
+        self.counts_bits = bool(cost.any())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        codes = self.codes(latent)
+        if self.counts_bits and self.training:
+            self.count_bits(codes)
+        table = torch.cat([self.centroids.new_zeros(1), self.centroids.reshape(-1)])
+        return _StraightThrough.apply(latent, table, codes)
+
+    @torch.no_grad()
+    def codes(self, latent: Tensor) -> Tensor:
+        """The codes of the weights, as a `Codebook` has them: 0 for zero, others 1 + place in centroids.flatten()."""
+        k = self.centroids.shape[1]
+        extra = torch.where(self.centroids == 0, torch.inf, self.cost * self.bits)
+        flat = latent.reshape(-1)
+        codes = torch.zeros(flat.shape, dtype=torch.int32, device=flat.device)
+        most = max(1, LARGEST_TABLE // k)
+        for where, group in zip(self.positions.split(most), self.group.split(most), strict=True):
+            error = (flat[where, None] - self.centroids[group]).square() + extra[group]
+            codes[where] = (error.argmin(1) + group * k + 1).int()
+        return codes.reshape(latent.shape)
+
+    @torch.no_grad()
+    def count_bits(self, codes: Tensor) -> None:
+        used = torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(self.bits.shape) + 0.5
+        self.bits.copy_(torch.log2(used.sum(1, keepdim=True) / used))
+
+    def entropy(self, latent: Tensor) -> Tensor:
+        """Bits of all codes together, by their entropy, were each weight shared out softly among the centroids.
+
+        Its share of a centroid falls with the squared distance, as a normal distribution's density whose deviation is
+        half the mean distance of neighbouring centroids. The gradient goes to the latent weights alone: codes are to
+        move, not values.
+        """
+        centroids = self.centroids.detach()
+        used = centroids != 0
+        least, most = torch.where(used, centroids, torch.inf).amin(1), torch.where(used, centroids, -torch.inf).amax(1)
+        width = ((most - least) / (2 * (used.sum(1) - 1).clamp_min(1))).clamp_min(1e-8)
+        scale = 0.5 / width.square()
+        distance = (latent.reshape(-1)[self.positions, None] - centroids[self.group]).square()
+        shares = (-distance * scale[self.group, None]).masked_fill(~used[self.group], -torch.inf).softmax(1)
+        sums = torch.zeros_like(centroids).index_add(0, self.group, shares)
+        return (sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())).sum()
 
 
 class Place:
@@ -106,6 +197,8 @@ class Place:
             return found.mask
         if isinstance(found, Codebook):
             return found.codes != 0
+        if isinstance(found, TrainedCodebook):
+            return found.alive
         return None
 
     @property
@@ -248,7 +341,7 @@ def score_masks(
     together: one ranking over all layers (then all sparsities are the same number); otherwise one a layer, or of each
     of the `parts` stacked in it (gates; query, key, value), whose counts then add up to the layer's. Of equal scores
     the first in the weight's order go, so that the count is exact. Where more are dead already than are asked for,
-    those are all the zeros. Returns {layer: (mask, [the highest score pruned, of each ranking])}.
+    those are all the zeros. Returns {layer: (mask, [the lowest score kept, of each ranking])}.
     """
     flat = {}
     for name, score in scores.items():
@@ -272,16 +365,16 @@ def score_masks(
 
 
 def _keep_highest(score: Tensor, zeros: int) -> tuple[Tensor, float]:
-    """All but the `zeros` lowest of flat scores (-inf: dead, never kept), and the highest of those."""
-    if zeros == 0:
-        return score > -torch.inf, 0.0
-    threshold = score.kthvalue(zeros).values
-    mask = score > threshold
-    ties = (score == threshold).nonzero().reshape(-1)
-    stay = len(score) - zeros - int(mask.sum())
-    if stay and threshold > -torch.inf:
-        mask[ties[len(ties) - stay :]] = True
-    return mask, threshold.item()
+    """All but the `zeros` lowest of flat scores (-inf: dead, never kept), and the lowest of those kept."""
+    mask = score > -torch.inf
+    if zeros:
+        highest_out = score.kthvalue(zeros).values
+        mask &= score > highest_out
+        ties = (score == highest_out).nonzero().reshape(-1)
+        stay = len(score) - zeros - int(mask.sum())
+        if stay and highest_out > -torch.inf:
+            mask[ties[len(ties) - stay :]] = True
+    return mask, score[mask].min().item() if mask.any() else torch.inf
 
 
 def cubic(final: float, progress: float, initial: float = 0.0) -> float:
@@ -297,8 +390,9 @@ def geometric(final: float, progress: float, initial: float = 0.0) -> float:
 
     As the rounds of Frankle & Carbin 2019 (The Lottery Ticket Hypothesis): 1 - (1 - initial) x rest^progress.
     """
-    rest = (1 - final) / (1 - initial)
-    return 1 - (1 - initial) * rest ** min(1.0, max(0.0, progress))
+    if progress >= 1:
+        return final  # without the rounding of a power
+    return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** max(0.0, progress)
 
 
 def set_mask(place: Place, mask: Tensor) -> None:
@@ -307,7 +401,7 @@ def set_mask(place: Place, mask: Tensor) -> None:
     if isinstance(found, Mask):
         found.mask.copy_(mask)
         return
-    if isinstance(found, Codebook):
+    if isinstance(found, Codebook | TrainedCodebook):
         raise ValueError(f"layer {place.name!r} shares its weights already: prune before sharing")
     _parametrize(place, Mask(mask))
 
@@ -341,9 +435,47 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def set_codebook(place: Place, codes: Tensor, centroids: Tensor) -> None:
     """Makes a weight share values, in place; a mask that was there becomes the code 0."""
     value = place.value.detach()
-    if isinstance(place.parametrization, (Mask, Codebook)):
+    if place.parametrization is not None:
         bake_place(place)
     _parametrize(place, Codebook(codes.to(value.device), centroids.to(value.device, value.dtype)))
+
+
+def open_codebook(place: Place, codes: Tensor, centroids: Tensor, code_cost: float = 0.0) -> None:
+    """Makes a weight share values, in place, its codes decided anew at every step of a training (`TrainedCodebook`).
+
+    codes, centroids: those it starts with, as `cluster` gives them; the latent weights start from the weight as it is.
+    code_cost: what a bit is worth, in mean squares of the surviving weights of its group.
+    """
+    value = place.value.detach().clone()
+    if place.parametrization is not None:
+        bake_place(place)
+    centroids = torch.atleast_2d(centroids.to(value.device, value.dtype))
+    codes = codes.to(value.device)
+    blocks = [block[block != 0] for block in value.chunk(len(centroids))]
+    mean_square = torch.stack([b.square().mean() if len(b) else b.new_zeros(()) for b in blocks])[:, None]
+    trained = TrainedCodebook(codes != 0, centroids, code_cost * mean_square)
+    trained.count_bits(codes)
+    _parametrize(place, trained)
+
+
+def close_codebook(place: Place) -> tuple[Tensor, Tensor]:
+    """codes and centroids of a weight's open codebook as they are now, for `set_codebook`."""
+    (module, attribute), *_ = place.places
+    trained = place.parametrization
+    centroids = trained.centroids.detach().clone()
+    codes = trained.codes(module.parametrizations[attribute].original)
+    return codes, centroids if len(centroids) > 1 else centroids[0]
+
+
+def entropy(places: Iterable[Place]) -> Tensor:
+    """Mean bits of a surviving weight's code over all open codebooks, by their soft entropy, with a gradient."""
+    bits, number = 0.0, 0
+    for place in places:
+        (module, attribute), *_ = place.places
+        trained = module.parametrizations[attribute]
+        bits = bits + trained[0].entropy(trained.original)
+        number += len(trained[0].positions)
+    return bits / number
 
 
 def _parametrize(place: Place, parametrization: nn.Module) -> None:
@@ -435,51 +567,125 @@ def cluster(
     method: Callable[..., np.ndarray] = kmeans.kmeans_optimal,
     groups: int = 1,
     importance: Tensor | None = None,
-    **settings,
+    code_cost: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """codes and centroids of one weight by k-means over its surviving values: code 0 is zero, others 1 + cluster.
 
-    groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: a weight for
-    each value (squared gradients, say). A group with fewer distinct survivors than `num_values` keeps them exactly;
-    unused entries of its codebook are then zero. Returns codes int32 of the weight's shape, centroids [k] or [groups, k].
-    Raises ValueError for a weight whose values are all zero.
+    groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
+    squared error of each value counts (squared gradients, say: Choi et al. 2017, Towards the Limit of Network
+    Quantization). code_cost: what a bit of a code's ideal length counts, in mean squares of the survivors (about 0.05
+    at 3 bits takes as much off the entropy as it adds to the error); fewer values may then be best. A group with fewer
+    distinct survivors than `num_values` keeps them exactly; unused entries of its codebook are zero. Returns codes
+    int32 of the weight's shape, centroids [k] or [groups, k].
+    Raises ValueError for a weight whose values are all zero or not finite, and one without any importance.
     """
     value = place.value.detach().cpu().float()
     if len(value) % groups:
         raise ValueError(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"layer {place.name!r} has weights that are not finite")
     if not value.any():
         raise ValueError(f"layer {place.name!r} has no weights left to share: all are zero")
     codes = torch.zeros(value.shape, dtype=torch.int32)
     centroids = torch.zeros(groups, num_values)
     blocks = zip(value.chunk(groups), codes.chunk(groups), strict=True)
-    importances = importance.detach().cpu().double().chunk(groups) if importance is not None else [None] * groups
+    importances = _damped(place, importance).chunk(groups) if importance is not None else [None] * groups
     for number, ((block, block_codes), weight) in enumerate(zip(blocks, importances, strict=True)):
         alive = block != 0
         survivors = block[alive].numpy()
         if survivors.size == 0:
             continue
-        if weight is not None:
-            settings = {**settings, "weights": weight[alive].numpy()}
-        found = method(survivors, num_values, **settings)
+        settings = {} if weight is None else {"weights": weight[alive].numpy()}
+        cost = code_cost * float(np.mean(survivors.astype(np.float64) ** 2 * settings.get("weights", 1.0)))
+        found = method(survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {}))
+        chosen = kmeans.assign(survivors, found)
+        for _ in range(10 if code_cost else 0):
+            before, bits = chosen, kmeans.code_lengths(chosen, len(found))
+            chosen = _cheapest(survivors, found, bits * cost, settings.get("weights"))
+            if np.array_equal(before, chosen):
+                break
         centroids[number, : len(found)] = torch.from_numpy(np.asarray(found, dtype=np.float32))
-        block_codes[alive] = torch.from_numpy(kmeans.assign(survivors, found).astype(np.int32)) + 1 + number * num_values
+        block_codes[alive] = torch.from_numpy(chosen.astype(np.int32)) + 1 + number * num_values
     return codes, centroids if groups > 1 else centroids[0]
 
 
+def _damped(place: Place, importance: Tensor) -> Tensor:
+    """Importance with a thousandth of its mean added: a weight that a few batches did not need is not worth nothing."""
+    importance = importance.detach().cpu().double()
+    if not importance.any():
+        raise ValueError(f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others")
+    return importance + 1e-3 * importance.mean()
+
+
+def _cheapest(values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """The code of the least weight x squared distance + price, for each value."""
+    if weights is None:
+        return kmeans.assign(values, centroids, code_bits=prices, code_cost=1.0)
+    least, chosen = np.full(values.shape, np.inf), np.zeros(values.shape, np.int32)
+    for code, (centroid, price) in enumerate(zip(centroids.astype(np.float64), prices, strict=True)):
+        total = weights * (values - centroid) ** 2 + price
+        chosen[total < least] = code
+        least = np.minimum(least, total)
+    return chosen
+
+
 def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable centroids of all shared weights: they take no weight decay."""
+    """The trainable tensors of all shared weights, centroids and latent weights: they take no weight decay."""
     found = {}
     for module in model.modules():
-        if isinstance(module, parametrize.ParametrizationList) and any(isinstance(p, Codebook) for p in module):
-            found[id(module.original)] = module.original
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Codebook | TrainedCodebook):
+            for parameter in module.parameters():
+                found[id(parameter)] = parameter
     return list(found.values())
 
 
-def round_to(values: Tensor, kind: str) -> Tensor:
-    """Values rounded to what 'float16' can hold (infinite where it cannot: an error), or as they are for 'float32'."""
+def round_to(values: Tensor, kind: str | int) -> Tensor:
+    """Values rounded to what 'float16' can hold, to so many bits of their fraction, or for 'float32' not at all.
+
+    Raises ValueError where one is then infinite. A zero has no sign.
+    """
     if kind == "float32":
         return values
-    rounded = values.half().to(values.dtype)
+    if kind == "float16":
+        rounded = values.half().to(values.dtype)
+    else:
+        fraction, exponent = torch.frexp(values)
+        rounded = torch.ldexp((fraction * 2 ** (kind + 1)).round(), exponent - (kind + 1))
     if not torch.isfinite(rounded).all():
-        raise ValueError("a shared value is too large for float16: ask for codebook: float32")
-    return rounded
+        raise ValueError("a value is too large for float16: ask for float32")
+    return rounded + 0.0
+
+
+def to_grid(values: Tensor, bits: int) -> Tensor:
+    """Values rounded to multiples of the smallest power of two at which all fit into signed integers of `bits` bits.
+
+    A step that is a power of two can be read off the values, and costs no more for the same error: see `packed`.
+    """
+    largest = values.abs().max().item()
+    if largest == 0:
+        return values
+    step = 2.0 ** math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
+    return torch.round(values / step) * step + 0.0
+
+
+@torch.no_grad()
+def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "float32") -> None:
+    """Rounds what is not shared, in place: biases `to_grid` of so many bits, all other parameters and statistics `rest`.
+
+    Biases are the parameters of one dimension with 'bias' in their name, those of norms and recurrent layers included.
+    Without `biases` they are among the rest. Raises ValueError, naming the tensor, where one is not finite then.
+    """
+    shared = {id(parameter) for parameter in centroid_parameters(model)}
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]
+    for name, tensor in tensors:
+        if id(tensor) in shared or not tensor.numel():
+            continue
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has values that are not finite")
+        if biases is not None and tensor.dim() == 1 and "bias" in name.rpartition(".")[2]:
+            tensor.copy_(to_grid(tensor, biases))
+            continue
+        try:
+            tensor.copy_(round_to(tensor, rest))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

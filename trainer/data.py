@@ -52,7 +52,9 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     if {len(mean), len(std)} != {source.shape[0]}:
         raise ValueError(f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels")
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
-    digest.update(source.train.__getitems__(order[:256].tolist())[0].numpy().tobytes())
+    # All images where they are at hand, some where they must be read first.
+    some = source.train.images if isinstance(source.train, InMemory) else source.train.__getitems__(order[:256].tolist())[0]
+    digest.update(some.contiguous().numpy())
     train, test = source.train, source.test
     if isinstance(train, InMemory) and device.type != "cpu":
         train = InMemory(train.images.to(device), train.labels.to(device))

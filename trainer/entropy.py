@@ -11,7 +11,7 @@ ignores what it is handed and returns what it reads. So every model is written o
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -153,8 +153,7 @@ class Encoder:
         self._low = point
         if self._low >= _SPAN:
             self._carry()
-        data = np.array(self._words, ">u2").tobytes() + self._low.to_bytes(6, "big")[:num_bytes]
-        return data if followed else data.rstrip(b"\0")
+        return np.array(self._words, ">u2").tobytes() + self._low.to_bytes(6, "big")[:num_bytes]
 
 
 class Decoder:
@@ -335,8 +334,15 @@ class Scalars:
             node = node * 2 + self.bit((context, node), value >> shift & 1)
         return node - (1 << num_bits)
 
+    def expect(self, context: Hashable, num_bits: int, values: Iterable[int]) -> None:
+        """Makes values of `tree` likely, as if each had been seen once."""
+        for value in values:
+            for shift in reversed(range(num_bits)):
+                key = (context, (1 << num_bits | value) >> shift + 1)
+                self._counts.setdefault(key, [0, 0])[value >> shift & 1] += 1
+
     def number(self, context: Hashable, value: int = 0, limit: int = 1 << 62) -> int:
-        """0 <= value < limit: the length in bits of value + 1, then its bits, the upper two adaptive."""
+        """0 <= value < limit: the length in bits of value + 1, then its bits, the upper two of them adaptive."""
         value += 1
         length = 0
         while self.bit((context, length), int(value >> length > 1)):
@@ -353,9 +359,9 @@ class Scalars:
 
 
 class Text:
-    """Codes text byte by byte, each bit mixed from the contexts of the last 0 to 5 bytes; starts from a primer."""
+    """Codes text byte by byte, each bit mixed from the contexts of the last 0 to 6 bytes; starts from a primer."""
 
-    _ORDERS = (0, 1, 2, 3, 5)
+    _ORDERS = (0, 1, 2, 3, 4, 6)
 
     def __init__(self, coder: Coder, primer: str) -> None:
         self._coder = coder
@@ -369,7 +375,8 @@ class Text:
         model._states = {}
         model._weights = [20000] * (len(Text._ORDERS) * (len(Text._ORDERS) + 1))
         model._past = bytearray(8)
-        model.code(primer)
+        for text in primer.split("\0"):
+            model.code(text)
         return model._states, model._weights, model._past
 
     def code(self, text: str = "") -> str:
@@ -389,7 +396,7 @@ class Text:
         for shift in range(7, -1, -1):
             keys = [(*context, node) for context in contexts]
             found = [states.get(key, 0) for key in keys]  # probability << 8 | number of times seen
-            inputs = [int(stretch[state >> 8]) * (2 if state & 255 > 2 else 1) if state else 0 for state in found]
+            inputs = [int(stretch[state >> 8]) if state else 0 for state in found]
             first = num * sum(1 for state in found if state)
             odds = sum(weights[first + i] * x for i, x in enumerate(inputs)) >> 16
             probability = int(squash_table()[min(max(odds, -STRETCH_LIMIT), STRETCH_LIMIT) + STRETCH_LIMIT])
@@ -400,7 +407,7 @@ class Text:
             for key, state in zip(keys, found):
                 seen = state & 255
                 p = state >> 8 if state else ONE // 2
-                p += (bit * ONE - p) * 2 // (2 * seen + 3)
+                p += (bit * ONE - p) * 4 // (4 * seen + 5)
                 states[key] = min(max(p, 64), ONE - 64) << 8 | min(seen + 1, 60)
             node = node * 2 + bit
         return node & 255

@@ -54,6 +54,18 @@ class Staged(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no head")
 
+    def chain(self) -> list[str]:
+        """Names of the learned layers where each feeds the next one only, by way of ReLU and pooling; [] elsewhere.
+
+        A depthwise convolution without bias feeds the next directly. The order of the units between two such layers is
+        free, and those that are dead can be dropped: see `fold.tidy`.
+        """
+        return []
+
+    def norms(self) -> list[tuple[str, str]]:
+        """(layer, BatchNorm that directly follows it) where the network of `batch_norm: false` is what folding gives."""
+        return []
+
     def forward_features(self, x: Tensor) -> Tensor:
         for _, stage in self.stages():
             x = stage(x)

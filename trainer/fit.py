@@ -263,7 +263,7 @@ def fit(
                     progress.remember_best()
             if training.patience and tally["best_epoch"] is not None:
                 done = epoch - tally["best_epoch"] >= training.patience
-        run.log.numbers(run.stage_name, step, epoch=epoch, images_per_second=speed, **found)
+        run.log.numbers(run.stage_name, step, epoch=epoch, images_per_second=speed, **found, **objective.counted())
         if accelerator.is_main_process and bar.disable:
             told = f"  validation {found['validation']:.2f} %" if found else ""
             print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  {speed:,.0f} images/s",

@@ -33,7 +33,11 @@ WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
 
 # A layer: the name of a stage, the dotted name of a module, or the number of a stage (from 0, or from the end by -1).
 Name = str | int
-At = Literal["auto", "last"] | Annotated[list[Name], Field(min_length=1)] | Annotated[dict[Name, Name], Field(min_length=1)]
+At = (
+    Literal["auto", "last"]
+    | Annotated[list[Name], Field(min_length=1)]
+    | Annotated[dict[Name, Name], Field(min_length=1)]
+)
 
 
 class WeightSchedule(bind.Entry):
@@ -50,11 +54,15 @@ class WeightSchedule(bind.Entry):
     @model_validator(mode="after")
     def _has_effect(self) -> "WeightSchedule":
         if self.to is not None and self.schedule in ("constant", "warm_up"):
-            raise ValueError(f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it")
+            raise ValueError(
+                f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it"
+            )
         if self.epochs is not None and self.schedule == "constant":
             raise ValueError("epochs has no effect with schedule 'constant'")
         if self.schedule != "constant" and self.value == (self.to or 0.0):
-            raise ValueError(f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.value}")
+            raise ValueError(
+                f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.value}"
+            )
         return self
 
     def at(self, epoch: float, num_epochs: float) -> float:
@@ -86,7 +94,9 @@ def wants(term: TermKeys) -> list[str]:
     function = bind.find("loss", term.loss)
     asks = bind.fed(function)
     built_with = bind.built_with(function) if inspect.isclass(function) else []
-    for word, known in [(word, VOCABULARY) for word in asks] + [(word, WORDS_OF_CONSTRUCTORS) for word in built_with]:
+    for word, known in [(word, VOCABULARY) for word in asks] + [
+        (word, WORDS_OF_CONSTRUCTORS) for word in built_with
+    ]:
         if word not in known:
             raise ValueError(f"loss {term.loss!r} asks for {word!r}{bind.nearest(word, sorted(known))}")
     return asks
@@ -97,11 +107,27 @@ def needs_teacher(term: TermKeys) -> bool:
     return bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
 
 
+def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
+    """What a forward pass of the teacher has to give for the terms: of 'logits', 'embedding' and 'maps'."""
+    asks = {word for term in terms for word in wants(term)}
+    kinds = {
+        "logits": {"teacher_logits"},
+        "embedding": {"teacher_embedding"},
+        "maps": {"teacher_map", "teacher_maps", "projected_map"},
+    }
+    return {kind for kind, words in kinds.items() if words & asks}
+
+
 class _Bound(nn.Module):
     """One loss at one pair of layers, at several together, or at none: its function and projector, and what it asks for."""
 
     def __init__(
-        self, name: str, function: nn.Module, asks: list[str], pairs: list[tuple[Layer, Layer]], weight: float | WeightSchedule
+        self,
+        name: str,
+        function: nn.Module,
+        asks: list[str],
+        pairs: list[tuple[Layer, Layer]],
+        weight: float | WeightSchedule,
     ) -> None:
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
@@ -119,6 +145,7 @@ class Objective(nn.Module):
     term a pair, and they add up; a loss on lists of maps has one for all its pairs. Raises ValueError for a layer that
     does not exist, pairs that cannot be made, a teacher that is missing, and networks that do not give one logit for each
     class of the data.
+    penalties: terms on the student's weights alone, {name: (weight, function of nothing)}.
     num_epochs: of the stage, for the weights' schedules. prepare: what turns images in [0, 1] into what the student sees;
     the data's normalisation when not given.
     """
@@ -132,6 +159,7 @@ class Objective(nn.Module):
         num_epochs: float = 1.0,
         device: torch.device | str = "cpu",
         prepare: Callable[[Tensor], Tensor] | None = None,
+        penalties: Mapping[str, tuple[float, Callable[[], Tensor]]] = {},
     ) -> None:
         super().__init__()
         if not terms:
@@ -140,22 +168,29 @@ class Objective(nn.Module):
             if teacher is None and needs_teacher(term):
                 raise ValueError(f"loss {term.loss!r} needs a teacher, and there is none")
         self.student = student
-        self.teacher = teacher  # no nn.Module, so nothing of it is registered here: see the module's docstring
+        self.teacher = (
+            teacher  # no nn.Module, so nothing of it is registered here: see the module's docstring
+        )
         self.num_epochs = num_epochs
+        self.penalties = dict(penalties)
         self.prepare = prepare or (lambda images: normalize(images, data.mean, data.std))
         self.bound = nn.ModuleList()
         self._build(terms, data, torch.device(device))
         asks = {word for bound in self.bound for word in bound.asks}
-        self._see_student = ([mine.name for mine, _ in self._looks({"student_map", "student_maps", "projected_map"})],
-                             bool({"student_embedding", "projected_embedding"} & asks))
-        self._see_teacher = ([theirs.name for _, theirs in self._looks({"teacher_map", "teacher_maps", "projected_map"})],
-                             "teacher_embedding" in asks)
+        mine = [mine.name for mine, _ in self._looks({"student_map", "student_maps", "projected_map"})]
+        theirs = [theirs.name for _, theirs in self._looks({"teacher_map", "teacher_maps", "projected_map"})]
+        self._see_student = (
+            list(dict.fromkeys(mine)),
+            bool({"student_embedding", "projected_embedding"} & asks),
+        )
+        self._see_teacher = list(dict.fromkeys(theirs)), "teacher_embedding" in asks
         self._asks_teacher = bool(TEACHER_WORDS & asks - WEIGHTS)
+        self._teacher_images = 0
         self.to(device)
 
     def _looks(self, words: set[str]) -> list[tuple[Layer, Layer]]:
-        """The pairs of the losses that ask for one of the words, each once."""
-        return list(dict.fromkeys(pair for bound in self.bound if words & set(bound.asks) for pair in bound.pairs))
+        """The pairs of the losses that ask for one of the words."""
+        return [pair for bound in self.bound if words & set(bound.asks) for pair in bound.pairs]
 
     def _build(self, terms: Sequence[TermKeys], data: Data, device: torch.device) -> None:
         asked = set().union(*(wants(term) for term in terms))
@@ -167,21 +202,42 @@ class Objective(nn.Module):
         if self.teacher is not None:
             for number, network in enumerate(self.teacher.networks):
                 who = "the teacher" if len(self.teacher.networks) == 1 else f"teachers[{number}]"
-                taught = _look(network, self.teacher.prepare(images, number), embedding and number == 0, len(data.classes), who)
+                taught = _look(
+                    network,
+                    self.teacher.prepare(images, number),
+                    embedding and number == 0,
+                    len(data.classes),
+                    who,
+                )
                 if number == 0:
                     example |= {"teacher_logits": taught.logits, "teacher_embedding": taught.embedding}
         known: tuple[list[Layer], list[Layer]] = ([], [])
         if (MAPS | MAP_LISTS) & asked:
-            known = (features.look(self.student, self.prepare(images)),
-                     features.look(self.teacher.network, self.teacher.prepare(images)))
+            known = (
+                features.look(self.student, self.prepare(images)),
+                features.look(self.teacher.network, self.teacher.prepare(images)),
+            )
         counts: dict[str, int] = {}
         for term in terms:
             counts[term.loss] = counts.get(term.loss, 0) + 1
             name = term.loss if counts[term.loss] == 1 else f"{term.loss}_{counts[term.loss]}"
-            self._bind(term, name, known, {word: t.shape for word, t in example.items() if t is not None}, images, data)
+            self._bind(
+                term,
+                name,
+                known,
+                {word: t.shape for word, t in example.items() if t is not None},
+                images,
+                data,
+            )
 
     def _bind(
-        self, term: TermKeys, name: str, known: tuple[list[Layer], list[Layer]], shapes: dict[str, Any], images: Tensor, data: Data
+        self,
+        term: TermKeys,
+        name: str,
+        known: tuple[list[Layer], list[Layer]],
+        shapes: dict[str, Any],
+        images: Tensor,
+        data: Data,
     ) -> None:
         function, asks = bind.find("loss", term.loss), wants(term)
         settings = bind.own_settings(term, TermKeys)
@@ -201,31 +257,46 @@ class Objective(nn.Module):
                 loss = function(*(given[word] for word in bind.built_with(function)), **settings)
             else:
                 loss = _With(function, settings)
-            bound = _Bound(f"{name}/{group[0][0].name}" if group and alone else name, loss, asks, group, term.weight)
+            bound = _Bound(
+                f"{name}/{group[0][0].name}" if group and alone else name, loss, asks, group, term.weight
+            )
             if "projected_map" in asks:
                 bound.projector = MapProjector(group[0][0].shape[0], group[0][1].shape[0])
             if "projected_embedding" in asks:
-                bound.projector = EmbeddingProjector(shapes["student_embedding"][1], shapes["teacher_embedding"][1])
+                bound.projector = EmbeddingProjector(
+                    shapes["student_embedding"][1], shapes["teacher_embedding"][1]
+                )
             if WEIGHTS & set(asks):
-                (mine, theirs), = group
-                bound.places = (compress.weights(self.student)[mine.name], compress.weights(self.teacher.network)[theirs.name])
+                ((mine, theirs),) = group
+                bound.places = (
+                    compress.weights(self.student)[mine.name],
+                    compress.weights(self.teacher.network)[theirs.name],
+                )
             if hasattr(loss, "finish"):
                 # What it will refuse after the training it should refuse now.
-                loss.to(images.device).finish(copy.deepcopy(self.student), features.head(self.teacher.network))
+                loss.to(images.device).finish(
+                    copy.deepcopy(self.student), features.head(self.teacher.network)
+                )
             self.bound.append(bound)
 
-    def _map_pairs(self, mine: list[Layer], theirs: list[Layer], at: At | None, images: Tensor) -> list[tuple[Layer, Layer]]:
+    def _map_pairs(
+        self, mine: list[Layer], theirs: list[Layer], at: At | None, images: Tensor
+    ) -> list[tuple[Layer, Layer]]:
         if at is None or isinstance(at, str):
             pairs = features.pair(mine, theirs, images.shape[2])
             if not pairs:
-                raise ValueError("at: no layers can be paired by themselves; name them, at: {student layer: teacher layer}")
+                raise ValueError(
+                    "at: no layers can be paired by themselves; name them, at: {student layer: teacher layer}"
+                )
             return pairs[-1:] if at == "last" else pairs
 
         def of_student(name: Name) -> Layer:
             return choose_layer(self.student, "student", mine, name, lambda: self.prepare(images))
 
         def of_teacher(name: Name) -> Layer:
-            return choose_layer(self.teacher.network, "teacher", theirs, name, lambda: self.teacher.prepare(images))
+            return choose_layer(
+                self.teacher.network, "teacher", theirs, name, lambda: self.teacher.prepare(images)
+            )
 
         if isinstance(at, dict):
             return _each_once([(of_student(a), of_teacher(b)) for a, b in at.items()])
@@ -233,7 +304,9 @@ class Objective(nn.Module):
         for name in at:
             layer = of_student(name)
             same_name = isinstance(name, str) and name in {other.name for other in theirs}
-            theirs_then = of_teacher(name) if same_name else partner(layer, mine, theirs, self.student, images.shape[2])
+            theirs_then = (
+                of_teacher(name) if same_name else partner(layer, mine, theirs, self.student, images.shape[2])
+            )
             pairs.append((layer, theirs_then))
         return _each_once(pairs)
 
@@ -256,17 +329,50 @@ class Objective(nn.Module):
             value = bound.function(*self._feed(bound, student, teacher, labels, index, epoch))
             terms[bound.name] = value
             total = total + bound.weight_at(epoch, self.num_epochs) * value
+        for name, (weight, penalty) in self.penalties.items():
+            terms[name] = penalty()
+            total = total + weight * terms[name]
         return {"loss": total, **terms}
 
     def _taught(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
-        layers, embedding = self._see_teacher
-        cache = self.teacher.cache
-        if cache is None or view is None or layers or embedding and not cache.embeddings:
-            return self.teacher.see(images, layers, embedding)
-        return cache.see(self.teacher, images, index, view)
+        cache = None if view is None else self.teacher.cache
+        if cache is not None and cache.keeps(*self._see_teacher):
+            before = cache.computed
+            seen = cache.see(images, index, view, *self._see_teacher)
+            self._teacher_images += cache.computed - before
+            return seen
+        seen = self.teacher.see(images, *self._see_teacher)
+        self._teacher_images += len(images)
+        if cache is not None:
+            cache.keep(seen, index, view)  # for stages whose losses ask for less
+        return seen
+
+    @property
+    def teacher_layers(self) -> list[str]:
+        """The teacher's layers whose maps the losses look at."""
+        return list(self._see_teacher[0])
+
+    def counted(self) -> dict[str, int]:
+        """Numbers of the training since the last call: teacher_images, how many images the teacher was really shown.
+
+        By all processes together, which must all call this. Nothing where the losses do not ask the teacher.
+        """
+        if not self._asks_teacher:
+            return {}
+        shown = torch.tensor(self._teacher_images, device=next(self.student.parameters()).device)
+        self._teacher_images = 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(shown)
+        return {"teacher_images": int(shown)}
 
     def _feed(
-        self, bound: _Bound, student: features.Seen, teacher: features.Seen | None, labels: Tensor, index: Tensor, epoch: float
+        self,
+        bound: _Bound,
+        student: features.Seen,
+        teacher: features.Seen | None,
+        labels: Tensor,
+        index: Tensor,
+        epoch: float,
     ) -> list[Any]:
         available: dict[str, Any] = {"labels": labels, "index": index, "epoch": epoch}
         available["student_logits"], available["student_embedding"] = student.logits, student.embedding
@@ -279,7 +385,11 @@ class Objective(nn.Module):
         elif bound.pairs:
             # A loss may look at the student's side of its pairs alone: what nobody asked for was not computed.
             student_maps = [student.maps.get(mine.name) for mine, _ in bound.pairs]
-            teacher_maps = [teacher.maps.get(theirs.name) for _, theirs in bound.pairs] if teacher is not None else [None]
+            teacher_maps = (
+                [teacher.maps.get(theirs.name) for _, theirs in bound.pairs]
+                if teacher is not None
+                else [None]
+            )
             available |= {"student_maps": student_maps, "student_map": student_maps[0]}
             available |= {"teacher_maps": teacher_maps, "teacher_map": teacher_maps[0]}
             if "projected_map" in bound.asks:
@@ -313,16 +423,24 @@ class Objective(nn.Module):
     def pairs(self) -> list[dict[str, Any]]:
         """The table of paired layers: term, student layer and shape, teacher layer and shape, projector."""
         return [
-            {"term": b.name, "student": mine.name, "student_shape": mine.shape, "teacher": theirs.name,
-             "teacher_shape": theirs.shape, "projector": type(b.projector).__name__ if b.projector else "-"}
-            for b in self.bound for mine, theirs in b.pairs
+            {
+                "term": b.name,
+                "student": mine.name,
+                "student_shape": mine.shape,
+                "teacher": theirs.name,
+                "teacher_shape": theirs.shape,
+                "projector": type(b.projector).__name__ if b.projector else "-",
+            }
+            for b in self.bound
+            for mine, theirs in b.pairs
         ]
 
     def learned(self) -> dict[str, Tensor]:
         """What was learned beside the student: projectors and the losses' own parameters and buffers, by term."""
         return {
             f"{bound.name}.{key}": tensor.detach().clone()
-            for bound in self.bound for key, tensor in bound.state_dict().items()
+            for bound in self.bound
+            for key, tensor in bound.state_dict().items()
         }
 
     def recall(self, learned: Mapping[str, Tensor]) -> None:
@@ -381,8 +499,12 @@ def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int,
 def _map_shapes(group: list[tuple[Layer, Layer]]) -> dict[str, Any]:
     student_maps = [torch.Size((2, *mine.shape)) for mine, _ in group]
     teacher_maps = [torch.Size((2, *theirs.shape)) for _, theirs in group]
-    return {"student_maps": student_maps, "teacher_maps": teacher_maps,
-            "student_map": student_maps[0], "teacher_map": teacher_maps[0]}
+    return {
+        "student_maps": student_maps,
+        "teacher_maps": teacher_maps,
+        "student_map": student_maps[0],
+        "teacher_map": teacher_maps[0],
+    }
 
 
 def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
@@ -393,7 +515,9 @@ def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
     return pairs
 
 
-def choose_layer(network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]) -> Layer:
+def choose_layer(
+    network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
+) -> Layer:
     """The layer that a name means: a stage, a stage's number, or a module that is called in the forward pass."""
     if isinstance(name, int):
         if not -len(known) <= name < len(known):
@@ -413,7 +537,9 @@ def choose_layer(network: nn.Module, who: str, known: Sequence[Layer], name: Nam
         raise ValueError(f"at: {who}: {error}") from None
 
 
-def partner(layer: Layer, mine: Sequence[Layer], theirs: Sequence[Layer], student: nn.Module, image_size: int) -> Layer:
+def partner(
+    layer: Layer, mine: Sequence[Layer], theirs: Sequence[Layer], student: nn.Module, image_size: int
+) -> Layer:
     """The teacher's stage for a student's layer that is named alone: of the same stride, or of the same depth."""
     if all(len({other.shape[1] for other in layers}) > 1 for layers in (mine, theirs)):  # both shrink
         others = [other for other in mine if other.shape[1] != layer.shape[1]]
@@ -430,19 +556,27 @@ def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[
 
     The shapes told are the weights'. Raises ValueError for a layer that does not exist.
     """
-    mine, theirs = ([Layer(name, tuple(place.value.shape)) for name, place in compress.weights(net).items()]
-                    for net in (student, teacher))
+    mine, theirs = (
+        [Layer(name, tuple(place.value.shape)) for name, place in compress.weights(net).items()]
+        for net in (student, teacher)
+    )
     if not mine or not theirs:
-        raise ValueError(f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more")
+        raise ValueError(
+            f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more"
+        )
 
     def choose(name: Name, known: list[Layer], who: str) -> Layer:
         if isinstance(name, int):
             if not -len(known) <= name < len(known):
-                raise ValueError(f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0")
+                raise ValueError(
+                    f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0"
+                )
             return known[name]
         found = [layer for layer in known if layer.name == name]
         if not found:
-            raise ValueError(f"at: {who} has no weights in {name!r}{bind.nearest(name, [layer.name for layer in known])}")
+            raise ValueError(
+                f"at: {who} has no weights in {name!r}{bind.nearest(name, [layer.name for layer in known])}"
+            )
         return found[0]
 
     def at_depth(layer: Layer) -> Layer:
@@ -455,7 +589,9 @@ def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[
     if at in (None, "auto"):
         count = min(len(mine), len(theirs))
         steps = [i / max(1, count - 1) for i in range(count)]
-        return [(mine[round(step * (len(mine) - 1))], theirs[round(step * (len(theirs) - 1))]) for step in steps]
+        return [
+            (mine[round(step * (len(mine) - 1))], theirs[round(step * (len(theirs) - 1))]) for step in steps
+        ]
     chosen = [choose(name, mine, "student") for name in at]
     by_name = {layer.name: layer for layer in theirs}
     return _each_once([(layer, by_name.get(layer.name) or at_depth(layer)) for layer in chosen])

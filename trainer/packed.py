@@ -38,14 +38,36 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     """
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in compress.dense_state(model).items()}
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
+    steps = grid_steps(tensors)
     if spec is None:
-        return codec.encode(header, tensors)
+        return codec.encode(header, tensors, steps)
     order = layout(header)
     if set(order) != set(tensors):
         odd = sorted(set(order) ^ set(tensors))
         raise ValueError(f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only")
     # A masked weight has left its place among its module's parameters: the spec's order is what a reader knows.
-    return codec.encode(header, {name: tensors[name] for name in order}, layout=order)
+    return codec.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
+
+
+def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Step of each float32 vector that holds few-bit integers times a power of two, such as `compress.to_grid` leaves.
+
+    The step is the largest power of two that all are multiples of; vectors that reach more than 255 of it have none.
+    """
+    steps = {}
+    for name, array in tensors.items():
+        values = array.astype(np.float64)
+        if array.dtype != np.float32 or array.ndim != 1 or not values.any() or not np.isfinite(values).all():
+            continue
+        if np.signbit(values[values == 0]).any():  # -0.0 is no multiple
+            continue
+        fractions, exponents = np.frexp(np.abs(values[values != 0]))
+        integers = np.ldexp(fractions, 24).astype(np.int64)  # float32 has so many bits
+        lowest = np.log2(integers & -integers).astype(np.int64) + exponents - 24
+        step = 2.0 ** int(lowest.min())
+        if np.abs(values).max() <= 255 * step:
+            steps[name] = step
+    return steps
 
 
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:

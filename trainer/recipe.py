@@ -17,8 +17,9 @@ import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
 from trainer import bind
+from trainer.cache import CacheKeys
 from trainer.data import DataKeys
-from trainer.objective import MAP_LISTS, MAPS, WEIGHTS, TermKeys, needs_teacher, wants
+from trainer.objective import MAP_LISTS, MAPS, WEIGHTS, TermKeys, asked_of_teacher, needs_teacher, wants
 from trainer.teacher import StudentKeys, TeacherKeys
 from trainer.views import Augment
 
@@ -46,8 +47,9 @@ TeacherEntry = bind.from_shelf("model", TeacherKeys)
 class Recipe(bind.Entry):
     """A recipe. name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its own).
 
-    teachers: several instead of one teacher; combine says how they speak as one. precision: of training. Paths
-    (checkpoint, folder) are relative to the folder the program is started in.
+    teachers: several instead of one teacher; combine says how they speak as one. cache: where the teacher's answers are
+    kept (when not given: in memory, if they are asked for again and take no more than 2 GiB). precision: of training.
+    Paths (checkpoint, folder) are relative to the folder the program is started in.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -58,6 +60,7 @@ class Recipe(bind.Entry):
     combine: Literal["logits", "probabilities", "confidence"] | None = None
     student: Student
     stages: Annotated[list[Stage], Field(min_length=1)]
+    cache: Literal["off", "memory", "disk"] | CacheKeys | None = None
     track: Literal["wandb"] | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     _text: "Text | None" = PrivateAttr(None)
@@ -71,7 +74,9 @@ class Recipe(bind.Entry):
         if self._text is None:  # not read from a file
             return f"{where(place)}: {message}"
         first, found, rest = message.partition(": ")
-        if found and first in _at(self._text.plain, place):  # 'at: there is no ...' is about the entry's own key
+        if found and first in _at(
+            self._text.plain, place
+        ):  # 'at: there is no ...' is about the entry's own key
             place, message = (*place, first), rest
         return self._text.fault(place, message)
 
@@ -99,7 +104,11 @@ class Text:
     def fault(self, place: tuple, message: str, near: tuple | None = None) -> str:
         """`file:line: place: message`; the line is that of `near` where one is given."""
         line = self.mark(place if near is None else near)[0]
-        return f"{self.path}:{line}: {where(place)}: {message}" if line else f"changes: {where(place)}: {message}"
+        return (
+            f"{self.path}:{line}: {where(place)}: {message}"
+            if line
+            else f"changes: {where(place)}: {message}"
+        )
 
 
 def read(path: str | Path, changes: dict[str, Any] | None = None) -> tuple[Recipe, dict[str, Any]]:
@@ -124,7 +133,9 @@ def read(path: str | Path, changes: dict[str, Any] | None = None) -> tuple[Recip
         for place, message, near in sorted(faults, key=lambda fault: text.mark(fault[2])):
             # What several places take from one anchor is told once.
             mark = text.mark(near)
-            once.setdefault((mark, place[-1:] if any(mark) else place, message), text.fault(place, message, near))
+            once.setdefault(
+                (mark, place[-1:] if any(mark) else place, message), text.fault(place, message, near)
+            )
         raise RecipeError("\n".join(once.values()))
     recipe._text = text
     return recipe, text.plain
@@ -195,14 +206,18 @@ def parse(path: str | Path) -> Text:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{path}:{line}: is no text: byte {content[error.start]:#04x} is not UTF-8") from None
+        raise RecipeError(
+            f"{path}:{line}: is no text: byte {content[error.start]:#04x} is not UTF-8"
+        ) from None
     if len(content) > MOST_BYTES:
         raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes: that is no recipe")
     plain, reader = _read(path, text)
     if not isinstance(plain, dict):
         got = "nothing" if plain is None else "a list" if isinstance(plain, list) else _short(plain)
         line, _ = reader.marks.get((), (1, 1))
-        raise RecipeError(f"{path}:{line}: a recipe is a mapping (name: ..., data: ..., stages: ...); got {got}")
+        raise RecipeError(
+            f"{path}:{line}: a recipe is a mapping (name: ..., data: ..., stages: ...); got {got}"
+        )
     return Text(path, plain, reader.marks, reader.faults)
 
 
@@ -214,10 +229,14 @@ def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
         return None if node is None else reader.read(node, (), ()), reader
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{path}:{line}: is not YAML: character {error.character:#06x} is not allowed") from None
+        raise RecipeError(
+            f"{path}:{line}: is not YAML: character {error.character:#06x} is not allowed"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = error.problem if not error.problem.startswith("but ") else f"{error.context}, {error.problem}"
+        problem = (
+            error.problem if not error.problem.startswith("but ") else f"{error.context}, {error.problem}"
+        )
         problem = problem.replace("character '\\t'", "a tab (YAML is indented by spaces)")
         raise RecipeError(f"{path}:{mark.line + 1}: is not YAML: {problem}") from None
     except RecursionError:
@@ -243,8 +262,10 @@ class _Reader:
         if node in holders:
             raise RecipeError(f"{self.path}:{line}: {where(place)}: the anchor holds itself")
         if self.num_values > MOST_VALUES:
-            raise RecipeError(f"{self.path}:{line}: holds more than {MOST_VALUES:,} values once its anchors are unfolded: "
-                              "that is no recipe")
+            raise RecipeError(
+                f"{self.path}:{line}: holds more than {MOST_VALUES:,} values once its anchors are unfolded: "
+                "that is no recipe"
+            )
         if len(holders) > DEEPEST:
             raise RecipeError(f"{self.path}:{line}: is nested too deep: that is no recipe")
         holders = (*holders, node)
@@ -254,7 +275,9 @@ class _Reader:
             return [self.read(item, (*place, number), holders) for number, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, place, holders)
-        raise RecipeError(f"{self.path}:{line}: {where(place)}: the tag {node.tag.replace(_TAG, '!!')} is not known here")
+        raise RecipeError(
+            f"{self.path}:{line}: {where(place)}: the tag {node.tag.replace(_TAG, '!!')} is not known here"
+        )
 
     def _mapping(self, node: yaml.MappingNode, place: tuple, holders: tuple) -> dict:
         inherited: dict = {}
@@ -262,7 +285,9 @@ class _Reader:
         for key, value in node.value:
             if key.tag == _TAG + "merge":
                 self.marks[(*place, "<<")] = _mark(key)
-                for source in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):  # the first wins
+                for source in reversed(
+                    value.value if isinstance(value, yaml.SequenceNode) else [value]
+                ):  # the first wins
                     if isinstance(source, yaml.MappingNode):
                         inherited |= self.read(source, place, holders)
                     else:
@@ -294,7 +319,9 @@ class _Reader:
         except (ValueError, KeyError):  # '!!int x', or thousands of digits
             pass
         told = f"{_short(node.value)} is no {node.tag.replace(_TAG, '!!')}"
-        raise RecipeError(f"{self.path}:{_mark(node)[0]}: {where(place)}: cannot be read: {told} that is known here")
+        raise RecipeError(
+            f"{self.path}:{_mark(node)[0]}: {where(place)}: cannot be read: {told} that is known here"
+        )
 
     def _fault(self, place: tuple, message: str, near: tuple | None = None) -> None:
         self.faults.append((place, message, near or place))
@@ -313,21 +340,26 @@ def _change(text: Text, name: str, value: Any) -> None:
     for number, key in enumerate(keys, start=1):
         if isinstance(into, list):
             if not key.isdigit() or int(key) >= len(into):
-                raise RecipeError(f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, counted from 0")
+                raise RecipeError(
+                    f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, counted from 0"
+                )
             key = int(key)
         elif not isinstance(into, dict):
             raise RecipeError(f"changes: {name}: {where(place)} is {_short(into)}, which holds no {key!r}")
         place = (*place, key)
         if number == len(keys):
             into[key] = value
+            text.changed.add(place)
         elif isinstance(into, dict) and into.get(key) is None:
             into[key] = {}
+            text.changed.add(place)
         into = into[key]
-    text.changed.add(place)
 
 
 def _holds(plain: Any, key: Any) -> bool:
-    return isinstance(plain, dict) and key in plain or isinstance(plain, list) and isinstance(key, int) and key < len(plain)
+    if isinstance(plain, list):
+        return isinstance(key, int) and key < len(plain)
+    return isinstance(plain, dict) and key in plain
 
 
 def _at(plain: Any, place: tuple) -> dict | list:
@@ -348,7 +380,10 @@ def _told(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple
     for place, faults in by_place.items():
         if any(len(other) > len(place) and other[: len(place)] == place for other in by_place):
             continue  # of several allowed kinds the one that was meant was looked into
-        first, near = faults[0], place
+        first = next(
+            (told for told in faults if told["type"] in ("entry", "missing", "value_error")), faults[0]
+        )
+        near = place
         if first["type"] == "entry":
             message = first["msg"]
         elif first["type"] == "missing":
@@ -363,7 +398,9 @@ def _told(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple
             message = f"got {_short(first['input'])} as a key; a name is allowed (in quotes if need be)"
         else:
             # Of several allowed kinds, the one whose range was missed is the one that was meant.
-            meant = [told for told in faults if told["type"].startswith(("greater", "less", "too_", "finite"))] or faults
+            meant = [
+                told for told in faults if told["type"].startswith(("greater", "less", "too_", "finite"))
+            ] or faults
             allowed = dict.fromkeys(_allowed(told["msg"]) for told in meant)
             message = f"got {_short(first['input'])}; it should {' or '.join(allowed)}"
         yield place, message, near
@@ -383,7 +420,11 @@ def _allowed(message: str) -> str:
     """'be a valid integer' of pydantic's 'Input should be a valid integer, unable to parse string as an integer'."""
     message = message.partition(" should ")[2] or f"be otherwise: {message}"
     message = re.sub(r", (unable|got) .*| or instance of \w+| after validation", "", message)
-    return message.replace("valid dictionary", "mapping").replace("valid tuple", "list").replace("valid list", "list")
+    return (
+        message.replace("valid dictionary", "mapping")
+        .replace("valid tuple", "list")
+        .replace("valid list", "list")
+    )
 
 
 def _short(value: Any) -> str:
@@ -409,9 +450,13 @@ def _sound_parts(plain: dict[str, Any]) -> Recipe:
         return [sound(kind, one) for one in given] if isinstance(given, list) else []
 
     return Recipe.model_construct(
-        data=sound(DataEntry, plain.get("data")), student=sound(Student, plain.get("student")),
-        teacher=sound(TeacherEntry, plain.get("teacher")), teachers=each(TeacherEntry, plain.get("teachers")) or None,
-        combine=plain.get("combine"), stages=each(Stage, plain.get("stages")),
+        data=sound(DataEntry, plain.get("data")),
+        student=sound(Student, plain.get("student")),
+        teacher=sound(TeacherEntry, plain.get("teacher")),
+        teachers=each(TeacherEntry, plain.get("teachers")) or None,
+        combine=plain.get("combine"),
+        stages=each(Stage, plain.get("stages")),
+        cache=sound(Recipe.model_fields["cache"].annotation, plain.get("cache")),
     )
 
 
@@ -423,7 +468,11 @@ def _contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tup
         yield ("teachers",), "teacher and teachers are both given; one of them is allowed"
     if recipe.combine is not None and not several:
         yield ("combine",), "has no effect without teachers"
-    entries = [(("teachers", n) if several else ("teacher",), keys) for n, keys in enumerate(recipe.teacher_entries) if keys]
+    entries = [
+        (("teachers", n) if several else ("teacher",), keys)
+        for n, keys in enumerate(recipe.teacher_entries)
+        if keys
+    ]
     for place, keys in entries:
         yield from _teacher_faults(place, keys, recipe.combine if several else None, several)
     if recipe.student is not None:
@@ -436,17 +485,59 @@ def _contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tup
     if recipe.data is not None:
         yield from _data_faults(recipe.data, _at(plain, ("data", "augment")))
     yield from _stage_faults(recipe, has_teacher, entries)
+    if recipe.cache not in (None, "off"):
+        yield from _cache_faults(recipe, has_teacher)
+
+
+def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, str]]:
+    if not has_teacher:
+        yield ("cache",), "has no effect without a teacher"
+        return
+    data = recipe.data
+    if data is not None and (data.mixup or data.cutmix):
+        yield (
+            ("cache",),
+            "has no effect with mixup or cutmix: mixed images are never seen twice, so the teacher answers them online",
+        )
+    elif data is not None and data.augment != Augment() and data.views is None:
+        yield (
+            ("cache",),
+            "has no effect on endless views: give data.views, how many there are before they repeat",
+        )
+    if None in recipe.stages:
+        return
+    asked = [asked_of_teacher(stage.losses) for stage in recipe.stages if getattr(stage, "losses", None)]
+    keys = recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys()
+    for key, kind in (("embeddings", "embedding"), ("maps", "maps")):
+        if getattr(keys, key) and not any(kind in kinds for kinds in asked):
+            yield ("cache", key), f"has no effect: no loss asks for the teacher's {key}"
+    if not any(asked):
+        yield ("cache",), "has no effect: no loss asks what the teacher sees"
+    elif not any(keys.serve(kinds) for kinds in asked):
+        yield (
+            ("cache",),
+            "has no effect: every stage asks for the teacher's embedding or maps too, which embeddings and maps: true keep",
+        )
 
 
 def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
     for name, amount in augment.items():
         if isinstance(amount, bool) and Augment.model_fields[name].annotation is not bool:
             yield ("data", "augment", name), f"got {_short(amount)}; it should be a valid number"
+    if data.mean is not None and data.std is not None and len(data.mean) != len(data.std):
+        yield (
+            ("data", "std"),
+            f"got {len(data.std)} values, and mean has {len(data.mean)}: one for each channel is allowed",
+        )
     if data.views is not None and data.augment == Augment():
         yield ("data", "views"), "has no effect without augment: every view is the same"
     if data.views is not None and (data.mixup or data.cutmix):
-        yield ("data", "views"), (
-            "has no effect with mixup or cutmix: mixed images are never seen twice, so the teacher answers them online")
+        yield (
+            ("data", "views"),
+            (
+                "has no effect with mixup or cutmix: mixed images are never seen twice, so the teacher answers them online"
+            ),
+        )
 
 
 def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tuple[tuple, str]]:
@@ -489,16 +580,24 @@ def _is_module(name: str) -> bool:
         sys.path.remove(here)
 
 
-def _teacher_faults(place: tuple, keys: TeacherKeys, combine: str | None, several: bool) -> Iterator[tuple[tuple, str]]:
+def _teacher_faults(
+    place: tuple, keys: TeacherKeys, combine: str | None, several: bool
+) -> Iterator[tuple[tuple, str]]:
     yield from _model_faults(place, keys)
     if "share" in keys.model_fields_set and not several:
         yield (*place, "share"), "has no effect with one teacher"
     elif "share" in keys.model_fields_set and combine == "confidence":
         yield (*place, "share"), "has no effect with combine: confidence, which weighs each image by itself"
     if (keys.mean is None) != (keys.std is None):
-        yield (*place, "std" if keys.mean is None else "mean"), "mean and std go together: give both or neither"
+        yield (
+            (*place, "std" if keys.mean is None else "mean"),
+            "mean and std go together: give both or neither",
+        )
     elif keys.mean is not None and len(keys.mean) != len(keys.std):
-        yield (*place, "std"), f"got {len(keys.std)} values, and mean has {len(keys.mean)}: one for each channel is allowed"
+        yield (
+            (*place, "std"),
+            f"got {len(keys.std)} values, and mean has {len(keys.mean)}: one for each channel is allowed",
+        )
 
 
 def _no_file(place: tuple, path: Path) -> Iterator[tuple[tuple, str]]:
@@ -527,26 +626,49 @@ def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator
             if changes and changed:
                 yield (*place, "checkpoint"), "replaces what the stages before have made of the student"
             if of_teacher and len(recipe.teacher_entries) > 1:
-                yield (*place, "checkpoint"), "would be loaded into every teacher; give each its own, under teachers"
+                yield (
+                    (*place, "checkpoint"),
+                    "would be loaded into every teacher; give each its own, under teachers",
+                )
         asks_teacher = name == "distill" or any(needs_teacher(term) for term in losses)
-        if asks_teacher and has_teacher and teaching and number < teaching[0] and not all(_knows(k) for _, k in teachers):
+        if (
+            asks_teacher
+            and has_teacher
+            and teaching
+            and number < teaching[0]
+            and not all(_knows(k) for _, k in teachers)
+        ):
             yield place, f"asks a teacher that is taught only later, in stages[{teaching[0]}]"
         for n, term in enumerate(losses):
             yield from _term_faults((*place, "losses", n), term, has_teacher or name == "distill", mixed)
             finishes = hasattr(bind.find("loss", term.loss), "finish")
             if finishes and name in ("prune", "share") and "last" not in stage.keep:
-                yield (*place, "losses", n), f"loss {term.loss!r} sets the last layer anew: not in stage {name!r} without keep: [last]"
+                yield (
+                    (*place, "losses", n),
+                    f"loss {term.loss!r} sets the last layer anew: not in stage {name!r} without keep: [last]",
+                )
         if name == "prune" and shared:
             yield place, "prunes after sharing: prune first, then share"
+        if name == "prune" and stage.method == "movement" and recipe.precision == "fp16":
+            yield (
+                (*place, "method"),
+                (
+                    "'movement' adds up gradients, and precision fp16 scales them differently from step to "
+                    "step: use bf16 or no"
+                ),
+            )
         if changes and packed:
             yield place, "changes the student after it was packed: the file would be another network's"
         if name == "pack" and packed:
             yield place, "has no effect: the student is packed already"
         changed, shared, packed = changed or changes, shared or name == "share", packed or name == "pack"
-    if not teaching and None not in recipe.stages:
+    if not teaching and recipe.stages and None not in recipe.stages:
         for place, keys in teachers:
             if not _knows(keys):
-                yield place, "knows nothing: give it checkpoint, pretrained: true, or a stage train with who: teacher"
+                yield (
+                    place,
+                    "knows nothing: give it checkpoint, pretrained: true, or a stage train with who: teacher",
+                )
 
 
 def _knows(keys: TeacherKeys) -> bool:
@@ -570,7 +692,13 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of recipes, made from the signatures of all shelf files."""
     made = Recipe.model_json_schema()
     definitions = made["$defs"]
-    shelves = (("stage", StageKeys), ("loss", TermKeys), ("dataset", DataKeys), ("model", StudentKeys), ("model", TeacherKeys))
+    shelves = (
+        ("stage", StageKeys),
+        ("loss", TermKeys),
+        ("dataset", DataKeys),
+        ("model", StudentKeys),
+        ("model", TeacherKeys),
+    )
     for key, base in shelves:
         alternatives = []
         for name in bind.names(key):
@@ -579,7 +707,10 @@ def schema() -> dict[str, Any]:
             for inner, definition in entry.pop("$defs", {}).items():
                 definitions.setdefault(inner, definition)
             if key == "model" and name in ("timm", "python"):
-                entry["properties"][key] = {"type": "string", "pattern": "^python:" if name == "python" else "^(timm/|hf-hub:)"}
+                entry["properties"][key] = {
+                    "type": "string",
+                    "pattern": "^python:" if name == "python" else "^(timm/|hf-hub:)",
+                }
             else:
                 entry["properties"][key] = {"const": name}
             entry["description"] = inspect.cleandoc(function.__doc__ or "")

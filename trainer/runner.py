@@ -1,6 +1,9 @@
 """From a checked recipe to a report: builds what a run carries, runs the stages in order, skips what is done."""
 
 import contextlib
+import copy
+import inspect
+import json
 import math
 import os
 import shutil
@@ -15,15 +18,18 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import bind, checkpoint, compress, files, packed, report, teacher
+from trainer import bind, checkpoint, compress, files, fold, packed, report, teacher
+from trainer.cache import CacheKeys, ViewCache
 from trainer.context import Data, Run
 from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
+from trainer.fetch import cache_folder
 from trainer.measure import dense_bytes
-from trainer.objective import Objective
+from trainer.objective import Objective, asked_of_teacher
 from trainer.recipe import Recipe, RecipeError, StageKeys, dump, parse, read
 from trainer.teacher import Teacher
 from trainer.tracking import Log
+from trainer.views import Augment
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "
@@ -39,19 +45,46 @@ def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | P
     finite.
     """
     started = time.time()
-    recipe, plain = read(path, changes)
-    accelerator = make_accelerator(recipe)
-    here = Path(folder) / recipe.name
-    _same_recipe(here, plain)
-    accelerator.wait_for_everyone()  # nothing is written before all have looked
-    # Only the main process holds the lock: the others belong to it.
-    with checkpoint.lock(here) if accelerator.is_main_process else contextlib.nullcontext():
+    with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
         if (here / "report.json").is_file() and (here / "done").is_file():
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
             _write_recipe(here, Path(path), plain, bool(changes))
         with Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log:
-            return _run(recipe, plain, Path(path), here, accelerator, log, started)
+            return _run(recipe, plain, here, accelerator, log, started)
+
+
+@contextlib.contextmanager
+def begun(
+    path: str | Path, num_stages: int, changes: dict[str, Any] | None = None, folder: str | Path = "runs"
+) -> Iterator[Run]:
+    """A run as its first stages leave it: from its checkpoint where they are done, else they run now and `run` goes on there.
+
+    Raises what `run` raises.
+    """
+    started = time.time()
+    with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
+        if accelerator.is_main_process:
+            _write_recipe(here, Path(path), plain, bool(changes))
+        with Log(here / "log.jsonl", accelerator) as log:
+            run = _make_run(recipe, here, accelerator, log)
+            _run_stages(run, recipe, recipe.stages[:num_stages], started)
+            yield run
+
+
+@contextlib.contextmanager
+def _folder_of(
+    path: str | Path, changes: dict[str, Any] | None, folder: str | Path
+) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator]]:
+    """The recipe, as an object and plain, its folder, which is held while this lasts, and the accelerator."""
+    recipe, plain = read(path, changes)
+    accelerator = make_accelerator(recipe)
+    here = Path(folder) / recipe.name
+    _same_recipe(here, Path(path), plain)
+    accelerator.wait_for_everyone()  # nothing is written before all have looked
+    # Only the main process holds the lock: the others belong to it.
+    with checkpoint.lock(here) if accelerator.is_main_process else contextlib.nullcontext():
+        yield recipe, plain, here, accelerator
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -81,9 +114,10 @@ def _asked_for_more(num_processes: int) -> bool:
     return by_accelerate and "MASTER_ADDR" in os.environ and num_processes == 1
 
 
-def _same_recipe(here: Path, plain: dict[str, Any]) -> None:
+def _same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
+    """Refuses a folder that another recipe has left something in; a start that came to nothing leaves but its recipe."""
     kept = here / "recipe.yaml"
-    if not kept.is_file():
+    if not kept.is_file() or not ((here / "checkpoints").exists() or kept.samefile(path)):
         return
     if parse(kept).plain != plain:
         raise RecipeError(
@@ -108,8 +142,22 @@ def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _run(
-    recipe: Recipe, plain: dict[str, Any], path: Path, here: Path, accelerator: Accelerator, log: Log, started: float
+    recipe: Recipe, plain: dict[str, Any], here: Path, accelerator: Accelerator, log: Log, started: float
 ) -> dict[str, Any]:
+    run = _make_run(recipe, here, accelerator, log)
+    started = _run_stages(run, recipe, recipe.stages, started)
+    result = _report(run, recipe, plain, time.time() - started)
+    if accelerator.is_main_process:
+        report.write(here, result, run.histograms)
+        files.write_bytes(here / "done", b"")
+        print(f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
+              f"{here / 'report.md'}  ({result['seconds']:.0f} s)", flush=True)
+    log.table(run.rows)
+    log.summary({k: v for k, v in run.rows[-1].items() if isinstance(v, (int, float))})
+    return result
+
+
+def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> Run:
     with accelerator.local_main_process_first():  # what is missing is fetched once
         data = make_data(recipe.data, accelerator.device)
         guide = make_teacher(recipe, data)
@@ -123,36 +171,39 @@ def _run(
     if recipe.student.from_teacher:
         teacher.copy_layers(run.student, run.teacher.network)
     run.student.to(accelerator.device)
+    run.student_bytes = dense_bytes(run.student)
     if run.teacher is not None:
         run.teacher.to(accelerator.device)
-    stages = recipe.stages
     check_layers(recipe, run.student, data, run.teacher, accelerator.device)
+    return run
+
+
+def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> float:
+    """Runs those of the stages that are not done yet; returns when all this began, earlier sessions taken into account."""
+    accelerator = run.accelerator
     first, seconds_before = _resume(run, stages)
     started -= seconds_before
-    if run.teacher is not None and not _taught_here(stages) and first == 0:
+    if run.teacher is not None and not _taught_here(recipe.stages) and first == 0:
         _guard_teacher(run)
     proof = run.teacher.fingerprint() if run.teacher is not None else None
+    # A teacher's answers are worth keeping once it learns nothing more.
+    kept_from = 1 + max((n for n, stage in enumerate(recipe.stages) if _taught_here([stage])), default=-1)
+    asked_for_cache = False
     for number in range(first, len(stages)):
         stage = stages[number]
         run.stage, run.stage_name, run.num_fits = number, stage.stage, 0
         function = bind.find("stage", stage.stage)
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {stage.stage}", flush=True)
+        if run.teacher is not None and number >= kept_from and not asked_for_cache:
+            run.teacher.cache, asked_for_cache = _keep_answers(run, recipe, recipe.stages[number:]), True
         torch.manual_seed(seed_of(recipe.seed, number))  # of what the stage makes new, so that a resumed one makes the same
         function(run, **bind.own_settings(stage, StageKeys))
         before, proof = proof, run.teacher.fingerprint() if run.teacher is not None else None
         if proof != before and not _taught_here([stage]):
             raise RuntimeError(f"stage {stage.stage!r} changed the teacher's weights or statistics: this run proves nothing")
         _finish_stage(run, proof, time.time() - started)
-    result = _report(run, recipe, plain, time.time() - started)
-    if accelerator.is_main_process:
-        report.write(here, result, run.histograms)
-        files.write_bytes(here / "done", b"")
-        print(f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
-              f"{here / 'report.md'}  ({result['seconds']:.0f} s)", flush=True)
-    log.table(run.rows)
-    log.summary({k: v for k, v in run.rows[-1].items() if isinstance(v, (int, float))})
-    return result
+    return started
 
 
 def _taught_here(stages: list) -> bool:
@@ -205,6 +256,15 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
     for number, stage in enumerate(recipe.stages):
         if stage.stage in ("prune", "share"):
             faults += [recipe.fault(("stages", number, *below), told) for below, told in _layer_faults(stage, places)]
+        check_student = getattr(inspect.getmodule(bind.find("stage", stage.stage)), "check_student", None)
+        if check_student is not None and not any(f"stages[{number}]" in fault for fault in faults):
+            try:
+                check_student(stage, student)
+            except ValueError as error:
+                faults.append(recipe.fault(("stages", number), str(error)))
+            else:
+                if stage.stage == "fold":  # what comes after it finds another network
+                    student = fold.fold(copy.deepcopy(student), teacher.spec(recipe.student))[0]
         for n, term in enumerate(getattr(stage, "losses", None) or []):
             if repr(term) in seen:  # mostly the same terms in every stage
                 continue
@@ -268,6 +328,7 @@ def _finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> 
         for moment, layers in run.histograms.items():
             tensors[f"weights-{moment}"] = {name: torch.from_numpy(array) for name, array in layers.items()}
         facts = {"step": 0, "rows": run.rows, "layers": run.layers, "seconds": seconds, "teacher": teacher_fingerprint,
+                 "student_spec": run.student_spec,
                  "teacher_version": run.teacher.version if run.teacher is not None else 0}
         checkpoint.save(folder, tensors, facts, keep=1)
         for training in folder.glob("fit-*"):
@@ -284,6 +345,9 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
         if found is None:
             continue
         tensors, facts = found
+        if facts["student_spec"] != json.loads(json.dumps(run.student_spec)):  # a stage has made it another network: folded it, or removed channels
+            run.student_spec = facts["student_spec"]
+            run.student = teacher.build(run.student_spec, run.data.shape, len(run.data.classes))
         compress.restore(run.student, tensors["student"])
         run.student.to(run.accelerator.device)
         run.learned = {key: t.to(run.accelerator.device) for key, t in tensors["learned"].items()}
@@ -303,6 +367,59 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
     return 0, 0.0
 
 
+def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCache | None:
+    """Opens the cache of the teacher's answers for the stages to come: as the recipe says, or, where it says nothing, in
+    memory, with what the most stages need that fits. Raises RecipeError when what the recipe says cannot be done.
+    """
+    asked = [kinds for stage in stages if (kinds := asked_of_teacher(getattr(stage, "losses", None) or []))]
+    data, accelerator = run.data, run.accelerator
+    if recipe.cache == "off" or not asked:
+        return None
+    if recipe.cache is not None:
+        wishes = [recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys(where=recipe.cache)]
+    elif data.mixup or data.cutmix or (data.augment != Augment() and data.views is None):
+        wishes = []
+        refused = "mixed images are never seen twice" if data.mixup or data.cutmix else "data.views does not limit the views"
+    else:
+        embeddings, maps = (any(kind in kinds for kinds in asked) for kind in ("embedding", "maps"))
+        combinations = dict.fromkeys([(embeddings, maps), (embeddings, False), (False, False)])
+        wishes = [keys for e, m in combinations if any((keys := CacheKeys(embeddings=e, maps=m)).serve(k) for k in asked)]
+        refused = "every loss asks for more than logits"
+    cache = None
+    for keys in wishes:
+        layers: dict[str, None] = {}
+        for stage in stages if keys.maps else []:
+            if asked_of_teacher(getattr(stage, "losses", None) or []):
+                objective = Objective(run.student, stage.losses, data, run.teacher, device=accelerator.device)
+                layers |= dict.fromkeys(objective.teacher_layers)
+        shared = run.folder / "views" if accelerator.num_processes > 1 else None  # the page cache is the processes' memory
+        try:
+            cache = ViewCache(
+                run.teacher, data, keys, layers=list(layers), device=accelerator.device, precision=recipe.precision,
+                folder=cache_folder() / "views" if keys.where == "disk" else shared,
+            )
+            with accelerator.autocast():
+                cache.check()
+                lost = cache.measure() if accelerator.is_main_process else {}
+        except ValueError as error:
+            if recipe.cache is not None:
+                raise RecipeError(recipe.fault(("cache",), str(error))) from error
+            refused = str(error)
+            continue
+        if keys.where == "memory" and shared is not None:
+            accelerator.wait_for_everyone()
+            if accelerator.is_local_main_process:  # it lives as long as the processes that have opened it
+                shutil.rmtree(shared, ignore_errors=True)
+        run.log.numbers("cache", 0, num_bytes=cache.num_bytes, **lost)
+        if accelerator.is_main_process:
+            told = "".join(f"; {key} {value:.3g}" for key, value in lost.items())
+            print(f"the teacher's answers are kept: {cache.describe()}{told}", flush=True)
+        return cache
+    if accelerator.is_main_process:
+        print(f"the teacher's answers are not kept: {refused}", flush=True)
+    return None
+
+
 def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> dict[str, Any]:
     layers = []
     for name, place in compress.weights(run.student).items():
@@ -320,9 +437,10 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
     return {
         "name": recipe.name, "recipe": plain, "seed": recipe.seed, "versions": report.versions(), "hardware": report.hardware(),
         "seconds": seconds, "command": " ".join(sys.argv),
-        "student_bytes": dense_bytes(run.student),
+        "student_bytes": run.student_bytes,
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
         "rows": run.rows, "layers": layers,
+        "cache": run.teacher.cache.facts() if run.teacher is not None and run.teacher.cache is not None else None,
     }
 
 

@@ -34,6 +34,9 @@ class _Lenet300(Staged):
     def stages(self):
         return [(name, partial(self._hidden, name)) for name in self.names[:-1]]
 
+    def chain(self):
+        return self.names
+
     def _hidden(self, name: str, x: Tensor) -> Tensor:
         return torch.relu(self.get_submodule(name)(x.flatten(1)))
 

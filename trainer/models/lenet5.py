@@ -60,6 +60,12 @@ class _Lenet5(Staged):
     def stages(self):
         return [("conv1", self._conv1), ("conv2", self._conv2), ("fc1", self._fc1), ("fc2", self._fc2)]
 
+    def chain(self):
+        return ["conv1", "conv2", "fc1", "fc2", "fc3"]
+
+    def norms(self):
+        return [("conv1", "norm1"), ("conv2", "norm2")]
+
     def _conv1(self, x: Tensor) -> Tensor:
         return functional.max_pool2d(torch.relu(self.norm1(self.conv1(x))), 2)
 

@@ -33,6 +33,9 @@ class _Lenet5Caffe(Staged):
     def stages(self):
         return [("conv1", self._conv1), ("conv2", self._conv2), ("fc1", self._fc1)]
 
+    def chain(self):
+        return ["conv1", "conv2", "fc1", "fc2"]
+
     def _conv1(self, x: Tensor) -> Tensor:
         return functional.max_pool2d(torch.relu(self.conv1(x)), 2)
 

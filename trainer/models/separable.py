@@ -84,6 +84,14 @@ class _Separable(Staged):
     def stages(self):
         return [("conv1", self._conv1), *((name, self.get_submodule(name)) for name in self.blocks)]
 
+    def chain(self):
+        if any(self.get_submodule(name).residual for name in self.blocks):
+            return []
+        return ["conv1", *(f"{name}.{part}" for name in self.blocks for part in ("depthwise", "pointwise")), "fc"]
+
+    def norms(self):
+        return [("conv1", "norm1"), *((f"{name}.pointwise", f"{name}.norm") for name in self.blocks)]
+
     def _conv1(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm1(self.conv1(x)))
 

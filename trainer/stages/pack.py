@@ -6,30 +6,44 @@ import subprocess
 import sys
 from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
-from trainer import compress, files, packed
+from trainer import compress, files, fold, packed
 from trainer.context import Run
-from trainer.evaluate import record
+from trainer.data import batches
+from trainer.evaluate import record, student_view
 
 # What a launcher tells its processes: the fresh process is no part of the launch.
 LAUNCH = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMPI_", "PMI_")
 
 
-def pack(run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = "student.tiny") -> dict:
+def check_student(settings, student: nn.Module) -> None:
+    if settings.tidy:
+        fold.can_tidy(student)
+
+
+def pack(
+    run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = "student.tiny", tidy: bool = False
+) -> dict:
     """Writes runs/NAME/`file`; a fresh process decodes it and measures what it decoded.
 
+    tidy: first drops dead hidden units and sorts the others, whose order is free, so that the file is smaller. The
+    student is the tidied network from then on: its outputs are what they were up to the order in which sums are added
+    up; told are how far they are apart over the validation images, and how many predictions differ (`num_changed`).
     Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
     removed.
     """
     path = run.folder / file
+    tidied = _tidy(run) if tidy else {}
     decoded: dict = {}
     if run.accelerator.is_main_process:
         data = packed.encode(run.student, run.student_spec, packed.facts(run.data))
         files.write_bytes(path, data)
         decoded = _in_fresh_process(run, path)
         _account(run, data, str(path))
-    row = record(run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file)
+    row = record(run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied)
     if run.accelerator.is_main_process:
         mine = packed.digest(compress.dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
@@ -39,7 +53,28 @@ def pack(run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = 
                 f"{path}: decoded to another network: digest {decoded['digest'][:12]} for {mine[:12]}, "
                 f"top-1 {decoded['top1']} % for {row['top1']} %; the file is removed"
             )
-    return {"file": file, "file_bytes": row["file_bytes"]}
+    return {"file": file, "file_bytes": row["file_bytes"], **tidied}
+
+
+def _tidy(run: Run) -> dict[str, float]:
+    """Tidies the student, in place. Raises RuntimeError where it then gives other outputs."""
+    before = _logits(run)
+    dropped = fold.tidy(run.student)
+    after = _logits(run)
+    difference = (before - after).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, before.abs().max().item()):
+        raise RuntimeError(f"tidy changed what the student says: its outputs are {difference:.3g} apart")
+    changed = int((before.argmax(1) != after.argmax(1)).sum())
+    return {"num_dropped": sum(dropped.values()), "max_difference": difference, "num_changed": changed}
+
+
+@torch.no_grad()
+def _logits(run: Run) -> Tensor:
+    """The student's outputs for the validation images."""
+    part, device = run.data.validation, run.accelerator.device
+    view = student_view(run, run.student.eval())
+    order = list(torch.arange(len(part)).split(500))
+    return torch.cat([view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)])
 
 
 def _account(run: Run, data: bytes, name: str) -> None:

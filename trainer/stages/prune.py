@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer import channels, compress, scores, teacher
 from trainer.compress import Place
@@ -68,9 +68,6 @@ def check(settings) -> None:
     if schedule != "cubic":
         has_no_effect("ramp", f"schedule {schedule!r}; 'cubic' has it")
         has_no_effect("every", f"schedule {schedule!r}; 'cubic' has it")
-    elif settings.training.keep == "best" or settings.training.patience is not None:
-        raise ValueError("with schedule 'cubic' the weights of the best epoch may be those of a smaller sparsity: "
-                         "leave out training's keep: best and patience")
     if schedule != "iterative":
         has_no_effect("rounds", f"schedule {schedule!r}; 'iterative' has it")
         has_no_effect("rewind", f"schedule {schedule!r}; 'iterative' has it")
@@ -78,6 +75,15 @@ def check(settings) -> None:
         raise ValueError("losses have no effect without training")
     if method == "channels" and not channels.installed():
         raise ValueError(channels.INSTALL)
+
+
+def check_student(settings, student: nn.Module) -> None:
+    """What only the network shows, known before the first training: layers that a method cannot prune."""
+    if settings.method == "channels":
+        channels.check(student)
+    if settings.method == "n_m":
+        for place in compress.choose(compress.weights(student), settings.keep).values():
+            _n_m_mask(place, settings.pattern)
 
 
 def _scope(method: str) -> str:
@@ -121,59 +127,186 @@ def prune(
     Raises ValueError for a layer that does not exist, is frozen, has weights that are not finite or all zero, or would
     lose all its weights.
     """
-    places = _prunable(run, keep)
     run.student.to(run.accelerator.device)
+    places = _prunable(run, keep)
     if method == "channels":
-        _remove_channels(run, places, sparsity, scope == "global", keep)
-        record(run, "pruned", method=method)
-        keep_histogram(run, "pruned")
-        return _recover(run, "recovered", method, training, losses) if training is not None else {}
-    together = (scope or _scope(method)) == "global"
-    decide = _decision(run, places, method, sensitivity, sparsity, pattern, schedule, together)
-    thresholds: dict[str, list[float]] = {}
+        _remove_channels(run, places, sparsity, together=scope == "global")
+        _told(run, "pruned", method)
+        return _recover(run, "recovered", method, training, losses)
+    decide = _decision(run, places, method, sensitivity or sparsity or pattern, schedule, scope or _scope(method))
 
     def tighten(progress: float) -> None:
-        masks = {name: mask for name, (mask, _) in decide(progress).items()} if run.accelerator.is_main_process else {}
-        _put_on(run, places, masks)
-
-    def tighten(progress: float) -> None:
-        masks = decide(progress)
-        thresholds.update({name: found for name, (_, found) in masks.items()})
-        _set(run, places, {name: mask for name, (mask, _) in masks.items()})
+        for name, (mask, found) in decide(progress).items():
+            _set_mask(run, places[name], mask)
+            run.layers.setdefault(name, {})["thresholds"] = found
 
     numbers: dict = {}
     if schedule == "once":
         tighten(1.0)
-        record(run, "pruned", method=method)
-        keep_histogram(run, "pruned")
-        if training is not None:
-            numbers = _recover(run, "recovered", method, training, losses)
+        _told(run, "pruned", method)
+        numbers = _recover(run, "recovered", method, training, losses)
     elif schedule == "cubic":
         for place in places.values():
             if place.mask is None:
                 compress.set_mask(place, torch.ones_like(place.value, dtype=torch.bool))
 
-        def gradually(step: int, num_steps: int) -> None:
-            last = max(1, int(num_steps * (ramp or 0.6)))
-            if step <= last and (step % (every or 50) == 0 or step == last):
-                tighten(step / last)
+        def gradually(step: int, num_steps: int) -> bool:
+            last = int(num_steps * (ramp or 0.6))
+            if step == last or step < last and step % (every or 50) == 0:
+                tighten(step / last if last else 1.0)
+            return step < last
 
         numbers = _recover(run, "recovered", method, training, losses, gradually)
     else:
-        began = {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()} if rewind else {}
+        began = {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}
         num_rounds = rounds or 3
         for number in range(1, num_rounds + 1):
+            which = f" {number}/{num_rounds}" if number < num_rounds else ""
             tighten(number / num_rounds)
-            compress.rewind(run.student, began)
-            told = f" {number}/{num_rounds}" if number < num_rounds else ""
-            record(run, "pruned" + told, method=method)
-            keep_histogram(run, "pruned")
-            fitted = _recover(run, "recovered" + told, method, training, losses)
+            if rewind:
+                compress.rewind(run.student, began)
+            _told(run, "pruned" + which, method)
+            fitted = _recover(run, "recovered" + which, method, training, losses)
             for key in ("epochs", "steps", "train_seconds"):
                 fitted[key] += numbers.get(key, 0)
             numbers = fitted
     if method == "movement":
         compress.forget_movement(places.values())
-    for name, found in thresholds.items():  # none, where a resumed training was past its last tightening
-        run.layers.setdefault(name, {})["thresholds"] = found
+    return numbers
+
+
+def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
+    places = compress.choose(compress.weights(run.student), keep)
+    if not places:
+        raise ValueError("keep leaves no layer to prune")
+    for name, place in places.items():
+        if isinstance(place.parametrization, compress.Codebook):
+            raise ValueError(f"layer {name!r} shares its weights already: prune before sharing")
+        if not place.value.any():
+            raise ValueError(f"layer {name!r} has no weights left to prune: all are zero (name it in keep to leave it alone)")
+    return places
+
+
+def _decision(
+    run: Run, places: dict[str, Place], method: str, setting, schedule: str, scope: str
+) -> Callable[[float], dict[str, tuple[Tensor, list[float]]]]:
+    """The function that gives {layer: (mask, thresholds)} at a progress (0 to 1) of the schedule."""
+    if method == "n_m":
+        return lambda _: {name: (_n_m_mask(place, setting), []) for name, place in places.items()}
+    if method == "std":
+        sensitivity = compress.per_layer(places, setting, "sensitivity")
+        return lambda progress: compress.std_masks(
+            places, {name: compress.cubic(value, progress) for name, value in sensitivity.items()}
+        )
+    target = compress.per_layer(places, setting, "sparsity")
+    together = scope == "global"
+    initial = _zeros(places, target, together)
+    before = {name: None if place.mask is None else place.mask.clone() for name, place in places.items()}
+    parts = {name: place.parts for name, place in places.items()}
+    course = compress.geometric if schedule == "iterative" else compress.cubic
+    if method == "movement":
+        compress.watch_movement(places.values())
+
+    def score(place: Place) -> Tensor:
+        if method == "magnitude":
+            return scores.magnitude(place.value)
+        if method == "movement":
+            return place.parametrization.score
+        lamp = scores.lamp(place.value, place.parts)
+        return lamp if method == "lamp" or place.mask is None else scores.rate(lamp, place.mask)
+
+    def decide(progress: float) -> dict[str, tuple[Tensor, list[float]]]:
+        # By movement a weight may come back, but not one that an earlier stage pruned.
+        alive = before if method == "movement" else {name: place.mask for name, place in places.items()}
+        wanted = {name: course(value, progress, initial[name]) for name, value in target.items()}
+        return compress.score_masks({n: score(p) for n, p in places.items()}, alive, wanted, together, parts)
+
+    return decide
+
+
+def _n_m_mask(place: Place, pattern: str) -> Tensor:
+    n, m = map(int, pattern.split(":"))
+    try:
+        mask = scores.n_m_mask(place.value, n, m, place.input_axis)
+    except ValueError as error:
+        raise ValueError(f"layer {place.name!r}: {error}: name it in keep to leave it alone") from None
+    return mask if place.mask is None else mask & place.mask
+
+
+def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -> dict[str, float]:
+    """The sparsity that an earlier stage left, in each layer (or in all). Raises ValueError where no more is asked for."""
+    dead = {name: 0.0 if place.mask is None else (~place.mask).sum().item() for name, place in places.items()}
+    if together:
+        share = sum(dead.values()) / sum(place.value.numel() for place in places.values())
+        found = dict.fromkeys(places, share)
+    else:
+        found = {name: dead[name] / place.value.numel() for name, place in places.items()}
+    for name, place in places.items():
+        most = found[name]
+        if not together and place.mask is not None:
+            most = max((~part).double().mean().item() for part in place.mask.chunk(place.parts))
+        if target[name] < most:
+            where = "the layers have" if together else f"layer {name!r} has"
+            raise ValueError(f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer")
+    return found
+
+
+def _set_mask(run: Run, place: Place, mask: Tensor) -> None:
+    if run.accelerator.num_processes > 1:  # decided on the main process
+        told = mask.to(run.accelerator.device, torch.uint8)
+        torch.distributed.broadcast(told, src=0)
+        mask = told.bool()
+    if not mask.any():
+        raise ValueError(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
+    compress.set_mask(place, mask.to(place.value.device))
+
+
+def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: bool) -> None:
+    every = compress.weights(run.student)
+    masked = [name for name, place in every.items() if place.mask is not None]
+    classifier = list(every)[-1]
+    smaller = {name: place for name, place in places.items() if name != classifier}
+    if not smaller:
+        raise ValueError("keep leaves no layer whose channels can be removed (the classifier's stay)")
+    if isinstance(sparsity, dict):
+        shares = compress.per_layer(places, sparsity, "sparsity")
+        sparsity = {name: shares[name] for name in smaller}
+    images = torch.rand(2, *run.data.shape, generator=torch.Generator().manual_seed(0)).to(run.accelerator.device)
+    compress.bake(run.student)
+    found = channels.remove(
+        run.student, teacher.normalize(images, run.data.mean, run.data.std), sparsity,
+        keep=[name for name in every if name not in smaller], together=together,
+    )
+    if run.accelerator.num_processes > 1:  # all have chosen from equal weights; the main process's word counts
+        for tensor in run.student.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+    for name, place in compress.weights(run.student).items():
+        if name in masked:
+            compress.set_mask(place, place.value != 0)
+    spec = {**run.student_spec, "resized": {**run.student_spec.get("resized", {}), **found}}
+    with torch.device("meta"):
+        rebuilt = teacher.build(spec, run.data.shape, len(run.data.classes))
+    if channels.sizes(rebuilt) != channels.sizes(run.student):
+        raise ValueError("method 'channels': this network cannot be rebuilt from the sizes of its layers")
+    run.student_spec = spec
+
+
+def _told(run: Run, label: str, method: str, seconds: float = 0.0, **numbers) -> None:
+    record(run, label, seconds, method=method, **numbers)
+    keep_histogram(run, label.split()[0])
+
+
+def _recover(
+    run: Run, label: str, method: str, training: Training | None, losses: list[Term] | None,
+    before_step: Callable[[int, int], bool] | None = None,
+) -> dict:
+    if training is None:
+        return {}
+    objective = Objective(
+        run.student, losses or [TermKeys(loss="cross_entropy")], run.data, run.teacher,
+        num_epochs=training.epochs, device=run.accelerator.device,
+    )
+    numbers = fit(run, objective, training, before_step)
+    objective.finish()
+    _told(run, label, method, numbers["train_seconds"], **numbers)
     return numbers

@@ -1,82 +1,260 @@
 """Makes the weights of a layer share few values, then trains the values."""
 
+import copy
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
 
-from trainer import compress, kmeans
-from trainer.context import Run
-from trainer.evaluate import keep_histogram, record
+from trainer import compress, fold, kmeans, packed
+from trainer.compress import Place
+from trainer.context import Part, Run
+from trainer.data import Views, batches, epoch_order, seed_of
+from trainer.evaluate import keep_histogram, record, student_view, truth
 from trainer.fit import Training, fit
 from trainer.objective import Objective, Term, TermKeys
 
 Bits = Annotated[int, Field(ge=1, le=16)]
 NumValues = Annotated[int, Field(ge=1, le=65536)]
+FractionBits = Annotated[int, Field(ge=1, le=10)]
+BiasBits = Annotated[int, Field(ge=2, le=16)]
+
+AUTO_BITS = range(1, 7)  # what `bits: auto` chooses among
+FISHER_BATCHES, FISHER_BATCH_SIZE = 64, 16
 
 
 def check(settings) -> None:
     if (settings.bits is None) == (settings.values is None):
         raise ValueError("exactly one of bits and values is needed (bits: b is values: 2^b)")
+    if (settings.bits == "auto") != (settings.budget_bytes is not None):
+        raise ValueError("bits 'auto' needs budget_bytes, the size that the file may have; nothing else does")
     if settings.per != "group" and settings.groups is not None:
         raise ValueError(f"groups has no effect with per {settings.per!r}; 'group' has it")
     if settings.per == "group" and settings.groups is None:
         raise ValueError("per 'group' needs groups, the number of codebooks a layer")
-    if settings.training is None and settings.losses:
+    if settings.init == "linear" and (settings.weighting or settings.code_cost):
+        raise ValueError("weighting and code_cost have no effect with init 'linear'; 'optimal' has them")
+    if settings.training is None and settings.losses and settings.weighting is None:
         raise ValueError("losses have no effect without training")
+    if settings.training is None and settings.assign == "trained":
+        raise ValueError("assign 'trained' has no effect without training")
+    if settings.assign == "fixed" and settings.entropy:
+        raise ValueError("entropy has no effect with assign 'fixed': only assignments that are trained can follow it")
 
 
 def share(
     run: Run,
     *,
-    bits: Bits | dict[str, Bits] | None = None,
+    bits: Bits | dict[str, Bits] | Literal["auto"] | None = None,
     values: NumValues | dict[str, NumValues] | None = None,
+    budget_bytes: PositiveInt | None = None,
     init: Literal["linear", "optimal"] = "optimal",
     per: Literal["layer", "channel", "group"] = "layer",
     groups: PositiveInt | None = None,
-    codebook: Literal["float16", "float32"] = "float16",
+    weighting: Literal["fisher"] | None = None,
+    code_cost: NonNegativeFloat = 0.0,
+    assign: Literal["fixed", "trained"] = "fixed",
+    entropy: NonNegativeFloat = 0.0,
+    codebook: Literal["float16", "float32"] | FractionBits = "float16",
+    biases: BiasBits | None = None,
+    rest: Literal["float16", "float32"] = "float32",
     keep: list[str] = [],
     training: Training | None = None,
     losses: list[Term] | None = None,
 ) -> dict:
     """Clusters the surviving weights of each layer into 2^bits (or `values`) shared values and trains those.
 
+    bits: for all layers, {layer: bits}, or `auto` with `budget_bytes`: from 6 bits everywhere the layer whose next bit
+    costs the least validation loss a byte goes down, again and again, until the file as clustered is within the budget
+    (each layer's loss and bytes at 1 to 6 bits are measured once, with the others as they were, and taken to add up).
     init: `optimal` is exact one-dimensional k-means, `linear` is scikit-learn's k-means from evenly spaced values (Han et al.
-    2016). per: one codebook a `layer`, an output `channel`, or `groups` equal blocks of channels. codebook: the type
-    in which the shared values are finally kept. keep: layers left alone. Zeros stay zero and cost no value.
+    2016). per: one codebook a `layer`, an output `channel`, or `groups` equal blocks of channels. weighting: `fisher`
+    counts each weight's error by its mean squared gradient over 1,024 training images (Choi et al. 2017). code_cost:
+    what a bit counts, in mean squares of a layer's weights (entropy-constrained, Chou et al. 1989; 0.01 to 0.1).
+    assign: `trained` decides at every step anew which value each weight shares, straight-through (Bengio et al. 2013).
+    entropy: weight of the codes' entropy, in bits a surviving weight, in the loss. codebook: the type in which the shared
+    values are finally kept, or bits of their fraction. biases: bits in which biases are kept, on a grid of a power of
+    two (dead units are dropped first where the network is a chain of layers). rest: the type of all else that is not
+    shared. keep: layers left alone. Zeros stay zero and cost no value.
     """
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
         raise ValueError("keep leaves no layer to share")
-    wanted = compress.per_layer(places, bits if values is None else values, "bits" if values is None else "values")
-    method = kmeans.kmeans_linear if init == "linear" else kmeans.kmeans_optimal
     run.student.to(run.accelerator.device)
-    for name, place in places.items():
-        k = wanted[name] if values is not None else 2 ** wanted[name]
+    losses = losses or [TermKeys(loss="cross_entropy")]
+    importance = _fisher(run, places, losses) if weighting == "fisher" else {}
+
+    def cluster(name: str, place: Place, num_values: int) -> tuple[Tensor, Tensor]:
+        method = kmeans.kmeans_linear if init == "linear" else kmeans.kmeans_optimal
         num_groups = {"layer": 1, "channel": len(place.value), "group": groups}[per]
-        codes, centroids = compress.cluster(place, k, method, num_groups)
-        if run.accelerator.num_processes > 1:  # decided on the main process
-            told = [codes.to(run.accelerator.device), centroids.to(run.accelerator.device)]
-            for tensor in told:
-                torch.distributed.broadcast(tensor, src=0)
-            codes, centroids = told
+        return compress.cluster(place, num_values, method, num_groups, importance.get(name), code_cost)
+
+    if bits == "auto":
+        bits = _choose_bits(run, places, cluster, codebook, biases, rest, budget_bytes)
+    wanted = compress.per_layer(places, bits if values is None else values, "bits" if values is None else "values")
+    for name, place in places.items():
+        codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
+        codes, centroids = _told(run, codes), _told(run, centroids)
         if training is None:
             centroids = compress.round_to(centroids, codebook)
-        compress.set_codebook(place, codes, centroids)
-        run.layers.setdefault(name, {}).update(clusters=k, groups=num_groups, bits=(k - 1).bit_length())
+        if assign == "trained":
+            compress.open_codebook(place, codes, centroids, code_cost)
+        else:
+            compress.set_codebook(place, codes, centroids)
+        _note(run, name, centroids)
+    if training is None:
+        _round(run, biases, rest)
     record(run, "clustered", init=init)
     keep_histogram(run, "clustered")
-    numbers: dict = {}
-    if training is not None:
-        objective = Objective(
-            run.student, losses or [TermKeys(loss="cross_entropy")], run.data, run.teacher,
-            num_epochs=training.epochs, device=run.accelerator.device,
-        )
-        numbers = fit(run, objective, training)
-        objective.finish()
-        with torch.no_grad():
-            for parameter in compress.centroid_parameters(run.student):
-                parameter.copy_(compress.round_to(parameter, codebook))
-        record(run, "shared", numbers["train_seconds"], init=init, **numbers)
-        keep_histogram(run, "shared")
+    if training is None:
+        return {}
+    objective = Objective(
+        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device,
+        penalties={"entropy": (entropy, lambda: compress.entropy(places.values()))} if entropy else {},
+    )
+    numbers = fit(run, objective, training)
+    objective.finish()
+    for name, place in places.items():
+        if assign == "trained":
+            codes, centroids = (_told(run, tensor) for tensor in compress.close_codebook(place))
+            compress.set_codebook(place, codes, centroids)
+    with torch.no_grad():
+        for parameter in compress.centroid_parameters(run.student):
+            parameter.copy_(compress.round_to(parameter, codebook))
+    _round(run, biases, rest)
+    record(run, "shared", numbers["train_seconds"], init=init, **numbers)
+    keep_histogram(run, "shared")
     return numbers
+
+
+def _told(run: Run, tensor: Tensor) -> Tensor:
+    """What the main process has decided."""
+    tensor = tensor.to(run.accelerator.device)
+    if run.accelerator.num_processes > 1:
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def _note(run: Run, name: str, centroids: Tensor) -> None:
+    """Tells the report how large the codebooks of a layer are."""
+    used = int(torch.atleast_2d(centroids).ne(0).sum(1).max())
+    run.layers.setdefault(name, {}).update(
+        clusters=centroids.shape[-1], groups=len(torch.atleast_2d(centroids)), bits=max(1, (used - 1).bit_length())
+    )
+
+
+def _round(run: Run, biases: int | None, rest: str, student: nn.Module | None = None) -> None:
+    """Rounds what is not shared, dead units dropped before: constants that go into the next biases must fit the grid."""
+    student = run.student if student is None else student
+    if biases is not None and _is_chain(student):
+        fold.drop_dead(student)
+    compress.round_unshared(student, biases, rest)
+
+
+def _is_chain(student: nn.Module) -> bool:
+    try:
+        fold.can_tidy(student)
+    except ValueError:
+        return False
+    return True
+
+
+def _fisher(run: Run, places: dict[str, Place], losses: list[TermKeys]) -> dict[str, Tensor]:
+    """Mean squared gradient of the stage's losses with respect to each weight, over small batches of training images.
+
+    The same on every process: all look at the same images.
+    """
+    device = run.accelerator.device
+    objective = Objective(run.student, losses, run.data, run.teacher, device=device).eval()
+    seed = seed_of(run.seed, run.stage, "fisher")
+    order = epoch_order(len(run.data.train), FISHER_BATCH_SIZE, seed, 0, 0, 1)[:FISHER_BATCHES]
+    views = Views(run.data)
+    tensors = {name: _trained(place) for name, place in places.items()}
+    sums = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for images, labels, index in batches(run.data.train, order, run.data.workers, device):
+        loss = objective(views.augmented(images, index, 0), labels, index)["loss"]
+        gradients = torch.autograd.grad(loss, list(tensors.values()))
+        for name, gradient in zip(tensors, gradients, strict=True):
+            sums[name] += gradient.detach() ** 2
+    return {name: total / len(order) for name, total in sums.items()}
+
+
+def _trained(place: Place) -> Tensor:
+    """The parameter behind a plain or pruned weight. Raises ValueError for one that shares its values already."""
+    module, attribute = place.places[0]
+    if place.parametrization is None:
+        return getattr(module, attribute)
+    if not isinstance(place.parametrization, compress.Mask):
+        raise ValueError(f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were")
+    return module.parametrizations[attribute].original
+
+
+def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
+    """Bits of each layer for a file of at most `budget_bytes`, by rate-distortion (see `share`)."""
+    found = [0] * len(places)
+    if run.accelerator.is_main_process:
+        found = list(_rate_distortion(run, places, cluster, codebook, biases, rest, budget_bytes).values())
+    told = _told(run, torch.tensor(found)).tolist()
+    if not all(told):
+        raise ValueError(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
+    return dict(zip(places, told, strict=True))
+
+
+@torch.no_grad()
+def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
+    """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
+    facts = packed.facts(run.data)
+    plain = copy.deepcopy(run.student)
+    _round(run, biases, rest, plain)
+    shared = {(name, bits): cluster(name, place, 2**bits) for name, place in places.items() for bits in AUTO_BITS}
+
+    def shares(choice: dict[str, int]) -> nn.Module:
+        student = copy.deepcopy(plain)
+        copies = compress.weights(student)
+        for name, bits in choice.items():
+            codes, centroids = shared[name, bits]
+            compress.set_codebook(copies[name], codes, compress.round_to(centroids, codebook))
+        return student.eval()
+
+    def encoded(choice: dict[str, int]) -> bytes:
+        return packed.encode(shares(choice), run.student_spec, facts)
+
+    base = _loss(run, plain.eval())
+    loss, size = {}, {}
+    for bits in AUTO_BITS:
+        for part in packed.account(encoded(dict.fromkeys(places, bits)))[0]:
+            tensor = part["tensor"]
+            name = tensor if tensor in places else tensor.removesuffix(".weight")
+            if name in places:
+                size[name, bits] = size.get((name, bits), 0.0) + part["bytes"]
+        for name in places:
+            loss[name, bits] = _loss(run, shares({name: bits})) - base
+    choice = dict.fromkeys(places, AUTO_BITS[-1])
+    while len(encoded(choice)) > budget_bytes:
+        steps = {}
+        for name, bits in choice.items():
+            for lower in AUTO_BITS[: AUTO_BITS.index(bits)]:
+                saved = max(size[name, bits] - size[name, lower], 1e-3)
+                steps[name, lower] = (loss[name, lower] - loss[name, bits]) / saved
+        if not steps:
+            return dict.fromkeys(places, 0)
+        name, lower = min(steps, key=steps.get)
+        choice[name] = lower
+    return choice
+
+
+def _loss(run: Run, student: nn.Module) -> float:
+    """Mean cross-entropy on the validation images, of their labels or, where there are none, the teacher's answers."""
+    part: Part = run.data.validation
+    labels, view = truth(run, part), student_view(run, student)
+    total, number = 0.0, 0
+    order = list(torch.arange(len(part)).split(500))
+    for positions, (images, _, _) in zip(order, batches(part, order, run.data.workers, run.accelerator.device), strict=True):
+        right = labels[positions.to(labels.device)].to(run.accelerator.device)
+        known = right >= 0
+        logits = view(images.float() / 255).float()
+        total += functional.cross_entropy(logits[known], right[known], reduction="sum").item()
+        number += int(known.sum())
+    return total / max(1, number)

@@ -1,0 +1,545 @@
+"""The command line, in process where it can be: what each command prints, and that a mistake is one message and exit 2."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from trainer import fetch
+from trainer.__main__ import main
+
+RECIPE = """\
+name: tiny
+data: {dataset: digits, size: 16, subset: 300}
+teacher: {model: lenet5, width: 3}
+student: {model: lenet5, width: 2}
+stages:
+  - {stage: train, who: teacher, training: {epochs: 1, lr: 5e-3}}
+  - stage: distill
+    training: {epochs: 1, lr: 5e-3, batch_size: 32}
+    losses: &taught
+      - {loss: kl, temperature: 2}
+      - {loss: hint, weight: 0.1}
+  - {stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 1}, losses: *taught}
+  - {stage: share, bits: 4}
+  - {stage: pack}
+"""
+
+
+@pytest.fixture
+def say(capfd, monkeypatch, tmp_path):
+    """Runs a command in an empty folder: its exit status, and what it said on both streams."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of one finished run of a recipe, tiny.yaml, which lies beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(changed(", training: {epochs: 1}, losses: *taught", ""))
+    assert main(["run", str(folder / "tiny.yaml"), "--folder", str(folder)]) == 0
+    return folder / "tiny"
+
+
+@pytest.fixture
+def student(finished) -> Path:
+    return finished / "student.tiny"
+
+
+def recipe(folder: Path, text: str = RECIPE, name: str = "x.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def changed(old: str, new: str) -> str:
+    assert RECIPE.count(old) == 1, old
+    return RECIPE.replace(old, new)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def python(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+# ---- what is imported, and how it ends
+
+
+def test_help_is_quick():
+    told = python(
+        "-c",
+        "import sys\nfrom trainer.__main__ import main\ntry:\n main(['--help'])\n"
+        "finally:\n print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])",
+    )
+    assert told.returncode == 0 and told.stdout.splitlines()[-1] == "[]"
+    assert all(
+        f"\n    {name}" in told.stdout
+        for name in ("run", "check", "pairs", "fetch", "inspect", "unpack", "predict", "evaluate", "schema")
+    )
+
+
+def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
+    path = recipe(tmp_path, changed("bits: 4", "bit: 4"))
+    told = python("-X", "importtime", "-m", "trainer", "check", str(path))
+    assert (told.returncode, told.stdout) == (2, "")
+    lines = told.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "torch" in imported and not imported & {
+        "timm",
+        "torchvision",
+        "accelerate",
+        "wandb",
+        "sklearn",
+        "matplotlib",
+        "scipy",
+        "pandas",
+        "PIL",
+        "constriction",
+    }
+    assert [line for line in lines if not line.startswith("import time:")] == [
+        f"trainer: {path}:13: stages[3].bit: is no key here (did you mean 'bits'?)"
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_that_goes_away_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["schema"]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["runn"], "invalid choice: 'runn'"),
+        (["run"], "the following arguments are required: recipe"),
+        (["predict", "a", "b", "--top", "0"], "got '0'; a number from 1 up is allowed"),
+        (["run", "x", "--seed", "a"], "invalid int value: 'a'"),
+        (["pairs", "x", "--seed", "1"], "unrecognized arguments: --seed 1"),
+    ],
+)
+def test_faulty_command_lines(words, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
+    import trainer.recipe
+
+    def broken(*_):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(trainer.recipe, "read", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        say("check", recipe(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setenv("TRAINER_TRACEBACK", "1")
+    with pytest.raises(trainer.recipe.RecipeError):
+        say("check", tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, "trainer: interrupted\n"),
+        (
+            FloatingPointError("stage 'train': kl is not finite"),
+            1,
+            "trainer: stage 'train': kl is not finite\n",
+        ),
+        (fetch.FetchError("mnist: no source answered"), 2, "trainer: mnist: no source answered\n"),
+        (
+            OSError(28, "No space left on device", "x"),
+            2,
+            "trainer: [Errno 28] No space left on device: 'x'\n",
+        ),
+        (RuntimeError("operator torchvision::nms does not exist"), 2, "install a matching pair"),
+    ],
+)
+def test_how_errors_end(error, status, told, say, monkeypatch, tmp_path):
+    import trainer.recipe
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(trainer.recipe, "read", broken)
+    got, _, err = say("check", recipe(tmp_path))
+    assert got == status and told in err
+
+
+def test_only_the_main_process_speaks(say, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    assert say("check", tmp_path / "none.yaml") == (2, "", "")
+
+
+# ---- check
+
+
+def test_check_tells_every_fault(say, tmp_path):
+    path = recipe(tmp_path, changed("bits: 4", "bits: 40").replace("width: 3", "width: 0"))
+    status, out, err = say("check", path)
+    assert (status, out) == (2, "")
+    assert err == (
+        f"trainer:\n{path}:3: teacher.width: got 0; it should be greater than 0\n"
+        f"{path}:13: stages[3].bits: got 40; it should be less than or equal to 16\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["--set", "stages.3.bits=0"],
+            "trainer: changes: stages[3].bits: got 0; it should be greater than or equal to 1\n",
+        ),
+        (["--set", "stages[3].bits=x", "--seed", "-1"], "changes: seed: got -1"),
+        (
+            ["--set", "bits"],
+            "trainer: --set bits: PLACE=VALUE is allowed, such as stages.1.training.epochs=2\n",
+        ),
+        (
+            ["--set", "a=[1"],
+            "trainer: --set a=[1: is not YAML: expected ',' or ']', but got '<stream end>'\n",
+        ),
+        (["--name", "a/b"], "trainer: changes: name: got 'a/b'; it should match pattern"),
+    ],
+)
+def test_faulty_changes(words, told, say, tmp_path):
+    status, _, err = say("check", recipe(tmp_path), *words)
+    assert status == 2 and told in err
+
+
+# ---- run
+
+
+def test_run_reports_and_is_not_run_twice(finished, say):
+    report = json.loads((finished / "report.json").read_text())
+    assert [row["stage"] for row in report["rows"]] == [
+        "teacher",
+        "distilled",
+        "pruned",
+        "clustered",
+        "decoded",
+    ]
+    before = contents(finished)
+    status, out, _ = say("run", finished.parent / "tiny.yaml", "--folder", finished.parent)
+    assert status == 0 and "this recipe has run already" in out and "decoded" in out
+    assert contents(finished) == before
+
+
+def test_a_folder_of_another_recipe_is_left_alone(finished, say, tmp_path):
+    before = contents(finished)
+    for words in (["--set", "stages.0.training.lr=1e-2"], ["--seed", "1", "--name", "tiny"]):
+        status, _, err = say("run", finished.parent / "tiny.yaml", "--folder", finished.parent, *words)
+        assert status == 2 and f"{finished}: holds a run of a different recipe" in err and "--name" in err
+    # Words and order may differ, what they say may not.
+    text = (finished.parent / "tiny.yaml").read_text()
+    same = recipe(
+        tmp_path,
+        "# the same\n"
+        + text.replace("5e-3", "0.005").replace("{loss: kl, temperature: 2}", "{temperature: 2, loss: kl}"),
+    )
+    assert (
+        same.read_text().count("\n") == text.count("\n") + 1
+        and say("run", same, "--folder", finished.parent)[0] == 0
+    )
+    assert contents(finished) == before
+
+
+def test_run_with_changes(say, tmp_path):
+    words = [
+        "--set",
+        "stages=[{stage: train, training: {epochs: 1, lr: 1e-2}}]",
+        "--set",
+        "teacher=",
+        "--set",
+        "data.subset=64",
+    ]
+    assert say("run", recipe(tmp_path), "--seed", "3", *words)[0] == 0
+    here = tmp_path / "runs" / "tiny-seed3"
+    kept = (here / "recipe.yaml").read_text()
+    assert kept.startswith("# x.yaml with changes from the command line\nname: tiny-seed3\n")
+    assert "\nseed: 3\n" in kept and "lr: 0.01\n" in kept
+    assert json.loads((here / "report.json").read_text())["seed"] == 3
+    # The recipe as run is itself a recipe, and the same; and the same words mean the same run.
+    assert say("run", "runs/tiny-seed3/recipe.yaml")[1].startswith(
+        "runs/tiny-seed3: this recipe has run already"
+    )
+    assert say("run", "x.yaml", "--seed", "3", *words)[1].startswith(
+        "runs/tiny-seed3: this recipe has run already"
+    )
+
+
+def test_what_only_the_networks_know_is_told_before_training(say, tmp_path):
+    text = RECIPE.replace("{loss: hint, weight: 0.1}", "{loss: hint, at: [conv1, conv9]}").replace(
+        "bits: 4", "bits: {conv1: 4, fc9: 4}, keep: [fc2, x]"
+    )
+    path = recipe(
+        tmp_path, text.replace("sparsity: 0.5", "sparsity: {fc1: 0.5, fc2: 0.5}, keep: [fc2, first]")
+    )
+    status, out, err = say("run", path)
+    assert status == 2 and "epoch" not in out
+    assert err == (
+        f"trainer:\n{path}:11: stages[1].losses[1].at: student has no layer 'conv9' (did you mean 'conv2'?)\n"
+        f"{path}:12: stages[2].sparsity.fc2: has no effect: the layer is in keep\n"
+        f"{path}:12: stages[2].sparsity: nothing is given for conv2, fc3 (name them here or in keep)\n"
+        f"{path}:13: stages[3].keep[1]: there is no layer 'x'; there are: conv1, conv2, fc1, fc2, fc3\n"
+        f"{path}:13: stages[3].bits.fc9: there is no layer 'fc9' (did you mean 'fc3'?)\n"
+    )
+    # Nothing has been learned yet, so another recipe, such as the mended one, may have the folder.
+    assert say("run", path, "--set", "stages=[{stage: share, bits: 4, keep: [y]}]", "--set", "teacher=") == (
+        2,
+        "",
+        "trainer: changes: stages[0].keep[0]: there is no layer 'y'; there are: conv1, conv2, fc1, fc2, fc3\n",
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(say, tmp_path):
+    words = ["--set", "stages=[{stage: train, training: {epochs: 1, lr: 1e30}}]", "--set", "teacher=null"]
+    status, _, err = say("run", recipe(tmp_path), *words)
+    assert status == 1 and re.search(r"stage 'train', epoch 1, step \d+: cross_entropy is not finite", err)
+
+
+def test_a_teacher_that_only_guesses_is_refused(say, tmp_path, finished):
+    from safetensors.torch import save_file
+
+    from trainer.models.lenet5 import lenet5
+
+    torch.manual_seed(0)
+    save_file(lenet5((1, 16, 16), 10, width=3).state_dict(), tmp_path / "fresh.safetensors")
+    text = changed("width: 3}", "width: 3, checkpoint: fresh.safetensors}").replace(
+        RECIPE.splitlines()[5] + "\n", ""
+    )
+    status, _, err = say("run", recipe(tmp_path, text))
+    assert status == 2 and "of the validation images right, and guessing 10.00 %" in err
+    (tmp_path / "fresh.safetensors").write_bytes(b"x" * 50)
+    status, _, err = say("run", recipe(tmp_path, text))
+    assert status == 2 and "fresh.safetensors" in err
+
+
+def test_data_that_is_not_there(say, tmp_path):
+    status, _, err = say(
+        "run",
+        recipe(
+            tmp_path,
+            changed("{dataset: digits, size: 16, subset: 300}", "{dataset: image_folder, folder: none}"),
+        ),
+    )
+    assert status == 2 and "image_folder: there is no folder none" in err
+    status, _, err = say("run", recipe(tmp_path, changed("subset: 300", "subset: 3000")))
+    assert status == 2 and "digits has 1437 training images" in err
+
+
+# ---- pairs
+
+
+def test_pairs(say, tmp_path):
+    status, out, _ = say("pairs", recipe(tmp_path))
+    assert status == 0
+    assert out.splitlines()[0] == "stages[1] distill, stages[2] prune"
+    assert out.splitlines()[1].split() == [
+        "term",
+        "student",
+        "student_shape",
+        "teacher",
+        "teacher_shape",
+        "projector",
+    ]
+    assert out.splitlines()[3].split() == ["hint/conv1", "conv1", "2x8x8", "conv1", "3x8x8", "MapProjector"]
+    status, out, _ = say(
+        "pairs", tmp_path / "x.yaml", "--set", "stages.1.losses=[{loss: kl}]", "--set", "stages.2.losses="
+    )
+    assert (status, out) == (0, f"{tmp_path / 'x.yaml'}: no loss looks at layers\n")
+    status, _, err = say("pairs", tmp_path / "x.yaml", "--set", "stages.1.losses.1.at=[conv9]")
+    assert (
+        status == 2
+        and err
+        == "trainer: changes: stages[1].losses[1].at: student has no layer 'conv9' (did you mean 'conv2'?)\n"
+    )
+
+
+# ---- fetch
+
+
+def test_fetch(say, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
+    status, _, err = say("fetch", "minst")
+    assert status == 2 and "'minst'" in err and "mnist" in err
+    monkeypatch.setattr(fetch, "fetch", lambda name: tmp_path / name)
+    status, out, _ = say("fetch", "mnist", "cifar10")
+    assert status == 0 and [line.split(" (")[0] for line in out.splitlines()] == [
+        f"mnist: {tmp_path}/mnist",
+        f"cifar10: {tmp_path}/cifar10",
+    ]
+
+
+def test_a_dataset_that_no_source_gives(say, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+
+    def nobody(*_):
+        raise fetch.FetchError("silence")
+
+    monkeypatch.setitem(fetch.SOURCES, "mnist", {"nobody": nobody})
+    for words in (["fetch", "mnist"], ["run", recipe(tmp_path, changed("digits, size: 16", "mnist"))]):
+        status, _, err = say(*words)
+        assert status == 2 and "mnist: no source answered. Put these raw files" in err and "silence" in err
+
+
+# ---- the packed file
+
+
+def test_inspect(student, say):
+    status, out, _ = say("inspect", student)
+    size = student.stat().st_size
+    assert status == 0
+    assert out.startswith(f"{student}: {size:,} bytes: lenet5 width=2 for images 1x16x16, 10 classes\n")
+    status, out, _ = say("inspect", student, "--json")
+    told = json.loads(out)
+    assert sum(row["bytes"] for row in told["account"]) == pytest.approx(size, abs=0.5)
+    assert told["header"]["net"] == {"model": "lenet5", "width": 2} and len(told["header"]["classes"]) == 10
+
+
+def test_evaluate_agrees_with_the_report(student, finished, say):
+    status, out, _ = say("evaluate", student, finished / "recipe.yaml", "--json")
+    row = json.loads((finished / "report.json").read_text())["rows"][-1]
+    told = json.loads(out)
+    assert status == 0 and (told["top1"], told["digest"], told["images"]) == (row["top1"], row["digest"], 360)
+    status, out, _ = say("evaluate", student, finished / "recipe.yaml")
+    assert (status, out) == (0, f"{student}: top-1 {row['top1']:.2f} % of 360 test images\n")
+    status, _, err = say("evaluate", student, finished / "recipe.yaml", "--set", "data.size=20")
+    assert status == 2 and f"{student}: was made for other images" in err
+
+
+def test_unpack(student, finished, say, tmp_path):
+    status, out, _ = say("unpack", student, "weights.safetensors")
+    assert status == 0 and out.startswith("weights.safetensors: 10 tensors, ")
+    state = load_file(tmp_path / "weights.safetensors")
+    assert {name: tuple(t.shape) for name, t in state.items()}["conv2.weight"] == (5, 2, 5, 5)
+    assert len(state["conv2.weight"].unique()) <= 17
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    status, _, err = say("unpack", student, "weights.safetensors")
+    assert (status, err) == (2, "trainer: weights.safetensors: is there already; name another file\n")
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+    copy = tmp_path / "other.tiny"
+    copy.write_bytes(student.read_bytes())
+    assert say("unpack", copy)[0] == 0 and (tmp_path / "other.safetensors").read_bytes() == before
+
+
+def test_predict(student, finished, say, tmp_path):
+    from trainer.datasets.digits import digits
+    from trainer.packed import load
+    from trainer.teacher import normalize
+
+    source = digits(size=16)
+    images, _ = source.test.__getitems__(list(range(8)))
+    for number, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{number}.png")
+    status, out, _ = say("predict", student, *(tmp_path / f"{number}.png" for number in range(8)))
+    with torch.inference_mode():
+        shares = load(student)(normalize(images.float() / 255, source.mean, source.std)).softmax(1)
+    wanted = []
+    for number, row in enumerate(shares):
+        best = row.topk(3)
+        wanted.append(
+            f"{tmp_path / f'{number}.png'}: "
+            + "  ".join(f"{i} {p * 100:.1f} %" for p, i in zip(best.values, best.indices, strict=True))
+        )
+    assert status == 0 and out.splitlines() == wanted
+    # Of any size and colour.
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "large.jpg")
+    status, out, _ = say("predict", student, tmp_path / "large.jpg", "--top", "99")
+    assert status == 0 and out.count(" %") == 10
+
+
+def test_predict_from_what_is_no_image(student, say, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "none.png"):
+        status, _, err = say("predict", student, tmp_path / name)
+        assert status == 2 and f"{tmp_path / name}: is no image that can be read" in err
+
+
+def test_a_file_that_does_not_tell_what_its_images_are_like(say, tmp_path):
+    from trainer import api
+    from trainer.models.lenet300 import lenet300
+
+    torch.manual_seed(0)
+    api.pack(lenet300((1, 8, 8), 4, hidden=(5,)), tmp_path / "bare.tiny")
+    status, out, _ = say("inspect", tmp_path / "bare.tiny")
+    assert status == 0 and "a network on no shelf" in out
+    status, _, err = say("predict", tmp_path / "bare.tiny", tmp_path / "x.png")
+    assert status == 2 and "bare.tiny: holds the weights of a network that is on no shelf" in err
+
+
+def test_damaged_files(student, finished, say, tmp_path):
+    """Truncated, altered, or something else: an error that names the file, never a wrong network."""
+    data = student.read_bytes()
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "x.png")
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 4
+    path = tmp_path / "damaged.tiny"
+    commands = [
+        ["inspect", path],
+        ["unpack", path],
+        ["predict", path, tmp_path / "x.png"],
+        ["evaluate", path, finished / "recipe.yaml"],
+    ]
+    for bad in (
+        data[:-1],
+        data[: len(data) // 2],
+        data[:3],
+        b"",
+        bytes(flipped),
+        data + b"x",
+        b"PK\3\4" + data,
+        b"name: tiny\n" * 50,
+    ):
+        path.write_bytes(bad)
+        for command in commands if bad in (b"", bytes(flipped)) else commands[:1]:
+            status, out, err = say(*command)
+            assert status == 2 and out == "" and str(path) in err, (command, err)
+    assert not (tmp_path / "damaged.safetensors").exists()
+    for command in commands:
+        path.unlink(missing_ok=True)
+        status, _, err = say(*command)
+        assert status == 2 and f"{path}: cannot be read: No such file or directory" in err
+
+
+# ---- schema
+
+
+def test_schema(say):
+    status, out, _ = say("schema")
+    assert (
+        status == 0
+        and json.loads(out)["$schema"].startswith("https://json-schema.org/")
+        and '"TermKeys"' in out
+    )

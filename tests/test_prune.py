@@ -1,0 +1,603 @@
+"""The stage prune: every method and schedule ends at exactly what was asked for, also in two processes and after a kill."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from pydantic import ValidationError
+from torch import nn
+
+from trainer import bind, channels, compress, packed, runner, scores, teacher
+from trainer import fit as fitting
+from trainer.context import Run
+from trainer.data import DataKeys, make_data
+from trainer.fit import Training
+from trainer.recipe import RecipeError, StageKeys
+from trainer.stages import prune as stage
+from trainer.stages.prune import prune
+from trainer.tracking import Log
+
+TRAINING = Training(epochs=2, batch_size=20, lr=5e-3)
+OPEN: list[Log] = []
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+def make_run(folder, spec=None, accelerator=None, **data):
+    """A run of a freshly built student on a few digits."""
+    keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
+    data = make_data(keys.model_validate({"dataset": "digits", "subset": 100, "validation": 50} | data), torch.device("cpu"))
+    torch.manual_seed(7)
+    spec = spec or {"model": "lenet5", "width": 4}
+    student = teacher.build(spec, data.shape, len(data.classes))
+    log = Log(Path(folder) / "log.jsonl")
+    OPEN.append(log)
+    return Run(
+        name="x", folder=Path(folder), seed=3, accelerator=accelerator or Accelerator(cpu=True), data=data, student=student,
+        student_spec=spec, teacher=None, log=log, recipe_path=Path("x.yaml"), stage=1, stage_name="prune",
+    )
+
+
+def weights(run):
+    return {name: place.value.detach().clone() for name, place in compress.weights(run.student).items()}
+
+
+def zeros(run):
+    return {name: int((weight == 0).sum()) for name, weight in weights(run).items()}
+
+
+def assert_exactly(run, sparsity, together=False):
+    """So many zeros, in each layer or in all, and to within one in each gate."""
+    places = compress.weights(run.student)
+    if together:
+        assert sum(zeros(run).values()) == round(sparsity * sum(p.value.numel() for p in places.values()))
+        return
+    for name, place in places.items():
+        assert int((place.value == 0).sum()) == round(sparsity * place.value.numel()), name
+        assert all(abs(int((part == 0).sum()) - sparsity * part.numel()) < 1 for part in place.value.chunk(place.parts))
+
+
+def labels(run):
+    return [row["stage"] for row in run.rows]
+
+
+@pytest.mark.parametrize("model", ["lenet5", "lstm", "gru"])
+@pytest.mark.parametrize(
+    ("settings", "together"),
+    [
+        ({"method": "magnitude", "schedule": "cubic", "every": 2}, False),
+        ({"method": "magnitude", "scope": "global"}, True),
+        ({"method": "lamp"}, True),
+        ({"method": "lamp", "scope": "layer", "schedule": "iterative", "rounds": 2}, False),
+        ({"method": "movement", "schedule": "cubic", "every": 2}, False),
+        ({"method": "movement", "scope": "global", "schedule": "cubic", "every": 2}, True),
+        ({"method": "rate", "schedule": "cubic", "every": 2}, True),
+        ({"method": "rate", "schedule": "iterative", "rounds": 2, "rewind": True}, True),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, model, settings, together):
+    run = make_run(tmp_path, {"model": model} | ({"width": 4} if model == "lenet5" else {"hidden": 10}))
+    before = weights(run)
+    prune(run, sparsity=0.63, training=TRAINING, **settings)
+    assert_exactly(run, 0.63, together)
+    assert run.rows[-1]["stage"] == "recovered"
+    for name, place in compress.weights(run.student).items():
+        assert torch.equal(place.value != 0, place.mask)
+        assert not torch.equal(place.value[place.mask], before[name][place.mask]), "the survivors are trained"
+        assert set(place.parametrization.state_dict()) == {"mask"}, "no scores are left behind"
+        assert len(run.layers[name]["thresholds"]) == (1 if together else place.parts)
+
+
+def test_rounds_prune_the_same_share_of_what_is_left(tmp_path):
+    run = make_run(tmp_path)
+    numbers = prune(run, method="magnitude", sparsity=0.875, schedule="iterative", rounds=3, training=TRAINING)
+    assert labels(run) == ["pruned 1/3", "recovered 1/3", "pruned 2/3", "recovered 2/3", "pruned", "recovered"]
+    assert [row["sparsity"] for row in run.rows] == pytest.approx([0.5, 0.5, 0.75, 0.75, 0.875, 0.875], abs=0.003)
+    assert numbers["epochs"] == 6
+    assert set(run.histograms) == {"pruned", "recovered"}
+
+
+def test_rewinding_takes_the_survivors_back_to_the_start_of_the_stage(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    began = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}
+    at = {}
+    told = stage.record
+    monkeypatch.setattr(stage, "record", lambda run, label, *rest, **more: (
+        at.update({label: {k: t.clone() for k, t in compress.dense_state(run.student).items()}}), told(run, label, *rest, **more)))
+    prune(run, method="magnitude", sparsity=0.8, schedule="iterative", rounds=2, rewind=True, training=TRAINING)
+    for key, tensor in at["pruned"].items():
+        assert torch.equal(tensor, torch.where(tensor == 0, tensor, began[key])), key
+    last = at["recovered 1/2"]
+    chosen = scores.magnitude(last["fc1.weight"]).flatten().argsort()[: int((at["pruned"]["fc1.weight"] == 0).sum())]
+    assert not at["pruned"]["fc1.weight"].flatten()[chosen].any(), "what goes is decided by the trained weights"
+
+
+def test_movement_lets_weights_come_back_and_rate_prefers_full_columns(tmp_path):
+    run = make_run(tmp_path)
+    start = weights(run)
+    seen = []
+    decided = compress.score_masks
+
+    def watch(*arguments):
+        masks = decided(*arguments)
+        seen.append(torch.cat([mask.flatten() for mask, _ in masks.values()]))
+        return masks
+
+    compress.score_masks = watch
+    try:
+        prune(run, method="movement", sparsity=0.6, schedule="cubic", ramp=0.9, every=1, training=TRAINING)
+    finally:
+        compress.score_masks = decided
+    assert any((later & ~earlier).any() for earlier, later in zip(seen, seen[1:], strict=False))
+    kept = {name: place.mask for name, place in compress.weights(run.student).items()}
+    largest = {name: start[name].abs() >= start[name].abs().flatten().kthvalue(int(0.6 * start[name].numel())).values for name in kept}
+    assert any(not torch.equal(kept[name], largest[name]) for name in kept), "it is not magnitude's choice"
+
+
+def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path):
+    bits = {}
+    for method in ("lamp", "rate"):
+        run = make_run(tmp_path, {"model": "lenet300", "hidden": [60, 30]})
+        prune(run, method=method, sparsity=0.9, schedule="cubic", every=1, training=Training(epochs=3, batch_size=20))
+        bits[method] = sum(scores.position_bits(p.mask)[p.mask].sum().item() for p in compress.weights(run.student).values())
+    assert bits["rate"] < 0.97 * bits["lamp"]
+
+
+@pytest.mark.parametrize("model", ["lenet300", "lstm"])
+def test_n_of_every_m(tmp_path, model):
+    run = make_run(tmp_path, {"model": model} | ({"hidden": [24, 12]} if model == "lenet300" else {"hidden": 16}))
+    before = weights(run)
+    prune(run, method="n_m", pattern="1:4", training=TRAINING)
+    assert labels(run) == ["pruned", "recovered"]
+    for name, weight in weights(run).items():
+        groups = weight.reshape(len(weight), -1, 4)
+        assert ((groups != 0).sum(-1) == 1).all(), name
+        assert torch.equal((groups != 0).float().argmax(-1), before[name].reshape(groups.shape).abs().argmax(-1))
+
+
+def test_n_of_every_m_in_a_convolution_counts_input_channels(tmp_path):
+    run = make_run(tmp_path, {"model": "lenet5", "width": 6})
+    prune(run, method="n_m", pattern="1:2", keep=["conv1"])
+    weight = weights(run)["conv2"]
+    assert ((weight.unflatten(1, (-1, 2)) != 0).sum(2) == 1).all()
+    assert zeros(run)["conv1"] == 0
+
+
+def test_what_does_not_split_into_groups_is_named_before_the_first_training(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(ValueError, match="layer 'conv1': 1 inputs do not split into groups of 4: name it in keep"):
+        prune(run, method="n_m", pattern="2:4")
+    (tmp_path / "given.yaml").write_text(recipe("{stage: prune, method: n_m, pattern: '2:4', keep: [last]}"))
+    with pytest.raises(RecipeError, match=r"given.yaml:7: stages\[1\]: layer 'conv1': 1 inputs do not split into groups of 4"):
+        runner.run(tmp_path / "given.yaml", folder=tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob("*/checkpoints"))
+
+
+def recipe(*stages):
+    lines = "\n".join(f"  - {line}" for line in stages)
+    return f"""name: pruned
+data: {{dataset: digits, subset: 200, validation: 100}}
+student: {{model: lenet5, width: 4, batch_norm: true}}
+stages:
+  # a short training
+  - {{stage: train, training: {{epochs: 2, batch_size: 32, lr: 1e-2}}}}
+{lines}
+"""
+
+
+# a stage after a stage
+
+
+@pytest.mark.parametrize("method", ["magnitude", "movement"])
+def test_a_later_stage_starts_from_the_zeros_of_an_earlier_one(tmp_path, method):
+    run = make_run(tmp_path)
+    prune(run, method="magnitude", sparsity=0.5)
+    dead = {name: weight == 0 for name, weight in weights(run).items()}
+    least = []
+    decided = compress.score_masks
+    compress.score_masks = lambda *a: (least.append(min(a[2].values())), decided(*a))[1]
+    try:
+        prune(run, method=method, sparsity=0.75, schedule="cubic", every=2, training=TRAINING)
+    finally:
+        compress.score_masks = decided
+    assert min(least) == pytest.approx(0.5, abs=0.01)
+    assert_exactly(run, 0.75)
+    assert all(not weight[dead[name]].any() for name, weight in weights(run).items())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_later_stage_that_asks_for_fewer_zeros(tmp_path, scope):
+    run = make_run(tmp_path)
+    prune(run, method="magnitude", sparsity=0.8)
+    who = "layer 'conv1' has" if scope == "layer" else "the layers have"
+    with pytest.raises(ValueError, match=f"{who} (80|79).* % zeros already: sparsity 0.6 asks for fewer"):
+        prune(run, method="magnitude", sparsity=0.6, scope=scope)
+
+
+# bad input
+
+
+def settings(**given):
+    return bind.checker(prune, StageKeys).model_validate({"stage": "prune"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"sparsity": 1.0, "method": "magnitude"}, "less than 1"),
+        ({"sparsity": {"conv1": 1.0}, "method": "magnitude"}, "less than 1"),
+        ({"sparsity": 0.0, "method": "magnitude"}, "greater than 0"),
+        ({"sensitivity": 0}, "greater than 0"),
+        ({}, "method 'std' needs sensitivity"),
+        ({"sensitivity": 1, "sparsity": 0.5}, "sparsity has no effect with method 'std'"),
+        ({"sensitivity": 1, "scope": "global"}, "scope has no effect with method 'std'"),
+        ({"sensitivity": 1, "pattern": "2:4"}, "pattern has no effect with method 'std'; 'n_m' has it"),
+        ({"method": "magnitude"}, "'magnitude' needs sparsity, the share of weights"),
+        ({"method": "channels"}, "'channels' needs sparsity, the share of channels"),
+        ({"method": "lamp", "sparsity": 0.5, "sensitivity": 1}, "sensitivity has no effect with method 'lamp'; sparsity decides"),
+        ({"method": "lamp", "sparsity": {"conv1": 0.5}}, "'global' has one sparsity for all layers"),
+        ({"method": "magnitude", "sparsity": {"conv1": 0.5}, "scope": "global"}, "'global' has one sparsity for all layers"),
+        ({"method": "n_m"}, "needs pattern, such as '2:4'"),
+        ({"method": "n_m", "pattern": "4:2"}, "pattern: got '4:2'; N of every M .* less than M"),
+        ({"method": "n_m", "pattern": "4:4"}, "less than M"),
+        ({"method": "n_m", "pattern": "0:4"}, "at least 1"),
+        ({"method": "n_m", "pattern": "half"}, "should match pattern"),
+        ({"method": "n_m", "pattern": "2:4", "sparsity": 0.5}, "sparsity has no effect with method 'n_m'; pattern decides"),
+        ({"method": "n_m", "pattern": "2:4", "scope": "layer"}, "scope has no effect with method 'n_m'"),
+        ({"method": "movement", "sparsity": 0.5}, "'movement' has no schedule 'once'; it has cubic"),
+        ({"method": "rate", "sparsity": 0.5}, "'rate' has no schedule 'once'; it has cubic, iterative"),
+        ({"method": "channels", "sparsity": 0.5, "schedule": "cubic", "training": {"epochs": 1}}, "'channels' has no schedule"),
+        ({"method": "lamp", "sparsity": 0.5, "schedule": "cubic"}, "'cubic' prunes during a training: training is needed"),
+        ({"method": "lamp", "sparsity": 0.5, "schedule": "iterative"}, "training is needed"),
+        ({"method": "lamp", "sparsity": 0.5, "rounds": 3}, "rounds has no effect with schedule 'once'; 'iterative' has it"),
+        ({"method": "lamp", "sparsity": 0.5, "rewind": True}, "rewind has no effect with schedule 'once'"),
+        ({"method": "lamp", "sparsity": 0.5, "every": 3}, "every has no effect with schedule 'once'; 'cubic' has it"),
+        ({"method": "lamp", "sparsity": 0.5, "schedule": "iterative", "rounds": 1, "training": {"epochs": 1}}, "equal to 2"),
+        ({"sensitivity": 1, "losses": [{"loss": "cross_entropy"}]}, "losses have no effect without training"),
+    ],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
+)
+def test_settings_that_make_no_sense(given, told):
+    with pytest.raises(ValidationError, match=told):
+        settings(**given)
+
+
+def test_channels_without_torch_pruning_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(channels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValidationError, match=r"needs the package torch-pruning: pip install 'tiny-student\[channels\]'"):
+        settings(method="channels", sparsity=0.5)
+    with pytest.raises(ValueError, match="needs the package torch-pruning"):
+        prune(make_run(tmp_path), method="channels", sparsity=0.5)
+
+
+def spoil(run, what):
+    layer = run.student.fc1
+    with torch.no_grad():
+        if what == "frozen":
+            layer.weight.requires_grad_(False)
+        elif what == "nan":
+            layer.weight[0, 0] = float("nan")
+        else:
+            layer.weight.fill_(0.0 if what == "zero" else 0.25)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("frozen", "layer 'fc1' is frozen .*name it in keep"),
+        ("nan", "layer 'fc1' has weights that are not finite"),
+        ("zero", "layer 'fc1' has no weights left to prune: all are zero .*keep"),
+    ],
+)
+@pytest.mark.parametrize("given", [{"sensitivity": 1.0}, {"method": "magnitude", "sparsity": 0.5}], ids=["std", "magnitude"])
+def test_layers_that_cannot_be_pruned(tmp_path, what, told, given):
+    run = make_run(tmp_path)
+    spoil(run, what)
+    with pytest.raises(ValueError, match=told):
+        prune(run, **given)
+    run = make_run(tmp_path)
+    spoil(run, what)
+    before = run.student.fc1.weight.detach().clone()
+    if what != "nan":  # a network of such weights cannot be measured
+        prune(run, keep=["fc1"], **given)
+        assert torch.equal(run.student.fc1.weight, before)
+        assert zeros(run)["fc2"] > 0
+
+
+def test_a_constant_layer(tmp_path):
+    run = make_run(tmp_path)
+    spoil(run, "constant")
+    with pytest.raises(ValueError, match="layer 'fc1': all weights left are 0.25, so their standard deviation parts none"):
+        prune(run, sensitivity=1.0)
+    prune(run, method="magnitude", sparsity=0.5)
+    assert_exactly(run, 0.5)
+
+
+def test_a_layer_that_would_lose_all_its_weights(tmp_path):
+    run = make_run(tmp_path)
+    with torch.no_grad():
+        run.student.fc2.weight.mul_(1e-6)
+    with pytest.raises(ValueError, match="layer 'fc2' would lose all its weights: ask for less, or name it in keep"):
+        prune(run, method="magnitude", sparsity=0.9, scope="global")
+
+
+def test_keep(tmp_path):
+    run = make_run(tmp_path)
+    prune(run, method="magnitude", sparsity=0.5, keep=["first", "last", "fc1"])
+    found = zeros(run)
+    assert found["conv1"] == found["fc1"] == found["fc3"] == 0 < found["conv2"]
+    with pytest.raises(ValueError, match="no layer 'conv3'.*did you mean"):
+        prune(run, method="magnitude", sparsity=0.5, keep=["conv3"])
+    with pytest.raises(ValueError, match="keep leaves no layer to prune"):
+        prune(run, method="magnitude", sparsity=0.5, keep=["conv1", "conv2", "fc1", "fc2", "fc3"])
+
+
+def test_pruning_after_sharing(tmp_path):
+    run = make_run(tmp_path)
+    place = compress.weights(run.student)["conv2"]
+    compress.set_codebook(place, *compress.cluster(place, 4))
+    for given in ({"schedule": "cubic", "training": TRAINING}, {}):
+        with pytest.raises(ValueError, match="layer 'conv2' shares its weights already: prune before sharing"):
+            prune(run, method="magnitude", sparsity=0.5, **given)
+
+
+def test_movement_in_half_precision_with_a_scaler(tmp_path):
+    (tmp_path / "given.yaml").write_text(
+        recipe("{stage: prune, method: movement, sparsity: 0.5, schedule: cubic, training: {epochs: 1}}") + "precision: fp16\n")
+    with pytest.raises(RecipeError, match=r"stages\[1\].method: 'movement' adds up gradients, and precision fp16 scales them"):
+        runner.run(tmp_path / "given.yaml", folder=tmp_path / "runs")
+
+
+# channels
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        ({"model": "lenet5", "width": 6, "batch_norm": True},
+         {"conv1": [3, 1], "norm1": [3], "conv2": [8, 3], "norm2": [8], "fc1": [60, 32], "fc2": [42, 60], "fc3": [10, 42]}),
+        ({"model": "lenet300", "hidden": [20, 11]}, {"fc1": [10, 64], "fc2": [5, 10], "fc3": [10, 5]}),
+        ({"model": "separable", "widths": [4, 6], "strides": [1, 2], "kernel": 3},
+         {"conv1": [2, 1], "norm1": [2], "block2.depthwise": [2, 2], "block2.pointwise": [3, 2], "block2.norm": [3], "fc": [10, 3]}),
+    ],
+    ids=lambda value: value.get("model", ""),
+)
+def test_channels_are_really_gone_and_the_file_still_loads(tmp_path, spec, sizes):
+    run = make_run(tmp_path, spec)
+    run.student_bytes = 40_000
+    prune(run, method="channels", sparsity=0.5, training=TRAINING)
+    assert run.student_spec == {**spec, "resized": sizes}
+    assert channels.sizes(run.student) | sizes == channels.sizes(run.student)
+    assert labels(run) == ["pruned", "recovered"]
+    data = packed.encode(run.student, run.student_spec, packed.facts(run.data))
+    decoded, header = packed.decode(data)
+    assert header["net"] == run.student_spec
+    assert packed.digest(decoded.state_dict()) == packed.digest(run.student.state_dict())
+    assert run.rows[-1]["ratio_student"] == pytest.approx(40_000 / len(data))
+    images = torch.rand(3, *run.data.shape)
+    assert torch.equal(decoded(images), run.student.eval()(images))
+
+
+def test_channels_of_the_least_norm_go(tmp_path):
+    run = make_run(tmp_path, {"model": "lenet300", "hidden": [12, 8]})
+    with torch.no_grad():
+        run.student.fc1.weight[[2, 7, 9]] *= 1e-3
+        run.student.fc2.weight[:, [2, 7, 9]] *= 1e-3
+    expected = run.student.fc1.weight[[0, 1, 3, 4, 5, 6, 8, 10, 11]].detach()
+    prune(run, method="channels", sparsity={"fc1": 0.25, "fc2": 0.5}, keep=["last"])
+    assert torch.equal(run.student.fc1.weight, expected)
+    assert run.student.fc2.weight.shape == (4, 9)
+
+
+def test_channels_in_one_ranking_and_what_is_kept(tmp_path):
+    run = make_run(tmp_path, {"model": "lenet300", "hidden": [30, 20]})
+    with torch.no_grad():
+        run.student.fc1.weight[:20] *= 1e-3
+        run.student.fc1.bias[:20] = 0
+        run.student.fc2.weight[:, :20] *= 1e-3
+    prune(run, method="channels", sparsity=0.4, scope="global")
+    assert channels.sizes(run.student)["fc1"][0] + channels.sizes(run.student)["fc2"][0] == 30
+    assert channels.sizes(run.student)["fc1"][0] <= 12
+    run = make_run(tmp_path, {"model": "lenet5", "width": 4})
+    prune(run, method="channels", sparsity=0.5, keep=["first", "fc2"])
+    assert channels.sizes(run.student) == {"conv1": [4, 1], "conv2": [6, 4], "fc1": [40, 24], "fc2": [56, 40], "fc3": [10, 56]}
+
+
+def test_channels_that_hang_together_go_together(tmp_path):
+    run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
+    prune(run, method="channels", sparsity=0.5)
+    sizes = channels.sizes(run.student)
+    assert sizes["conv1"] == [2, 1] and sizes["layer1.0.conv2"] == [2, 2] and sizes["layer3.0.shortcut.1" if False else "fc"] == [10, 4]
+    run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
+    uneven = dict.fromkeys(compress.weights(run.student), 0.25) | {"conv1": 0.5}
+    with pytest.raises(ValueError, match="channels of conv1, layer1.0.conv2 hang together, so theirs must be one number"):
+        prune(run, method="channels", sparsity=uneven)
+
+
+def test_channels_keep_the_zeros_of_an_earlier_stage_and_frozen_layers_frozen(tmp_path):
+    run = make_run(tmp_path, {"model": "lenet300", "hidden": [24, 12]})
+    run.student.fc3.weight.requires_grad_(False)
+    prune(run, method="magnitude", sparsity=0.5, keep=["last"])
+    alive = int(torch.count_nonzero(run.student.fc1.weight))
+    prune(run, method="channels", sparsity=0.25, keep=["last"], training=TRAINING)
+    assert run.student.fc1.weight.shape == (18, 64)
+    assert 0.6 * alive < torch.count_nonzero(run.student.fc1.weight) < alive
+    assert compress.weights(run.student)["fc1"].mask is not None
+    assert not run.student.fc3.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        (lambda: nn.Sequential(nn.LSTM(4, 4)), "knows convolutions, linear layers.*; 0 .LSTM. has weights of another kind"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), "knows dense and depthwise convolutions; '0' has 2 groups"),
+        (lambda: tied(), "cannot make layers smaller that share one weight"),
+    ],
+    ids=["lstm", "grouped", "tied"],
+)
+def test_channels_of_layers_that_cannot_be_made_smaller(network, told):
+    with pytest.raises(ValueError, match=told):
+        channels.remove(network(), torch.rand(1, 4), 0.5)
+
+
+def tied():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    return net
+
+
+def test_a_removed_classifier_is_noticed():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r"outputs of the network were removed \(\(4,\) became \(2,\)\): name its classifier"):
+        channels.remove(net, torch.rand(1, 4), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"fc9": [1, 1]}, "no convolution, linear or normalization layer 'fc9'"),
+        ({"fc1": [90, 4]}, r"layer 'fc1': got \[90, 4\]; at most"),
+        ({"fc1": [0, 4]}, "at most"),
+        ({"fc1": [4]}, "at most"),
+        ({"fc1": 4}, "at most"),
+        ({"fc1": [4.0, 4]}, "at most"),
+        ([1], "is allowed"),
+    ],
+)
+def test_sizes_that_do_not_fit(wanted, told):
+    with pytest.raises(ValueError, match=told):
+        teacher.build({"model": "lenet5", "resized": wanted}, (1, 8, 8), 10)
+
+
+def test_resizing_every_kind_of_layer():
+    net = nn.Sequential(
+        nn.ConvTranspose2d(6, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv1d(8, 4, 1, bias=False),
+        nn.LayerNorm(8), nn.Linear(8, 3),
+    )
+    plain = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    channels.resize(net, {"0": [5, 2], "1": [5], "2": [5, 5], "3": [2, 5], "4": [5], "5": [3, 5]})
+    assert net[0].weight.shape == (2, 5, 3, 3) and net[2].weight.shape == (5, 1, 3, 3) and net[2].groups == 5
+    assert net[:3](torch.rand(1, 2, 4, 4)).shape == (1, 5, 4, 4)
+    assert net[5](net[4](torch.rand(2, 5))).shape == (2, 3)
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(tensor, plain[key][tuple(slice(0, n) for n in tensor.shape)]), "the leading channels stay"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(tmp_path):
+    text = recipe(
+        "{stage: prune, method: channels, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
+        "{stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
+        "{stage: share, bits: 3}", "{stage: fold}" if False else "{stage: pack}",
+    )
+    (tmp_path / "given.yaml").write_text(text)
+    first = runner.run(tmp_path / "given.yaml", folder=tmp_path / "one")
+    assert first["rows"][-1]["stage"] == "decoded"
+    here = tmp_path / "one" / "pruned"
+    (here / "done").unlink()
+    for later in ("02-prune", "03-share", "04-pack"):
+        (here / "checkpoints" / later).rename(tmp_path / later)
+    again = runner.run(tmp_path / "given.yaml", folder=tmp_path / "one")
+    assert [row["file_bytes"] for row in again["rows"]] == [row["file_bytes"] for row in first["rows"]]
+    assert again["rows"][-1]["digest"] == first["rows"][-1]["digest"]
+    assert first["student_bytes"] > 4 * first["rows"][-1]["num_weights"]
+
+
+# after a kill, and in two processes
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "movement", "schedule": "cubic", "every": 2},
+        {"method": "rate", "schedule": "cubic", "every": 2},
+        {"method": "magnitude", "schedule": "iterative", "rounds": 2, "rewind": True},
+    ],
+    ids=["movement", "rate", "rewind"],
+)
+def test_an_interrupted_stage_ends_at_the_same_bits(tmp_path, monkeypatch, given):
+    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    given = given | {"sparsity": 0.7, "training": Training(epochs=4, batch_size=20, ema=0.9)}
+    whole = make_run(tmp_path / "whole")
+    prune(whole, **given)
+
+    class Killed(Exception):
+        pass
+
+    broken = make_run(tmp_path / "broken")
+    told, seen = Log.numbers, []
+
+    def numbers(log, *arguments, **values):
+        told(log, *arguments, **values)
+        seen.extend(key for key in values if key == "validation")
+        if len(seen) == (3 if given["schedule"] == "cubic" else 6):  # in the middle of the (second) training
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "numbers", numbers)
+        with pytest.raises(Killed):
+            prune(broken, **given)
+    again = make_run(tmp_path / "broken")
+    prune(again, **given)
+    assert any("resumed" in line for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines())
+    one, other = whole.student.state_dict(), again.student.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+TOGETHER = [
+    {"method": "movement", "schedule": "cubic", "every": 2, "sparsity": 0.8},
+    {"method": "rate", "schedule": "iterative", "rounds": 2, "sparsity": 0.8},
+    {"sensitivity": 1.0},
+    {"method": "channels", "sparsity": 0.5},
+]
+
+
+def of_two(rank, port, folder):
+    """One of two processes: prunes in every way, and writes down what it has."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    found = []
+    for number, given in enumerate(TOGETHER):
+        run = make_run(Path(folder) / str(number) / str(rank), accelerator=accelerator)
+        if number == 2 and rank == 1:  # an unequal weight on a process that is not asked
+            with torch.no_grad():
+                run.student.fc1.weight[0] *= 1.5
+        prune(run, training=None if number == 2 else Training(epochs=2, batch_size=20), **given)
+        masks = {name: place.mask for name, place in compress.weights(run.student).items()}
+        found.append((run.student.state_dict(), masks))
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_same_masks_and_weights(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for number, ((state, masks), (other_state, other_masks)) in enumerate(zip(one, other, strict=True)):
+        assert all((mask is None) == (number == 3) for mask in masks.values())
+        assert all(mask is None or torch.equal(mask, other_masks[name]) for name, mask in masks.items())
+        if number != 2:
+            assert all(torch.equal(tensor, other_state[key]) for key, tensor in state.items())

@@ -1,0 +1,287 @@
+"""From a recipe to a report: what is refused, what is skipped, what is taken up again, and what the teacher must be."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from trainer import checkpoint, compress, report, runner
+from trainer.models.lenet5 import lenet5
+from trainer.recipe import RecipeError
+from trainer.stages import distill, train
+
+ALONE = """
+name: alone
+data: {dataset: digits, subset: 100, validation: 60}
+student: {model: lenet5, width: 2}
+stages:
+  - {stage: train, training: {epochs: 1, batch_size: 50}}
+  - {stage: share, bits: 2}
+"""
+TAUGHT = """
+name: taught
+data: {dataset: digits, subset: 100, validation: 60}
+teacher: {model: lenet5, width: 2, checkpoint: CHECKPOINT}
+student: {model: lenet5, width: 2}
+stages:
+  - {stage: distill, training: {epochs: 1, batch_size: 50}, losses: [{loss: kl}, {loss: hint}]}
+  - {stage: prune, sensitivity: 1, training: {epochs: 1, batch_size: 50}, losses: [{loss: kl}]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """The report without its plots, which take a second each."""
+    monkeypatch.setattr(report, "_accuracy_against_bytes", None)
+    monkeypatch.setattr(report, "_place", lambda row: None)
+    monkeypatch.setattr(report, "_histograms", lambda name, weights: [])
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    """A teacher that knows something: trained by a recipe of its own."""
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "t.yaml").write_text("""
+name: t
+data: {dataset: digits, subset: 300, validation: 60}
+student: {model: lenet5, width: 2}
+stages: [{stage: train, training: {epochs: 6, batch_size: 20, lr: 1e-2}}]
+""")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda *_: None)
+        result = runner.run(folder / "t.yaml", folder=folder)
+    assert result["rows"][0]["top1"] > 40
+    tensors, _ = checkpoint.load(folder / "t" / "checkpoints" / "00-train")
+    checkpoint.save_file(folder / "t.safetensors", tensors["student"])
+    return folder / "t.safetensors"
+
+
+def write(folder, text, name="given.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def rows_of(result):
+    return [{k: v for k, v in row.items() if "second" not in k and k != "teacher_images"} for row in result["rows"]]
+
+
+# the folder of a run
+
+
+def test_a_run_that_is_done_only_prints(tmp_path, capsys, monkeypatch):
+    path = write(tmp_path, ALONE)
+    first = runner.run(path, folder=tmp_path)
+    here = tmp_path / "alone"
+    before = {file: file.stat().st_mtime_ns for file in here.rglob("*") if file.name != ".lock"}
+    capsys.readouterr()
+    monkeypatch.setattr(runner, "make_data", None)  # nothing is opened
+    again = runner.run(path, folder=tmp_path)
+    assert again["rows"] == json.loads(json.dumps(first["rows"]))
+    assert "this recipe has run already" in (out := capsys.readouterr().out) and "| trained " in out
+    assert before == {file: file.stat().st_mtime_ns for file in here.rglob("*") if file.name != ".lock"}
+
+
+def test_another_recipe_of_the_same_name_is_refused(tmp_path):
+    runner.run(write(tmp_path, ALONE), folder=tmp_path)
+    kept = (tmp_path / "alone" / "report.json").read_bytes()
+    for other, changes in [(ALONE.replace("bits: 2", "bits: 3"), None), (ALONE, {"seed": 1})]:
+        with pytest.raises(RecipeError, match="holds a run of a different recipe"):
+            runner.run(write(tmp_path, other), changes, folder=tmp_path)
+    assert (tmp_path / "alone" / "report.json").read_bytes() == kept
+    # The same recipe in other words is the same recipe.
+    words = "# a comment\n" + yaml.safe_dump(yaml.safe_load(ALONE))
+    assert runner.run(write(tmp_path, words), folder=tmp_path)["rows"]
+
+
+def test_the_recipe_is_kept_as_it_was_run(tmp_path):
+    text = "# mine\n" + ALONE
+    runner.run(write(tmp_path, text), folder=tmp_path)
+    assert (tmp_path / "alone" / "recipe.yaml").read_text() == text
+    changes = {"name": "other", "stages.1.bits": 1}
+    result = runner.run(write(tmp_path, text), changes, folder=tmp_path)
+    kept = yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())
+    assert kept == yaml.safe_load(ALONE) | {"name": "other"} | {"stages": kept["stages"]} and kept["stages"][1]["bits"] == 1
+    assert result["recipe"] == kept
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    path = write(tmp_path, ALONE)
+    with checkpoint.lock(tmp_path / "alone"), pytest.raises(ValueError, match="another run is working in this folder"):
+        runner.run(path, folder=tmp_path)
+
+
+def test_a_faulty_recipe_writes_nothing(tmp_path):
+    path = write(tmp_path, ALONE.replace("bits: 2", "bitz: 2"))
+    with pytest.raises(RecipeError, match="bitz"):
+        runner.run(path, folder=tmp_path)
+    assert not (tmp_path / "alone").exists()
+
+
+def test_seeds_give_other_runs_and_one_seed_the_same(tmp_path):
+    results = [
+        rows_of(runner.run(write(tmp_path, ALONE), {"name": name, "seed": seed}, folder=tmp_path))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert results[0] == results[1] != results[2]
+
+
+# going on
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, ALONE)
+    expected = runner.run(path, {"name": "whole"}, folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "cluster", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(path, folder=tmp_path)
+    assert not (tmp_path / "alone" / "report.json").exists()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", None)  # it would fail
+        got = runner.run(path, folder=tmp_path)
+    assert "going on after stage 1 of 2 (train)" in capsys.readouterr().out
+    assert rows_of(got) == rows_of(expected)
+    assert got["layers"] == expected["layers"]
+    facts = checkpoint.load(tmp_path / "alone" / "checkpoints" / "00-train")[1]
+    assert got["seconds"] > facts["seconds"] > got["rows"][0]["seconds"] > 0  # both sessions count
+
+
+def test_a_damaged_stage_is_run_again(tmp_path, caplog):
+    path = write(tmp_path, ALONE)
+    expected = runner.run(path, folder=tmp_path)
+    here = tmp_path / "alone"
+    (here / "done").unlink()
+    last = here / "checkpoints" / "01-share" / "00000000" / "student.safetensors"
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+    got = runner.run(path, folder=tmp_path)
+    assert "skipped a damaged checkpoint" in caplog.text and "student.safetensors" in caplog.text
+    assert rows_of(got) == rows_of(expected)
+    assert checkpoint.load(last.parents[1]) is not None
+
+
+# the teacher
+
+
+def test_a_teacher_of_a_checkpoint_is_examined_told_and_left_as_it_is(tmp_path, teacher_file):
+    result = runner.run(write(tmp_path, TAUGHT.replace("CHECKPOINT", str(teacher_file))), folder=tmp_path)
+    assert [row["stage"] for row in result["rows"]] == ["teacher", "distilled", "pruned", "recovered"]
+    assert result["rows"][0]["top1"] > 40
+
+
+def test_a_teacher_that_only_guesses_is_refused(tmp_path):
+    torch.manual_seed(0)
+    checkpoint.save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
+    path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(tmp_path / "x.safetensors")))
+    with pytest.raises(ValueError, match=r"the teacher has \d+\.\d\d % of the validation images right, and guessing 10.00 %"):
+        runner.run(path, folder=tmp_path)
+
+
+def test_a_stage_that_changes_the_teacher_stops_the_run(tmp_path, teacher_file, monkeypatch):
+    real = distill.fit
+
+    def meddling(run, *args):
+        numbers = real(run, *args)
+        with torch.no_grad():
+            run.teacher.network.fc1.bias[0] += 1e-6
+        return numbers
+
+    monkeypatch.setattr(distill, "fit", meddling)
+    with pytest.raises(RuntimeError, match="stage 'distill' changed the teacher's weights or statistics"):
+        runner.run(write(tmp_path, TAUGHT.replace("CHECKPOINT", str(teacher_file))), folder=tmp_path)
+
+
+def test_a_teacher_that_was_exchanged_meanwhile_is_refused(tmp_path, teacher_file, monkeypatch):
+    mine = tmp_path / "mine.safetensors"
+    state = checkpoint.load_file(teacher_file)
+    checkpoint.save_file(mine, state)
+    path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(mine)))
+    runner.run(path, folder=tmp_path)
+    (tmp_path / "taught" / "done").unlink()
+    state["fc1.bias"][0] += 1
+    checkpoint.save_file(mine, state)
+    with pytest.raises(ValueError, match="the teacher is not the one that this run began with"):
+        runner.run(path, folder=tmp_path)
+
+
+def test_several_teachers_are_each_taught_and_counted_together(tmp_path):
+    result = runner.run(write(tmp_path, """
+name: several
+data: {dataset: digits, subset: 60, validation: 60}
+teachers: [{model: lenet5, width: 2}, {model: lenet5, width: 3}]
+student: {model: lenet5, width: 2}
+stages:
+  - {stage: train, who: teacher, training: {epochs: 1, batch_size: 20}}
+  - {stage: distill, training: {epochs: 1, batch_size: 20}, losses: [{loss: kl}]}
+"""), folder=tmp_path)
+    row = result["rows"][0]
+    nets = [lenet5((1, 8, 8), 10, width=width) for width in (2, 3)]
+    assert (row["epochs"], row["steps"]) == (2, 6)
+    assert row["num_weights"] == sum(p.numel() for net in nets for p in net.parameters() if p.dim() > 1)
+    assert row["file_bytes"] == 4 * sum(p.numel() for net in nets for p in net.parameters())
+
+
+# the launch
+
+
+@pytest.mark.parametrize(
+    ("environment", "got", "more"),
+    [
+        ({}, 1, False),  # python -m trainer
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, 2, False),  # torchrun
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, 1, True),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "ACCELERATE_MIXED_PRECISION": "no"}, 2, False),  # accelerate --multi_gpu
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, False),  # accelerate, one process
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, 1, True),  # accelerate --cpu --num_processes 2
+        ({"MASTER_ADDR": "127.0.0.1"}, 1, False),  # some cluster's habit
+    ],
+)
+def test_a_launch_that_asked_for_more(monkeypatch, environment, got, more):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert runner._asked_for_more(got) is more
+
+
+def test_more_processes_than_started_is_an_error_that_names_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RecipeError, match="asked for more processes than the 1 it got; .*torchrun --nproc_per_node N"):
+        runner.run(write(tmp_path, ALONE), folder=tmp_path)
+    assert not (tmp_path / "alone").exists()
+
+
+# a packed file by itself
+
+
+def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
+    path = write(tmp_path, ALONE)
+    with pytest.raises(ValueError, match="nothing.tiny: cannot be read"):
+        runner.evaluate_file(tmp_path / "nothing.tiny", path)
+    from trainer import packed
+    from trainer.data import make_data
+    from trainer.recipe import read
+
+    data = make_data(read(path, {"data.size": 16})[0].data, torch.device("cpu"))
+    content = packed.encode(lenet5((1, 16, 16), 10), {"model": "lenet5"}, packed.facts(data))
+    (tmp_path / "other.tiny").write_bytes(content)
+    with pytest.raises(ValueError, match="other.tiny: was made for other images"):
+        runner.evaluate_file(tmp_path / "other.tiny", path)
+
+
+def test_the_accelerator_has_the_recipes_precision(tmp_path):
+    from trainer.recipe import read
+
+    assert isinstance(accelerator := runner.make_accelerator(read(write(tmp_path, ALONE))[0]), Accelerator)
+    assert accelerator.mixed_precision == "no" and accelerator.num_processes == 1

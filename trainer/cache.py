@@ -1,0 +1,541 @@
+"""The teacher runs once: what it says about (view, index) is kept, and used by every later epoch, stage, loss and run.
+
+A view is a number (see `views`), so an augmented image is known by its view and its sample's index, and the teacher's
+answer to it never changes. Raw logits are kept, which serve any loss at any temperature. They are filled in the first
+time that they are needed, hence never slower than a teacher asked each time.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from trainer import bind, files, teacher
+from trainer.context import Data, InMemory
+from trainer.data import Views
+from trainer.features import Seen
+from trainer.teacher import Teacher
+from trainer.views import Augment
+
+FORMAT = 1
+LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
+TOLERANCE = 1e-2  # between a kept and a live answer, relative to 1 + the greatest logit: devices round differently
+HALF_TOLERANCE = 5e-2  # the same where the teacher computes in half precision
+
+_PRIME = 2**31 - 1
+_BLOCK = 2**15  # 16-bit words summed at once: below 2^16 * 2^31 * 2^15, so that int64 does not overflow
+_CHUNK = 2**16  # records verified at once
+_GIB = 2**30
+
+logger = logging.getLogger(__name__)
+
+
+class CacheKeys(bind.Entry):
+    """The teacher's kept answers. where: in `memory`, or on `disk` for later runs too (the folder of TRAINER_DATA, views/).
+
+    type: `float16` halves the size; its error is measured and told. top: keep only so many of the highest logits and
+    the mass of the rest, for many classes. embeddings, maps: keep those too that the recipe's losses ask for; maps are
+    large, and stages whose losses want something that is not kept ask the teacher each time. limit_gib: the largest
+    size that is allowed (2 in memory, on disk whatever is free).
+    """
+
+    where: Literal["memory", "disk"] = "memory"
+    type: Literal["float32", "float16"] = "float32"
+    top: PositiveInt | None = None
+    embeddings: bool = False
+    maps: bool = False
+    limit_gib: PositiveFloat | None = None
+
+    def serve(self, asked: set[str]) -> bool:
+        """Whether answers kept so are all that losses need which ask for these of 'logits', 'embedding' and 'maps'."""
+        kept = {"logits": True, "embedding": self.embeddings, "maps": self.maps}
+        return bool(asked) and all(kept[kind] for kind in asked)
+
+
+class ViewCache:
+    """A teacher's answers to the views of a run's training images: [views, num_samples] records, empty at first.
+
+    A record is the logits [K], or of these the `top` highest with the log of the rest's mass (then spread evenly over
+    the rest), and where asked the embedding [D] and the maps of `layers`. Without augmentation there is one view.
+
+    folder: None keeps them in this process, on `device`. Otherwise they are in a file below it that any number of
+    processes and runs share at once, in a folder named after the fingerprint of everything that the answers depend
+    on: the teacher, the images, the augmentation, the layout. Each record has a checksum of its data and place, which
+    no half-written, damaged or empty record has: those are computed again (damaged ones are told of, once). The file's
+    space is taken at the start, so a disk that fills up later does no harm. Nothing is ever removed by the program.
+
+    On a CPU a record has the same bits whatever batch it was first seen in (`Teacher.see`). On a GPU kernels are
+    chosen by the batch's size too, and its last bits may differ.
+
+    Raises ValueError for endless views, too little room (naming sizes), a folder that cannot be written, or one whose
+    facts are not this run's.
+    """
+
+    def __init__(
+        self,
+        guide: Teacher,
+        data: Data,
+        keys: CacheKeys | None = None,
+        *,
+        layers: Sequence[str] = (),
+        device: torch.device | str = "cpu",
+        precision: str = "no",
+        folder: Path | None = None,
+    ) -> None:
+        keys = keys or CacheKeys()
+        augmented = data.augment != Augment()
+        if augmented and data.views is None:
+            raise ValueError("the teacher's answers to endless views cannot be kept: data needs views, their number")
+        self.teacher, self.data, self.keys = guide, data, keys
+        self.layers = list(layers) if keys.maps else []
+        self.embeddings = keys.embeddings
+        self.computed = 0  # images that the teacher was shown for the cache's sake, by this process
+        self.error: dict[str, float] = {}
+        self.told = ""
+        self._version = guide.version
+        self._device = torch.device(device)
+        self._tolerance = TOLERANCE if precision == "no" else HALF_TOLERANCE
+        self._num_views = data.views if augmented else 1
+        self._shapes = self._look(guide)
+        self.num_classes = self._shapes["logits"][0]
+        self._layout = self._lay_out()
+        self._sums: Tensor | None = None
+        self._told_of_damage = False
+        if folder is None:
+            self.path = None
+            self._fields = self._reserve()
+        else:
+            self.path = self._open(folder, precision)
+        self._known = torch.zeros(self._num_views, data.num_samples, dtype=torch.bool, device=self._device)
+        self._ids = data.train.ids.to(self._device)
+        self._view: int | None = None
+        self._table: dict[str, Tensor] = {}
+        self._missing = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all records when they are filled."""
+        per_record = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values())
+        return self._num_views * self.data.num_samples * (per_record + 4 * (self._sums is not None or self.path is not None))
+
+    def describe(self) -> str:
+        """What is kept, where, and how much of it is there, for the user."""
+        what = f"{self.num_classes} logits" if self.keys.top is None else f"the {self.keys.top} highest of {self.num_classes} logits"
+        what += " and embedding" * self.embeddings + f" and maps of {', '.join(self.layers)}" * bool(self.layers)
+        text = (f"{self._num_views} view{'s' * (self._num_views > 1)} x {self.data.num_samples:,} samples, {what} each, "
+                f"{self.keys.type}, {_size(self.num_bytes)}")
+        if self.keys.where == "memory":
+            return f"{text}, in memory"
+        filled = int((self._sums != 0).sum())
+        return f"{text}, in {self.path} ({filled:,} there already{self.told})"
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the cache: its settings, size, place, and what its records lose (see `measure`)."""
+        return {**self.keys.model_dump(), "views": self._num_views, "num_bytes": self.num_bytes, "error": self.error,
+                "folder": str(self.path) if self.keys.where == "disk" else None}
+
+    def keeps(self, layers: Sequence[str], embedding: bool) -> bool:
+        """Whether the cache can answer what is asked."""
+        return (not embedding or self.embeddings) and set(layers) <= set(self.layers)
+
+    def see(
+        self, images: Tensor, index: Tensor, view: int, layers: Sequence[str] = (), embedding: bool = False
+    ) -> Seen:
+        """What the teacher sees in images [N, C, H, W] in [0, 1]: those of `index` [N], of the training part, in `view`."""
+        assert self.teacher.version == self._version, "the teacher was trained on after its answers were kept"
+        if view != self._view:
+            self._turn_to(view)
+        if self._missing:
+            new = self._new(index)
+            if new is not None:
+                whole = len(new) == len(index)
+                seen = self.teacher.see(images if whole else images[new], self.layers, self.embeddings)
+                self.computed += len(new)
+                self._write(seen, index if whole else index[new])
+        return self._recall(index, layers, embedding)
+
+    def keep(self, seen: Seen, index: Tensor, view: int) -> None:
+        """Keeps what the teacher was asked for anyway, if it is all that a record holds."""
+        if (self.embeddings and seen.embedding is None) or not set(self.layers) <= set(seen.maps):
+            return
+        if view != self._view:
+            self._turn_to(view)
+        if self._missing:
+            new = self._new(index)
+            if new is not None:
+                maps = {name: map_[new] for name, map_ in seen.maps.items() if name in self.layers}
+                embedding = seen.embedding[new] if self.embeddings else None
+                self._write(Seen(seen.logits[new], embedding, maps), index[new])
+
+    @torch.no_grad()
+    def check(self, count: int = 8) -> int:
+        """Compares some of the kept records, taken at random, with the teacher's live answers; returns how many.
+
+        Raises ValueError, which says what to remove, where they differ by more than rounding: the network's code or
+        the images are then not what they were, whatever the fingerprint says.
+        """
+        if self.path is None:
+            return 0
+        random = np.random.default_rng()
+        for view in random.permutation(self._num_views).tolist():
+            known = self._verify(view, torch.arange(self.data.num_samples)).nonzero().flatten()
+            if len(known):
+                break
+        else:
+            return 0
+        index = known[torch.from_numpy(random.permutation(len(known))[:count])]
+        live = self.teacher.see(self._images(index, view), self.layers, self.embeddings)
+        kept = {name: field[view][index].to(self._device) for name, field in self._fields.items()}
+        for record, (difference, scale) in enumerate(zip(*self._differences(kept, live), strict=True)):
+            if not difference <= self._tolerance * (1 + scale):
+                raise ValueError(
+                    f"{self.path}: the answer kept for view {view}, sample {index[record].item()} differs from the teacher's own "
+                    f"by {difference:.3g} (logits up to {scale:.3g}): the network's code or the images have changed; "
+                    "remove that folder, and the answers are computed anew"
+                )
+        return len(index)
+
+    @torch.no_grad()
+    def measure(self, count: int = 256) -> dict[str, float]:
+        """What the records lose against full float32 logits, on some of the run's own images in view 0; these are kept.
+
+        kl_1, kl_4: mean KL(full || kept) at temperatures 1 and 4, in nats. agreement: percent with the same first
+        class. largest: greatest difference of a kept logit. Nothing is lost by float32 without `top`: then {}.
+        """
+        if self.keys.type == "float32" and self.keys.top is None:
+            return {}
+        index = self._ids[:count]
+        live = self.teacher.see(self._images(index, 0), self.layers, self.embeddings)
+        packed = self._pack(live)
+        full, kept = live.logits.double(), self._restore({n: packed[n] for n in self._logit_fields()}).double()
+
+        def divergence(temperature: float) -> float:
+            p, q = (full / temperature).log_softmax(1), (kept / temperature).log_softmax(1)
+            return max(0.0, (p.exp() * (p - q)).sum(1).mean().item())
+
+        differences, _ = self._differences(packed, live)
+        self.error = {
+            "kl_1": divergence(1.0), "kl_4": divergence(4.0), "largest": max(differences),
+            "agreement": (full.argmax(1) == kept.argmax(1)).double().mean().item() * 100,
+        }
+        self.keep(live, index, 0)
+        return self.error
+
+    # What a record is made of.
+
+    @torch.no_grad()
+    def _look(self, guide: Teacher) -> dict[str, tuple[int, ...]]:
+        seen = guide.see(torch.zeros(1, *self.data.shape, device=self._device), self.layers, self.embeddings)
+        shapes = {"logits": tuple(seen.logits.shape[1:])}
+        if self.embeddings:
+            shapes["embedding"] = tuple(seen.embedding.shape[1:])
+        return shapes | {f"map/{name}": tuple(seen.maps[name].shape[1:]) for name in self.layers}
+
+    def _lay_out(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        kind = getattr(torch, self.keys.type)
+        layout = {name: (shape, kind) for name, shape in self._shapes.items()}
+        if self.keys.top is not None:
+            if self.keys.top > self.num_classes - 2:
+                raise ValueError(f"top {self.keys.top} of {self.num_classes} classes saves nothing; leave top out")
+            del layout["logits"]
+            small = torch.int16 if self.num_classes <= 2**15 else torch.int32
+            layout |= {"values": ((self.keys.top,), kind), "classes": ((self.keys.top,), small), "rest": ((1,), torch.float32)}
+        return layout
+
+    def _logit_fields(self) -> list[str]:
+        return ["logits"] if self.keys.top is None else ["values", "classes", "rest"]
+
+    def _pack(self, seen: Seen) -> dict[str, Tensor]:
+        """What is written for a batch of answers: {field: [N, ...]}."""
+        found = {"logits": seen.logits, "embedding": seen.embedding} | {f"map/{n}": m for n, m in seen.maps.items()}
+        if self.keys.top is not None:
+            logits = found.pop("logits").float()
+            values, classes = logits.topk(self.keys.top, dim=1)
+            rest = logits.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True)
+            found |= {"values": values, "classes": classes, "rest": rest}
+        return {name: found[name].to(dtype) for name, (_, dtype) in self._layout.items()}
+
+    def _restore(self, kept: dict[str, Tensor]) -> Tensor:
+        """Logits [N, K] in float32 out of a record's fields."""
+        if self.keys.top is None:
+            return kept["logits"].float()
+        others = self.num_classes - self.keys.top
+        logits = (kept["rest"] - math.log(others)).repeat(1, self.num_classes)
+        return logits.scatter_(1, kept["classes"].long(), kept["values"].float())
+
+    def _differences(self, kept: dict[str, Tensor], live: Seen) -> tuple[list[float], list[float]]:
+        """Greatest difference of each kept record's logits (of the kept ones, where there is `top`), and their size."""
+        full = live.logits.float()
+        if self.keys.top is None:
+            difference = (kept["logits"].float() - full).abs().amax(1)
+        else:
+            classes = kept["classes"].long()
+            difference = (kept["values"].float() - full.gather(1, classes)).abs().amax(1)
+        return difference.tolist(), full.abs().amax(1).tolist()
+
+    def _images(self, index: Tensor, view: int) -> Tensor:
+        images = self.data.train.images
+        where = index.to(images.images.device) if isinstance(images, InMemory) else index.tolist()
+        stored = images.__getitems__(where)[0].to(self._device)
+        return Views(self.data).augmented(stored, index.to(self._device), view)
+
+    # Reading and writing.
+
+    def _turn_to(self, view: int) -> None:
+        """Opens a view: from now on its records are at hand on the device, those that others kept among them."""
+        assert 0 <= view < self._num_views, f"there is no view {view}"
+        self._view = view
+        if self._sums is not None:
+            unknown = (~self._known[view]).nonzero().flatten()
+            if len(unknown):
+                self._known[view, unknown] = self._verify(view, unknown.cpu()).to(self._device)
+        # The same memory where the records are on the device already.
+        self._table = {name: field[view].to(self._device) for name, field in self._fields.items()}
+        self._count_missing()
+
+    def _count_missing(self) -> None:
+        self._missing = len(self._ids) - int(self._known[self._view][self._ids].sum())
+
+    def _new(self, index: Tensor) -> Tensor | None:
+        """Positions within the batch of the records that nobody has kept yet; None where there are none."""
+        new = (~self._known[self._view][index]).nonzero().flatten()
+        if len(new) and self._sums is not None:
+            where = index[new]
+            valid = self._verify(self._view, where.cpu()).to(self._device)
+            found = where[valid]
+            if len(found):  # another process has kept them meanwhile
+                for name, table in self._table.items():
+                    if self._device.type != "cpu":
+                        table[found] = self._fields[name][self._view][found.cpu()].to(self._device)
+                self._mark(found)
+                new = new[~valid]
+        return new if len(new) else None
+
+    def _write(self, seen: Seen, index: Tensor) -> None:
+        packed = self._pack(seen)
+        for name, table in self._table.items():
+            table[index] = packed[name]
+        if self._sums is not None:
+            where = index.cpu()
+            host = {name: part.cpu() for name, part in packed.items()}
+            if self._device.type != "cpu":
+                for name, part in host.items():
+                    self._fields[name][self._view][where] = part
+            # The checksum comes last: only then does the record count.
+            self._sums[self._view][where] = self._checksums(self._view, where, host)
+        self._mark(index)
+
+    def _mark(self, index: Tensor) -> None:
+        self._known[self._view, index] = True
+        self._missing -= len(index)
+        if self._missing <= 0:
+            self._count_missing()
+
+    def _recall(self, index: Tensor, layers: Sequence[str], embedding: bool) -> Seen:
+        def of(name: str) -> Tensor:
+            return self._table[name].index_select(0, index)
+
+        logits = self._restore({name: of(name) for name in self._logit_fields()})
+        return Seen(logits, of("embedding").float() if embedding else None, {n: of(f"map/{n}").float() for n in layers})
+
+    # Checksums.
+
+    def _verify(self, view: int, index: Tensor) -> Tensor:
+        """Which of the records [N] in the file are whole."""
+        parts = [torch.empty(0, dtype=torch.bool)]
+        damaged = 0
+        for where in index.split(_CHUNK):
+            sums = self._sums[view][where]
+            written = sums != 0
+            valid = torch.zeros_like(written)
+            if written.any():
+                some = where[written]
+                right = self._checksums(view, some, {n: f[view][some] for n, f in self._fields.items()}) == sums[written]
+                valid[written] = right
+                damaged += int((~right).sum())
+            parts.append(valid)
+        if damaged and not self._told_of_damage:
+            self._told_of_damage = True
+            logger.warning("%s: %d damaged records in view %d; damaged records are computed again", self.path, damaged, view)
+        return torch.cat(parts)
+
+    def _checksums(self, view: int, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """int32 [N], never 0: a universal hash, modulo a prime, of the records' place and their 16-bit words."""
+        total = (view * self.data.num_samples + index) % _PRIME * self._multipliers[-1] % _PRIME
+        start = 0
+        for name in self._layout:
+            words = parts[name].reshape(len(index), -1).contiguous().view(torch.int16)
+            for block in words.split(_BLOCK, dim=1):
+                factors = self._multipliers[start : start + block.shape[1]]
+                total += ((block.long() & 0xFFFF) * factors).sum(1) % _PRIME
+                start += block.shape[1]
+        return (total % _PRIME + 1).int()
+
+    # The file.
+
+    def _reserve(self) -> dict[str, Tensor]:
+        _refuse_above(self.num_bytes, self.keys.limit_gib or LIMIT_GIB)
+        shape = (self._num_views, self.data.num_samples)
+        try:
+            return {n: torch.zeros(*shape, *size, dtype=kind, device=self._device) for n, (size, kind) in self._layout.items()}
+        except torch.OutOfMemoryError:
+            raise ValueError(f"{_size(self.num_bytes)} do not fit in the memory of {self._device}; {_SMALLER}") from None
+
+    def _facts(self, precision: str) -> dict[str, Any]:
+        """Everything that the answers depend on. What is the same by construction is left out: one view needs no seed."""
+        augmented = self.data.augment != Augment()
+        return {
+            "format": FORMAT,
+            "teacher": self.teacher.fingerprint(),
+            "model": [teacher.spec(keys) for keys in self.teacher.keys],
+            "precision": precision,
+            "dataset": self.data.name,
+            "images": self.data.fingerprint,
+            "num_samples": self.data.num_samples,
+            "shape": list(self.data.shape),
+            "augment": self.data.augment.model_dump() if augmented else None,
+            "seed": self.data.seed if augmented else None,
+            "views": self._num_views,
+            "record": {name: [list(shape), str(kind).removeprefix("torch.")] for name, (shape, kind) in self._layout.items()},
+        }
+
+    def _open(self, parent: Path, precision: str) -> Path:
+        """Maps the file of records, made first where there is none; returns its folder."""
+        facts = json.loads(json.dumps(self._facts(precision), default=str))  # as they are read back
+        folder = parent / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        regions, size = self._regions()
+        limit = self.keys.limit_gib or (LIMIT_GIB if self.keys.where == "memory" else None)
+        if limit is not None:
+            _refuse_above(size, limit)
+        path = folder / "records"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                if path.is_file():
+                    _same_facts(folder, facts)
+                if not path.is_file() or path.stat().st_size != size:
+                    if path.is_file():
+                        logger.warning("%s: is damaged (%d bytes where %d belong); it is made anew", path, path.stat().st_size, size)
+                    self.told = _others(parent, folder, facts)
+                    _make(path, size)
+                    files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
+                with open(path, "r+b") as file:
+                    mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise ValueError(
+                f"the teacher's answers cannot be kept in {folder}: {error.strerror or error}; "
+                "name another folder in the environment variable TRAINER_DATA, or keep them in memory (cache: memory)"
+            ) from None
+        content = torch.frombuffer(mapped, dtype=torch.uint8)
+        shape = (self._num_views, self.data.num_samples)
+        self._fields = {}
+        for name, (start, count, extent, kind) in regions.items():
+            self._fields[name] = content[start : start + count].view(kind).view(*shape, *extent)
+        self._sums = self._fields.pop("")
+        raw = np.random.PCG64(0x7EAC4E12).random_raw(sum(math.prod(s) * k.itemsize // 2 for s, k in self._layout.values()) + 1)
+        self._multipliers = torch.from_numpy((raw % (_PRIME - 1) + 1).astype(np.int64))
+        return folder
+
+    def _regions(self) -> tuple[dict[str, tuple[int, int, tuple[int, ...], torch.dtype]], int]:
+        """Where each field lies in the file: {name: (start, bytes, shape of one, type)}, the checksums under ''; and its size."""
+        regions, start = {}, 0
+        for name, (shape, kind) in {"": ((), torch.int32), **self._layout}.items():
+            count = self._num_views * self.data.num_samples * math.prod(shape) * kind.itemsize
+            regions[name] = (start, count, shape, kind)
+            start += count + -count % 64
+        return regions, start
+
+
+_SMALLER = "type float16, top, fewer views, no maps or where: disk make it smaller or move it; limit_gib allows more"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:,.2f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _refuse_above(num_bytes: int, limit_gib: float) -> None:
+    if num_bytes > limit_gib * _GIB:
+        raise ValueError(f"the teacher's answers take {_size(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}")
+
+
+def _make(path: Path, size: int) -> None:
+    """A file of zeros whose space is really taken. Raises ValueError naming sizes when there is no room."""
+    partial = path.with_suffix(".partial")  # the caller holds the lock: one left here is a killed process's
+    partial.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    full = ValueError(
+        f"the teacher's answers take {_size(size)}, and {path.parent} has {_size(free)} free; {_SMALLER}, and "
+        "the environment variable TRAINER_DATA names another folder"
+    )
+    if size > free:
+        raise full
+    try:
+        with open(partial, "wb") as file:
+            _take_space(file, size)
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise full from None
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _take_space(file, size: int) -> None:
+    # Writing through a map to space that was promised but is not there kills the process, without an error to catch.
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    zeros = bytes(2**20)
+    for start in range(0, size, len(zeros)):
+        file.write(zeros[: size - start])
+    file.flush()
+
+
+def _read_facts(folder: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _same_facts(folder: Path, facts: dict[str, Any]) -> None:
+    kept = _read_facts(folder)
+    if kept is None:
+        # Only a description: the folder's name already says that the facts are these.
+        files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
+    elif kept != facts:
+        wrong = sorted(key for key in facts.keys() | kept.keys() if facts.get(key) != kept.get(key))
+        raise ValueError(f"{folder}: its answers were kept for another {', '.join(wrong)}; remove that folder")
+
+
+def _others(parent: Path, folder: Path, facts: dict[str, Any]) -> str:
+    """Why the kept answers that are most like these were not taken; nothing where there are none of this dataset."""
+    nearest: tuple[int, str] | None = None
+    for other in sorted(parent.iterdir()):
+        kept = _read_facts(other) if other != folder else None
+        if kept is None or kept.get("dataset") != facts["dataset"]:
+            continue
+        differing = [key for key in facts if facts[key] != kept.get(key)]
+        if nearest is None or len(differing) < nearest[0]:
+            nearest = (len(differing), f"; those in {other.name} are of another {', '.join(differing)}")
+    return nearest[1] if nearest else ""
