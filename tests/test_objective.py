@@ -724,7 +724,7 @@ def test_of_several_teachers_the_first_shows_its_layers(batch):
 
 @pytest.mark.parametrize("loss", bind.names("loss"))
 def test_every_loss_through_the_objective(loss, batch):
-    """Alone it gives a finite loss, gradients to the student and none to the teacher, and its state survives a restart."""
+    """Alone: a finite loss, gradients to the student, none to the teacher; its state survives a restart."""
     assert set(wants(TermKeys(loss=loss))) <= VOCABULARY
     data = some_data()
     guide = teacher_of(lenet5(data.shape, K, width=6))

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import bind, channels, compress, packed, runner, scores, teacher
+from trainer import bind, channels, compress, measure, packed, runner, scores, teacher
 from trainer import fit as fitting
 from trainer.context import Run
 from trainer.data import DataKeys, make_data
@@ -46,6 +46,13 @@ def make_run(folder, spec=None, accelerator=None, **data):
         name="x", folder=Path(folder), seed=3, accelerator=accelerator or Accelerator(cpu=True), data=data, student=student,
         student_spec=spec, teacher=None, log=log, recipe_path=Path("x.yaml"), stage=1, stage_name="prune",
     )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Rows without accuracy and bytes, whose measuring takes longer than the training."""
+    monkeypatch.setattr(stage, "record", lambda run, label, seconds=0.0, **numbers: run.rows.append(
+        {"stage": label, **measure.counts(run.student), **numbers}))
 
 
 def weights(run):
@@ -86,7 +93,7 @@ def labels(run):
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, model, settings, together):
+def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, quick, model, settings, together):
     run = make_run(tmp_path, {"model": model} | ({"width": 4} if model == "lenet5" else {"hidden": 10}))
     before = weights(run)
     prune(run, sparsity=0.63, training=TRAINING, **settings)
@@ -99,7 +106,7 @@ def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, model, se
         assert len(run.layers[name]["thresholds"]) == (1 if together else place.parts)
 
 
-def test_rounds_prune_the_same_share_of_what_is_left(tmp_path):
+def test_rounds_prune_the_same_share_of_what_is_left(tmp_path, quick):
     run = make_run(tmp_path)
     numbers = prune(run, method="magnitude", sparsity=0.875, schedule="iterative", rounds=3, training=TRAINING)
     assert labels(run) == ["pruned 1/3", "recovered 1/3", "pruned 2/3", "recovered 2/3", "pruned", "recovered"]
@@ -112,9 +119,8 @@ def test_rewinding_takes_the_survivors_back_to_the_start_of_the_stage(tmp_path, 
     run = make_run(tmp_path)
     began = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}
     at = {}
-    told = stage.record
-    monkeypatch.setattr(stage, "record", lambda run, label, *rest, **more: (
-        at.update({label: {k: t.clone() for k, t in compress.dense_state(run.student).items()}}), told(run, label, *rest, **more)))
+    monkeypatch.setattr(stage, "record", lambda run, label, *rest, **more: at.update(
+        {label: {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}}))
     prune(run, method="magnitude", sparsity=0.8, schedule="iterative", rounds=2, rewind=True, training=TRAINING)
     for key, tensor in at["pruned"].items():
         assert torch.equal(tensor, torch.where(tensor == 0, tensor, began[key])), key
@@ -123,7 +129,7 @@ def test_rewinding_takes_the_survivors_back_to_the_start_of_the_stage(tmp_path, 
     assert not at["pruned"]["fc1.weight"].flatten()[chosen].any(), "what goes is decided by the trained weights"
 
 
-def test_movement_lets_weights_come_back_and_rate_prefers_full_columns(tmp_path):
+def test_movement_lets_weights_come_back(tmp_path, quick):
     run = make_run(tmp_path)
     start = weights(run)
     seen = []
@@ -145,17 +151,17 @@ def test_movement_lets_weights_come_back_and_rate_prefers_full_columns(tmp_path)
     assert any(not torch.equal(kept[name], largest[name]) for name in kept), "it is not magnitude's choice"
 
 
-def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path):
+def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path, quick):
     bits = {}
     for method in ("lamp", "rate"):
-        run = make_run(tmp_path, {"model": "lenet300", "hidden": [60, 30]})
+        run = make_run(tmp_path / method, {"model": "lenet300", "hidden": [60, 30]})
         prune(run, method=method, sparsity=0.9, schedule="cubic", every=1, training=Training(epochs=3, batch_size=20))
         bits[method] = sum(scores.position_bits(p.mask)[p.mask].sum().item() for p in compress.weights(run.student).values())
     assert bits["rate"] < 0.97 * bits["lamp"]
 
 
 @pytest.mark.parametrize("model", ["lenet300", "lstm"])
-def test_n_of_every_m(tmp_path, model):
+def test_n_of_every_m(tmp_path, quick, model):
     run = make_run(tmp_path, {"model": model} | ({"hidden": [24, 12]} if model == "lenet300" else {"hidden": 16}))
     before = weights(run)
     prune(run, method="n_m", pattern="1:4", training=TRAINING)
@@ -166,7 +172,7 @@ def test_n_of_every_m(tmp_path, model):
         assert torch.equal((groups != 0).float().argmax(-1), before[name].reshape(groups.shape).abs().argmax(-1))
 
 
-def test_n_of_every_m_in_a_convolution_counts_input_channels(tmp_path):
+def test_n_of_every_m_in_a_convolution_counts_input_channels(tmp_path, quick):
     run = make_run(tmp_path, {"model": "lenet5", "width": 6})
     prune(run, method="n_m", pattern="1:2", keep=["conv1"])
     weight = weights(run)["conv2"]
@@ -200,7 +206,7 @@ stages:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "movement"])
-def test_a_later_stage_starts_from_the_zeros_of_an_earlier_one(tmp_path, method):
+def test_a_later_stage_starts_from_the_zeros_of_an_earlier_one(tmp_path, quick, method):
     run = make_run(tmp_path)
     prune(run, method="magnitude", sparsity=0.5)
     dead = {name: weight == 0 for name, weight in weights(run).items()}
@@ -217,7 +223,7 @@ def test_a_later_stage_starts_from_the_zeros_of_an_earlier_one(tmp_path, method)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_later_stage_that_asks_for_fewer_zeros(tmp_path, scope):
+def test_a_later_stage_that_asks_for_fewer_zeros(tmp_path, quick, scope):
     run = make_run(tmp_path)
     prune(run, method="magnitude", sparsity=0.8)
     who = "layer 'conv1' has" if scope == "layer" else "the layers have"
@@ -301,7 +307,7 @@ def spoil(run, what):
     ],
 )
 @pytest.mark.parametrize("given", [{"sensitivity": 1.0}, {"method": "magnitude", "sparsity": 0.5}], ids=["std", "magnitude"])
-def test_layers_that_cannot_be_pruned(tmp_path, what, told, given):
+def test_layers_that_cannot_be_pruned(tmp_path, quick, what, told, given):
     run = make_run(tmp_path)
     spoil(run, what)
     with pytest.raises(ValueError, match=told):
@@ -315,7 +321,7 @@ def test_layers_that_cannot_be_pruned(tmp_path, what, told, given):
         assert zeros(run)["fc2"] > 0
 
 
-def test_a_constant_layer(tmp_path):
+def test_a_constant_layer(tmp_path, quick):
     run = make_run(tmp_path)
     spoil(run, "constant")
     with pytest.raises(ValueError, match="layer 'fc1': all weights left are 0.25, so their standard deviation parts none"):
@@ -324,15 +330,15 @@ def test_a_constant_layer(tmp_path):
     assert_exactly(run, 0.5)
 
 
-def test_a_layer_that_would_lose_all_its_weights(tmp_path):
+def test_a_layer_that_would_lose_all_its_weights(tmp_path, quick):
     run = make_run(tmp_path)
     with torch.no_grad():
         run.student.fc2.weight.mul_(1e-6)
     with pytest.raises(ValueError, match="layer 'fc2' would lose all its weights: ask for less, or name it in keep"):
-        prune(run, method="magnitude", sparsity=0.9, scope="global")
+        prune(run, method="magnitude", sparsity=0.5, scope="global")
 
 
-def test_keep(tmp_path):
+def test_keep(tmp_path, quick):
     run = make_run(tmp_path)
     prune(run, method="magnitude", sparsity=0.5, keep=["first", "last", "fc1"])
     found = zeros(run)
@@ -343,7 +349,7 @@ def test_keep(tmp_path):
         prune(run, method="magnitude", sparsity=0.5, keep=["conv1", "conv2", "fc1", "fc2", "fc3"])
 
 
-def test_pruning_after_sharing(tmp_path):
+def test_pruning_after_sharing(tmp_path, quick):
     run = make_run(tmp_path)
     place = compress.weights(run.student)["conv2"]
     compress.set_codebook(place, *compress.cluster(place, 4))
@@ -389,7 +395,7 @@ def test_channels_are_really_gone_and_the_file_still_loads(tmp_path, spec, sizes
     assert torch.equal(decoded(images), run.student.eval()(images))
 
 
-def test_channels_of_the_least_norm_go(tmp_path):
+def test_channels_of_the_least_norm_go(tmp_path, quick):
     run = make_run(tmp_path, {"model": "lenet300", "hidden": [12, 8]})
     with torch.no_grad():
         run.student.fc1.weight[[2, 7, 9]] *= 1e-3
@@ -400,7 +406,7 @@ def test_channels_of_the_least_norm_go(tmp_path):
     assert run.student.fc2.weight.shape == (4, 9)
 
 
-def test_channels_in_one_ranking_and_what_is_kept(tmp_path):
+def test_channels_in_one_ranking_and_what_is_kept(tmp_path, quick):
     run = make_run(tmp_path, {"model": "lenet300", "hidden": [30, 20]})
     with torch.no_grad():
         run.student.fc1.weight[:20] *= 1e-3
@@ -411,21 +417,21 @@ def test_channels_in_one_ranking_and_what_is_kept(tmp_path):
     assert channels.sizes(run.student)["fc1"][0] <= 12
     run = make_run(tmp_path, {"model": "lenet5", "width": 4})
     prune(run, method="channels", sparsity=0.5, keep=["first", "fc2"])
-    assert channels.sizes(run.student) == {"conv1": [4, 1], "conv2": [6, 4], "fc1": [40, 24], "fc2": [56, 40], "fc3": [10, 56]}
+    assert channels.sizes(run.student) == {"conv1": [4, 1], "conv2": [5, 4], "fc1": [40, 20], "fc2": [56, 40], "fc3": [10, 56]}
 
 
-def test_channels_that_hang_together_go_together(tmp_path):
+def test_channels_that_hang_together_go_together(tmp_path, quick):
     run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
     prune(run, method="channels", sparsity=0.5)
     sizes = channels.sizes(run.student)
-    assert sizes["conv1"] == [2, 1] and sizes["layer1.0.conv2"] == [2, 2] and sizes["layer3.0.shortcut.1" if False else "fc"] == [10, 4]
+    assert sizes["conv1"] == [2, 1] and sizes["layer1.0.conv2"] == [2, 2] and sizes["fc"] == [10, 4]
     run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
     uneven = dict.fromkeys(compress.weights(run.student), 0.25) | {"conv1": 0.5}
     with pytest.raises(ValueError, match="channels of conv1, layer1.0.conv2 hang together, so theirs must be one number"):
         prune(run, method="channels", sparsity=uneven)
 
 
-def test_channels_keep_the_zeros_of_an_earlier_stage_and_frozen_layers_frozen(tmp_path):
+def test_channels_keep_the_zeros_of_an_earlier_stage_and_frozen_layers_frozen(tmp_path, quick):
     run = make_run(tmp_path, {"model": "lenet300", "hidden": [24, 12]})
     run.student.fc3.weight.requires_grad_(False)
     prune(run, method="magnitude", sparsity=0.5, keep=["last"])
@@ -467,7 +473,7 @@ def test_a_removed_classifier_is_noticed():
     ("wanted", "told"),
     [
         ({"fc9": [1, 1]}, "no convolution, linear or normalization layer 'fc9'"),
-        ({"fc1": [90, 4]}, r"layer 'fc1': got \[90, 4\]; at most"),
+        ({"fc1": [190, 4]}, r"layer 'fc1': got \[190, 4\]; at most"),
         ({"fc1": [0, 4]}, "at most"),
         ({"fc1": [4]}, "at most"),
         ({"fc1": 4}, "at most"),
@@ -485,6 +491,7 @@ def test_resizing_every_kind_of_layer():
         nn.ConvTranspose2d(6, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv1d(8, 4, 1, bias=False),
         nn.LayerNorm(8), nn.Linear(8, 3),
     )
+    net.eval()
     plain = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     channels.resize(net, {"0": [5, 2], "1": [5], "2": [5, 5], "3": [2, 5], "4": [5], "5": [3, 5]})
     assert net[0].weight.shape == (2, 5, 3, 3) and net[2].weight.shape == (5, 1, 3, 3) and net[2].groups == 5
@@ -499,14 +506,14 @@ def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_t
     text = recipe(
         "{stage: prune, method: channels, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
         "{stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
-        "{stage: share, bits: 3}", "{stage: fold}" if False else "{stage: pack}",
+        "{stage: fold}", "{stage: share, bits: 3}", "{stage: pack}",
     )
     (tmp_path / "given.yaml").write_text(text)
     first = runner.run(tmp_path / "given.yaml", folder=tmp_path / "one")
     assert first["rows"][-1]["stage"] == "decoded"
     here = tmp_path / "one" / "pruned"
     (here / "done").unlink()
-    for later in ("02-prune", "03-share", "04-pack"):
+    for later in ("02-prune", "03-fold", "04-share", "05-pack"):
         (here / "checkpoints" / later).rename(tmp_path / later)
     again = runner.run(tmp_path / "given.yaml", folder=tmp_path / "one")
     assert [row["file_bytes"] for row in again["rows"]] == [row["file_bytes"] for row in first["rows"]]
@@ -526,7 +533,7 @@ def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_t
     ],
     ids=["movement", "rate", "rewind"],
 )
-def test_an_interrupted_stage_ends_at_the_same_bits(tmp_path, monkeypatch, given):
+def test_an_interrupted_stage_ends_at_the_same_bits(tmp_path, quick, monkeypatch, given):
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
     given = given | {"sparsity": 0.7, "training": Training(epochs=4, batch_size=20, ema=0.9)}
     whole = make_run(tmp_path / "whole")
@@ -574,6 +581,7 @@ def of_two(rank, port, folder):
     found = []
     for number, given in enumerate(TOGETHER):
         run = make_run(Path(folder) / str(number) / str(rank), accelerator=accelerator)
+        stage.record = lambda *_, **__: None
         if number == 2 and rank == 1:  # an unequal weight on a process that is not asked
             with torch.no_grad():
                 run.student.fc1.weight[0] *= 1.5
@@ -592,9 +600,13 @@ def test_two_processes_have_the_same_masks_and_weights(tmp_path):
     processes = [context.Process(target=of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    try:
+        for process in processes:
+            process.join(300)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for number, ((state, masks), (other_state, other_masks)) in enumerate(zip(one, other, strict=True)):
         assert all((mask is None) == (number == 3) for mask in masks.values())

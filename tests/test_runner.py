@@ -145,7 +145,7 @@ def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "alone" / "report.json").exists()
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", None)  # it would fail
+        patch.setattr(train, "fit", None)  # it would fail
         got = runner.run(path, folder=tmp_path)
     assert "going on after stage 1 of 2 (train)" in capsys.readouterr().out
     assert rows_of(got) == rows_of(expected)

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 1 for what went wrong in a run."""
+    """Runs one command; returns the exit status: 2 for a user's mistake, 1 for a run that went wrong."""
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(str(error))
         return 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (head, say). Python would complain once more when it closes it.
+        # Whoever read the output has seen enough (head, say). Python would complain again on closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that the signal SIGPIPE ends
     except Exception as error:

@@ -1,8 +1,8 @@
 """Opens shelf files by name and turns a signature into a checker: the one place that reaches up.
 
-The key names the shelf, the value names the file: `loss: kl` is `trainer/losses/kl.py`, which defines `kl`. Its
-keyword-only arguments are its recipe keys (type hints checked by pydantic); its positional arguments say, by name,
-what the program feeds it.
+The key names the shelf, the value names the file: `loss: kl` is `trainer/losses/kl.py`, which defines `kl`.
+Its keyword-only arguments are its recipe keys (type hints checked by pydantic); its positional arguments say,
+by name, what the program feeds it.
 """
 
 import difflib
@@ -28,7 +28,7 @@ def names(key: str) -> list[str]:
 
 
 def split(key: str, value: str) -> tuple[str, str | None]:
-    """File and remainder of a value: 'timm/resnet18' is file 'timm' with 'resnet18', 'lenet5' is file 'lenet5'."""
+    """File and remainder of a value: 'timm/resnet18' is 'timm' with 'resnet18', 'lenet5' is 'lenet5'."""
     if key == "model":
         if value.startswith("hf-hub:"):
             return "timm", value
@@ -39,7 +39,7 @@ def split(key: str, value: str) -> tuple[str, str | None]:
 
 
 def find(key: str, value: str) -> Callable:
-    """What the shelf file named by `value` defines. Raises ValueError, with the nearest name, when there is none."""
+    """What the shelf file named by `value` defines. ValueError, with the nearest name, when there is none."""
     file, _ = split(key, value)
     if file not in names(key):
         raise ValueError(f"there is no {key} {value!r}{nearest(file, names(key))}")
@@ -55,7 +55,7 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)', or, when nothing is near, '; there are: ...' with all names unless these are many."""
+    """' (did you mean ...?)', or, when nothing is near, '; there are: ...' with all names if not many."""
     known = list(known)
     near = closest(word, known)
     if near is not None:
@@ -108,7 +108,7 @@ def own_settings(checked: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
 
 
 class Entry(BaseModel):
-    """A mapping in a recipe. A key that is not a field is a fault; so are infinite numbers, and true for a number."""
+    """A mapping in a recipe. Keys that are no fields are faults, as are inf, nan, and true for a number."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -179,7 +179,7 @@ def _booleans(value: Any) -> list[tuple[tuple, bool]]:
 
 
 def from_shelf(key: str, base: type[BaseModel]) -> Any:
-    """The type of a recipe's mapping whose `key` names a shelf file: common keys from `base`, the rest from the file."""
+    """The type of a mapping whose `key` names a shelf file: keys from `base`, and those of the file."""
 
     def check(given: Any) -> Any:
         if isinstance(given, base):

@@ -77,8 +77,9 @@ class ViewCache:
     no half-written, damaged or empty record has: those are computed again (damaged ones are told of, once). The file's
     space is taken at the start, so a disk that fills up later does no harm. Nothing is ever removed by the program.
 
-    On a CPU a record has the same bits whatever batch it was first seen in (`Teacher.see`). On a GPU kernels are
-    chosen by the batch's size too, and its last bits may differ.
+    batch_size: the teacher is shown exactly so many images at a time, fewer being filled up (None: as they come). The
+    libraries choose how to sum by the batch's size, not by what else is in it: so a record has the same bits
+    whatever batch it was first seen in, and a run that was interrupted and has lost them ends in the same weights.
 
     Raises ValueError for endless views, too little room (naming sizes), a folder that cannot be written, or one whose
     facts are not this run's.
@@ -93,6 +94,7 @@ class ViewCache:
         layers: Sequence[str] = (),
         device: torch.device | str = "cpu",
         precision: str = "no",
+        batch_size: int | None = None,
         folder: Path | None = None,
     ) -> None:
         keys = keys or CacheKeys()
@@ -102,6 +104,7 @@ class ViewCache:
         self.teacher, self.data, self.keys = guide, data, keys
         self.layers = list(layers) if keys.maps else []
         self.embeddings = keys.embeddings
+        self._batch_size = batch_size
         self.computed = 0  # images that the teacher was shown for the cache's sake, by this process
         self.error: dict[str, float] = {}
         self.told = ""
@@ -162,7 +165,7 @@ class ViewCache:
             new = self._new(index)
             if new is not None:
                 whole = len(new) == len(index)
-                seen = self.teacher.see(images if whole else images[new], self.layers, self.embeddings)
+                seen = self._ask(images if whole else images[new])
                 self.computed += len(new)
                 self._write(seen, index if whole else index[new])
         return self._recall(index, layers, embedding)
@@ -197,7 +200,7 @@ class ViewCache:
         else:
             return 0
         index = known[torch.from_numpy(random.permutation(len(known))[:count])]
-        live = self.teacher.see(self._images(index, view), self.layers, self.embeddings)
+        live = self._ask(self._images(index, view))
         kept = {name: field[view][index].to(self._device) for name, field in self._fields.items()}
         for record, (difference, scale) in enumerate(zip(*self._differences(kept, live), strict=True)):
             if not difference <= self._tolerance * (1 + scale):
@@ -218,7 +221,7 @@ class ViewCache:
         if self.keys.type == "float32" and self.keys.top is None:
             return {}
         index = self._ids[:count]
-        live = self.teacher.see(self._images(index, 0), self.layers, self.embeddings)
+        live = self._ask(self._images(index, 0))
         packed = self._pack(live)
         full, kept = live.logits.double(), self._restore({n: packed[n] for n in self._logit_fields()}).double()
 
@@ -285,6 +288,24 @@ class ViewCache:
             classes = kept["classes"].long()
             difference = (kept["values"].float() - full.gather(1, classes)).abs().amax(1)
         return difference.tolist(), full.abs().amax(1).tolist()
+
+    def _ask(self, images: Tensor) -> Seen:
+        """What the teacher sees in any number of images, in batches of the one size."""
+        size = self._batch_size or len(images)
+        if len(images) == size:
+            return self.teacher.see(images, self.layers, self.embeddings)
+        missing = -len(images) % size
+        filled = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        parts = [self.teacher.see(batch, self.layers, self.embeddings) for batch in filled.split(size)]
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            return torch.cat(tensors)[: len(images)]
+
+        return Seen(
+            joined([part.logits for part in parts]),
+            joined([part.embedding for part in parts]) if self.embeddings else None,
+            {name: joined([part.maps[name] for part in parts]) for name in self.layers},
+        )
 
     def _images(self, index: Tensor, view: int) -> Tensor:
         images = self.data.train.images

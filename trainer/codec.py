@@ -2,13 +2,13 @@
 
     magic, version      3 bytes
     coded stream        header, layout, tensors: one arithmetic-coded stream, see trainer/entropy.py
-    literal bytes       low bits of long raw arrays, where nothing is to be gained; read from the end backwards
+    literal bytes       of long arrays of raw numbers, plain or deflated; read from the end backwards
     checksum            4 bytes, CRC-32 of all before it
 
-A tensor is written as numbers, or as a mask (where it is not zero) followed by the non-zero numbers, or by codes into a
-codebook, or by small integers that a step multiplies. Zero means the bit pattern of +0.0; a -0.0 is a number like any
-other, so add 0.0 to a masked tensor before packing it. Masks and codes are predicted bit by bit from what is already
-known of the tensor and of the one before it: see `_code_mask` and `_code_ranks`.
+A tensor is written as numbers, or as a mask (where it is not zero) followed by the non-zero numbers, or by
+codes into a codebook, or by small integers that a step multiplies. Zero means the bit pattern of +0.0; a -0.0
+is a number like any other, so add 0.0 to a masked tensor before packing it. Masks and codes are predicted bit
+by bit from what is already known of the tensor and of the one before it: see `_code_mask` and `_code_ranks`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from trainer.entropy import (
     LOWEST,
     ONE,
     UNIT,
+    Coder,
     Decoder,
     Encoder,
     Meter,
@@ -42,8 +43,7 @@ from trainer.entropy import (
 MAGIC = b"tS"
 VERSION = 1
 MAX_NUMEL = 1 << 28  # of all tensors of a file together: 1 GB of float32
-DTYPES = ("float32", "int64", "float16", "float64", "int32", "int16", "int8", "uint8", "bool", "uint16", "uint32",
-          "uint64")
+DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 MAX_CLUSTERS = 1 << 16
 _LONG, _LONGEST = 4096, 1 << 24  # bytes of a header that is deflated, and of the longest that is read
 _SHORT = 1024  # raw arrays up to this many numbers go into the coded stream, longer ones into literal planes
@@ -51,23 +51,24 @@ _SHORT = 1024  # raw arrays up to this many numbers go into the coded stream, lo
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
 LayoutSource = Layout | Callable[[dict], Layout] | None
 
-# Typical headers: what a header shares with them costs next to nothing. A change here is a new format version.
+# Typical headers: what a header shares with them costs next to nothing. Changing them makes a new version.
 _PRIMER = (
-    'layer4.1.bn2.running_mean\0running_var\0num_batches_tracked\0layer1.0.conv1.weight\0'
-    'block2.pointwise.weight\0depthwise.bias\0fc1.weight\0fc1.bias\0'
-    '{"net":{"model":"cifar_resnet","depth":20},"shape":[3,32,32],"mean":[0.4914,0.4822,0.4465],"std":[0.247,'
-    '0.2435,0.2616],"classes":["airplane","automobile","bird","cat","deer","dog","frog","horse","ship",'
-    '"truck"]}\0'
-    '{"net":{"model":"timm/resnet18"},"shape":[3,224,224],"mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225],'
-    '"classes":100}\0{"net":{"model":"lenet5","width":8},"shape":[1,28,28],"mean":[0.286041],"std":[0.353024],'
+    "layer4.1.bn2.running_mean\0running_var\0num_batches_tracked\0layer1.0.conv1.weight\0"
+    "block2.pointwise.weight\0depthwise.bias\0fc1.weight\0fc1.bias\0"
+    '{"net":{"model":"cifar_resnet","depth":20},"shape":[3,32,32],"mean":[0.4914,0.4822,0.4465],'
+    '"std":[0.247,0.2435,0.2616],"classes":["airplane","automobile","bird","cat","deer","dog","frog",'
+    '"horse","ship","truck"]}\0'
+    '{"net":{"model":"timm/resnet18"},"shape":[3,224,224],"mean":[0.485,0.456,0.406],"std":[0.229,0.224,'
+    '0.225],"classes":100}\0'
+    '{"net":{"model":"lenet5","width":8},"shape":[1,28,28],"mean":[0.286041],"std":[0.353024],'
     '"classes":["T-shirt/top","Trouser","Pullover","Dress","Coat","Sandal","Shirt","Sneaker","Bag",'
     '"Ankle boot"]}\0'
     '{"net":{"model":"lenet5_caffe"},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}\0'
-    '{"net":{"model":"lstm","hidden":128,"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],'
-    '"classes":10}\0'
+    '{"net":{"model":"lstm","hidden":128,"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],'
+    '"std":[0.308108],"classes":10}\0'
     '{"net":{"model":"lenet300"},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}\0'
-    '{"net":{"model":"separable","widths":[8,12,16,16],"strides":[2,1,2,1],"first_kernel":5,"batch_norm":false},'
-    '"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}'
+    '{"net":{"model":"separable","widths":[8,12,16,16],"strides":[2,1,2,1],"first_kernel":5,'
+    '"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}'
 )
 
 
@@ -75,11 +76,11 @@ _PRIMER = (
 class _Stream:
     """One direction of coding: the coder, what it has learned so far, and what each part took."""
 
-    coder: Encoder | Decoder | Meter
+    coder: Coder
     literal: bytearray  # an Encoder's: written so far, last first; a Decoder's: not yet read
     scalars: Scalars = field(init=False)
     text: Text = field(init=False)
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
     live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
     density: tuple[int, int] = (3, 10)  # non-zeros among positions of the last masked tensor
     ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last codes, by their depth
@@ -89,28 +90,27 @@ class _Stream:
         self.scalars.expect("exponent", 8, range(116, 128))  # 0.0005 .. 2
         self.text = Text(self.coder, _PRIMER)
 
-    def part(self, tensor: str, name: str, start: tuple[float, int], **more: Any) -> None:
-        """Notes what was coded since `start`, an earlier `here()`."""
-        bits, literal = self.here()
-        self.parts.append({"tensor": tensor, "part": name, "bits": bits - start[0],
-                           "literal": abs(literal - start[1]), **more})
-
     def here(self) -> tuple[float, int]:
         return self.coder.bits, len(self.literal)
 
-    def bytes(self, num_bytes: int, data: bytes = b"") -> bytes:
-        """Literal bytes."""
+    def part(self, tensor: str, name: str, start: tuple[float, int]) -> None:
+        """Notes what was coded since `start`, an earlier `here()`."""
+        bits, literal = self.here()
+        self.parts.append((tensor, name, bits - start[0], abs(literal - start[1])))
+
+    def literally(self, num_bytes: int, data: bytes = b"") -> bytes:
+        """Writes or reads literal bytes."""
         if self.coder.writes:
             self.literal[:0] = data
             return data
         if num_bytes > len(self.literal):
             raise ValueError("the literal bytes end too early")
-        data = bytes(self.literal[len(self.literal) - num_bytes:])
-        del self.literal[len(self.literal) - num_bytes:]
+        data = bytes(self.literal[len(self.literal) - num_bytes :])
+        del self.literal[len(self.literal) - num_bytes :]
         return data
 
 
-# ---- raw numbers -----------------------------------------------------------------------------------------------------
+# ---- raw numbers ----
 
 
 def _patterns(array: np.ndarray) -> np.ndarray:
@@ -125,8 +125,10 @@ def _code_numbers(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> np.
         return _code_planes(stream, patterns >> drop, 8 * dtype.itemsize - drop) << patterns.dtype.type(drop)
     if dtype.kind == "f":
         sign = 8 * dtype.itemsize - 1
-        values = [stream.scalars.bit("sign", value >> sign) << sign | _code_float(stream, value, dtype, drop)
-                  for value in patterns.tolist()]
+        values = [
+            stream.scalars.bit("sign", value >> sign) << sign | _code_float(stream, value, dtype, drop)
+            for value in patterns.tolist()
+        ]
     else:
         modulus = 1 << 8 * dtype.itemsize
         values = []
@@ -158,19 +160,26 @@ def _code_float(stream: _Stream, value: int, dtype: np.dtype, drop: int) -> int:
     exponent_bits = 8 * dtype.itemsize - 1 - fraction
     context = "exponent" if dtype.itemsize == 4 else ("exponent", dtype.itemsize)
     exponent = stream.scalars.tree(context, exponent_bits, value >> fraction & (1 << exponent_bits) - 1)
-    return exponent << fraction | stream.coder.uniform(fraction - drop, (value & (1 << fraction) - 1) >> drop) << drop
+    return (
+        exponent << fraction
+        | stream.coder.uniform(fraction - drop, (value & (1 << fraction) - 1) >> drop) << drop
+    )
 
 
 def _code_planes(stream: _Stream, patterns: np.ndarray, num_bits: int) -> np.ndarray:
     """Byte by byte of the numbers, each plane deflated where that is smaller."""
     out = np.zeros_like(patterns)
     for shift in range(0, num_bits, 8):
-        plane = (patterns >> patterns.dtype.type(shift)).astype(np.uint8).tobytes() if stream.coder.writes else b""
+        plane = (
+            (patterns >> patterns.dtype.type(shift)).astype(np.uint8).tobytes()
+            if stream.coder.writes
+            else b""
+        )
         packed = zlib.compress(plane, 9)
         if not stream.scalars.bit("deflated", int(len(packed) < len(plane))):
-            plane = stream.bytes(len(patterns), plane)
+            plane = stream.literally(len(patterns), plane)
         else:
-            packed = stream.bytes(stream.scalars.number("packed", len(packed), len(patterns)), packed)
+            packed = stream.literally(stream.scalars.number("packed", len(packed), len(patterns)), packed)
             plane = zlib.decompressobj().decompress(packed, len(patterns))
             if len(plane) != len(patterns):
                 raise ValueError("literal bytes are damaged")
@@ -178,12 +187,12 @@ def _code_planes(stream: _Stream, patterns: np.ndarray, num_bits: int) -> np.nda
     return out
 
 
-# ---- matrices: masks and codes ---------------------------------------------------------------------------------------
+# ---- matrices: masks and codes ----
 
 
 @dataclass
 class _Grid:
-    """A tensor as a matrix [rows, columns], whose columns fall into grids of `height` x `width` neighbours."""
+    """A tensor as a matrix [rows, columns]; its columns fall into grids of height x width neighbours."""
 
     rows: int
     columns: int
@@ -199,16 +208,16 @@ class _Grid:
     def waves(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The order of coding: (row numbers, column numbers) of positions that are coded together.
 
-        Wave t holds the positions with column + row = t: what lies left, above, or above and right in the grid, and
-        all rows above in the same column are known by then. Wide matrices are cut at grid borders into chunks of
-        columns that advance side by side, so that there are fewer and longer waves.
+        Wave t holds the positions with column + row = t: by then all is known that lies to the left in the
+        row, so above in the grid too, and in the rows above in the same column. Wide matrices are cut at grid
+        borders into chunks of columns that advance side by side, so that there are fewer and longer waves.
         """
         starts = self._chunks()
         longest = int(np.diff(starts).max())
         even = int(np.diff(starts).min()) == longest
         everything = np.arange(self.rows)
         for t in range(self.rows + longest - 1):
-            rows = everything[max(0, t - longest + 1): t + 1]
+            rows = everything[max(0, t - longest + 1) : t + 1]
             if len(starts) == 2:
                 yield rows, t - rows
                 continue
@@ -227,7 +236,7 @@ class _Grid:
         return np.arange(num + 1) * grids // num * (self.height * self.width)
 
     def neighbours(self, offsets: list[tuple[int, int]]) -> np.ndarray:
-        """[len(offsets), columns]: the column at (down, right) in the same grid, or `columns` where there is none."""
+        """[offset, column]: the column at (down, right) in the same grid, or `columns` where there is none."""
         column = np.arange(self.columns)
         y, x = column // self.width % self.height, column % self.width
         found = []
@@ -238,7 +247,7 @@ class _Grid:
 
 
 def _grid(shape: tuple[int, ...], live: np.ndarray | None) -> _Grid:
-    """The matrix of a tensor, by its shape and that of the weight tensor before it (live: a number for each row)."""
+    """The matrix of a tensor, by its shape and that of the weight tensor before it (live [its rows])."""
     numel = math.prod(shape)
     if len(shape) < 2:
         return _Grid(1, numel, column_live=live if live is not None and len(live) == numel else None)
@@ -251,14 +260,11 @@ def _grid(shape: tuple[int, ...], live: np.ndarray | None) -> _Grid:
     if len(shape) > 2:
         grid.height, grid.width = math.prod(shape[2:-1]), shape[-1]
         return grid
-    # a matrix whose columns are pixels: channels of the layer before it, or one or three of an image
-    if grid.column_live is not None:
-        sizes = [columns // len(live)]
-    else:
-        sizes = [columns // channels for channels in (1, 3) if columns % channels == 0 and columns // channels >= 64]
-    for size in sizes:
-        if math.isqrt(size) ** 2 == size:
-            grid.height = grid.width = math.isqrt(size)
+    # a matrix whose columns may be pixels: of channels of the layer before it, or of a grey or coloured image
+    for channels in (1, 3) if grid.column_live is None else (len(live),):
+        side = math.isqrt(columns // channels)
+        if channels * side * side == columns and (side >= 8 or grid.column_live is not None):
+            grid.height = grid.width = side
             break
     return grid
 
@@ -284,23 +290,32 @@ def _liveness(live: np.ndarray) -> np.ndarray:
 def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     """Where a matrix is not zero: [rows, columns] of 0 and 1.
 
-    Each position's odds are mixed from: the density so far; what the column, the row and the columns around it had
-    more than expected; the neighbours in the row's grid, one by one, as a pattern, and as a sum; the rows above; and
-    how many weights the unit has that feeds the column (or row) in the tensor before.
+    Each position's odds are mixed from: the density so far; what the column, the row and the columns around
+    it had more than expected; the neighbours in the row's grid, one by one, as a pattern, and as a sum; the
+    rows above; and how many weights the unit has that feeds the column (or row) in the tensor before.
     """
     rows, columns = grid.rows, grid.columns
     coder, stretch = stream.coder, stretch_table()
     spatial = not grid.flat
     weights = {"density": 1.0, "column": 0.6, "row": 0.5, "above": 0.3, "pattern": 0.6}
     if spatial:
-        weights |= {"left": 1.8, "up": 1.1, "up right": 0.9, "up left": -0.1, "left 2": 0.1, "up 2": 0.0,
-                    "around": 0.4, "corners": 0.1, "none": -0.7, "far": 0.2}
+        weights |= {
+            "left": 1.8,
+            "up": 1.1,
+            "up right": 0.9,
+            "up left": -0.1,
+            "left 2": 0.1,
+            "up 2": 0.0,
+            "around": 0.4,
+            "corners": 0.1,
+            "none": -0.7,
+            "far": 0.2,
+        }
     if grid.column_live is not None:
         weights["column live"] = 0.8
     if grid.row_live is not None:
         weights["row live"] = 0.8
-    names = list(weights)
-    at = {name: i for i, name in enumerate(names)}
+    row_of = {name: i for i, name in enumerate(weights)}
     mixer = Mixer(list(weights.values()), num_sets=3 if spatial else 1)
     column_live = None if grid.column_live is None else _liveness(grid.column_live)
     row_live = None if grid.row_live is None else _liveness(grid.row_live)
@@ -327,10 +342,12 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
         probability = squash(odds + by_column)
         column_ratio[c] = by_column
         column_probability[c] = probability
-        inputs = np.empty((len(names), len(r)))
+        inputs = np.empty((len(weights), len(r)))
         inputs[0] = odds
         inputs[1] = by_column
-        inputs[2] = _log_ratio(row_ones[r] * _COUNT >> coarse, row_expected[r] * _COUNT >> 16 + coarse, _COUNT)
+        inputs[2] = _log_ratio(
+            row_ones[r] * _COUNT >> coarse, row_expected[r] * _COUNT >> 16 + coarse, _COUNT
+        )
         here = (r + 2) * stride + c
         above = known[here - stride]
         inputs[3] = above * float(UNIT)
@@ -344,16 +361,19 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             inputs[12] = np.add.reduce(ratios[4:]) >> 2
             touching = np.add.reduce(neighbours[:4], dtype=np.int64)
             inputs[13] = (touching == 0) * float(UNIT)
-            inputs[14] = _log_ratio(np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
-                                    np.add.reduce(column_probability[near[6:, c]]) >> 12, _COUNT // 2)
+            inputs[14] = _log_ratio(
+                np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
+                np.add.reduce(column_probability[near[6:, c]]) >> 12,
+                _COUNT // 2,
+            )
             sets = np.minimum(touching, 2)
             pattern = powers @ neighbours[:6]
         else:
             pattern = above + 2 * known[here - 2 * stride]
         if column_live is not None:
-            inputs[at["column live"]] = column_live[c]
+            inputs[row_of["column live"]] = column_live[c]
         if row_live is not None:
-            inputs[at["row live"]] = row_live[r]
+            inputs[row_of["row live"]] = row_live[r]
         expected = mixer.predict(inputs, sets)
         correction = _log_ratio(pattern_found[pattern], pattern_expected[pattern] >> 16, 0)
         bits = coder.code(mixer.refine(4, correction), mask[r, c])
@@ -362,9 +382,9 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
         known[here] = bits
         column_ones[c] += bits
         add = np.bincount(r, bits).astype(np.int64)
-        row_ones[:len(add)] += add
+        row_ones[: len(add)] += add
         add = np.bincount(r, probability).astype(np.int64)
-        row_expected[:len(add)] += add
+        row_expected[: len(add)] += add
         pattern_found += np.bincount(pattern, bits, len(pattern_found)).astype(np.int64) * _COUNT
         pattern_expected += np.bincount(pattern, expected, len(pattern_found)).astype(np.int64) * _COUNT
         if int(pattern_expected.max()) >> 16 > 1 << 16:
@@ -378,13 +398,14 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     return mask
 
 
-def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Grid, highest: tuple[int, int]
-                ) -> np.ndarray:
-    """The non-zeros of a matrix as signed ranks: the smallest positive value is 1, the smallest negative -1, ...
+def _code_ranks(
+    stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Grid, highest: tuple[int, int]
+) -> np.ndarray:
+    """The non-zeros of a matrix as signed ranks: 1 is the smallest positive value, -1 the smallest negative.
 
-    highest: the highest rank of the negative and of the positive values. The sign is coded first, from the signed
-    neighbours and the balance of the row and column; then the rank, highest bit first, from how often each value
-    came before, the neighbours' ranks, and the mean of the row and column.
+    highest: the highest rank of the negative and of the positive values. The sign is coded first, from the
+    signed neighbours and the balance of the row and column; then the rank, highest bit first, from how often
+    each value came before, the neighbours' ranks, and the mean of the row and column.
     """
     coder = stream.coder
     rows, columns = mask.shape
@@ -397,18 +418,18 @@ def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Gri
     size_mixers = [Mixer(sizes) for _ in range(depth)]
     near = grid.neighbours(_NEAR + _FAR[:4])
     stride = columns + 1
-    size, sign = np.zeros((rows + 2) * stride, np.int64), np.zeros((rows + 2) * stride, np.int64)  # 1 .. 255; -1, 0, 1
+    size = np.zeros((rows + 2) * stride, np.int64)  # 1 .. 255, of zeros 0
+    sign = np.zeros((rows + 2) * stride, np.int64)
     out = np.zeros((rows, columns), np.int64)
     padded = np.concatenate([mask, np.zeros((rows, 1), mask.dtype)], 1)
     crowd = padded[:, grid.neighbours(_AROUND)].sum(1, dtype=np.int64) if spatial else None
     row_live = _liveness(mask.sum(1, dtype=np.int64)) >> 1
 
-    balance = np.full((1, 2), _COUNT)
-    row_signs, column_signs = np.full((rows, 2), 3 * _COUNT), np.full((columns, 2), 3 * _COUNT)
-    pattern_signs = np.full((81, 2), 2 * _COUNT)
-    powers = np.array([1, 3, 9, 27])
-    shared = _faded(stream.ranks.get(depth, np.full((2 * full, 2), _COUNT)), 24 * _COUNT)
-    nodes = np.full((2 * 2 * full, 2), _COUNT)  # negative values first
+    balance = _counts(1, 1)
+    row_signs, column_signs, pattern_signs = _counts(rows, 3), _counts(columns, 3), _counts(81, 2)
+    powers = np.array([1, 3, 9, 27], np.int64)
+    shared = _faded(stream.ranks.get(depth, _counts(2 * full, 1)), 24 * _COUNT)
+    nodes = _counts(2 * 2 * full, 1)  # those of the negative values first
     row_sizes, column_sizes = np.zeros((rows, 2), np.int64), np.zeros((columns, 2), np.int64)  # sum, number
     total, number = 4 * 128, 4
     signed = min(highest) > 0
@@ -496,6 +517,10 @@ def _code_ranks(stream: _Stream, ranks: np.ndarray, mask: np.ndarray, grid: _Gri
     return out
 
 
+def _counts(num: int, start: int) -> np.ndarray:
+    return np.full((num, 2), start * _COUNT, np.int64)
+
+
 def _odds(counts: np.ndarray) -> np.ndarray:
     """log2 odds of the second of two counts [..., 2]."""
     logs = log2_table().take(counts, mode="clip")
@@ -508,9 +533,9 @@ def _faded(counts: np.ndarray, limit: int) -> np.ndarray:
     return np.maximum(np.where(total > limit, counts * limit // np.maximum(total, 1), counts), _COUNT // 8)
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
+# ---- tensors ----
 
-_ZEROS = ("none", "some", "all")
+_NONE, _SOME, _ALL = range(3)  # zeros of a tensor
 _RAW, _CODEBOOK, _STEPS = range(3)
 
 
@@ -523,49 +548,43 @@ def _code_tensor(stream: _Stream, name: str, array: np.ndarray, step: float | No
         return array.copy()
     present = patterns != 0
     context = (dtype.kind, array.ndim > 1)
-    count = int(present.sum())
-    form, zeros, drop = _RAW, int(count < numel) + int(count == 0), 0
-    if stream.coder.writes:
-        form, masked = _choose(array, patterns, present, step)
-        zeros = zeros if masked or zeros == 2 else 0
+    form, zeros = _choose(array, patterns, present, step) if stream.coder.writes else (_RAW, _NONE)
     form = scalars.tree(("form", *context), 2, form)
     zeros = scalars.tree(("zeros", *context), 2, zeros)
-    if form > _STEPS or zeros > 2 or form and dtype.kind != "f":
+    if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
         raise ValueError("the coded stream is damaged: unknown form of a tensor")
     grid = _grid(array.shape, stream.live)
     matrix = (grid.rows, grid.columns)
-    mask = np.full(matrix, zeros == 0, np.uint8)
+    mask = np.full(matrix, zeros == _NONE, np.uint8)
     stream.part(name, "form", start)
-    if zeros == 1:
+    if zeros == _SOME:
         start = stream.here()
         mask = _code_mask(stream, present.reshape(matrix), grid)
         stream.part(name, "mask", start)
     chosen = mask.reshape(-1) > 0
-    values = np.zeros(int(chosen.sum()), patterns.dtype)
-    clusters = 0
+    values = patterns[chosen]
+    start = stream.here()
     if form == _RAW:
-        start = stream.here()
-        values = _code_numbers(stream, patterns[chosen] if stream.coder.writes else values, dtype)
+        values = _code_numbers(stream, values, dtype)
     else:
-        start = stream.here()
         if form == _CODEBOOK:
-            codebook, highest = _code_codebook(stream, np.unique(patterns[chosen]), dtype)
+            codebook, highest = _code_codebook(stream, np.unique(values), dtype)
         else:
             codebook, highest = _code_steps(stream, array, step)
         stream.part(name, "codebook", start)
         start = stream.here()
-        clusters = sum(highest)
-        ranks = np.zeros(matrix, np.int64)
-        if stream.coder.writes:
-            order = np.argsort(codebook, kind="stable")
-            found = order[np.searchsorted(codebook, patterns[chosen], sorter=order)] - highest[0]
-            ranks.reshape(-1)[chosen] = found + (found >= 0)
-        if clusters > 1:
-            ranks = _code_ranks(stream, ranks, mask, grid, highest)
-            found = ranks.reshape(-1)[chosen]
-            values = codebook[found + highest[0] - (found > 0)]
-        elif clusters:
+        if len(codebook) == 1:
             values = np.repeat(codebook, len(values))
+        elif len(codebook):
+            ranks = np.zeros(matrix, np.int64)
+            if stream.coder.writes:
+                order = np.argsort(codebook, kind="stable")
+                place = order[np.searchsorted(codebook, values, sorter=order)] - highest[0]
+                ranks.reshape(-1)[chosen] = place + (place >= 0)
+            ranks = _code_ranks(stream, ranks, mask, grid, highest).reshape(-1)[chosen]
+            values = codebook[ranks + highest[0] - (ranks > 0)]
+        elif len(values):
+            raise ValueError("the coded stream is damaged: an empty codebook")
     stream.part(name, "values", start)
     out = np.zeros(numel, patterns.dtype)
     out[chosen] = values
@@ -574,24 +593,26 @@ def _code_tensor(stream: _Stream, name: str, array: np.ndarray, step: float | No
     return out.view(dtype).reshape(array.shape)
 
 
-def _choose(array: np.ndarray, patterns: np.ndarray, present: np.ndarray, step: float | None) -> tuple[int, bool]:
-    """The form that takes the fewest bytes, and whether a mask helps, by the entropy of each."""
+def _choose(
+    array: np.ndarray, patterns: np.ndarray, present: np.ndarray, step: float | None
+) -> tuple[int, int]:
+    """The form of the fewest bytes, judged by entropy, and what is told of the zeros."""
     numel, count = len(patterns), int(present.sum())
     mask_bits = _entropy_bits(np.array([count, numel - count]))
-    if array.dtype.kind != "f":
-        return _RAW, count == 0
-    if step is not None:
-        return _STEPS, count < numel
     if count == 0:
-        return _RAW, True
+        return _RAW, _ALL
+    if array.dtype.kind != "f":
+        return _RAW, _NONE
+    if step is not None:
+        return _STEPS, _SOME if count < numel else _NONE
     union = int(np.bitwise_or.reduce(patterns)) | 1 << _fraction_bits(array.dtype)
     number_bits = _fraction_bits(array.dtype) + 4 - (union & -union).bit_length()
-    sizes = {(_RAW, True): mask_bits + count * number_bits, (_RAW, False): numel * number_bits}
+    zeros = _SOME if count < numel else _NONE
+    sizes = {(_RAW, _NONE): numel * number_bits, (_RAW, zeros): mask_bits + count * number_bits}
     values, counts = np.unique(patterns[present], return_counts=True)
     if len(values) <= MAX_CLUSTERS:
-        sizes[_CODEBOOK, True] = mask_bits + _entropy_bits(counts) + len(values) * (number_bits + 2)
-    form, masked = min(sizes, key=sizes.get)
-    return form, masked and count < numel
+        sizes[_CODEBOOK, zeros] = mask_bits + _entropy_bits(counts) + len(values) * (number_bits + 2)
+    return min(sizes, key=sizes.get)
 
 
 def _entropy_bits(counts: np.ndarray) -> float:
@@ -599,8 +620,10 @@ def _entropy_bits(counts: np.ndarray) -> float:
     return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
-def _code_codebook(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, tuple[int, int]]:
-    """Distinct values; negative ones first, the largest in magnitude at both ends; how many of either sign."""
+def _code_codebook(
+    stream: _Stream, patterns: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Distinct values, negative ones first, the largest in magnitude at both ends; how many of each sign."""
     sign = 8 * dtype.itemsize - 1
     drop = _code_drop(stream, patterns, dtype)
     halves = []
@@ -632,17 +655,18 @@ def _code_steps(stream: _Stream, array: np.ndarray, step: float | None) -> tuple
     drop = _code_drop(stream, np.array([pattern], np.uint32), np.dtype(np.float32))
     scale = np.uint32(_code_float(stream, pattern, np.dtype(np.float32), drop)).view(np.float32)
     integers = np.rint(array.astype(np.float64) / np.float64(scale)) if stream.coder.writes else np.zeros(1)
-    highest = tuple(stream.scalars.number("highest", int(max(0, (sign * integers).max())), MAX_CLUSTERS // 2 + 1)
-                    for sign in (-1, 1))
-    integers = np.concatenate([np.arange(-highest[0], 0), np.arange(1, highest[1] + 1)])
-    return _patterns(scale * integers.astype(np.float32)), highest
+    most = [int(max(0, (sign * integers).max())) for sign in (-1, 1)]
+    negative, positive = (stream.scalars.number("highest", high, MAX_CLUSTERS // 2 + 1) for high in most)
+    integers = np.concatenate([np.arange(-negative, 0), np.arange(1, positive + 1)])
+    with np.errstate(all="ignore"):  # a damaged step may overflow
+        return _patterns(scale * integers.astype(np.float32)), (negative, positive)
 
 
 def unit_order(weight: np.ndarray) -> np.ndarray:
     """An order of a layer's units that makes it pack smaller: each is followed by the one most like it.
 
-    weight: [units, ...]. Where nothing depends on the order (hidden units, channels), rows weight[order], the bias in
-    that order and the next layer's columns in that order make the same network in fewer bytes.
+    weight: [units, ...]. Where nothing depends on the order (hidden units, channels), the rows of the weight,
+    the bias and the next layer's columns, all in this order, make the same network in fewer bytes.
     """
     rows = weight.reshape(len(weight), math.prod(weight.shape[1:]))
     signs = np.sign(np.nan_to_num(rows)).astype(np.float64)
@@ -657,13 +681,15 @@ def unit_order(weight: np.ndarray) -> np.ndarray:
     return np.array(order, np.int64)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def _normal(layout: Layout) -> dict[str, tuple[tuple[int, ...], str]]:
     """A layout with plain tuples and dtype names. ValueError where it asks for too much."""
-    layout = {str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
-              for name, (shape, dtype) in layout.items()}
+    layout = {
+        str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
+        for name, (shape, dtype) in layout.items()
+    }
     for name, (_, dtype) in layout.items():
         if dtype not in DTYPES:
             raise ValueError(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
@@ -695,8 +721,13 @@ def _code_layout(stream: _Stream, layout: Layout | None, stored: bool) -> Layout
         name = stream.text.code(name)
         dtype = DTYPES[scalars.number("dtype", DTYPES.index(dtype), len(DTYPES))]
         dims = scalars.number("dims", len(shape), 65)
-        found[name] = (tuple(scalars.number(("size", dims), shape[j] if stream.coder.writes else 0, MAX_NUMEL + 1)
-                             for j in range(dims)), dtype)
+        found[name] = (
+            tuple(
+                scalars.number(("size", dims), shape[j] if stream.coder.writes else 0, MAX_NUMEL + 1)
+                for j in range(dims)
+            ),
+            dtype,
+        )
     return _normal(found)
 
 
@@ -711,18 +742,22 @@ def _code_header(stream: _Stream, header: dict) -> dict:
     # a long one (thousands of class names) is deflated: the text model takes 50 us for a byte
     if stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
         packed = zlib.compress(packed, 9)
-        packed = stream.bytes(stream.scalars.number("header", len(packed), _LONGEST), packed)
+        packed = stream.literally(stream.scalars.number("header", len(packed), _LONGEST), packed)
         text = zlib.decompressobj().decompress(packed, _LONGEST).decode()
     else:
         text = stream.text.code(text)
     return json.loads(text)
 
 
-def encode(header: dict, tensors: Mapping[str, np.ndarray], steps: Mapping[str, float] = {},
-           layout: Layout | None = None) -> bytes:
-    """Packs a header (a dict that JSON can hold; tuples become lists) and arrays, which come back bit for bit.
+def encode(
+    header: dict,
+    tensors: Mapping[str, np.ndarray],
+    steps: Mapping[str, float] = {},
+    layout: Layout | None = None,
+) -> bytes:
+    """Packs a header (a dict that JSON can hold; tuples become lists) and arrays, which return bit for bit.
 
-    steps: of a float32 tensor that equals float32(step) times integers below 2^15, that step: then it is written so.
+    steps: of a float32 tensor that equals float32(step) times integers up to 2^15, that step.
     layout: name -> (shape, dtype), in the order of the tensors, where the reader will know it too (from the
     architecture that the header names): then neither names nor shapes are written.
     ValueError where a tensor is of an unknown dtype, or not what steps or layout say of it.
@@ -748,16 +783,22 @@ def encode(header: dict, tensors: Mapping[str, np.ndarray], steps: Mapping[str, 
 def _check_step(name: str, array: np.ndarray, step: float) -> None:
     scale = np.float32(step)
     if array.dtype != np.float32 or not np.isfinite(scale) or scale <= 0:
-        raise ValueError(f"steps: tensor {name} is {array.dtype} with step {step}; it is float32, the step positive")
+        raise ValueError(
+            f"steps: tensor {name} is {array.dtype} with step {step}; it is float32, the step positive"
+        )
     if not np.isfinite(array).all():
         raise ValueError(f"steps: tensor {name} holds values that are not finite")
     integers = np.rint(array.astype(np.float64) / np.float64(scale))
     if np.abs(integers).max(initial=0) > MAX_CLUSTERS // 2:
-        raise ValueError(f"steps: tensor {name} reaches {np.abs(integers).max():.0f} steps of {step}; "
-                         f"at most {MAX_CLUSTERS // 2} are allowed")
+        raise ValueError(
+            f"steps: tensor {name} reaches {np.abs(integers).max():.0f} steps of {step}; "
+            f"at most {MAX_CLUSTERS // 2} are allowed"
+        )
     exact = scale * integers.astype(np.float32) + np.float32(0)
     if not np.array_equal(_patterns(exact), _patterns(array)):
-        raise ValueError(f"steps: tensor {name} is not float32({step}) times integers (-0.0 does not count as 0)")
+        raise ValueError(
+            f"steps: tensor {name} is not float32({step}) times integers (-0.0 does not count as 0)"
+        )
 
 
 def _checksum(body: bytes) -> bytes:
@@ -785,8 +826,9 @@ def read_header(data: bytes, name: str = "file") -> dict:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _decode(data: bytes, name: str, layout: LayoutSource, measure: bool = False
-            ) -> tuple[dict, dict[str, np.ndarray], _Stream]:
+def _decode(
+    data: bytes, name: str, layout: LayoutSource, measure: bool = False
+) -> tuple[dict, dict[str, np.ndarray], _Stream]:
     stream, decoder = _open(data, name, measure)
     try:
         header = _code_header(stream, {})
@@ -795,15 +837,19 @@ def _decode(data: bytes, name: str, layout: LayoutSource, measure: bool = False
         known = layout(header) if callable(layout) else layout
         found = _code_layout(stream, None if known is None else _normal(known), False)
         stream.part("", "layout", start)
-        tensors = {tensor: _code_tensor(stream, tensor, np.zeros(shape, dtype))
-                   for tensor, (shape, dtype) in found.items()}
+        tensors = {
+            tensor: _code_tensor(stream, tensor, np.zeros(shape, dtype))
+            for tensor, (shape, dtype) in found.items()
+        }
         decoder.check_end(len(stream.literal))
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{name}: {error}") from error
     return header, tensors, stream
 
 
-def decode(data: bytes, name: str = "file", layout: LayoutSource = None) -> tuple[dict, dict[str, np.ndarray]]:
+def decode(
+    data: bytes, name: str = "file", layout: LayoutSource = None
+) -> tuple[dict, dict[str, np.ndarray]]:
     """The header and the tensors that `encode` was given, bit for bit.
 
     layout: needed where the file was written with one; a callable is given the header and returns the layout.
@@ -816,18 +862,20 @@ def decode(data: bytes, name: str = "file", layout: LayoutSource = None) -> tupl
 def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> list[dict[str, Any]]:
     """Where each byte goes: rows {"tensor", "part", "bytes"} whose bytes sum to exactly len(data).
 
-    part: frame (magic, version, checksum), header, layout; of each tensor form, mask, codebook, values. Parts share one
-    coded stream, so their bytes are fractions, by ideal code length.
-    The "values" row of a weight tensor (floating point, two dimensions or more) also tells: numel, nonzero, clusters,
-    and what its mask and codes would take otherwise: iid_bytes (entropy of the mask plus that of the values),
-    huffman_bytes (Huffman-coded relative indexes of 5 bits for matrices and 8 for convolutions, with fillers, and
-    Huffman-coded codes, without the tables; Han et al. 2016), zlib_bytes (the array of codes, deflated).
+    part: frame (magic, version, checksum), header, layout; of each tensor form, mask, codebook, values. Parts
+    share one coded stream, so their bytes are fractions, by ideal code length.
+    The "values" row of a weight tensor (floating point, two dimensions or more) also tells: numel, nonzero,
+    clusters, and what its mask and codes would take otherwise: iid_bytes (entropy of the mask plus that of
+    the values), huffman_bytes (Huffman-coded relative indexes of 5 bits for matrices and 8 for convolutions,
+    with fillers, and Huffman-coded codes, without tables; Han et al. 2016), zlib_bytes (the codes, deflated).
     """
     _, tensors, stream = _decode(data, name, layout, measure=True)
-    rows = [{"tensor": "", "part": "frame", "bytes": 7.0}]
-    rows += [{"tensor": part["tensor"], "part": part["part"], "bytes": float(part["literal"])} for part in stream.parts]
+    rows: list[dict[str, Any]] = [{"tensor": "", "part": "frame", "bytes": 7.0}]
+    rows += [
+        {"tensor": tensor, "part": part, "bytes": float(literal)} for tensor, part, _, literal in stream.parts
+    ]
     coded = len(data) - sum(row["bytes"] for row in rows)
-    bits = np.cumsum([0.0, *(part["bits"] for part in stream.parts)])
+    bits = np.cumsum([0.0, *(bits for _, _, bits, _ in stream.parts)])
     # multiples of 1/1024: their sum is exact
     edges = np.rint(bits / bits[-1] * coded * 1024) / 1024
     for row, share in zip(rows[1:], np.diff(edges).tolist()):
@@ -853,9 +901,14 @@ def _others(tensor: np.ndarray) -> dict[str, Any]:
     code_counts = np.append(counts, fillers.sum())
     iid = _entropy_bits(np.array([len(nonzero), len(patterns) - len(nonzero)])) + _entropy_bits(counts)
     width = np.uint8 if len(values) < 256 else np.uint16 if len(values) < 65536 else np.uint32
-    return {"numel": len(patterns), "nonzero": len(nonzero), "clusters": int((counts > 0).sum()),
-            "iid_bytes": iid / 8, "huffman_bytes": (_huffman_bits(gap_counts) + _huffman_bits(code_counts)) / 8,
-            "zlib_bytes": len(zlib.compress(codes.astype(width).tobytes(), 9))}
+    return {
+        "numel": len(patterns),
+        "nonzero": len(nonzero),
+        "clusters": int((counts > 0).sum()),
+        "iid_bytes": iid / 8,
+        "huffman_bytes": (_huffman_bits(gap_counts) + _huffman_bits(code_counts)) / 8,
+        "zlib_bytes": len(zlib.compress(codes.astype(width).tobytes(), 9)),
+    }
 
 
 def _huffman_bits(counts: np.ndarray) -> int:

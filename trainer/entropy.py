@@ -1,11 +1,11 @@
 """Arithmetic coding with integer probabilities, and the adaptive predictors that feed it.
 
-Everything that decides a probability is integer arithmetic, so that a stream written on one machine decodes on any
-other: the tables are computed exactly, and where a matrix product runs in float64 all its terms and sums are integers
-below 2^53, which float64 holds exactly in any order of summation.
+Everything that decides a probability is integer arithmetic, so that a stream written on one machine decodes
+on any other: the tables are computed exactly, and where a matrix product runs in float64 all its terms and
+sums are integers below 2^53, which float64 holds exactly in any order of summation.
 
-An Encoder and a Decoder answer the same calls. A call hands over bits to an Encoder and gets them back; a Decoder
-ignores what it is handed and returns what it reads. So every model is written once and runs in both directions.
+An Encoder and a Decoder answer the same calls. A call hands over bits to an Encoder and gets them back; a
+Decoder ignores what it is handed and returns what it reads. So each model is written once for both ways.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NARROW = 1 << 32
 
 @cache
 def log2_table() -> np.ndarray:
-    """floor(log2(i) * UNIT) for 0 <= i < LOG2_SIZE (entry 0 is that of 1), digit by digit through exact squaring."""
+    """floor(log2(i) * UNIT) for 0 <= i < LOG2_SIZE (entry 0 is that of 1), by exact squaring."""
     i = np.arange(LOG2_SIZE, dtype=np.uint64)
     i[0] = 1
     log2 = np.zeros(LOG2_SIZE, np.int64)
@@ -52,7 +52,7 @@ def stretch_table() -> np.ndarray:
 
 @cache
 def squash_table() -> np.ndarray:
-    """ONE / (1 + 2^(-x / UNIT)) within LOWEST .. ONE - LOWEST for x = i - STRETCH_LIMIT, 0 <= i <= 2 * STRETCH_LIMIT."""
+    """ONE / (1 + 2^(-x / UNIT)) within LOWEST .. ONE - LOWEST, for x = -STRETCH_LIMIT .. STRETCH_LIMIT."""
     scale = 1 << 64
     root = 2 * scale
     for _ in range(UNIT.bit_length() - 1):
@@ -263,9 +263,9 @@ Coder = Encoder | Decoder | Meter
 class Mixer:
     """Logistic mixing: log2 odds = weights . inputs, the weights learned online by a diagonal Newton step.
 
-    inputs [num_inputs, n] are integers in units of 1 / UNIT, clipped to +-INPUT_LIMIT. Each position may pick one of
-    several weight vectors by its number in `sets` [n]. `patience` is how many typical samples the first weights
-    are worth: the higher, the slower they move at first.
+    inputs [num_inputs, n] are integers in units of 1 / UNIT, clipped to +-INPUT_LIMIT. Each position may pick
+    one of several weight vectors by its number in `sets` [n]. `patience` is how many typical samples the
+    first weights are worth: the higher, the slower they move at first.
     """
 
     INPUT_LIMIT = 8 * UNIT - 1
@@ -342,7 +342,7 @@ class Scalars:
                 self._counts.setdefault(key, [0, 0])[value >> shift & 1] += 1
 
     def number(self, context: Hashable, value: int = 0, limit: int = 1 << 62) -> int:
-        """0 <= value < limit: the length in bits of value + 1, then its bits, the upper two of them adaptive."""
+        """0 <= value < limit: the length in bits of value + 1, then those bits, the upper two adaptive."""
         value += 1
         length = 0
         while self.bit((context, length), int(value >> length > 1)):
@@ -350,7 +350,9 @@ class Scalars:
             if length > 64:
                 raise ValueError("the coded stream is damaged: a number has no end")
         upper = min(length, 2)
-        read = 1 << upper | self.tree((context, length, "bits"), upper, value >> length - upper & (1 << upper) - 1)
+        read = 1 << upper | self.tree(
+            (context, length, "bits"), upper, value >> length - upper & (1 << upper) - 1
+        )
         lower = length - upper
         read = (read << lower | self.coder.uniform(lower, value & (1 << lower) - 1)) - 1
         if read >= limit:
@@ -359,7 +361,7 @@ class Scalars:
 
 
 class Text:
-    """Codes text byte by byte, each bit mixed from the contexts of the last 0 to 6 bytes; starts from a primer."""
+    """Codes text, each bit mixed from the contexts of the last 0 to 6 bytes; a primer is known at the start."""
 
     _ORDERS = (0, 1, 2, 3, 4, 6)
 

@@ -1,7 +1,7 @@
 """What a network is trained for: the one module that is wrapped, optimised and saved.
 
-The Objective owns the student, the projectors and every loss with learned parameters; the teacher is held beside it,
-out of reach of DDP, optimizers, `state_dict` and `.train()`.
+The Objective owns the student, the projectors and every loss with learned parameters; the teacher is held
+beside it, out of reach of DDP, optimizers, `state_dict` and `.train()`.
 """
 
 import copy
@@ -31,7 +31,7 @@ TEACHER_WORDS = {w for w in VOCABULARY if w.startswith("teacher")} | {"projected
 
 WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
 
-# A layer: the name of a stage, the dotted name of a module, or the number of a stage (from 0, or from the end by -1).
+# A layer: a stage's name, a module's dotted name, or a stage's number (from 0; -1 is the last).
 Name = str | int
 At = (
     Literal["auto", "last"]
@@ -41,9 +41,10 @@ At = (
 
 
 class WeightSchedule(bind.Entry):
-    """A term's weight over the first `epochs` of its stage (all of them when not given), and as it ends after them.
+    """A term's weight over the first `epochs` of its stage (all when not given); then it stays as it is.
 
-    schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value` to `to` (0).
+    schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value`
+    to `to` (0).
     """
 
     value: NonNegativeFloat
@@ -79,7 +80,11 @@ class WeightSchedule(bind.Entry):
 
 
 class TermKeys(bind.Entry):
-    """One term of an objective. weight: a number or a schedule. at: which layers look at which, for losses on layers."""
+    """One term of an objective. weight: a number or a schedule; a term of weight 0 is only logged.
+
+    at: which layers look at which, for losses on layers: `auto` (when not given), `last`, the student's
+    layers, or {student layer: teacher layer}.
+    """
 
     loss: str
     weight: NonNegativeFloat | WeightSchedule = 1.0
@@ -119,7 +124,7 @@ def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
 
 
 class _Bound(nn.Module):
-    """One loss at one pair of layers, at several together, or at none: its function and projector, and what it asks for."""
+    """One loss at one pair of layers, at several together, or at none, with its projector."""
 
     def __init__(
         self,
@@ -141,13 +146,12 @@ class _Bound(nn.Module):
 class Objective(nn.Module):
     """The student with everything that is trained beside it; its forward gives the losses of one batch.
 
-    terms: what is asked of the student. Without a teacher only losses on labels are possible. A loss on layers has one
-    term a pair, and they add up; a loss on lists of maps has one for all its pairs. Raises ValueError for a layer that
-    does not exist, pairs that cannot be made, a teacher that is missing, and networks that do not give one logit for each
-    class of the data.
-    penalties: terms on the student's weights alone, {name: (weight, function of nothing)}.
-    num_epochs: of the stage, for the weights' schedules. prepare: what turns images in [0, 1] into what the student sees;
-    the data's normalisation when not given.
+    terms: what is asked of the student. Without a teacher only losses on labels are possible. A loss on
+    layers has one term a pair, and they add up; a loss on lists of maps has one for all its pairs. Raises
+    ValueError for a layer that does not exist, pairs that cannot be made, a teacher that is missing, and
+    networks that do not give one logit for each class of the data. penalties: terms on the student's weights
+    alone, {name: (weight, function of nothing)}. num_epochs: of the stage, for the weights' schedules.
+    prepare: what turns images in [0, 1] into what the student sees; the data's normalisation when not given.
     """
 
     def __init__(
@@ -315,9 +319,9 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of a batch: {"loss": the weighted sum, and each term by name, unweighted}.
 
-        images: [N, C, H, W] in [0, 1], augmented. labels: [N], or [N, K] for mixed images. index: [N] sample ids.
-        view: the number of the augmented view, None when the images were mixed and no record of them can be kept.
-        epoch: epochs of the stage that are done.
+        images: [N, C, H, W] in [0, 1], augmented. labels: [N], or [N, K] for mixed images. index: [N] sample
+        ids. view: the number of the augmented view, None when the images were mixed and no record of them can
+        be kept. epoch: epochs of the stage that are done.
         """
         student = features.see(self.student, self.prepare(images), *self._see_student)
         teacher = self._taught(images, index, view) if self._asks_teacher else None
@@ -353,7 +357,7 @@ class Objective(nn.Module):
         return list(self._see_teacher[0])
 
     def counted(self) -> dict[str, int]:
-        """Numbers of the training since the last call: teacher_images, how many images the teacher was really shown.
+        """Numbers since the last call: teacher_images, how many images the teacher was really shown.
 
         By all processes together, which must all call this. Nothing where the losses do not ask the teacher.
         """
@@ -383,7 +387,7 @@ class Objective(nn.Module):
         if bound.places is not None:
             available["student_weight"], available["teacher_weight"] = (place.value for place in bound.places)
         elif bound.pairs:
-            # A loss may look at the student's side of its pairs alone: what nobody asked for was not computed.
+            # A loss may look at one side of its pairs alone: what nobody asked for was not computed.
             student_maps = [student.maps.get(mine.name) for mine, _ in bound.pairs]
             teacher_maps = (
                 [teacher.maps.get(theirs.name) for _, theirs in bound.pairs]
@@ -402,7 +406,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def rehearse(self, data: Data) -> None:
-        """Computes the losses of two made-up images with labels such as the data's. Raises ValueError where one cannot be."""
+        """Computes the losses of two made-up images, labelled as the data's; ValueError if that fails."""
         images = example_images(data, next(self.student.parameters()).device)
         index = data.train.ids[:2].to(images.device)
         labels = data.train.labels[:2].to(images.device)
@@ -436,7 +440,7 @@ class Objective(nn.Module):
         ]
 
     def learned(self) -> dict[str, Tensor]:
-        """What was learned beside the student: projectors and the losses' own parameters and buffers, by term."""
+        """What was learned beside the student, by term: projectors, the losses' parameters and buffers."""
         return {
             f"{bound.name}.{key}": tensor.detach().clone()
             for bound in self.bound
@@ -444,9 +448,10 @@ class Objective(nn.Module):
         }
 
     def recall(self, learned: Mapping[str, Tensor]) -> None:
-        """Takes up what an earlier stage's terms of the same names and sizes had learned; others start afresh.
+        """Takes up what an earlier stage's terms of the same names and sizes had learned.
 
-        A projector that starts at random would first drag the student's maps after it.
+        The other terms start afresh. A projector that starts at random would first drag the student's maps
+        after it.
         """
         for bound in self.bound:
             state = bound.state_dict()
@@ -479,7 +484,7 @@ def example_images(data: Data, device: torch.device | str) -> Tensor:
 
 @torch.no_grad()
 def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, who: str) -> features.Seen:
-    """What a network says to images, in evaluation mode. Raises ValueError unless it gives one logit for each class."""
+    """What a network says to images, in evaluation mode; ValueError unless one logit for each class."""
     was_training = network.training
     network.eval()
     try:
@@ -518,7 +523,7 @@ def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
 def choose_layer(
     network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
 ) -> Layer:
-    """The layer that a name means: a stage, a stage's number, or a module that is called in the forward pass."""
+    """The layer that a name means: a stage's name or number, or a module of the forward pass."""
     if isinstance(name, int):
         if not -len(known) <= name < len(known):
             raise ValueError(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
@@ -540,7 +545,7 @@ def choose_layer(
 def partner(
     layer: Layer, mine: Sequence[Layer], theirs: Sequence[Layer], student: nn.Module, image_size: int
 ) -> Layer:
-    """The teacher's stage for a student's layer that is named alone: of the same stride, or of the same depth."""
+    """The teacher's stage for a student's layer that is named alone: of the same stride, or depth."""
     if all(len({other.shape[1] for other in layers}) > 1 for layers in (mine, theirs)):  # both shrink
         others = [other for other in mine if other.shape[1] != layer.shape[1]]
         return {a.name: b for a, b in features.pair([*others, layer], theirs, image_size)}[layer.name]
@@ -552,7 +557,7 @@ def partner(
 
 
 def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
-    """Pairs of layers whose weights are compared: by name where `at` names them, else by fraction of the depth.
+    """Pairs of layers whose weights are compared: as `at` names them, else by fraction of the depth.
 
     The shapes told are the weights'. Raises ValueError for a layer that does not exist.
     """

@@ -1,7 +1,7 @@
 """YAML to a checked recipe: every fault at once, each with file:line and the nearest valid name.
 
-No data is touched and no network built here. Reading a recipe is reading signatures: see `bind`. Paths in a recipe are
-relative to the folder the program is started in.
+No data is touched and no network built here. Reading a recipe is reading signatures: see `bind`. Paths in a
+recipe are relative to the folder the program is started in.
 """
 
 import importlib.util
@@ -45,11 +45,13 @@ TeacherEntry = bind.from_shelf("model", TeacherKeys)
 
 
 class Recipe(bind.Entry):
-    """A recipe. name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its own).
+    """A recipe.
 
-    teachers: several instead of one teacher; combine says how they speak as one. cache: where the teacher's answers are
-    kept (when not given: in memory, if they are asked for again and take no more than 2 GiB). precision: of training.
-    Paths (checkpoint, folder) are relative to the folder the program is started in.
+    name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its
+    own). teachers: several instead of one teacher; combine says how they speak as one. cache: where the
+    teacher's answers are kept (when not given: in memory, if they are asked for again and take no more than 2
+    GiB). precision: of training. Paths (checkpoint, folder) are relative to the folder the program is started
+    in.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -70,13 +72,11 @@ class Recipe(bind.Entry):
         return self.teachers or ([self.teacher] if self.teacher else [])
 
     def fault(self, place: tuple, message: str) -> str:
-        """A message about a place of this recipe, ('stages', 1, 'keep'), with the file and line where it stands."""
+        """A message about a place of this recipe, ('stages', 1, 'keep'), with its file and line."""
         if self._text is None:  # not read from a file
             return f"{where(place)}: {message}"
         first, found, rest = message.partition(": ")
-        if found and first in _at(
-            self._text.plain, place
-        ):  # 'at: there is no ...' is about the entry's own key
+        if found and first in _at(self._text.plain, place):  # 'at: ...' is about the entry's own key
             place, message = (*place, first), rest
         return self._text.fault(place, message)
 
@@ -85,8 +85,8 @@ class Recipe(bind.Entry):
 class Text:
     """A recipe as it was written: its plain mapping and where each place of it stands.
 
-    marks: line and column, from 1. faults: (place, message, place whose line is told) of keys that no mapping can have.
-    changed: places set from outside.
+    marks: line and column, from 1. faults: (place, message, place whose line is told) of keys that no mapping
+    can have. changed: places set from outside.
     """
 
     path: Path
@@ -104,19 +104,15 @@ class Text:
     def fault(self, place: tuple, message: str, near: tuple | None = None) -> str:
         """`file:line: place: message`; the line is that of `near` where one is given."""
         line = self.mark(place if near is None else near)[0]
-        return (
-            f"{self.path}:{line}: {where(place)}: {message}"
-            if line
-            else f"changes: {where(place)}: {message}"
-        )
+        return f"{f'{self.path}:{line}' if line else 'changes'}: {where(place)}: {message}"
 
 
 def read(path: str | Path, changes: dict[str, Any] | None = None) -> tuple[Recipe, dict[str, Any]]:
     """The checked recipe of a file, and its plain mapping.
 
-    changes: {'stages.1.training.epochs': 2, ...} ('stages[1].training.epochs' too) set after reading and before
-    checking. Raises RecipeError with every fault, `file:line: place: what`, or `changes: place: what` where the faulty
-    value is one of the changes.
+    changes: {'stages.1.training.epochs': 2, ...} ('stages[1].training.epochs' too) set after reading and
+    before checking. Raises RecipeError with every fault, `file:line: place: what`, or `changes: place: what`
+    where the faulty value is one of the changes.
     """
     text = parse(path)
     for place, value in (changes or {}).items():
@@ -201,7 +197,9 @@ def parse(path: str | Path) -> Text:
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
-        text = content[:MOST_BYTES].decode("utf-8-sig")
+        if len(content) > MOST_BYTES:
+            raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes: that is no recipe")
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -209,8 +207,6 @@ def parse(path: str | Path) -> Text:
         raise RecipeError(
             f"{path}:{line}: is no text: byte {content[error.start]:#04x} is not UTF-8"
         ) from None
-    if len(content) > MOST_BYTES:
-        raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes: that is no recipe")
     plain, reader = _read(path, text)
     if not isinstance(plain, dict):
         got = "nothing" if plain is None else "a list" if isinstance(plain, list) else _short(plain)
@@ -234,10 +230,8 @@ def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
         ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = (
-            error.problem if not error.problem.startswith("but ") else f"{error.context}, {error.problem}"
-        )
-        problem = problem.replace("character '\\t'", "a tab (YAML is indented by spaces)")
+        context = f"{error.context}, " if error.problem.startswith("but ") else ""
+        problem = (context + error.problem).replace("character '\\t'", "a tab (YAML is indented by spaces)")
         raise RecipeError(f"{path}:{mark.line + 1}: is not YAML: {problem}") from None
     except RecursionError:
         raise RecipeError(f"{path}: is nested too deep: that is no recipe") from None
@@ -285,9 +279,8 @@ class _Reader:
         for key, value in node.value:
             if key.tag == _TAG + "merge":
                 self.marks[(*place, "<<")] = _mark(key)
-                for source in reversed(
-                    value.value if isinstance(value, yaml.SequenceNode) else [value]
-                ):  # the first wins
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for source in reversed(sources):  # the first wins
                     if isinstance(source, yaml.MappingNode):
                         inherited |= self.read(source, place, holders)
                     else:
@@ -341,7 +334,7 @@ def _change(text: Text, name: str, value: Any) -> None:
         if isinstance(into, list):
             if not key.isdigit() or int(key) >= len(into):
                 raise RecipeError(
-                    f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, counted from 0"
+                    f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, from 0 on"
                 )
             key = int(key)
         elif not isinstance(into, dict):
@@ -407,7 +400,7 @@ def _told(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple
 
 
 def _real_place(plain: Any, told: dict) -> tuple:
-    """The keys of a fault's place that are the recipe's; pydantic adds names of types where there are alternatives."""
+    """The keys of a fault's place that are the recipe's: pydantic adds names of types where several fit."""
     place: list = []
     for key in told["loc"]:
         if _holds(plain, key):
@@ -417,7 +410,7 @@ def _real_place(plain: Any, told: dict) -> tuple:
 
 
 def _allowed(message: str) -> str:
-    """'be a valid integer' of pydantic's 'Input should be a valid integer, unable to parse string as an integer'."""
+    """'be a valid integer' of pydantic's 'Input should be a valid integer, unable to parse string ...'."""
     message = message.partition(" should ")[2] or f"be otherwise: {message}"
     message = re.sub(r", (unable|got) .*| or instance of \w+| after validation", "", message)
     return (
@@ -438,7 +431,7 @@ def _short(value: Any) -> str:
 
 
 def _sound_parts(plain: dict[str, Any]) -> Recipe:
-    """Those sections, teachers and stages of a faulty recipe that are right by themselves; None for the others."""
+    """The sections, teachers and stages of a faulty recipe that are right by themselves, else None."""
 
     def sound(kind: Any, given: Any) -> Any:
         try:
@@ -497,7 +490,8 @@ def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, st
     if data is not None and (data.mixup or data.cutmix):
         yield (
             ("cache",),
-            "has no effect with mixup or cutmix: mixed images are never seen twice, so the teacher answers them online",
+            "has no effect with mixup or cutmix: mixed images are never seen twice, "
+            "so the teacher answers them online",
         )
     elif data is not None and data.augment != Augment() and data.views is None:
         yield (
@@ -516,7 +510,8 @@ def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, st
     elif not any(keys.serve(kinds) for kinds in asked):
         yield (
             ("cache",),
-            "has no effect: every stage asks for the teacher's embedding or maps too, which embeddings and maps: true keep",
+            "has no effect: every stage asks for the teacher's embedding or maps too, "
+            "which embeddings and maps: true keep",
         )
 
 
@@ -535,7 +530,8 @@ def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
         yield (
             ("data", "views"),
             (
-                "has no effect with mixup or cutmix: mixed images are never seen twice, so the teacher answers them online"
+                "has no effect with mixup or cutmix: mixed images are never seen twice, "
+                "so the teacher answers them online"
             ),
         )
 
@@ -577,7 +573,7 @@ def _is_module(name: str) -> bool:
     except (ImportError, ValueError):  # a package above it is missing, or the name is none
         return False
     finally:
-        sys.path.remove(here)
+        sys.path.pop()
 
 
 def _teacher_faults(
@@ -645,7 +641,7 @@ def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator
             if finishes and name in ("prune", "share") and "last" not in stage.keep:
                 yield (
                     (*place, "losses", n),
-                    f"loss {term.loss!r} sets the last layer anew: not in stage {name!r} without keep: [last]",
+                    f"loss {term.loss!r} sets the last layer anew: not in {name} without keep: [last]",
                 )
         if name == "prune" and shared:
             yield place, "prunes after sharing: prune first, then share"

@@ -196,7 +196,7 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {stage.stage}", flush=True)
         if run.teacher is not None and number >= kept_from and not asked_for_cache:
-            run.teacher.cache, asked_for_cache = _keep_answers(run, recipe, recipe.stages[number:]), True
+            run.teacher.cache, asked_for_cache = _keep_answers(run, recipe, recipe.stages[kept_from:]), True
         torch.manual_seed(seed_of(recipe.seed, number))  # of what the stage makes new, so that a resumed one makes the same
         function(run, **bind.own_settings(stage, StageKeys))
         before, proof = proof, run.teacher.fingerprint() if run.teacher is not None else None
@@ -371,7 +371,8 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
     """Opens the cache of the teacher's answers for the stages to come: as the recipe says, or, where it says nothing, in
     memory, with what the most stages need that fits. Raises RecipeError when what the recipe says cannot be done.
     """
-    asked = [kinds for stage in stages if (kinds := asked_of_teacher(getattr(stage, "losses", None) or []))]
+    teaching = [stage for stage in stages if asked_of_teacher(getattr(stage, "losses", None) or [])]
+    asked = [asked_of_teacher(stage.losses) for stage in teaching]
     data, accelerator = run.data, run.accelerator
     if recipe.cache == "off" or not asked:
         return None
@@ -388,14 +389,14 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
     cache = None
     for keys in wishes:
         layers: dict[str, None] = {}
-        for stage in stages if keys.maps else []:
-            if asked_of_teacher(getattr(stage, "losses", None) or []):
-                objective = Objective(run.student, stage.losses, data, run.teacher, device=accelerator.device)
-                layers |= dict.fromkeys(objective.teacher_layers)
+        for stage in teaching if keys.maps else []:
+            objective = Objective(run.student, stage.losses, data, run.teacher, device=accelerator.device)
+            layers |= dict.fromkeys(objective.teacher_layers)
         shared = run.folder / "views" if accelerator.num_processes > 1 else None  # the page cache is the processes' memory
         try:
             cache = ViewCache(
                 run.teacher, data, keys, layers=list(layers), device=accelerator.device, precision=recipe.precision,
+                batch_size=min(stage.training.batch_size for stage in teaching) // accelerator.num_processes,
                 folder=cache_folder() / "views" if keys.where == "disk" else shared,
             )
             with accelerator.autocast():

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from trainer import bind, channels, checkpoint, features
 from trainer.features import Seen
 
-LEAST_BATCH = 16
-
 
 class ModelKeys(bind.Entry):
     """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`."""
@@ -150,16 +148,7 @@ class Teacher:
 
     @torch.no_grad()
     def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
-        """What the teacher sees in images [N, C, H, W] in [0, 1].
-
-        On a CPU an image's answer has the same bits in any batch: a few images are filled up to a batch of
-        LEAST_BATCH, since for fewer the libraries sum in another order.
-        """
-        if (number := len(images)) < LEAST_BATCH:
-            filled = torch.cat([images, images.new_zeros(LEAST_BATCH - number, *images.shape[1:])])
-            seen = self.see(filled, layers, embedding)
-            pooled = None if seen.embedding is None else seen.embedding[:number]
-            return Seen(seen.logits[:number], pooled, {name: map_[:number] for name, map_ in seen.maps.items()})
+        """What the teacher sees in images [N, C, H, W] in [0, 1]."""
         first = features.see(self.network, self.prepare(images), layers, embedding)
         if len(self.networks) == 1:
             return first

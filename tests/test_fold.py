@@ -1,0 +1,197 @@
+"""Folding BatchNorm, dropping dead units and sorting the others: the same outputs from a network that packs smaller."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer import compress, fold, packed, teacher
+from trainer.models.cifar_resnet import cifar_resnet
+from trainer.models.lenet5 import lenet5
+from trainer.models.lenet5_caffe import lenet5_caffe
+from trainer.models.lenet300 import lenet300
+from trainer.models.separable import separable
+
+SHAPE, CLASSES = (1, 16, 16), 4
+NORMED = {
+    "lenet5": {"model": "lenet5", "width": 3, "batch_norm": True},
+    "separable": {"model": "separable", "widths": [4, 6, 5], "strides": [2, 1, 1]},
+}
+CHAINS = {
+    "lenet300": lambda: lenet300(SHAPE, CLASSES, hidden=(20, 12)),
+    "lenet5": lambda: lenet5(SHAPE, CLASSES, width=3),
+    "lenet5_caffe": lambda: lenet5_caffe(SHAPE, CLASSES),
+    "separable": lambda: separable(SHAPE, CLASSES, widths=(4, 6, 5), strides=(2, 1, 1), batch_norm=False),
+}
+
+
+def images(seed=1):
+    return torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def pruned(model, share=0.3):
+    torch.manual_seed(2)
+    for place in compress.weights(model).values():
+        compress.set_mask(place, torch.rand_like(place.value) < share)
+    return model.eval()
+
+
+def with_statistics(spec):
+    torch.manual_seed(0)
+    model = teacher.build(spec, SHAPE, CLASSES)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)  # some are negative
+            nn.init.normal_(module.bias)
+    model.train()
+    for seed in range(3):
+        model(images(seed))
+    return model
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_folding_keeps_outputs_and_masks(name):
+    model = pruned(with_statistics(NORMED[name]))
+    expected = model(images())
+    masks = {n: p.mask.clone() for n, p in compress.weights(model).items()}
+    same, spec = fold.fold(model, NORMED[name])
+    assert same is model
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    for n, place in compress.weights(model).items():
+        assert torch.equal(place.mask, masks[n])
+        zeros = place.value[~masks[n]]
+        assert not zeros.any() and not torch.signbit(zeros).any()
+    # the spec builds the very same network
+    twin = teacher.build(spec, SHAPE, CLASSES)
+    compress.restore(twin, {k: v.clone() for k, v in model.state_dict().items()})
+    assert torch.equal(twin.eval()(images()), model(images()))
+
+
+def test_the_folded_spec_names_only_what_differs_from_the_defaults():
+    assert fold.fold(with_statistics(NORMED["lenet5"]), NORMED["lenet5"])[1] == {"model": "lenet5", "width": 3}
+    assert fold.fold(with_statistics(NORMED["separable"]), NORMED["separable"])[1]["batch_norm"] is False
+
+
+def test_folding_makes_the_file_smaller():
+    spec, facts = NORMED["separable"], {"shape": SHAPE, "mean": [0.0], "std": [1.0], "classes": list("abcd")}
+    model = with_statistics(spec).eval()
+    before = len(packed.encode(model, spec, facts))
+    model, folded = fold.fold(model, spec)
+    data = packed.encode(model, folded, facts)
+    assert len(data) < before
+    assert torch.equal(packed.decode(data)[0](images()), model(images()))
+
+
+def test_what_cannot_be_folded():
+    for model in (CHAINS["lenet5"](), nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), cifar_resnet(SHAPE, CLASSES)):
+        with pytest.raises(ValueError, match="no BatchNorm that can be folded"):
+            fold.fold(model, {"model": "lenet5"})
+    model = with_statistics(NORMED["lenet5"])
+    place = compress.weights(model)["conv2"]
+    compress.set_codebook(place, *compress.cluster(place, 4))
+    with pytest.raises(ValueError, match="'conv2' shares its weights already: fold before sharing"):
+        fold.fold(model, NORMED["lenet5"])
+
+
+# tidy
+
+
+def shared(model, values=4):
+    for place in compress.weights(model).values():
+        if place.value.any():
+            compress.set_codebook(place, *compress.cluster(place, values))
+    return model
+
+
+@pytest.mark.parametrize("order", ["alike", "count"])
+@pytest.mark.parametrize("kind", ["plain", "masked", "shared"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_tidying_keeps_outputs(name, kind, order):
+    torch.manual_seed(0)
+    model = CHAINS[name]()
+    for place in compress.weights(model).values():
+        with torch.no_grad():
+            place.value.mul_(3.0)  # so that the images make a difference
+    if kind != "plain":
+        pruned(model)
+    if kind == "shared":
+        shared(model)
+    model.eval()
+    expected = model(images())
+    before = {n: p.value.detach().clone() for n, p in compress.weights(model).items()}
+    fold.tidy(model, order)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+    moved = [n for n, p in compress.weights(model).items() if not torch.equal(p.value, before[n])]
+    assert moved or (kind, order) == ("plain", "count"), "units are moved; where none has a zero, all count the same"
+    if kind == "shared":
+        assert all(isinstance(p.parametrization, compress.Codebook) for p in compress.weights(model).values())
+
+
+def dead_and_constant():
+    torch.manual_seed(0)
+    model = CHAINS["lenet300"]()
+    with torch.no_grad():
+        model.fc2.weight[:, 3] = 0  # nothing of unit 3 of fc1 goes on
+        model.fc1.weight[5] = 0  # unit 5 always says 0.7, unit 6 nothing
+        model.fc1.weight[6] = 0
+        model.fc1.bias[5], model.fc1.bias[6] = 0.7, -0.2
+        model.fc3.weight[:, 2] = 0  # and of unit 2 of fc2, so that what feeds only that one is dead too
+        model.fc2.weight[:2, 8] = 0
+        model.fc2.weight[3:, 8] = 0
+    return model.eval()
+
+
+def test_dead_units_are_dropped_and_constants_move_on():
+    model = dead_and_constant()
+    expected = model(images())
+    assert fold.drop_dead(model) == {"fc1": 4, "fc2": 1}
+    torch.testing.assert_close(model(images()), expected)
+    for unit in (3, 5, 6, 8):
+        assert not model.fc1.weight[unit].any() and not model.fc1.bias[unit] and not model.fc2.weight[:, unit].any()
+    assert not model.fc2.weight[2].any() and not model.fc2.bias[2]
+    before = compress.dense_state(model)
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    assert fold.drop_dead(model) == {"fc1": 4, "fc2": 1}, "a second time finds the same units"
+    assert all(torch.equal(before[name], tensor) for name, tensor in compress.dense_state(model).items())
+
+
+def test_units_without_consequences_leave_the_outputs_bit_equal():
+    model = dead_and_constant()
+    with torch.no_grad():
+        model.fc1.bias[5] = -1.0  # no constant that would have to move
+    expected = model(images())
+    fold.drop_dead(model)
+    assert torch.equal(model(images()), expected)
+
+
+def test_a_constant_channel_stays_before_a_padded_convolution():
+    for model, dropped in ((CHAINS["separable"](), 0), (CHAINS["lenet5_caffe"](), 1)):
+        with torch.no_grad():
+            model.conv1.weight[1] = 0
+            model.conv1.bias[1] = 0.5
+        expected = model.eval()(images())
+        assert fold.drop_dead(model)["conv1"] == dropped
+        torch.testing.assert_close(model(images()), expected)
+
+
+def test_tidying_makes_the_file_smaller():
+    model = CHAINS["lenet300"]()
+    shared(pruned(model, 0.05))
+    facts = {"shape": SHAPE, "mean": [0.0], "std": [1.0], "classes": list("abcd")}
+    before = len(packed.encode(model, None, facts))
+    fold.tidy(model)
+    assert len(packed.encode(model, None, facts)) < before
+
+
+def test_what_cannot_be_tidied():
+    residual = separable(SHAPE, CLASSES, widths=(4, 4), strides=(1, 1), batch_norm=False, residual=True)
+    for model in (nn.Sequential(nn.Linear(4, 4)), residual):
+        with pytest.raises(ValueError, match="no chain of layers"):
+            fold.tidy(model)
+    with pytest.raises(ValueError, match="'norm1' stands between.*stage fold"):
+        fold.tidy(with_statistics(NORMED["lenet5"]))
+    model = CHAINS["lenet300"]()
+    place = compress.weights(model)["fc1"]
+    compress.open_codebook(place, *compress.cluster(place, 4))
+    with pytest.raises(ValueError, match="'fc1' is still deciding"):
+        fold.tidy(model)

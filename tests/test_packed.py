@@ -1,0 +1,84 @@
+"""Packed networks: the same network back, few-bit vectors found by their values, clear errors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainer import codec, compress, packed, teacher
+
+SPEC = {"model": "lenet300", "hidden": [12, 8]}
+FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": [str(i) for i in range(10)]}
+
+
+def network():
+    torch.manual_seed(0)
+    model = teacher.build(SPEC, (1, 8, 8), 10).eval()
+    for place in compress.weights(model).values():
+        compress.set_mask(place, torch.rand_like(place.value) < 0.4)
+        compress.set_codebook(place, *compress.cluster(place, 4))
+    return model
+
+
+def test_the_decoded_network_is_the_same_bit_for_bit():
+    model = network()
+    compress.round_unshared(model, biases=5)
+    decoded, header = packed.decode(packed.encode(model, SPEC, FACTS))
+    assert packed.digest(decoded.state_dict()) == packed.digest(compress.dense_state(model))
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(decoded(x), model(x))
+    assert header["classes"] == FACTS["classes"] and header["net"] == SPEC
+
+
+def test_a_network_of_no_shelf_needs_to_be_brought():
+    model = nn.Sequential(nn.Linear(4, 3))
+    data = packed.encode(model, None, FACTS)
+    with pytest.raises(ValueError, match="x.tiny: holds the weights of a network that is on no shelf"):
+        packed.decode(data, "x.tiny")
+    with pytest.raises(ValueError, match="x.tiny: does not fit the network"):
+        packed.decode(data, "x.tiny", into=nn.Sequential(nn.Linear(4, 2)))
+    decoded, _ = packed.decode(data, into=nn.Sequential(nn.Linear(4, 3)))
+    assert torch.equal(decoded[0].weight, model[0].weight)
+
+
+def test_the_spec_must_be_the_networks():
+    with pytest.raises(ValueError, match="are in one of them only"):
+        packed.encode(nn.Sequential(nn.Linear(4, 3)), SPEC, FACTS)
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ([0.5, -0.25, 0.0], 0.25),
+        ([3.0, 5.0, -7.0], 1.0),
+        ([2.0**-130, 3 * 2.0**-130], 2.0**-130),  # float32's subnormal numbers too
+        ([255.0, 1.0], 1.0),
+        ([256.0, 1.0], None),
+        ([0.1, 0.2], None),
+        ([0.0, 0.0], None),
+        ([-0.0, 1.0], None),
+        ([float("nan"), 1.0], None),
+        ([float("inf"), 1.0], None),
+    ],
+)
+def test_grid_steps(values, step):
+    array = np.array(values, np.float32)
+    found = packed.grid_steps({"a": array})
+    assert found == ({} if step is None else {"a": step})
+    decoded = codec.decode(codec.encode({}, {"a": array}, found))[1]["a"]
+    assert decoded.tobytes() == array.tobytes()
+
+
+def test_only_vectors_of_float32_have_steps():
+    vector = np.array([0.5, 1.0])
+    assert packed.grid_steps({"a": vector, "b": vector.astype(np.float16), "c": vector[None].astype(np.float32)}) == {}
+
+
+def test_biases_on_a_grid_take_few_bytes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 400))
+    before = len(packed.encode(model, None, FACTS))
+    compress.round_unshared(model, biases=5)
+    rows = packed.account(packed.encode(model, None, FACTS))[0]
+    assert sum(row["bytes"] for row in rows if row["tensor"] == "0.bias") < 400 * 5 / 8 + 10
+    assert len(packed.encode(model, None, FACTS)) < before - 400 * 2

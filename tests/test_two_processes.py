@@ -1,0 +1,275 @@
+"""Two processes: equal gradients, weights and rows on both, each image counted once; and launches that start only one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import bind, checkpoint, compress, report
+from trainer.data import make_data
+from trainer.evaluate import percent_right
+from trainer.models.lenet5 import lenet5
+from trainer.recipe import read
+from trainer.teacher import normalize
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 400  # until a launch is given up
+
+RECIPE = """
+name: two
+data: {dataset: digits, subset: 75, validation: 61, augment: {shift: 1}}
+teacher: {model: lenet5, width: 3, batch_norm: true}
+student: {model: lenet5, width: 2, batch_norm: true, dropout: 0.1}
+stages:
+  - {stage: train, who: teacher, training: {epochs: 2, batch_size: 16, lr: 1e-2}}
+  - stage: distill
+    training: {epochs: 2, batch_size: 16, lr: 1e-2, ema: 0.8, keep: best}
+    losses: &taught [{loss: kl}, {loss: hint}]
+  - stage: prune
+    method: magnitude
+    sparsity: 0.6
+    schedule: cubic
+    every: 1
+    training: {epochs: 2, batch_size: 16, accumulate: 2, clip: 1}
+    losses: *taught
+  - {stage: share, bits: 3, training: {epochs: 1, batch_size: 16}, losses: [{loss: hint, at: [conv1]}]}
+  - {stage: pack}
+"""
+
+# Runs the recipe as `trainer run` does, then looks at every loss of the shelf, and tells what each process has.
+DRIVER = """
+import json, sys, traceback
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from trainer import bind, compress, packed, runner
+from trainer.context import Data, InMemory, Part
+from trainer.fit import freeze_unused
+from trainer.models.lenet5 import lenet5
+from trainer.objective import Objective, TermKeys
+from trainer.teacher import Teacher, TeacherKeys
+from trainer.views import Augment
+
+kept = []
+real = runner._report
+runner._report = lambda run, *rest: (kept.append(run), real(run, *rest))[1]
+result = runner.run(sys.argv[1], folder=sys.argv[2])
+[run] = kept
+rank = torch.distributed.get_rank()
+told = {
+    "rows": result["rows"],
+    "layers": result["layers"],
+    "student": packed.digest(run.student.state_dict()),
+    "learned": packed.digest(run.learned),
+    "num_learned": len(run.learned),
+    "masks": packed.digest({name: place.mask.to(torch.uint8) for name, place in compress.weights(run.student).items()}),
+    "teacher": run.teacher.fingerprint(),
+    "gradients": {},
+}
+
+accelerator = run.accelerator
+generator = torch.Generator().manual_seed(5)
+images = InMemory(
+    torch.randint(0, 256, (12, 1, 16, 16), dtype=torch.uint8, generator=generator),
+    torch.randint(0, 10, (12,), generator=generator),
+)
+part = Part(images, torch.arange(12))
+data = Data(name="x", train=part, validation=part, test=part, classes=[str(i) for i in range(10)], mean=(0.5,), std=(0.5,),
+            shape=(1, 16, 16), num_samples=12, augment=Augment())
+for name in bind.names("loss"):
+    torch.manual_seed(1)
+    guide = Teacher([lenet5(data.shape, 10, width=4)], [TeacherKeys(model="lenet5")], data.mean, data.std)
+    torch.manual_seed(2 + rank)  # the wrapped module starts from the main process's weights, projectors too
+    student = lenet5(data.shape, 10, width=3)
+    term = bind.checker(bind.find("loss", name), TermKeys)(loss=name)
+    objective = Objective(student, [term], data, guide)
+    mine = part.__getitems__(torch.arange(12)[rank::2])
+    freeze_unused(objective, (mine[0].float() / 255, mine[1], mine[2]))
+    wrapped = accelerator.prepare(objective)
+    torch.manual_seed(10 + rank)
+    loss = wrapped(mine[0].float() / 255, mine[1], mine[2], 0, 0.5)["loss"]
+    accelerator.backward(loss)
+    gradient = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+    both = [torch.empty_like(gradient) for _ in range(2)]
+    torch.distributed.all_gather(both, gradient)
+    told["gradients"][name] = {
+        "apart": (both[0] - both[1]).abs().max().item(), "size": gradient.abs().max().item(), "loss": loss.item(),
+        "missing": [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None],
+        "beside": sum(p.numel() for n, p in objective.named_parameters() if not n.startswith("student.")),
+    }
+    accelerator.free_memory()
+Path(sys.argv[2], f"rank{rank}.json").write_text(json.dumps(told))
+accelerator.end_training()
+"""
+
+
+def environment(folder, **more):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_"))}
+    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "no-configuration")} | more
+
+
+def start(command, environment):
+    return subprocess.Popen([sys.executable, "-m", *map(str, command)], env=environment, cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+ACCELERATE = ["accelerate.commands.accelerate_cli", "launch"]
+CONFIGURATION = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+mixed_precision: 'no'
+use_cpu: true
+main_training_function: main
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """All launches, two at a time: {name: (folder, exit status, output, errors)}."""
+    top = tmp_path_factory.mktemp("two")
+    recipe = top / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    (top / "driver.py").write_text(DRIVER)
+    configured = top / "configured" / "accelerate" / "default_config.yaml"
+    configured.parent.mkdir(parents=True)
+    configured.write_text(CONFIGURATION)
+
+    def trainer(name):
+        return ["-m", "trainer", "run", recipe, "--folder", top / name]
+
+    commands = {
+        "torchrun": (
+            ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, top / "driver.py", recipe, top / "torchrun"],
+            {"ACCELERATE_USE_CPU": "1"},
+        ),
+        "accelerate": (
+            [*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
+             "no", "--main_process_port", free_port(), *trainer("accelerate")],
+            {"ACCELERATE_USE_CPU": "1"},
+        ),
+        "flags": ([*ACCELERATE, "--cpu", "--num_processes=2", *trainer("flags")], {}),
+        "configured": ([*ACCELERATE, *trainer("configured-run")], {"HF_HOME": str(top / "configured")}),
+    }
+    done = {}
+    waiting = dict(commands)
+    running = {}
+    deadline = time.monotonic() + SECONDS
+    while waiting or running:
+        while waiting and len(running) < 2:
+            name = next(iter(waiting))
+            command, more = waiting.pop(name)
+            (top / name).mkdir(exist_ok=True)
+            running[name] = start(command, environment(top, **more))
+        for name, process in list(running.items()):
+            try:
+                output, errors = process.communicate(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            done[name] = (top / name, process.returncode, output, errors)
+            del running[name]
+        if time.monotonic() > deadline:
+            for process in running.values():
+                process.kill()
+            pytest.fail(f"not done after {SECONDS} s: {', '.join(running)}")
+    return done
+
+
+def succeeded(launched, name):
+    folder, status, output, errors = launched[name]
+    assert status == 0, errors[-4000:]
+    assert "Warning" not in errors, errors
+    return folder, output
+
+
+@pytest.fixture(scope="module")
+def ranks(launched):
+    folder, _ = succeeded(launched, "torchrun")
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if "second" not in k and k != "teacher_images"} for row in rows]
+
+
+@pytest.mark.parametrize("name", bind.names("loss"))
+def test_gradients_are_equal_on_both(ranks, name):
+    found = [rank["gradients"][name] for rank in ranks]
+    assert found[0]["apart"] == found[1]["apart"] == 0
+    assert found[0]["size"] > 0 and found[0]["missing"] == []
+    # They would not be equal by chance: each process has images of its own.
+    assert found[0]["loss"] != found[1]["loss"] or name == "weight_distribution"
+
+
+def test_projectors_are_among_what_has_equal_gradients(ranks):
+    assert sum(found["beside"] > 0 for found in ranks[0]["gradients"].values()) >= 5
+
+
+def test_weights_masks_projectors_and_rows_are_equal_on_both(ranks):
+    one, other = ranks
+    for key in ("student", "masks", "learned", "teacher", "layers"):
+        assert one[key] == other[key]
+    assert one["num_learned"] > 0
+    main = [{k: v for k, v in row.items() if k != "digest"} for row in without_time(one["rows"])]
+    side = [{k: v for k, v in row.items() if k != "digest"} for row in without_time(other["rows"])]
+    assert main == side
+    assert [row["stage"] for row in main] == ["teacher", "distilled", "recovered", "clustered", "shared", "decoded"]
+    assert main[2]["sparsity"] == main[-1]["sparsity"] == pytest.approx(0.6, abs=0.01)
+
+
+def test_each_test_image_is_counted_once(launched, ranks):
+    """The accuracies are those of one process that evaluates what was saved."""
+    folder, _ = succeeded(launched, "torchrun")
+    recipe, _ = read(folder.parent / "recipe.yaml")
+    data = make_data(recipe.data, torch.device("cpu"))
+    for stage, label in (("01-distill", "distilled"), ("03-share", "shared")):
+        tensors, _ = checkpoint.load(folder / "two" / "checkpoints" / stage)
+        student = lenet5((1, 8, 8), 10, width=2, batch_norm=True)
+        compress.restore(student, tensors["student"])
+        student.eval()
+        [row] = [row for row in ranks[0]["rows"] if row["stage"] == label]
+        for part, key in ((data.test, "top1"), (data.validation, "top1_validation")):
+            images, labels, _ = part.__getitems__(torch.arange(len(part)))
+            with torch.no_grad():
+                answers = student(normalize(images.float() / 255, data.mean, data.std)).argmax(1)
+            assert row[key] == percent_right(answers, labels)
+
+
+def test_only_the_main_process_speaks(launched):
+    _, output = succeeded(launched, "torchrun")
+    assert output.count("[1/5] train") == 1 and output.count("== distilled") == 1
+
+
+def test_accelerates_launcher_gives_the_same_bits(launched, ranks):
+    folder, _ = succeeded(launched, "accelerate")
+    found = report.read(folder / "two")
+    assert without_time(found["rows"]) == without_time(json.loads(json.dumps(ranks[0]["rows"])))
+    assert found["layers"] == ranks[0]["layers"]
+    other = launched["torchrun"][0]
+    assert (folder / "two" / "student.tiny").read_bytes() == (other / "two" / "student.tiny").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["flags", "configured"])
+def test_a_launch_that_got_one_process_for_two_stops_and_names_a_command_that_works(launched, name):
+    folder, status, output, errors = launched[name]
+    assert status != 0 and "returned non-zero exit status 2" in errors
+    assert "trainer: the launch asked for more processes than the 1 it got" in errors
+    assert "torchrun --nproc_per_node N -m trainer run RECIPE" in errors
+    assert "Traceback" not in errors.partition("trainer: ")[0]
+    assert not list(folder.glob("two")) and "[1/5]" not in output
