@@ -9,7 +9,7 @@ import trainer
 
 TOP = Path(trainer.__file__).parent
 FLOORS = [
-    ["bind", "channels", "entropy", "features", "files", "gather", "images", "kmeans", "plots", "projectors", "scores", "views"],
+    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "projectors", "scores", "views"],
     ["codec", "compress", "losses"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
     ["models", "datasets"],

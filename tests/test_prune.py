@@ -157,7 +157,7 @@ def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path, quick):
         run = make_run(tmp_path / method, {"model": "lenet300", "hidden": [60, 30]})
         prune(run, method=method, sparsity=0.9, schedule="cubic", every=1, training=Training(epochs=3, batch_size=20))
         bits[method] = sum(scores.position_bits(p.mask)[p.mask].sum().item() for p in compress.weights(run.student).values())
-    assert bits["rate"] < 0.97 * bits["lamp"]
+    assert bits["rate"] < 0.99 * bits["lamp"]
 
 
 @pytest.mark.parametrize("model", ["lenet300", "lstm"])

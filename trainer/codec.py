@@ -297,6 +297,7 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     rows, columns = grid.rows, grid.columns
     coder, stretch = stream.coder, stretch_table()
     spatial = not grid.flat
+    wide = grid.height * grid.width >= 16
     weights = {"density": 1.0, "column": 0.6, "row": 0.5, "above": 0.3, "pattern": 0.6}
     if spatial:
         weights |= {
@@ -309,8 +310,9 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             "around": 0.4,
             "corners": 0.1,
             "none": -0.7,
-            "far": 0.2,
         }
+    if wide:
+        weights["far"] = 0.2
     if grid.column_live is not None:
         weights["column live"] = 0.8
     if grid.row_live is not None:
@@ -319,7 +321,7 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     mixer = Mixer(list(weights.values()), num_sets=3 if spatial else 1)
     column_live = None if grid.column_live is None else _liveness(grid.column_live)
     row_live = None if grid.row_live is None else _liveness(grid.row_live)
-    near, around = grid.neighbours(_NEAR + _FAR), grid.neighbours(_AROUND)
+    near, around = grid.neighbours(_NEAR + _FAR if wide else _NEAR), grid.neighbours(_AROUND)
     powers = 1 << np.arange(len(_NEAR))
 
     stride = columns + 1
@@ -361,11 +363,12 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             inputs[12] = np.add.reduce(ratios[4:]) >> 2
             touching = np.add.reduce(neighbours[:4], dtype=np.int64)
             inputs[13] = (touching == 0) * float(UNIT)
-            inputs[14] = _log_ratio(
-                np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
-                np.add.reduce(column_probability[near[6:, c]]) >> 12,
-                _COUNT // 2,
-            )
+            if wide:
+                inputs[row_of["far"]] = _log_ratio(
+                    np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
+                    np.add.reduce(column_probability[near[6:, c]]) >> 12,
+                    _COUNT // 2,
+                )
             sets = np.minimum(touching, 2)
             pattern = powers @ neighbours[:6]
         else:

@@ -202,11 +202,16 @@ class Place:
         return None
 
     @property
-    def trainable(self) -> bool:
+    def parameter(self) -> nn.Parameter:
+        """What is trained: the weight itself, what a mask lets through of it, or the centroids."""
         module, attribute = self.places[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute].original.requires_grad
-        return getattr(module, attribute).requires_grad
+            return module.parametrizations[attribute].original
+        return getattr(module, attribute)
+
+    @property
+    def trainable(self) -> bool:
+        return self.parameter.requires_grad
 
     @property
     def parts(self) -> int:

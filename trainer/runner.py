@@ -371,7 +371,8 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
     """Opens the cache of the teacher's answers for the stages to come: as the recipe says, or, where it says nothing, in
     memory, with what the most stages need that fits. Raises RecipeError when what the recipe says cannot be done.
     """
-    teaching = [stage for stage in stages if asked_of_teacher(getattr(stage, "losses", None) or [])]
+    teaching = [stage for stage in stages
+                if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])]
     asked = [asked_of_teacher(stage.losses) for stage in teaching]
     data, accelerator = run.data, run.accelerator
     if recipe.cache == "off" or not asked:

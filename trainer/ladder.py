@@ -1,0 +1,160 @@
+"""One student at many sizes: prune, share and pack at every point of a table, from one distilled checkpoint."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from tabulate import tabulate
+
+from trainer import drawing, files
+from trainer.recipe import Recipe, RecipeError, read
+from trainer.runner import begun, run
+from trainer.scan import prune_stage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FRONT, REST = "#2f6f9f", "#b4babf"
+
+
+def ladder(
+    path: str | Path,
+    sparsity: Sequence[float] = (),
+    bits: Sequence[int] = (),
+    changes: Mapping[str, Any] | None = None,
+    folder: str | Path = "runs",
+    stage: int | None = None,
+) -> dict[str, Any]:
+    """Runs a recipe at every sparsity and number of bits, and writes runs/NAME/ladder.md, .png and .json.
+
+    What comes before prune stage number `stage` (the first one) is run once, in the run's own folder; each point goes on
+    from there in runs/NAME/ladder/POINT, a run of its own: its report is there, and one that is interrupted goes on. Points
+    of one sparsity prune once. sparsity, bits: of that prune stage and the share stage after it; none: the recipe's own.
+    Returns what ladder.json holds: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and "error_validation"
+    (percent), "front"}]; on the front are the points that no smaller file beats on the test split.
+    Raises RecipeError for a recipe that has no such stages, and what `runner.run` raises.
+    """
+    changes = dict(changes or {})
+    recipe, _ = read(path, changes)
+    number = prune_stage(recipe, stage)
+    share = _check(recipe, number, sparsity, bits)
+    points = [_point(recipe, number, share, s, b) for s in sparsity or [None] for b in bits or [None]]
+    for name, asked in points:
+        read(path, {**changes, **asked, "name": name})  # all faults before anything is trained
+    with begun(path, number, changes, folder) as base:
+        here = base.folder
+    rows = []
+    pruned: dict[Any, Path] = {}  # a finished point of each sparsity
+    for name, asked in points:
+        of = here / "ladder" / name
+        key = asked.get(f"stages.{number}.sparsity")
+        if PartialState().is_main_process:
+            if key in pruned and share is not None:
+                _lend(recipe, share - 1, pruned[key], of)
+            elif number:
+                _lend(recipe, number - 1, here, of)
+            print(f"\n---- {name}", flush=True)
+        last = run(path, {**changes, **asked, "name": name}, here / "ladder")["rows"][-1]
+        pruned.setdefault(key, of)
+        rows.append({"name": name, "sparsity": key, "bits": asked.get(f"stages.{share}.bits"), "file_bytes": last["file_bytes"],
+                     "error": 100 - last["top1"], "error_validation": 100 - last["top1_validation"]})
+    for row in rows:
+        row["front"] = not any(_beats(other, row) for other in rows)
+    found = {"name": recipe.name, "stage": number, "points": rows}
+    if PartialState().is_main_process:
+        table = _table(rows)
+        files.write_bytes(here / "ladder.json", json.dumps(found, indent=1).encode())
+        files.write_bytes(here / "ladder.png", drawing.png(_figure(found)))
+        files.write_bytes(here / "ladder.md", f"# {recipe.name}: error against bytes\n\n{table}\n\n![ladder](ladder.png)\n".encode())
+        print(f"\n{table}\n\n{here / 'ladder.md'}", flush=True)
+    return found
+
+
+def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequence[int]) -> int | None:
+    """The number of the share stage that is varied, None where none is. Raises RecipeError where there is nothing to vary."""
+    if not sparsity and not bits:
+        raise ValueError("a ladder needs --sparsity or --bits, such as --sparsity 0.9,0.95 --bits 3,4")
+    method = recipe.stages[number].method
+    if sparsity and recipe.stages[number].sparsity is None:
+        raise RecipeError(recipe.fault(("stages", number, "method"), f"{method!r} has no sparsity to vary; magnitude, lamp and rate have"))
+    later = [n for n, keys in enumerate(recipe.stages) if keys.stage == "share" and n > number]
+    if bits and not later:
+        raise RecipeError(recipe.fault(("stages", number), "there is no stage share after it whose bits could be varied"))
+    return later[0] if later else None
+
+
+def _point(recipe: Recipe, number: int, share: int | None, sparsity: float | None, bits: int | None) -> tuple[str, dict[str, Any]]:
+    """A point's name and what it changes in the recipe."""
+    words, asked = [], {}
+    if sparsity is not None:
+        words.append(f"sparsity-{sparsity:g}")
+        asked[f"stages.{number}.sparsity"] = sparsity
+    if bits is not None:
+        words.append(f"bits-{bits}")
+        asked[f"stages.{share}.bits"] = bits
+        if recipe.stages[share].values is not None:
+            asked[f"stages.{share}.values"] = None
+    return "-".join(words), asked
+
+
+def _lend(recipe: Recipe, number: int, source: Path, target: Path) -> None:
+    """Gives a run the checkpoint that stage `number` left in another run, whole or not at all; one it has stays."""
+    name = f"{number:02d}-{recipe.stages[number].stage}"
+    there = target / "checkpoints" / name
+    if there.exists():
+        return
+    there.parent.mkdir(parents=True, exist_ok=True)
+    partial = there.with_name(f".partial-{os.getpid()}-{name}")
+    shutil.copytree(source / "checkpoints" / name, partial)
+    partial.rename(there)
+
+
+def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one point is no worse in bytes and error, and better in one of them."""
+    mine, theirs = (one["file_bytes"], one["error"]), (other["file_bytes"], other["error"])
+    return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    told = [
+        {"sparsity": "–" if row["sparsity"] is None else f"{row['sparsity']:g}", "bits": "–" if row["bits"] is None else str(row["bits"]),
+         "bytes": f"{row['file_bytes']:,}", "error %": f"{row['error']:.2f}", "validation error %": f"{row['error_validation']:.2f}",
+         "front": "*" if row["front"] else ""}
+        for row in sorted(rows, key=lambda row: row["file_bytes"])
+    ]
+    return (
+        tabulate(told, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",))
+        + "\n\nBytes and test error of the decoded file; * marks the points that no smaller file beats. Choose by the "
+        "validation error: the test split is only reported."
+    )
+
+
+def _figure(found: Mapping[str, Any]) -> "Figure":
+    """Test error over the bytes of the file, the front as a line."""
+    [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
+    drawing.calm(axes)
+    rows = found["points"]
+    front = sorted((row["file_bytes"], row["error"]) for row in rows if row["front"])
+    axes.plot([x for x, _ in front], [y for _, y in front], color=FRONT, linewidth=1.2, alpha=0.5, zorder=2)
+    for row in rows:
+        style = {"color": FRONT, "markersize": 7, "zorder": 4} if row["front"] else {"color": REST, "markersize": 6, "zorder": 3}
+        axes.plot(row["file_bytes"], row["error"], "o", markeredgecolor="white", **style)
+    drawing.byte_axis(axes, [row["file_bytes"] for row in rows])
+    heights = [row["error"] for row in rows]
+    room = max(0.15 * (max(heights) - min(heights)), 0.1)
+    axes.set_ylim(max(0.0, min(heights) - room), max(heights) + room)
+    axes.set_ylabel("test error (%)", fontsize=9, color=drawing.INK)
+    axes.grid(color=drawing.GRID, linewidth=0.7)
+    drawing.title(axes.figure, f"{found['name']}: error against size, and the front")
+    names = [((row["file_bytes"], row["error"]), _short(row), FRONT if row["front"] else "#8a9096") for row in rows]
+    drawing.label(axes, names, front)
+    return axes.figure
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    zeros = [] if row["sparsity"] is None else [f"{100 * row['sparsity']:g} % zeros"]
+    return " · ".join(zeros + ([] if row["bits"] is None else [f"{row['bits']} bits"]))

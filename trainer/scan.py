@@ -1,0 +1,240 @@
+"""How much each layer can lose: validation accuracy against sparsity, one layer at a time, and what that suggests."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from trainer import compress, drawing, files, scores
+from trainer.compress import Place
+from trainer.context import Run
+from trainer.evaluate import percent_right, predict, student_view, truth
+from trainer.recipe import Recipe, RecipeError, StageKeys, read
+from trainer.runner import begun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+SENSITIVITIES = tuple(step / 4 for step in range(1, 13))
+GOOD, OTHERS, LIMIT = "#2f6f9f", "#dfe3e6", "#c8743a"
+
+
+def scan(
+    path: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    folder: str | Path = "runs",
+    stage: int | None = None,
+    cost: float = 1.0,
+) -> dict[str, Any]:
+    """Measures each layer's sensitivity to pruning, before any recovery, and writes runs/NAME/scan.md, .png and .json.
+
+    The student is as the stages before prune stage number `stage` (the first one) leave it: from the run's checkpoint, or
+    they run now. Each layer alone is pruned by magnitude, as far as that stage's method goes: to sparsities, or for
+    'std' by sensitivities. cost: the points of validation accuracy that a suggested setting may cost, and every smaller
+    setting of that layer too. Returns what scan.json holds: "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation"
+    of the student, "layers" [{"layer", "num_weights", "points", "suggestion" (None: leave it alone), "sparsity"}], "together"
+    (all suggestions at once), "suggestion" (keys for the recipe).
+    Raises ValueError for a recipe without such a stage, and what `runner.run` raises.
+    """
+    recipe, _ = read(path, dict(changes or {}))
+    number = prune_stage(recipe, stage)
+    keys = recipe.stages[number]
+    if keys.method in ("n_m", "channels"):
+        raise RecipeError(recipe.fault(("stages", number, "method"), f"{keys.method!r} has no sparsity of single weights to scan"))
+    if cost <= 0:
+        raise ValueError(f"cost: got {cost}; points of accuracy above 0 are allowed")
+    with begun(path, number, dict(changes or {}), folder) as run:
+        found = {"name": run.name, "stage": number, "cost": cost, **measure(run, keys, cost)}
+        if run.accelerator.is_main_process:
+            table = _table(found)
+            files.write_bytes(run.folder / "scan.json", json.dumps(found, indent=1).encode())
+            files.write_bytes(run.folder / "scan.png", drawing.png(_figure(found)))
+            files.write_bytes(run.folder / "scan.md", f"# {run.name}: scan of the layers\n\n{table}\n\n![scan](scan.png)\n".encode())
+            print(f"\n{table}\n\n{run.folder / 'scan.md'}", flush=True)
+    return found
+
+
+def prune_stage(recipe: Recipe, number: int | None) -> int:
+    """The number of the prune stage meant: the first one where none is named. Raises RecipeError when there is none."""
+    known = [n for n, keys in enumerate(recipe.stages) if keys.stage == "prune"]
+    if not known:
+        raise RecipeError(recipe.fault(("stages",), "there is no stage prune in this recipe"))
+    if number is not None and number not in known:
+        allowed = ", ".join(map(str, known))
+        raise RecipeError(recipe.fault(("stages",), f"stage {number} is no stage prune; allowed: {allowed} (counted from 0)"))
+    return known[0] if number is None else number
+
+
+@torch.no_grad()
+def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
+    """The scan itself, of the student as it stands."""
+    places = compress.choose(compress.weights(run.student), keys.keep)
+    by_std = keys.method == "std"
+    run.student.to(run.accelerator.device).eval()
+    view = student_view(run, run.student)
+    labels = truth(run, run.data.validation)
+
+    def accuracy() -> float:
+        return percent_right(predict(run, view, run.data.validation), labels)
+
+    dense = accuracy()
+    layers = []
+    for name, place in places.items():
+        if not place.value.any():
+            raise ValueError(f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's keep)")
+        points = []
+        for setting, mask in _masks(place, by_std):
+            with _pruned({name: (place, mask)}):
+                points.append({"setting": setting, "sparsity": 1 - mask.double().mean().item(), "top1_validation": accuracy()})
+        good = None
+        for point in points:
+            if dense - point["top1_validation"] > cost:
+                break
+            good = point
+        layers.append({"layer": name, "num_weights": place.value.numel(), "points": points,
+                       "suggestion": good and good["setting"], "sparsity": good and good["sparsity"]})
+        if run.accelerator.is_main_process:
+            told = f"up to {good['setting']:g}" if good else "leave it alone"
+            print(f"scan: {name}: {told}", flush=True)
+    chosen = {layer["layer"]: layer["suggestion"] for layer in layers if layer["suggestion"] is not None}
+    masks = {name: (places[name], dict(_masks(places[name], by_std))[setting]) for name, setting in chosen.items()}
+    with _pruned(masks):
+        left = sum(int(torch.count_nonzero(place.value)) for place in places.values())
+        together = {"top1_validation": accuracy(), "sparsity": 1 - left / sum(p.value.numel() for p in places.values())}
+    what = "sensitivity" if by_std else "sparsity"
+    spared = [layer["layer"] for layer in layers if layer["suggestion"] is None]
+    suggestion: dict[str, Any] = {"method": keys.method}
+    if keys.method in ("lamp", "rate"):
+        suggestion["scope"] = "layer"
+    suggestion[what] = chosen
+    if keys.keep or spared:
+        suggestion["keep"] = [*keys.keep, *spared]
+    return {"setting": what, "top1_validation": dense, "layers": layers, "together": together, "suggestion": suggestion}
+
+
+def _masks(place: Place, by_std: bool) -> Iterator[tuple[float, Tensor]]:
+    """(setting, mask) from little to much, as long as something is left of the layer."""
+    alive = {place.name: place.mask}
+    if by_std:
+        for sensitivity in SENSITIVITIES:
+            try:
+                mask = compress.std_masks({place.name: place}, {place.name: sensitivity})[place.name][0]
+            except ValueError:
+                if sensitivity == SENSITIVITIES[0]:
+                    raise
+                return  # it would prune every weight: the curve ends here
+            yield sensitivity, mask
+        return
+    dead = 0.0 if place.mask is None else 1 - place.mask.double().mean().item()
+    score, parts = {place.name: scores.magnitude(place.value)}, {place.name: place.parts}
+    for sparsity in SPARSITIES:
+        if dead <= sparsity and round(sparsity * place.value.numel()) < place.value.numel():
+            yield sparsity, compress.score_masks(score, alive, {place.name: sparsity}, False, parts)[place.name][0]
+
+
+@contextlib.contextmanager
+def _pruned(masks: Mapping[str, tuple[Place, Tensor]]) -> Iterator[None]:
+    """The weights with zeros where the masks say, while this lasts."""
+    kept = {name: place.parameter.detach().clone() for name, (place, _) in masks.items()}
+    for place, mask in masks.values():
+        place.parameter.masked_fill_(~mask, 0.0)
+    try:
+        yield
+    finally:
+        for name, (place, _) in masks.items():
+            place.parameter.copy_(kept[name])
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    settings = sorted({point["setting"] for layer in found["layers"] for point in layer["points"]})
+    rows = []
+    for layer in found["layers"]:
+        lost = {p["setting"]: f"{found['top1_validation'] - p['top1_validation']:.1f}" for p in layer["points"]}
+        row = {"layer": layer["layer"], "weights": f"{layer['num_weights']:,}"}
+        row |= {f"{setting:g}": lost.get(setting, "") for setting in settings}
+        none = layer["suggestion"] is None
+        row |= {"suggestion": "keep" if none else f"{layer['suggestion']:g}",
+                "zeros %": "" if none else f"{100 * layer['sparsity']:.1f}"}
+        rows.append(row)
+    together = found["together"]
+    return (
+        f"Points of validation accuracy that {found['setting']} costs, one layer at a time, without recovery "
+        f"(the student has {found['top1_validation']:.2f} %; a suggestion costs at most {found['cost']:g}):\n\n"
+        + tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(rows[0]) - 1)))
+        + f"\n\nAll suggestions together: {together['top1_validation']:.2f} % at {100 * together['sparsity']:.2f} % zeros, "
+        f"before any recovery. For stages[{found['stage']}]:\n\n    {_yaml(found['suggestion'])}"
+    )
+
+
+def _yaml(suggestion: Mapping[str, Any]) -> str:
+    def flow(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(str, value)) + "]"
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return flow(suggestion)[1:-1]
+
+
+def _figure(found: Mapping[str, Any]) -> "Figure":
+    """A panel for each layer: its curve, those of the others behind it, the limit, and the point suggested."""
+    import numpy as np
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    layers, dense = found["layers"], found["top1_validation"]
+    num_columns = min(4, len(layers))
+    num_rows = -(-len(layers) // num_columns)
+    axes_grid = drawing.grid(num_rows, num_columns, (2.1, 1.5), (0.3, 0.55), top=0.85)
+    curves = [([0.0, *(p["sparsity"] for p in layer["points"])], [dense, *(p["top1_validation"] for p in layer["points"])])
+              for layer in layers]
+    lowest = min(min(heights) for _, heights in curves)
+    highest = max(max(heights) for _, heights in curves)
+    least_left = 1 - max(max(reach) for reach, _ in curves)
+    flat = axes_grid.reshape(-1)
+    for axes in flat[len(layers):]:
+        axes.set_visible(False)
+    for number, (axes, layer) in enumerate(zip(flat, layers, strict=False)):
+        drawing.calm(axes)
+        # Spaced by the logarithm of what is left: half, a tenth and a hundredth of the weights can all be seen.
+        axes.set_xscale("function", functions=(lambda x: -np.log10(np.maximum(1 - x, 1e-9)), lambda z: 1 - 10.0**-z))
+        axes.set_xlim(0, 1 - least_left * 0.8)
+        axes.xaxis.set_major_locator(FixedLocator([t for t in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999) if t <= 1 - least_left * 0.8]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}"))
+        axes.tick_params(axis="x", labelsize=7)
+        room = 0.05 * (highest - lowest) + 0.1
+        axes.set_ylim(lowest - room, highest + room)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(color=drawing.GRID, linewidth=0.6)
+        for other, (reach, heights) in enumerate(curves):
+            if other != number:
+                axes.plot(reach, heights, color=OTHERS, linewidth=1, zorder=1)
+        axes.axhline(dense - found["cost"], color=LIMIT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        reach, heights = curves[number]
+        axes.plot(reach, heights, color=GOOD, linewidth=1.6, zorder=3)
+        short = layer["layer"] if len(layer["layer"]) <= 22 else f"…{layer['layer'][-21:]}"
+        said = "keep"
+        if layer["suggestion"] is not None:
+            place = next(p for p in layer["points"] if p["setting"] == layer["suggestion"])
+            axes.plot(place["sparsity"], place["top1_validation"], "o", color=GOOD, markersize=6, markeredgecolor="white", zorder=4)
+            said = f"{layer['suggestion']:g}"
+        axes.set_title(f"{short}: {said}", loc="left", fontsize=9, color=drawing.INK)
+        if number % num_columns == 0:
+            axes.set_ylabel("validation %", fontsize=8, color=drawing.INK)
+        else:
+            axes.tick_params(labelleft=False)
+        if number + num_columns >= len(layers):
+            axes.set_xlabel("zeros in this layer (%)", fontsize=8, color=drawing.INK)
+    drawing.title(flat[0].figure, f"{found['name']}: accuracy against sparsity, one layer at a time\n")
+    flat[0].figure.text(
+        0.1 / flat[0].figure.get_figwidth(), 1 - 0.34 / flat[0].figure.get_figheight(), va="top", fontsize=8, color=drawing.INK,
+        s=f"in each title the {found['setting']} suggested (the dot): it costs at most {found['cost']:g} points (dashed)",
+    )
+    return flat[0].figure
