@@ -20,7 +20,8 @@ FLOORS = [
     ["stages"],
     ["recipe"],
     ["runner"],
-    ["ladder", "scan"],
+    ["scan"],
+    ["ladder"],
     ["__main__", "api", "__init__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

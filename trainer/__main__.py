@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say(
             "interrupted"
-            + ("; the same command goes on where this stopped" if options.command is _run else "")
+            + ("; the same command goes on where this stopped" if options.command in (_run, _ladder) else "")
         )
         return 130
     except FloatingPointError as error:
@@ -99,6 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
     recipe_options(pairs, of_a_run=False)
+    scan = command(_scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage.")
+    recipe_options(scan, of_a_run=True)
+    scan.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    scan.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
+    scan.add_argument(
+        "--cost", type=float, default=1.0, help="points of validation accuracy a setting may cost (1)"
+    )
+    ladder = command(_ladder, "ladder", "Prune, share and pack at several sizes, from one distilled student.")
+    recipe_options(ladder, of_a_run=True)
+    ladder.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    ladder.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
+    ladder.add_argument("--sparsity", type=_numbers(float), default=[], help="shares of zeros: 0.9,0.95,0.98")
+    ladder.add_argument("--bits", type=_numbers(int), default=[], help="bits of the shared values: 3,4,5")
     fetch = command(_fetch, "fetch", "Fetch datasets ahead of time.")
     fetch.add_argument("dataset", nargs="+")
     inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
@@ -125,6 +139,18 @@ def _count(word: str) -> int:
     if not word.isdigit() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"got {word!r}; a number from 1 up is allowed")
     return int(word)
+
+
+def _numbers(kind: type) -> Callable[[str], list]:
+    """What reads '3,4,5'."""
+
+    def read(words: str) -> list:
+        try:
+            return [kind(word) for word in words.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {words!r}; numbers with commas between them are allowed") from None
+
+    return read
 
 
 def changes_of(words: list[str]) -> dict[str, Any]:
@@ -160,6 +186,18 @@ def _run(options: argparse.Namespace) -> None:
     from trainer.runner import run
 
     run(options.recipe, _changes(options), options.folder)
+
+
+def _scan(options: argparse.Namespace) -> None:
+    from trainer.scan import scan
+
+    scan(options.recipe, _changes(options), options.folder, options.stage, options.cost)
+
+
+def _ladder(options: argparse.Namespace) -> None:
+    from trainer.ladder import ladder
+
+    ladder(options.recipe, options.sparsity, options.bits, _changes(options), options.folder, options.stage)
 
 
 def _check(options: argparse.Namespace) -> None:

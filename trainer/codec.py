@@ -297,7 +297,7 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     rows, columns = grid.rows, grid.columns
     coder, stretch = stream.coder, stretch_table()
     spatial = not grid.flat
-    wide = grid.height * grid.width >= 16
+    wide = grid.height * grid.width > 25  # in a small kernel the near ones say it all
     weights = {"density": 1.0, "column": 0.6, "row": 0.5, "above": 0.3, "pattern": 0.6}
     if spatial:
         weights |= {
@@ -351,14 +351,14 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             row_ones[r] * _COUNT >> coarse, row_expected[r] * _COUNT >> 16 + coarse, _COUNT
         )
         here = (r + 2) * stride + c
-        above = known[here - stride]
+        above = known.take(here - stride)
         inputs[3] = above * float(UNIT)
         inputs[4] = 0
         sets = None
         if spatial:
-            neighbours = known[(r + 2) * stride + near[:, c]]
+            neighbours = known.take((r + 2) * stride + near.take(c, 1))
             inputs[5:11] = neighbours[:6] * float(UNIT)
-            ratios = column_ratio[around[:, c]]
+            ratios = column_ratio.take(around.take(c, 1))
             inputs[11] = np.add.reduce(ratios[:4]) >> 2
             inputs[12] = np.add.reduce(ratios[4:]) >> 2
             touching = np.add.reduce(neighbours[:4], dtype=np.int64)
@@ -366,7 +366,7 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
             if wide:
                 inputs[row_of["far"]] = _log_ratio(
                     np.add.reduce(neighbours[6:], dtype=np.int64) * _COUNT,
-                    np.add.reduce(column_probability[near[6:, c]]) >> 12,
+                    np.add.reduce(column_probability.take(near[6:].take(c, 1))) >> 12,
                     _COUNT // 2,
                 )
             sets = np.minimum(touching, 2)
@@ -451,8 +451,8 @@ def _code_ranks(
         inputs[2] = _odds(column_signs[c])
         inputs[3] = sign[here - stride] * (size[here - stride] + 64)
         if spatial:
-            where = (r + 2) * stride + near[:, c]
-            near_sign, near_size = sign[where], size[where]
+            where = (r + 2) * stride + near.take(c, 1)
+            near_sign, near_size = sign.take(where), size.take(where)
             near_signed = near_sign * (3 * near_size + 128)
             inputs[4:8] = near_signed[:4]
             inputs[8] = np.add.reduce(near_signed[4:])

@@ -612,7 +612,7 @@ def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator
         place = ("stages", number)
         name, losses = stage.stage, getattr(stage, "losses", None) or []
         of_teacher = name == "train" and stage.who == "teacher"
-        changes = name in ("train", "distill", "prune", "share") and not of_teacher
+        changes = name in ("train", "distill", "prune", "fold", "share") and not of_teacher
         if of_teacher and not has_teacher:
             yield place, "trains the teacher, and there is no teacher in this recipe"
         if name == "distill" and not has_teacher:
@@ -645,6 +645,8 @@ def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator
                 )
         if name == "prune" and shared:
             yield place, "prunes after sharing: prune first, then share"
+        if name == "fold" and shared:
+            yield place, "folds after sharing: fold first, then share"
         if name == "prune" and stage.method == "movement" and recipe.precision == "fp16":
             yield (
                 (*place, "method"),

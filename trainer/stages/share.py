@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import compress, fold, kmeans, packed
+from trainer import compress, fold, kmeans, packed, teacher
 from trainer.compress import Place
 from trainer.context import Part, Run
 from trainer.data import Views, batches, epoch_order, seed_of
@@ -105,7 +105,7 @@ def share(
             compress.set_codebook(place, codes, centroids)
         _note(run, name, centroids)
     if training is None:
-        _round(run, biases, rest)
+        _round(run.student, biases, rest)
     record(run, "clustered", init=init)
     keep_histogram(run, "clustered")
     if training is None:
@@ -123,7 +123,7 @@ def share(
     with torch.no_grad():
         for parameter in compress.centroid_parameters(run.student):
             parameter.copy_(compress.round_to(parameter, codebook))
-    _round(run, biases, rest)
+    _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")
     return numbers
@@ -145,9 +145,8 @@ def _note(run: Run, name: str, centroids: Tensor) -> None:
     )
 
 
-def _round(run: Run, biases: int | None, rest: str, student: nn.Module | None = None) -> None:
+def _round(student: nn.Module, biases: int | None, rest: str) -> None:
     """Rounds what is not shared, dead units dropped before: constants that go into the next biases must fit the grid."""
-    student = run.student if student is None else student
     if biases is not None and _is_chain(student):
         fold.drop_dead(student)
     compress.round_unshared(student, biases, rest)
@@ -206,8 +205,10 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
 def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
     """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
     facts = packed.facts(run.data)
-    plain = copy.deepcopy(run.student)
-    _round(run, biases, rest, plain)
+    # Not a deep copy: torch's copies of parametrized modules share a class, and taking one's mask would take all.
+    plain = teacher.build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
+    plain.load_state_dict(compress.dense_state(run.student))
+    _round(plain, biases, rest)
     shared = {(name, bits): cluster(name, place, 2**bits) for name, place in places.items() for bits in AUTO_BITS}
 
     def shares(choice: dict[str, int]) -> nn.Module:
@@ -215,7 +216,8 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
         copies = compress.weights(student)
         for name, bits in choice.items():
             codes, centroids = shared[name, bits]
-            compress.set_codebook(copies[name], codes, compress.round_to(centroids, codebook))
+            table = torch.cat([torch.zeros(1), compress.round_to(centroids, codebook).reshape(-1)])
+            copies[name].value.copy_(table[codes.long()])
         return student.eval()
 
     def encoded(choice: dict[str, int]) -> bytes:
