@@ -483,3 +483,59 @@ class TestBadInput:
         place = compress.weights(nn.Sequential(embed, out))["0"]
         compress.set_codebook(place, *compress.cluster(place, 4, kmeans.kmeans_optimal))
         assert torch.equal(embed.weight, out.weight) and len(embed.weight.unique()) <= 4
+
+
+RECIPE = """
+name: folded
+data: {dataset: digits, subset: 200, validation: 100}
+student: {model: lenet5, width: 2, batch_norm: true}
+stages:
+  - {stage: train, training: {epochs: 2, lr: 1e-2, batch_size: 50}}
+  - {stage: prune, method: magnitude, sparsity: 0.7}
+  - {stage: fold}
+  - {stage: share, bits: 2, biases: 6, assign: trained, entropy: 0.05, training: {epochs: 1, batch_size: 50}}
+  - {stage: pack, tidy: true}
+"""
+
+
+def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    from trainer import runner
+    from trainer.stages import pack, share
+
+    recipe = tmp_path / "folded.yaml"
+    recipe.write_text(RECIPE)
+    # Not in a fresh process, which is tested elsewhere: here it is to be quick.
+    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path))
+    whole = runner.run(recipe, folder=tmp_path / "whole")
+    rows = {row["stage"]: row for row in whole["rows"]}
+    assert rows["folded"]["top1"] == rows["pruned"]["top1"] and rows["folded"]["max_difference"] < 1e-4
+    assert rows["decoded"]["num_changed"] == 0 and rows["decoded"]["file_bytes"] < rows["shared"]["file_bytes"]
+    assert rows["decoded"]["num_dropped"] > 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(share, "fit", stop)
+        runner.run(recipe, folder=tmp_path / "cut")
+    runner.run(recipe, folder=tmp_path / "cut")
+    files = [(tmp_path / folder / "folded" / "student.tiny").read_bytes() for folder in ("whole", "cut")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ("[{stage: share, bits: 2}, {stage: fold}]", "folds after sharing"),
+        ("[{stage: pack, tidy: true}]", "'norm1' stands between"),
+        ("[{stage: fold}, {stage: fold}]", "no BatchNorm that can be folded"),
+    ],
+)
+def test_orders_that_make_no_sense_are_seen_before_anything_is_trained(tmp_path, stages, told):
+    from trainer import runner
+    from trainer.recipe import RecipeError
+
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text(RECIPE.partition("stages:")[0] + f"stages: {stages}\n")
+    with pytest.raises(RecipeError, match=told):
+        runner.run(recipe, folder=tmp_path)

@@ -44,7 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 class CacheKeys(bind.Entry):
-    """The teacher's kept answers. where: in `memory`, or on `disk` for later runs too (the folder of TRAINER_DATA, views/).
+    """The teacher's kept answers. where: in `memory`, for this run (mapped to a file in its folder, so that it finds them
+    again when it was interrupted; removed at its end), or on `disk`, for later runs too (in views/ in the folder of
+    TRAINER_DATA, by default ~/.cache/tiny-student; never removed by the program).
 
     type: `float16` halves the size; its error is measured and told. top: keep only so many of the highest logits and
     the mass of the rest, for many classes. embeddings, maps: keep those too that the recipe's losses ask for; maps are
@@ -71,15 +73,15 @@ class ViewCache:
     A record is the logits [K], or of these the `top` highest with the log of the rest's mass (then spread evenly over
     the rest), and where asked the embedding [D] and the maps of `layers`. Without augmentation there is one view.
 
-    folder: None keeps them in this process, on `device`. Otherwise they are in a file below it that any number of
-    processes and runs share at once, in a folder named after the fingerprint of everything that the answers depend
-    on: the teacher, the images, the augmentation, the layout. Each record has a checksum of its data and place, which
-    no half-written, damaged or empty record has: those are computed again (damaged ones are told of, once). The file's
-    space is taken at the start, so a disk that fills up later does no harm. Nothing is ever removed by the program.
+    They are in a file that any number of processes and runs may share at once, below `folder` in a folder named after
+    the fingerprint of everything that the answers depend on: the teacher, the images, the augmentation, the layout. The
+    file is mapped, so its records are memory as long as there is some. Each record has a checksum of its data and place,
+    which no half-written, damaged or empty record has: those are computed again (damaged ones are told of, once). The
+    file's space is taken at the start, so a disk that fills up later does no harm. On a GPU the records of the current
+    view are held there.
 
-    batch_size: the teacher is shown exactly so many images at a time, fewer being filled up (None: as they come). The
-    libraries choose how to sum by the batch's size, not by what else is in it: so a record has the same bits
-    whatever batch it was first seen in, and a run that was interrupted and has lost them ends in the same weights.
+    A kept answer may differ from a live one in its last bits, since how a library sums depends on the batch. A run
+    that was interrupted finds its answers where it left them, and ends in the same weights.
 
     Raises ValueError for endless views, too little room (naming sizes), a folder that cannot be written, or one whose
     facts are not this run's.
@@ -89,13 +91,12 @@ class ViewCache:
         self,
         guide: Teacher,
         data: Data,
+        folder: Path,
         keys: CacheKeys | None = None,
         *,
         layers: Sequence[str] = (),
         device: torch.device | str = "cpu",
         precision: str = "no",
-        batch_size: int | None = None,
-        folder: Path | None = None,
     ) -> None:
         keys = keys or CacheKeys()
         augmented = data.augment != Augment()
@@ -104,7 +105,6 @@ class ViewCache:
         self.teacher, self.data, self.keys = guide, data, keys
         self.layers = list(layers) if keys.maps else []
         self.embeddings = keys.embeddings
-        self._batch_size = batch_size
         self.computed = 0  # images that the teacher was shown for the cache's sake, by this process
         self.error: dict[str, float] = {}
         self.told = ""
@@ -115,13 +115,8 @@ class ViewCache:
         self._shapes = self._look(guide)
         self.num_classes = self._shapes["logits"][0]
         self._layout = self._lay_out()
-        self._sums: Tensor | None = None
         self._told_of_damage = False
-        if folder is None:
-            self.path = None
-            self._fields = self._reserve()
-        else:
-            self.path = self._open(folder, precision)
+        self.path = self._open(folder, precision)
         self._known = torch.zeros(self._num_views, data.num_samples, dtype=torch.bool, device=self._device)
         self._ids = data.train.ids.to(self._device)
         self._view: int | None = None
@@ -131,8 +126,7 @@ class ViewCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all records when they are filled."""
-        per_record = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._layout.values())
-        return self._num_views * self.data.num_samples * (per_record + 4 * (self._sums is not None or self.path is not None))
+        return self._regions()[1]
 
     def describe(self) -> str:
         """What is kept, where, and how much of it is there, for the user."""
@@ -140,10 +134,7 @@ class ViewCache:
         what += " and embedding" * self.embeddings + f" and maps of {', '.join(self.layers)}" * bool(self.layers)
         text = (f"{self._num_views} view{'s' * (self._num_views > 1)} x {self.data.num_samples:,} samples, {what} each, "
                 f"{self.keys.type}, {_size(self.num_bytes)}")
-        if self.keys.where == "memory":
-            return f"{text}, in memory"
-        filled = int((self._sums != 0).sum())
-        return f"{text}, in {self.path} ({filled:,} there already{self.told})"
+        return f"{text}, in {self.path} ({int((self._sums != 0).sum()):,} there already{self.told})"
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the cache: its settings, size, place, and what its records lose (see `measure`)."""
@@ -165,7 +156,7 @@ class ViewCache:
             new = self._new(index)
             if new is not None:
                 whole = len(new) == len(index)
-                seen = self._ask(images if whole else images[new])
+                seen = self.teacher.see(images if whole else images[new], self.layers, self.embeddings)
                 self.computed += len(new)
                 self._write(seen, index if whole else index[new])
         return self._recall(index, layers, embedding)
@@ -190,8 +181,6 @@ class ViewCache:
         Raises ValueError, which says what to remove, where they differ by more than rounding: the network's code or
         the images are then not what they were, whatever the fingerprint says.
         """
-        if self.path is None:
-            return 0
         random = np.random.default_rng()
         for view in random.permutation(self._num_views).tolist():
             known = self._verify(view, torch.arange(self.data.num_samples)).nonzero().flatten()
@@ -200,7 +189,7 @@ class ViewCache:
         else:
             return 0
         index = known[torch.from_numpy(random.permutation(len(known))[:count])]
-        live = self._ask(self._images(index, view))
+        live = self.teacher.see(self._images(index, view), self.layers, self.embeddings)
         kept = {name: field[view][index].to(self._device) for name, field in self._fields.items()}
         for record, (difference, scale) in enumerate(zip(*self._differences(kept, live), strict=True)):
             if not difference <= self._tolerance * (1 + scale):
@@ -221,7 +210,7 @@ class ViewCache:
         if self.keys.type == "float32" and self.keys.top is None:
             return {}
         index = self._ids[:count]
-        live = self._ask(self._images(index, 0))
+        live = self.teacher.see(self._images(index, 0), self.layers, self.embeddings)
         packed = self._pack(live)
         full, kept = live.logits.double(), self._restore({n: packed[n] for n in self._logit_fields()}).double()
 
@@ -289,24 +278,6 @@ class ViewCache:
             difference = (kept["values"].float() - full.gather(1, classes)).abs().amax(1)
         return difference.tolist(), full.abs().amax(1).tolist()
 
-    def _ask(self, images: Tensor) -> Seen:
-        """What the teacher sees in any number of images, in batches of the one size."""
-        size = self._batch_size or len(images)
-        if len(images) == size:
-            return self.teacher.see(images, self.layers, self.embeddings)
-        missing = -len(images) % size
-        filled = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-        parts = [self.teacher.see(batch, self.layers, self.embeddings) for batch in filled.split(size)]
-
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return torch.cat(tensors)[: len(images)]
-
-        return Seen(
-            joined([part.logits for part in parts]),
-            joined([part.embedding for part in parts]) if self.embeddings else None,
-            {name: joined([part.maps[name] for part in parts]) for name in self.layers},
-        )
-
     def _images(self, index: Tensor, view: int) -> Tensor:
         images = self.data.train.images
         where = index.to(images.images.device) if isinstance(images, InMemory) else index.tolist()
@@ -319,10 +290,8 @@ class ViewCache:
         """Opens a view: from now on its records are at hand on the device, those that others kept among them."""
         assert 0 <= view < self._num_views, f"there is no view {view}"
         self._view = view
-        if self._sums is not None:
-            unknown = (~self._known[view]).nonzero().flatten()
-            if len(unknown):
-                self._known[view, unknown] = self._verify(view, unknown.cpu()).to(self._device)
+        unknown = (~self._known[view]).nonzero().flatten()
+        self._known[view, unknown] = self._verify(view, unknown.cpu()).to(self._device)
         # The same memory where the records are on the device already.
         self._table = {name: field[view].to(self._device) for name, field in self._fields.items()}
         self._count_missing()
@@ -333,7 +302,7 @@ class ViewCache:
     def _new(self, index: Tensor) -> Tensor | None:
         """Positions within the batch of the records that nobody has kept yet; None where there are none."""
         new = (~self._known[self._view][index]).nonzero().flatten()
-        if len(new) and self._sums is not None:
+        if len(new):
             where = index[new]
             valid = self._verify(self._view, where.cpu()).to(self._device)
             found = where[valid]
@@ -349,14 +318,13 @@ class ViewCache:
         packed = self._pack(seen)
         for name, table in self._table.items():
             table[index] = packed[name]
-        if self._sums is not None:
-            where = index.cpu()
-            host = {name: part.cpu() for name, part in packed.items()}
-            if self._device.type != "cpu":
-                for name, part in host.items():
-                    self._fields[name][self._view][where] = part
-            # The checksum comes last: only then does the record count.
-            self._sums[self._view][where] = self._checksums(self._view, where, host)
+        where = index.cpu()
+        host = {name: part.cpu() for name, part in packed.items()}
+        if self._device.type != "cpu":
+            for name, part in host.items():
+                self._fields[name][self._view][where] = part
+        # The checksum comes last: only then does the record count.
+        self._sums[self._view][where] = self._checksums(self._view, where, host)
         self._mark(index)
 
     def _mark(self, index: Tensor) -> None:
@@ -406,14 +374,6 @@ class ViewCache:
         return (total % _PRIME + 1).int()
 
     # The file.
-
-    def _reserve(self) -> dict[str, Tensor]:
-        _refuse_above(self.num_bytes, self.keys.limit_gib or LIMIT_GIB)
-        shape = (self._num_views, self.data.num_samples)
-        try:
-            return {n: torch.zeros(*shape, *size, dtype=kind, device=self._device) for n, (size, kind) in self._layout.items()}
-        except torch.OutOfMemoryError:
-            raise ValueError(f"{_size(self.num_bytes)} do not fit in the memory of {self._device}; {_SMALLER}") from None
 
     def _facts(self, precision: str) -> dict[str, Any]:
         """Everything that the answers depend on. What is the same by construction is left out: one view needs no seed."""

@@ -30,7 +30,7 @@ class Mask(nn.Module):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask.bool())
+        self.register_buffer("mask", mask.to(torch.bool, copy=True))
         self.register_buffer("score", None)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Codebook(nn.Module):
 
     def __init__(self, codes: Tensor, centroids: Tensor) -> None:
         super().__init__()
-        self.register_buffer("codes", codes.to(torch.int32))
+        self.register_buffer("codes", codes.to(torch.int32, copy=True))
         self._centroids = centroids
 
     def right_inverse(self, _weight: Tensor) -> Tensor:

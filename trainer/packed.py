@@ -30,6 +30,15 @@ def _full(header: Mapping[str, Any]) -> dict[str, Any]:
     return {**header, "classes": [str(i) for i in range(classes)] if isinstance(classes, int) else classes}
 
 
+def rebuilds(header: Mapping[str, Any]) -> bool:
+    """Whether a file's network is built by the program itself: from the models shelf or from timm.
+
+    A file that names code (`python:module:function`) or a hub must not have it run or fetched by whoever looks at it:
+    such a network is brought by the reader.
+    """
+    return "net" in header and not str(header["net"].get("model")).startswith(("python:", "hf-hub:"))
+
+
 def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bytes:
     """The bytes of a packed network; they decode to exactly the tensors the network computes with.
 
@@ -39,7 +48,7 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in compress.dense_state(model).items()}
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
     steps = grid_steps(tensors)
-    if spec is None:
+    if not rebuilds(header):
         return codec.encode(header, tensors, steps)
     order = layout(header)
     if set(order) != set(tensors):
@@ -70,17 +79,22 @@ def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
     return steps
 
 
+def header(data: bytes, name: str = "file") -> dict[str, Any]:
+    """The facts of a packed file, and the spec of its network under "net". Raises ValueError naming the file."""
+    return _full(codec.read_header(data, name))
+
+
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a packed file by name, and its facts. Raises ValueError naming the file when it is damaged."""
     header = codec.read_header(data, name)
-    _, arrays = codec.decode(data, name, layout=layout if "net" in header else None)
+    _, arrays = codec.decode(data, name, layout=layout if rebuilds(header) else None)
     return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}, _full(header)
 
 
 def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]]:
     """Where each byte of a packed file goes, and its facts."""
     header = codec.read_header(data, name)
-    return codec.account(data, name, layout=layout if "net" in header else None), _full(header)
+    return codec.account(data, name, layout=layout if rebuilds(header) else None), _full(header)
 
 
 def decode(data: bytes, name: str = "file", into: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
@@ -90,8 +104,9 @@ def decode(data: bytes, name: str = "file", into: nn.Module | None = None) -> tu
     damaged, when it needs `into`, or when the network does not fit.
     """
     state, header = tensors(data, name)
-    if into is None and "net" not in header:
-        raise ValueError(f"{name}: holds the weights of a network that is on no shelf: give the network as `into`")
+    if into is None and not rebuilds(header):
+        told = f"{header['net']['model']!r}, which" if "net" in header else "a network that"
+        raise ValueError(f"{name}: holds the weights of {told} is on no shelf: give the network as `into`")
     model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
     compress.bake(model)
     try:

@@ -148,6 +148,8 @@ def _run(
     started = _run_stages(run, recipe, recipe.stages, started)
     result = _report(run, recipe, plain, time.time() - started)
     if accelerator.is_main_process:
+        if (here / "views").is_dir():  # the teacher's answers, kept for this run alone
+            shutil.rmtree(here / "views")
         report.write(here, result, run.histograms)
         files.write_bytes(here / "done", b"")
         print(f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
@@ -387,18 +389,15 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
         combinations = dict.fromkeys([(embeddings, maps), (embeddings, False), (False, False)])
         wishes = [keys for e, m in combinations if any((keys := CacheKeys(embeddings=e, maps=m)).serve(k) for k in asked)]
         refused = "every loss asks for more than logits"
-    cache = None
     for keys in wishes:
         layers: dict[str, None] = {}
         for stage in teaching if keys.maps else []:
             objective = Objective(run.student, stage.losses, data, run.teacher, device=accelerator.device)
             layers |= dict.fromkeys(objective.teacher_layers)
-        shared = run.folder / "views" if accelerator.num_processes > 1 else None  # the page cache is the processes' memory
+        folder = (cache_folder() if keys.where == "disk" else run.folder) / "views"
         try:
             cache = ViewCache(
-                run.teacher, data, keys, layers=list(layers), device=accelerator.device, precision=recipe.precision,
-                batch_size=min(stage.training.batch_size for stage in teaching) // accelerator.num_processes,
-                folder=cache_folder() / "views" if keys.where == "disk" else shared,
+                run.teacher, data, folder, keys, layers=list(layers), device=accelerator.device, precision=recipe.precision
             )
             with accelerator.autocast():
                 cache.check()
@@ -408,10 +407,6 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
                 raise RecipeError(recipe.fault(("cache",), str(error))) from error
             refused = str(error)
             continue
-        if keys.where == "memory" and shared is not None:
-            accelerator.wait_for_everyone()
-            if accelerator.is_local_main_process:  # it lives as long as the processes that have opened it
-                shutil.rmtree(shared, ignore_errors=True)
         run.log.numbers("cache", 0, num_bytes=cache.num_bytes, **lost)
         if accelerator.is_main_process:
             told = "".join(f"; {key} {value:.3g}" for key, value in lost.items())
@@ -453,7 +448,12 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
         content = Path(file).read_bytes()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
-    model, header = packed.decode(content, str(file))
+    header = packed.header(content, str(file))
+    into = None
+    if not packed.rebuilds(header) and header.get("net") == teacher.spec(recipe.student):
+        # The recipe's author names the code, not the file.
+        into = teacher.build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    model, header = packed.decode(content, str(file), into)
     # As in a run: the file was measured by the same arithmetic there.
     accelerator = Accelerator(mixed_precision=recipe.precision)
     data = make_data(recipe.data, accelerator.device)

@@ -165,11 +165,15 @@ def _table(found: Mapping[str, Any]) -> str:
     together = found["together"]
     return (
         f"Points of validation accuracy that {found['setting']} costs, one layer at a time, without recovery "
-        f"(the student has {found['top1_validation']:.2f} %; a suggestion costs at most {found['cost']:g}):\n\n"
+        f"(the student has {found['top1_validation']:.2f} %; a suggestion costs at most {_points(found['cost'])}):\n\n"
         + tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(rows[0]) - 1)))
         + f"\n\nAll suggestions together: {together['top1_validation']:.2f} % at {100 * together['sparsity']:.2f} % zeros, "
         f"before any recovery. For stages[{found['stage']}]:\n\n    {_yaml(found['suggestion'])}"
     )
+
+
+def _points(cost: float) -> str:
+    return f"{cost:g} point{'' if cost == 1 else 's'}"
 
 
 def _yaml(suggestion: Mapping[str, Any]) -> str:
@@ -189,8 +193,8 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     layers, dense = found["layers"], found["top1_validation"]
-    num_columns = min(4, len(layers))
-    num_rows = -(-len(layers) // num_columns)
+    num_rows = -(-len(layers) // 4)
+    num_columns = -(-len(layers) // num_rows)
     axes_grid = drawing.grid(num_rows, num_columns, (2.1, 1.5), (0.3, 0.55), top=0.85)
     curves = [([0.0, *(p["sparsity"] for p in layer["points"])], [dense, *(p["top1_validation"] for p in layer["points"])])
               for layer in layers]
@@ -235,6 +239,6 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     drawing.title(flat[0].figure, f"{found['name']}: accuracy against sparsity, one layer at a time\n")
     flat[0].figure.text(
         0.1 / flat[0].figure.get_figwidth(), 1 - 0.34 / flat[0].figure.get_figheight(), va="top", fontsize=8, color=drawing.INK,
-        s=f"in each title the {found['setting']} suggested (the dot): it costs at most {found['cost']:g} points (dashed)",
+        s=f"in each title the {found['setting']} suggested (the dot): it costs at most {_points(found['cost'])} (dashed)",
     )
     return flat[0].figure
