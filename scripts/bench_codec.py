@@ -142,7 +142,7 @@ def ordered(tensors: Tensors) -> Tensors:
 
 
 def ranks(weight: np.ndarray) -> tuple[np.ndarray, int]:
-    """Codes: 0 for 0, 1 for the least positive value, -1 for the negative nearest 0; how many values there are."""
+    """Codes (0 for 0, 1 for the least positive value, -1 for the negative nearest 0); how many values."""
     values = np.unique(weight)
     values = values[values != 0]
     place = np.searchsorted(values, weight) - int((values < 0).sum())

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import bind, channels, compress, measure, packed, runner, scores, teacher
+from trainer import bind, channels, compress, measure, packed, report, runner, scores, teacher
 from trainer import fit as fitting
 from trainer.context import Run
 from trainer.data import DataKeys, make_data
@@ -78,20 +78,27 @@ def labels(run):
     return [row["stage"] for row in run.rows]
 
 
-@pytest.mark.parametrize("model", ["lenet5", "lstm", "gru"])
+CUBIC = {"schedule": "cubic", "every": 2}
+ROUNDS = {"schedule": "iterative", "rounds": 2}
+
+
 @pytest.mark.parametrize(
-    ("settings", "together"),
+    ("model", "settings", "together"),
     [
-        ({"method": "magnitude", "schedule": "cubic", "every": 2}, False),
-        ({"method": "magnitude", "scope": "global"}, True),
-        ({"method": "lamp"}, True),
-        ({"method": "lamp", "scope": "layer", "schedule": "iterative", "rounds": 2}, False),
-        ({"method": "movement", "schedule": "cubic", "every": 2}, False),
-        ({"method": "movement", "scope": "global", "schedule": "cubic", "every": 2}, True),
-        ({"method": "rate", "schedule": "cubic", "every": 2}, True),
-        ({"method": "rate", "schedule": "iterative", "rounds": 2, "rewind": True}, True),
+        ("lenet5", {"method": "magnitude", **CUBIC}, False),
+        ("lenet5", {"method": "magnitude", "scope": "global"}, True),
+        ("lenet5", {"method": "lamp"}, True),
+        ("lenet5", {"method": "movement", **CUBIC}, False),
+        ("lenet5", {"method": "movement", "scope": "global", **CUBIC}, True),
+        ("lenet5", {"method": "rate", **CUBIC}, True),
+        ("lenet5", {"method": "rate", "rewind": True, **ROUNDS}, True),
+        ("lstm", {"method": "magnitude", **CUBIC}, False),
+        ("lstm", {"method": "movement", **CUBIC}, False),
+        ("lstm", {"method": "rate", **CUBIC}, True),
+        ("gru", {"method": "lamp", "scope": "layer", **ROUNDS}, False),
+        ("gru", {"method": "lamp", **CUBIC}, True),
     ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, quick, model, settings, together):
     run = make_run(tmp_path, {"model": model} | ({"width": 4} if model == "lenet5" else {"hidden": 10}))
@@ -501,24 +508,28 @@ def test_resizing_every_kind_of_layer():
         assert torch.equal(tensor, plain[key][tuple(slice(0, n) for n in tensor.shape)]), "the leading channels stay"
 
 
-@pytest.mark.filterwarnings("default")
-def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(tmp_path):
-    text = recipe(
+def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "write", lambda folder, result, weights: None)
+    path = tmp_path / "given.yaml"
+    path.write_text(recipe(
         "{stage: prune, method: channels, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
-        "{stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
-        "{stage: fold}", "{stage: share, bits: 3}", "{stage: pack}",
-    )
-    (tmp_path / "given.yaml").write_text(text)
-    first = runner.run(tmp_path / "given.yaml", folder=tmp_path / "one")
-    assert first["rows"][-1]["stage"] == "decoded"
-    here = tmp_path / "one" / "pruned"
-    (here / "done").unlink()
-    for later in ("02-prune", "03-fold", "04-share", "05-pack"):
-        (here / "checkpoints" / later).rename(tmp_path / later)
-    again = runner.run(tmp_path / "given.yaml", folder=tmp_path / "one")
-    assert [row["file_bytes"] for row in again["rows"]] == [row["file_bytes"] for row in first["rows"]]
-    assert again["rows"][-1]["digest"] == first["rows"][-1]["digest"]
-    assert first["student_bytes"] > 4 * first["rows"][-1]["num_weights"]
+        "{stage: prune, method: magnitude, sparsity: 0.5}", "{stage: fold}", "{stage: share, bits: 3}", "{stage: pack}",
+    ))
+    with runner.begun(path, 2, folder=tmp_path / "runs") as run:
+        left, spec = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}, run.student_spec
+    with runner.begun(path, 2, folder=tmp_path / "runs") as run:
+        assert all(torch.equal(tensor, left[key]) for key, tensor in run.student.state_dict().items())
+        assert run.student_spec == spec and spec["resized"]["conv1"] == [2, 1]
+    result = runner.run(path, folder=tmp_path / "runs")
+    assert capsys.readouterr().out.count("going on after stage 2 of") == 2
+    assert labels_of(result) == ["trained", "pruned", "recovered", "pruned", "folded", "clustered", "decoded"]
+    dense = sum(tensor.numel() * 4 for tensor in teacher.build({"model": "lenet5", "width": 4}, (1, 8, 8), 10).state_dict().values())
+    assert result["student_bytes"] > dense, "the student as it was built, with its BatchNorm"
+    assert result["rows"][-1]["ratio_student"] == pytest.approx(result["student_bytes"] / result["rows"][-1]["file_bytes"])
+
+
+def labels_of(result):
+    return [row["stage"] for row in result["rows"]]
 
 
 # after a kill, and in two processes

@@ -194,7 +194,7 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
         assert point["front"] != beaten
     assert points[1]["file_bytes"] > points[0]["file_bytes"] > points[2]["file_bytes"]
     assert json.loads((here / "ladder.json").read_text()) == found
-    assert "| error % " in (here / "ladder.md").read_text()
+    assert " error % |" in (here / "ladder.md").read_text()
     assert (here / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
     calls.clear()

@@ -236,7 +236,7 @@ class _Grid:
         return np.arange(num + 1) * grids // num * (self.height * self.width)
 
     def neighbours(self, offsets: list[tuple[int, int]]) -> np.ndarray:
-        """[offset, column]: the column at (down, right) in the same grid, or `columns` where there is none."""
+        """[offset, column]: the column (down, right) of it in the same grid, or `columns` for none."""
         column = np.arange(self.columns)
         y, x = column // self.width % self.height, column % self.width
         found = []

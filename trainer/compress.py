@@ -19,6 +19,7 @@ from trainer.bind import nearest
 
 
 LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in hand at a time
+SOFTNESS = 0.5  # how softly weights are shared out among centroids, in mean distances of these
 
 
 class Mask(nn.Module):
@@ -142,9 +143,14 @@ class TrainedCodebook(nn.Module):
         codes = torch.zeros(flat.shape, dtype=torch.int32, device=flat.device)
         most = max(1, LARGEST_TABLE // k)
         for where, group in zip(self.positions.split(most), self.group.split(most), strict=True):
-            error = (flat[where, None] - self.centroids[group]).square() + extra[group]
+            error = (flat[where, None] - self._of(group, self.centroids)).square() + self._of(group, extra)
             codes[where] = (error.argmin(1) + group * k + 1).int()
         return codes.reshape(latent.shape)
+
+    @staticmethod
+    def _of(group: Tensor, table: Tensor) -> Tensor:
+        """The row of a table [groups, ...] for each weight; one row for all where there is but one."""
+        return table[group] if len(table) > 1 else table
 
     @torch.no_grad()
     def count_bits(self, codes: Tensor) -> None:
@@ -155,17 +161,19 @@ class TrainedCodebook(nn.Module):
         """Bits of all codes together, by their entropy, were each weight shared out softly among the centroids.
 
         Its share of a centroid falls with the squared distance, as a normal distribution's density whose deviation is
-        half the mean distance of neighbouring centroids. The gradient goes to the latent weights alone: codes are to
+        `SOFTNESS` times the mean distance of neighbouring centroids. The gradient goes to the latent weights alone: codes are to
         move, not values.
         """
         centroids = self.centroids.detach()
         used = centroids != 0
         least, most = torch.where(used, centroids, torch.inf).amin(1), torch.where(used, centroids, -torch.inf).amax(1)
-        width = ((most - least) / (2 * (used.sum(1) - 1).clamp_min(1))).clamp_min(1e-8)
-        scale = 0.5 / width.square()
-        distance = (latent.reshape(-1)[self.positions, None] - centroids[self.group]).square()
-        shares = (-distance * scale[self.group, None]).masked_fill(~used[self.group], -torch.inf).softmax(1)
-        sums = torch.zeros_like(centroids).index_add(0, self.group, shares)
+        width = (SOFTNESS * (most - least) / (used.sum(1) - 1).clamp_min(1)).clamp_min(1e-8)
+        scale = (-0.5 / width.square())[:, None]
+        closed = torch.where(used, 0.0, -torch.inf)
+        distance = (latent.reshape(-1)[self.positions, None] - self._of(self.group, centroids)).square()
+        shares = (distance * self._of(self.group, scale) + self._of(self.group, closed)).softmax(1)
+        many = len(centroids) > 1
+        sums = torch.zeros_like(centroids).index_add(0, self.group, shares) if many else shares.sum(0, keepdim=True)
         return (sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())).sum()
 
 

@@ -75,11 +75,16 @@ def byte_axis(axes: "Axes", values: Sequence[float]) -> None:
     axes.set_xlabel("size of the file", fontsize=9, color=INK)
 
 
-def label(axes: "Axes", points: Sequence[tuple[tuple[float, float], str, str]], way: Sequence[Any]) -> None:
+def label(
+    axes: "Axes",
+    points: Sequence[tuple[tuple[float, float], str, str]],
+    way: Sequence[Any],
+    others: Sequence[tuple[float, float]] = (),
+) -> None:
     """Write (place, name, colour) beside the points, each where it hides least; points in one spot share a
     label.
 
-    way: the places that the line drawn through the points goes along.
+    way: the places that the line drawn through the points goes along. others: places of points without a label.
     """
     spots: list[tuple[np.ndarray, tuple[float, float], str, list[str], list[float]]] = []
     for place, name, colour in points:
@@ -96,7 +101,7 @@ def label(axes: "Axes", points: Sequence[tuple[tuple[float, float], str, str]], 
     corners = [axes.transData.transform(place) for place in way]
     line = [start + (end - start) * part for start, end in zip(corners[:-1], corners[1:], strict=True)
             for part in np.linspace(0, 1, 40)]  # fmt: skip
-    marks = [spot[0] for spot in spots]
+    marks = [spot[0] for spot in spots] + [axes.transData.transform(place) for place in others]
     inside = axes.get_window_extent().extents
     pixels_a_point = axes.figure.dpi / 72
     taken: list[tuple[float, float, float, float]] = []

@@ -361,7 +361,7 @@ class Scalars:
 
 
 class Text:
-    """Codes text, each bit mixed from the contexts of the last 0 to 6 bytes; a primer is known at the start."""
+    """Codes text, each bit mixed from the contexts of the last 0 to 6 bytes; starts from a known primer."""
 
     _ORDERS = (0, 1, 2, 3, 4, 6)
 

@@ -128,13 +128,15 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         tabulate(told, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",))
-        + "\n\nBytes and test error of the decoded file; * marks the points that no smaller file beats. Choose by the "
+        + "\n\nBytes and test error of the file; * marks the points that no smaller file beats. Choose by the "
         "validation error: the test split is only reported."
     )
 
 
 def _figure(found: Mapping[str, Any]) -> "Figure":
-    """Test error over the bytes of the file, the front as a line."""
+    """Test error over the bytes of the file, the front as a line and by name."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
     drawing.calm(axes)
     rows = found["points"]
@@ -144,14 +146,22 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         style = {"color": FRONT, "markersize": 7, "zorder": 4} if row["front"] else {"color": REST, "markersize": 6, "zorder": 3}
         axes.plot(row["file_bytes"], row["error"], "o", markeredgecolor="white", **style)
     drawing.byte_axis(axes, [row["file_bytes"] for row in rows])
-    heights = [row["error"] for row in rows]
-    room = max(0.15 * (max(heights) - min(heights)), 0.1)
-    axes.set_ylim(max(0.0, min(heights) - room), max(heights) + room)
+    low, high = min(row["error"] for row in rows), max(row["error"] for row in rows)
+    if high > 5 * low > 0:  # so that a collapse does not press all other points flat
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.3, high * 1.3)
+        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90) if low / 1.3 <= t <= high * 1.3]
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        room = max(0.15 * (high - low), 0.1)
+        axes.set_ylim(max(0.0, low - room), high + room)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("test error (%)", fontsize=9, color=drawing.INK)
     axes.grid(color=drawing.GRID, linewidth=0.7)
     drawing.title(axes.figure, f"{found['name']}: error against size, and the front")
-    names = [((row["file_bytes"], row["error"]), _short(row), FRONT if row["front"] else "#8a9096") for row in rows]
-    drawing.label(axes, names, front)
+    names = [((row["file_bytes"], row["error"]), _short(row), FRONT) for row in rows if row["front"]]
+    drawing.label(axes, names, front, [(row["file_bytes"], row["error"]) for row in rows if not row["front"]])
     return axes.figure
 
 
