@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.features import Layer, Staged, as_map, head, look, pair, see, stage_names
+from trainer.features import Layer, Staged, as_map, head, look, max_pool, pair, see, stage_names
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.lstm import lstm
@@ -335,3 +335,25 @@ def test_architecture_is_seen_and_paired(name):
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in QUICK])
 def test_every_family_is_seen_and_paired(name):
     check_architecture(name)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8, 6), (2, 1, 7, 5), (1, 3, 2, 2), (2, 2, 3, 2)])
+def test_max_pool_is_torchs_with_and_without_gradient(shape):
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = functional.max_pool2d(images, 2)
+    assert torch.equal(max_pool(images), expected)
+    pooled = max_pool(images.requires_grad_())
+    assert torch.equal(pooled, expected)
+    (gradient,) = torch.autograd.grad(pooled.sum(), images)
+    assert gradient.sum() == expected.numel() and set(gradient.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_max_pool_stays_one_operation_in_a_traced_network():
+    with torch.no_grad():
+        graph = str(torch.export.export(_Pooled(), (torch.rand(1, 1, 4, 4),)).graph)
+    assert "max_pool2d" in graph and "maximum" not in graph
+
+
+class _Pooled(nn.Module):
+    def forward(self, x):
+        return max_pool(x)

@@ -1,4 +1,6 @@
-"""The stage prune: every method and schedule ends at exactly what was asked for, also in two processes and after a kill."""
+"""The stage prune: every method and schedule ends at exactly what was asked for, also in two processes and
+after a kill.
+"""
 
 import json
 import multiprocessing
@@ -36,23 +38,41 @@ def closed():
 def make_run(folder, spec=None, accelerator=None, **data):
     """A run of a freshly built student on a few digits."""
     keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
-    data = make_data(keys.model_validate({"dataset": "digits", "subset": 100, "validation": 50} | data), torch.device("cpu"))
+    data = make_data(
+        keys.model_validate({"dataset": "digits", "subset": 100, "validation": 50} | data),
+        torch.device("cpu"),
+    )
     torch.manual_seed(7)
     spec = spec or {"model": "lenet5", "width": 4}
     student = teacher.build(spec, data.shape, len(data.classes))
     log = Log(Path(folder) / "log.jsonl")
     OPEN.append(log)
     return Run(
-        name="x", folder=Path(folder), seed=3, accelerator=accelerator or Accelerator(cpu=True), data=data, student=student,
-        student_spec=spec, teacher=None, log=log, recipe_path=Path("x.yaml"), stage=1, stage_name="prune",
+        name="x",
+        folder=Path(folder),
+        seed=3,
+        accelerator=accelerator or Accelerator(cpu=True),
+        data=data,
+        student=student,
+        student_spec=spec,
+        teacher=None,
+        log=log,
+        recipe_path=Path("x.yaml"),
+        stage=1,
+        stage_name="prune",
     )
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Rows without accuracy and bytes, whose measuring takes longer than the training."""
-    monkeypatch.setattr(stage, "record", lambda run, label, seconds=0.0, **numbers: run.rows.append(
-        {"stage": label, **measure.counts(run.student), **numbers}))
+    monkeypatch.setattr(
+        stage,
+        "record",
+        lambda run, label, seconds=0.0, **numbers: run.rows.append(
+            {"stage": label, **measure.counts(run.student), **numbers}
+        ),
+    )
 
 
 def weights(run):
@@ -71,7 +91,10 @@ def assert_exactly(run, sparsity, together=False):
         return
     for name, place in places.items():
         assert int((place.value == 0).sum()) == round(sparsity * place.value.numel()), name
-        assert all(abs(int((part == 0).sum()) - sparsity * part.numel()) < 1 for part in place.value.chunk(place.parts))
+        assert all(
+            abs(int((part == 0).sum()) - sparsity * part.numel()) < 1
+            for part in place.value.chunk(place.parts)
+        )
 
 
 def labels(run):
@@ -115,9 +138,20 @@ def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, quick, mo
 
 def test_rounds_prune_the_same_share_of_what_is_left(tmp_path, quick):
     run = make_run(tmp_path)
-    numbers = prune(run, method="magnitude", sparsity=0.875, schedule="iterative", rounds=3, training=TRAINING)
-    assert labels(run) == ["pruned 1/3", "recovered 1/3", "pruned 2/3", "recovered 2/3", "pruned", "recovered"]
-    assert [row["sparsity"] for row in run.rows] == pytest.approx([0.5, 0.5, 0.75, 0.75, 0.875, 0.875], abs=0.003)
+    numbers = prune(
+        run, method="magnitude", sparsity=0.875, schedule="iterative", rounds=3, training=TRAINING
+    )
+    assert labels(run) == [
+        "pruned 1/3",
+        "recovered 1/3",
+        "pruned 2/3",
+        "recovered 2/3",
+        "pruned",
+        "recovered",
+    ]
+    assert [row["sparsity"] for row in run.rows] == pytest.approx(
+        [0.5, 0.5, 0.75, 0.75, 0.875, 0.875], abs=0.003
+    )
     assert numbers["epochs"] == 6
     assert set(run.histograms) == {"pruned", "recovered"}
 
@@ -126,14 +160,27 @@ def test_rewinding_takes_the_survivors_back_to_the_start_of_the_stage(tmp_path, 
     run = make_run(tmp_path)
     began = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}
     at = {}
-    monkeypatch.setattr(stage, "record", lambda run, label, *rest, **more: at.update(
-        {label: {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}}))
-    prune(run, method="magnitude", sparsity=0.8, schedule="iterative", rounds=2, rewind=True, training=TRAINING)
+    monkeypatch.setattr(
+        stage,
+        "record",
+        lambda run, label, *rest, **more: at.update(
+            {label: {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}}
+        ),
+    )
+    prune(
+        run, method="magnitude", sparsity=0.8, schedule="iterative", rounds=2, rewind=True, training=TRAINING
+    )
     for key, tensor in at["pruned"].items():
         assert torch.equal(tensor, torch.where(tensor == 0, tensor, began[key])), key
     last = at["recovered 1/2"]
-    chosen = scores.magnitude(last["fc1.weight"]).flatten().argsort()[: int((at["pruned"]["fc1.weight"] == 0).sum())]
-    assert not at["pruned"]["fc1.weight"].flatten()[chosen].any(), "what goes is decided by the trained weights"
+    chosen = (
+        scores.magnitude(last["fc1.weight"])
+        .flatten()
+        .argsort()[: int((at["pruned"]["fc1.weight"] == 0).sum())]
+    )
+    assert not at["pruned"]["fc1.weight"].flatten()[chosen].any(), (
+        "what goes is decided by the trained weights"
+    )
 
 
 def test_movement_lets_weights_come_back(tmp_path, quick):
@@ -154,7 +201,10 @@ def test_movement_lets_weights_come_back(tmp_path, quick):
         compress.score_masks = decided
     assert any((later & ~earlier).any() for earlier, later in zip(seen, seen[1:], strict=False))
     kept = {name: place.mask for name, place in compress.weights(run.student).items()}
-    largest = {name: start[name].abs() >= start[name].abs().flatten().kthvalue(int(0.6 * start[name].numel())).values for name in kept}
+    largest = {
+        name: start[name].abs() >= start[name].abs().flatten().kthvalue(int(0.6 * start[name].numel())).values
+        for name in kept
+    }
     assert any(not torch.equal(kept[name], largest[name]) for name in kept), "it is not magnitude's choice"
 
 
@@ -162,21 +212,34 @@ def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path, quick):
     bits = {}
     for method in ("lamp", "rate"):
         run = make_run(tmp_path / method, {"model": "lenet300", "hidden": [60, 30]})
-        prune(run, method=method, sparsity=0.9, schedule="cubic", every=1, training=Training(epochs=3, batch_size=20))
-        bits[method] = sum(scores.position_bits(p.mask)[p.mask].sum().item() for p in compress.weights(run.student).values())
+        prune(
+            run,
+            method=method,
+            sparsity=0.9,
+            schedule="cubic",
+            every=1,
+            training=Training(epochs=3, batch_size=20),
+        )
+        bits[method] = sum(
+            scores.position_bits(p.mask)[p.mask].sum().item() for p in compress.weights(run.student).values()
+        )
     assert bits["rate"] < 0.99 * bits["lamp"]
 
 
 @pytest.mark.parametrize("model", ["lenet300", "lstm"])
 def test_n_of_every_m(tmp_path, quick, model):
-    run = make_run(tmp_path, {"model": model} | ({"hidden": [24, 12]} if model == "lenet300" else {"hidden": 16}))
+    run = make_run(
+        tmp_path, {"model": model} | ({"hidden": [24, 12]} if model == "lenet300" else {"hidden": 16})
+    )
     before = weights(run)
     prune(run, method="n_m", pattern="1:4", training=TRAINING)
     assert labels(run) == ["pruned", "recovered"]
     for name, weight in weights(run).items():
         groups = weight.reshape(len(weight), -1, 4)
         assert ((groups != 0).sum(-1) == 1).all(), name
-        assert torch.equal((groups != 0).float().argmax(-1), before[name].reshape(groups.shape).abs().argmax(-1))
+        assert torch.equal(
+            (groups != 0).float().argmax(-1), before[name].reshape(groups.shape).abs().argmax(-1)
+        )
 
 
 def test_n_of_every_m_in_a_convolution_counts_input_channels(tmp_path, quick):
@@ -189,10 +252,14 @@ def test_n_of_every_m_in_a_convolution_counts_input_channels(tmp_path, quick):
 
 def test_what_does_not_split_into_groups_is_named_before_the_first_training(tmp_path):
     run = make_run(tmp_path)
-    with pytest.raises(ValueError, match="layer 'conv1': 1 inputs do not split into groups of 4: name it in keep"):
+    with pytest.raises(
+        ValueError, match="layer 'conv1': 1 inputs do not split into groups of 4: name it in keep"
+    ):
         prune(run, method="n_m", pattern="2:4")
     (tmp_path / "given.yaml").write_text(recipe("{stage: prune, method: n_m, pattern: '2:4', keep: [last]}"))
-    with pytest.raises(RecipeError, match=r"given.yaml:7: stages\[1\]: layer 'conv1': 1 inputs do not split into groups of 4"):
+    with pytest.raises(
+        RecipeError, match=r"given.yaml:7: stages\[1\]: layer 'conv1': 1 inputs do not split into groups of 4"
+    ):
         runner.run(tmp_path / "given.yaml", folder=tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
 
@@ -258,25 +325,55 @@ def settings(**given):
         ({"sensitivity": 1, "pattern": "2:4"}, "pattern has no effect with method 'std'; 'n_m' has it"),
         ({"method": "magnitude"}, "'magnitude' needs sparsity, the share of weights"),
         ({"method": "channels"}, "'channels' needs sparsity, the share of channels"),
-        ({"method": "lamp", "sparsity": 0.5, "sensitivity": 1}, "sensitivity has no effect with method 'lamp'; sparsity decides"),
+        (
+            {"method": "lamp", "sparsity": 0.5, "sensitivity": 1},
+            "sensitivity has no effect with method 'lamp'; sparsity decides",
+        ),
         ({"method": "lamp", "sparsity": {"conv1": 0.5}}, "'global' has one sparsity for all layers"),
-        ({"method": "magnitude", "sparsity": {"conv1": 0.5}, "scope": "global"}, "'global' has one sparsity for all layers"),
+        (
+            {"method": "magnitude", "sparsity": {"conv1": 0.5}, "scope": "global"},
+            "'global' has one sparsity for all layers",
+        ),
         ({"method": "n_m"}, "needs pattern, such as '2:4'"),
         ({"method": "n_m", "pattern": "4:2"}, "pattern: got '4:2'; N of every M .* less than M"),
         ({"method": "n_m", "pattern": "4:4"}, "less than M"),
         ({"method": "n_m", "pattern": "0:4"}, "at least 1"),
         ({"method": "n_m", "pattern": "half"}, "should match pattern"),
-        ({"method": "n_m", "pattern": "2:4", "sparsity": 0.5}, "sparsity has no effect with method 'n_m'; pattern decides"),
+        (
+            {"method": "n_m", "pattern": "2:4", "sparsity": 0.5},
+            "sparsity has no effect with method 'n_m'; pattern decides",
+        ),
         ({"method": "n_m", "pattern": "2:4", "scope": "layer"}, "scope has no effect with method 'n_m'"),
         ({"method": "movement", "sparsity": 0.5}, "'movement' has no schedule 'once'; it has cubic"),
         ({"method": "rate", "sparsity": 0.5}, "'rate' has no schedule 'once'; it has cubic, iterative"),
-        ({"method": "channels", "sparsity": 0.5, "schedule": "cubic", "training": {"epochs": 1}}, "'channels' has no schedule"),
-        ({"method": "lamp", "sparsity": 0.5, "schedule": "cubic"}, "'cubic' prunes during a training: training is needed"),
+        (
+            {"method": "channels", "sparsity": 0.5, "schedule": "cubic", "training": {"epochs": 1}},
+            "'channels' has no schedule",
+        ),
+        (
+            {"method": "lamp", "sparsity": 0.5, "schedule": "cubic"},
+            "'cubic' prunes during a training: training is needed",
+        ),
         ({"method": "lamp", "sparsity": 0.5, "schedule": "iterative"}, "training is needed"),
-        ({"method": "lamp", "sparsity": 0.5, "rounds": 3}, "rounds has no effect with schedule 'once'; 'iterative' has it"),
+        (
+            {"method": "lamp", "sparsity": 0.5, "rounds": 3},
+            "rounds has no effect with schedule 'once'; 'iterative' has it",
+        ),
         ({"method": "lamp", "sparsity": 0.5, "rewind": True}, "rewind has no effect with schedule 'once'"),
-        ({"method": "lamp", "sparsity": 0.5, "every": 3}, "every has no effect with schedule 'once'; 'cubic' has it"),
-        ({"method": "lamp", "sparsity": 0.5, "schedule": "iterative", "rounds": 1, "training": {"epochs": 1}}, "equal to 2"),
+        (
+            {"method": "lamp", "sparsity": 0.5, "every": 3},
+            "every has no effect with schedule 'once'; 'cubic' has it",
+        ),
+        (
+            {
+                "method": "lamp",
+                "sparsity": 0.5,
+                "schedule": "iterative",
+                "rounds": 1,
+                "training": {"epochs": 1},
+            },
+            "equal to 2",
+        ),
         ({"sensitivity": 1, "losses": [{"loss": "cross_entropy"}]}, "losses have no effect without training"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
@@ -288,7 +385,9 @@ def test_settings_that_make_no_sense(given, told):
 
 def test_channels_without_torch_pruning_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(channels.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValidationError, match=r"needs the package torch-pruning: pip install 'tiny-student\[channels\]'"):
+    with pytest.raises(
+        ValidationError, match=r"needs the package torch-pruning: pip install 'tiny-student\[channels\]'"
+    ):
         settings(method="channels", sparsity=0.5)
     with pytest.raises(ValueError, match="needs the package torch-pruning"):
         prune(make_run(tmp_path), method="channels", sparsity=0.5)
@@ -313,7 +412,9 @@ def spoil(run, what):
         ("zero", "layer 'fc1' has no weights left to prune: all are zero .*keep"),
     ],
 )
-@pytest.mark.parametrize("given", [{"sensitivity": 1.0}, {"method": "magnitude", "sparsity": 0.5}], ids=["std", "magnitude"])
+@pytest.mark.parametrize(
+    "given", [{"sensitivity": 1.0}, {"method": "magnitude", "sparsity": 0.5}], ids=["std", "magnitude"]
+)
 def test_layers_that_cannot_be_pruned(tmp_path, quick, what, told, given):
     run = make_run(tmp_path)
     spoil(run, what)
@@ -331,7 +432,9 @@ def test_layers_that_cannot_be_pruned(tmp_path, quick, what, told, given):
 def test_a_constant_layer(tmp_path, quick):
     run = make_run(tmp_path)
     spoil(run, "constant")
-    with pytest.raises(ValueError, match="layer 'fc1': all weights left are 0.25, so their standard deviation parts none"):
+    with pytest.raises(
+        ValueError, match="layer 'fc1': all weights left are 0.25, so their standard deviation parts none"
+    ):
         prune(run, sensitivity=1.0)
     prune(run, method="magnitude", sparsity=0.5)
     assert_exactly(run, 0.5)
@@ -341,7 +444,9 @@ def test_a_layer_that_would_lose_all_its_weights(tmp_path, quick):
     run = make_run(tmp_path)
     with torch.no_grad():
         run.student.fc2.weight.mul_(1e-6)
-    with pytest.raises(ValueError, match="layer 'fc2' would lose all its weights: ask for less, or name it in keep"):
+    with pytest.raises(
+        ValueError, match="layer 'fc2' would lose all its weights: ask for less, or name it in keep"
+    ):
         prune(run, method="magnitude", sparsity=0.5, scope="global")
 
 
@@ -361,14 +466,20 @@ def test_pruning_after_sharing(tmp_path, quick):
     place = compress.weights(run.student)["conv2"]
     compress.set_codebook(place, *compress.cluster(place, 4))
     for given in ({"schedule": "cubic", "training": TRAINING}, {}):
-        with pytest.raises(ValueError, match="layer 'conv2' shares its weights already: prune before sharing"):
+        with pytest.raises(
+            ValueError, match="layer 'conv2' shares its weights already: prune before sharing"
+        ):
             prune(run, method="magnitude", sparsity=0.5, **given)
 
 
 def test_movement_in_half_precision_with_a_scaler(tmp_path):
     (tmp_path / "given.yaml").write_text(
-        recipe("{stage: prune, method: movement, sparsity: 0.5, schedule: cubic, training: {epochs: 1}}") + "precision: fp16\n")
-    with pytest.raises(RecipeError, match=r"stages\[1\].method: 'movement' adds up gradients, and precision fp16 scales them"):
+        recipe("{stage: prune, method: movement, sparsity: 0.5, schedule: cubic, training: {epochs: 1}}")
+        + "precision: fp16\n"
+    )
+    with pytest.raises(
+        RecipeError, match=r"stages\[1\].method: 'movement' adds up gradients, and precision fp16 scales them"
+    ):
         runner.run(tmp_path / "given.yaml", folder=tmp_path / "runs")
 
 
@@ -378,11 +489,30 @@ def test_movement_in_half_precision_with_a_scaler(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "sizes"),
     [
-        ({"model": "lenet5", "width": 6, "batch_norm": True},
-         {"conv1": [3, 1], "norm1": [3], "conv2": [8, 3], "norm2": [8], "fc1": [60, 32], "fc2": [42, 60], "fc3": [10, 42]}),
+        (
+            {"model": "lenet5", "width": 6, "batch_norm": True},
+            {
+                "conv1": [3, 1],
+                "norm1": [3],
+                "conv2": [8, 3],
+                "norm2": [8],
+                "fc1": [60, 32],
+                "fc2": [42, 60],
+                "fc3": [10, 42],
+            },
+        ),
         ({"model": "lenet300", "hidden": [20, 11]}, {"fc1": [10, 64], "fc2": [5, 10], "fc3": [10, 5]}),
-        ({"model": "separable", "widths": [4, 6], "strides": [1, 2], "kernel": 3},
-         {"conv1": [2, 1], "norm1": [2], "block2.depthwise": [2, 2], "block2.pointwise": [3, 2], "block2.norm": [3], "fc": [10, 3]}),
+        (
+            {"model": "separable", "widths": [4, 6], "strides": [1, 2], "kernel": 3},
+            {
+                "conv1": [2, 1],
+                "norm1": [2],
+                "block2.depthwise": [2, 2],
+                "block2.pointwise": [3, 2],
+                "block2.norm": [3],
+                "fc": [10, 3],
+            },
+        ),
     ],
     ids=lambda value: value.get("model", ""),
 )
@@ -424,7 +554,13 @@ def test_channels_in_one_ranking_and_what_is_kept(tmp_path, quick):
     assert channels.sizes(run.student)["fc1"][0] <= 12
     run = make_run(tmp_path, {"model": "lenet5", "width": 4})
     prune(run, method="channels", sparsity=0.5, keep=["first", "fc2"])
-    assert channels.sizes(run.student) == {"conv1": [4, 1], "conv2": [5, 4], "fc1": [40, 20], "fc2": [56, 40], "fc3": [10, 56]}
+    assert channels.sizes(run.student) == {
+        "conv1": [4, 1],
+        "conv2": [5, 4],
+        "fc1": [40, 20],
+        "fc2": [56, 40],
+        "fc3": [10, 56],
+    }
 
 
 def test_channels_that_hang_together_go_together(tmp_path, quick):
@@ -434,7 +570,9 @@ def test_channels_that_hang_together_go_together(tmp_path, quick):
     assert sizes["conv1"] == [2, 1] and sizes["layer1.0.conv2"] == [2, 2] and sizes["fc"] == [10, 4]
     run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
     uneven = dict.fromkeys(compress.weights(run.student), 0.25) | {"conv1": 0.5}
-    with pytest.raises(ValueError, match="channels of conv1, layer1.0.conv2 hang together, so theirs must be one number"):
+    with pytest.raises(
+        ValueError, match="channels of conv1, layer1.0.conv2 hang together, so theirs must be one number"
+    ):
         prune(run, method="channels", sparsity=uneven)
 
 
@@ -453,8 +591,14 @@ def test_channels_keep_the_zeros_of_an_earlier_stage_and_frozen_layers_frozen(tm
 @pytest.mark.parametrize(
     ("network", "told"),
     [
-        (lambda: nn.Sequential(nn.LSTM(4, 4)), "knows convolutions, linear layers.*; 0 .LSTM. has weights of another kind"),
-        (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), "knows dense and depthwise convolutions; '0' has 2 groups"),
+        (
+            lambda: nn.Sequential(nn.LSTM(4, 4)),
+            "knows convolutions, linear layers.*; 0 .LSTM. has weights of another kind",
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)),
+            "knows dense and depthwise convolutions; '0' has 2 groups",
+        ),
         (lambda: tied(), "cannot make layers smaller that share one weight"),
     ],
     ids=["lstm", "grouped", "tied"],
@@ -472,7 +616,9 @@ def tied():
 
 def test_a_removed_classifier_is_noticed():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
-    with pytest.raises(ValueError, match=r"outputs of the network were removed \(\(4,\) became \(2,\)\): name its classifier"):
+    with pytest.raises(
+        ValueError, match=r"outputs of the network were removed \(\(4,\) became \(2,\)\): name its classifier"
+    ):
         channels.remove(net, torch.rand(1, 4), 0.5)
 
 
@@ -495,8 +641,12 @@ def test_sizes_that_do_not_fit(wanted, told):
 
 def test_resizing_every_kind_of_layer():
     net = nn.Sequential(
-        nn.ConvTranspose2d(6, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv1d(8, 4, 1, bias=False),
-        nn.LayerNorm(8), nn.Linear(8, 3),
+        nn.ConvTranspose2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv1d(8, 4, 1, bias=False),
+        nn.LayerNorm(8),
+        nn.Linear(8, 3),
     )
     net.eval()
     plain = {key: tensor.clone() for key, tensor in net.state_dict().items()}
@@ -505,27 +655,44 @@ def test_resizing_every_kind_of_layer():
     assert net[:3](torch.rand(1, 2, 4, 4)).shape == (1, 5, 4, 4)
     assert net[5](net[4](torch.rand(2, 5))).shape == (2, 3)
     for key, tensor in net.state_dict().items():
-        assert torch.equal(tensor, plain[key][tuple(slice(0, n) for n in tensor.shape)]), "the leading channels stay"
+        assert torch.equal(tensor, plain[key][tuple(slice(0, n) for n in tensor.shape)]), (
+            "the leading channels stay"
+        )
 
 
-def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(report, "write", lambda folder, result, weights: None)
     path = tmp_path / "given.yaml"
-    path.write_text(recipe(
-        "{stage: prune, method: channels, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
-        "{stage: prune, method: magnitude, sparsity: 0.5}", "{stage: fold}", "{stage: share, bits: 3}", "{stage: pack}",
-    ))
+    path.write_text(
+        recipe(
+            "{stage: prune, method: channels, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}",
+            "{stage: prune, method: magnitude, sparsity: 0.5}",
+            "{stage: fold}",
+            "{stage: share, bits: 3}",
+            "{stage: pack}",
+        )
+    )
     with runner.begun(path, 2, folder=tmp_path / "runs") as run:
-        left, spec = {key: tensor.clone() for key, tensor in run.student.state_dict().items()}, run.student_spec
+        left, spec = (
+            {key: tensor.clone() for key, tensor in run.student.state_dict().items()},
+            run.student_spec,
+        )
     with runner.begun(path, 2, folder=tmp_path / "runs") as run:
         assert all(torch.equal(tensor, left[key]) for key, tensor in run.student.state_dict().items())
         assert run.student_spec == spec and spec["resized"]["conv1"] == [2, 1]
     result = runner.run(path, folder=tmp_path / "runs")
     assert capsys.readouterr().out.count("going on after stage 2 of") == 2
     assert labels_of(result) == ["trained", "pruned", "recovered", "pruned", "folded", "clustered", "decoded"]
-    dense = sum(tensor.numel() * 4 for tensor in teacher.build({"model": "lenet5", "width": 4}, (1, 8, 8), 10).state_dict().values())
+    dense = sum(
+        tensor.numel() * 4
+        for tensor in teacher.build({"model": "lenet5", "width": 4}, (1, 8, 8), 10).state_dict().values()
+    )
     assert result["student_bytes"] > dense, "the student as it was built, with its BatchNorm"
-    assert result["rows"][-1]["ratio_student"] == pytest.approx(result["student_bytes"] / result["rows"][-1]["file_bytes"])
+    assert result["rows"][-1]["ratio_student"] == pytest.approx(
+        result["student_bytes"] / result["rows"][-1]["file_bytes"]
+    )
 
 
 def labels_of(result):
@@ -584,8 +751,14 @@ TOGETHER = [
 
 def of_two(rank, port, folder):
     """One of two processes: prunes in every way, and writes down what it has."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "1",
+    }
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2

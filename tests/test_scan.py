@@ -72,13 +72,19 @@ def test_scan_measures_one_layer_at_a_time(folder, monkeypatch):
     assert found["setting"] == "sparsity" and found["stage"] == 1
     assert [layer["layer"] for layer in found["layers"]] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
     with runner.begun(folder / "given.yaml", 1, folder=folder / "runs") as run:
-        assert found["top1_validation"] == one_layer_zeroed(run, "fc1", 0.0) == run.rows[-1]["top1_validation"]
+        assert (
+            found["top1_validation"] == one_layer_zeroed(run, "fc1", 0.0) == run.rows[-1]["top1_validation"]
+        )
         for layer in found["layers"]:
             assert [point["setting"] for point in layer["points"]] == [0.3, 0.6, 0.9, 0.97]
             assert layer["num_weights"] == run.student.get_submodule(layer["layer"]).weight.numel()
             for point in layer["points"]:
-                assert point["sparsity"] == pytest.approx(round(point["setting"] * layer["num_weights"]) / layer["num_weights"])
-                assert point["top1_validation"] == pytest.approx(one_layer_zeroed(run, layer["layer"], point["setting"]), abs=0.51)
+                assert point["sparsity"] == pytest.approx(
+                    round(point["setting"] * layer["num_weights"]) / layer["num_weights"]
+                )
+                assert point["top1_validation"] == pytest.approx(
+                    one_layer_zeroed(run, layer["layer"], point["setting"]), abs=0.51
+                )
 
 
 def test_scan_suggests_the_most_that_costs_no_more(folder, monkeypatch):
@@ -92,10 +98,13 @@ def test_scan_suggests_the_most_that_costs_no_more(folder, monkeypatch):
     chosen = {layer["layer"]: layer["suggestion"] for layer in found["layers"] if layer["suggestion"]}
     spared = [layer["layer"] for layer in found["layers"] if not layer["suggestion"]]
     assert len({*chosen.values(), None if spared else 0}) > 1, "the layers differ"
-    assert found["suggestion"] == {"method": "lamp", "scope": "layer", "sparsity": chosen} | ({"keep": spared} if spared else {})
+    assert found["suggestion"] == {"method": "lamp", "scope": "layer", "sparsity": chosen} | (
+        {"keep": spared} if spared else {}
+    )
     assert found["together"]["sparsity"] == pytest.approx(
         sum(round(chosen.get(layer["layer"], 0) * layer["num_weights"]) for layer in found["layers"])
-        / sum(layer["num_weights"] for layer in found["layers"]))
+        / sum(layer["num_weights"] for layer in found["layers"])
+    )
     told = scan._yaml(found["suggestion"])
     path = write(folder, f"  - {{stage: prune, {told}, training: {{epochs: 1}}}}\n", "suggested.yaml")
     assert recipe.read(path)[0].stages[1].sparsity == pytest.approx(chosen)
@@ -112,28 +121,41 @@ def test_scan_leaves_the_run_where_it_was_and_the_run_goes_on_from_there(tmp_pat
     assert "[1/1] train" in capsys.readouterr().out
     assert found["setting"] == "sensitivity" and found["suggestion"]["keep"][0] == "last"
     assert [layer["layer"] for layer in found["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
-    assert all([p["setting"] for p in layer["points"]] == [0.5, 1.0] for layer in found["layers"]), "9 would leave nothing"
+    assert all([p["setting"] for p in layer["points"]] == [0.5, 1.0] for layer in found["layers"]), (
+        "9 would leave nothing"
+    )
     again = scan.scan(path, folder=tmp_path / "runs")
     assert again == found
     result = runner.run(path, folder=tmp_path / "runs")
     assert "going on after stage 1 of 2 (train)" in capsys.readouterr().out
     sparsity = {layer["layer"]: layer["sparsity"] for layer in result["layers"]}
-    assert all(sparsity[layer["layer"]] == pytest.approx(layer["points"][1]["sparsity"]) for layer in found["layers"])
+    assert all(
+        sparsity[layer["layer"]] == pytest.approx(layer["points"][1]["sparsity"]) for layer in found["layers"]
+    )
     assert scan.scan(path, folder=tmp_path / "runs") == found, "a run that is over can be scanned too"
 
 
 def test_scan_before_a_second_pruning_starts_from_its_zeros(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "SPARSITIES", (0.3, 0.5, 0.8))
-    path = write(tmp_path, "  - {stage: prune, method: magnitude, sparsity: 0.5}\n  - {stage: prune, method: magnitude, sparsity: 0.9}\n")
+    path = write(
+        tmp_path,
+        "  - {stage: prune, method: magnitude, sparsity: 0.5}\n  - {stage: prune, method: magnitude, sparsity: 0.9}\n",
+    )
     found = scan.scan(path, folder=tmp_path / "runs", stage=2)
-    assert all([point["setting"] for point in layer["points"]] in ([0.5, 0.8], [0.8]) for layer in found["layers"])
+    assert all(
+        [point["setting"] for point in layer["points"]] in ([0.5, 0.8], [0.8]) for layer in found["layers"]
+    )
     assert found["together"]["sparsity"] >= 0.49
 
 
 def test_weights_come_back_when_measuring_fails():
     place = compress.weights(torch.nn.Sequential(torch.nn.Linear(4, 4)))["0"]
     before = place.value.detach().clone()
-    with pytest.raises(KeyError), torch.no_grad(), scan._pruned({"0": (place, torch.zeros(4, 4, dtype=torch.bool))}):
+    with (
+        pytest.raises(KeyError),
+        torch.no_grad(),
+        scan._pruned({"0": (place, torch.zeros(4, 4, dtype=torch.bool))}),
+    ):
         assert not place.value.any()
         raise KeyError
     assert torch.equal(place.value, before)
@@ -145,7 +167,11 @@ def test_weights_come_back_when_measuring_fails():
         ("", {}, "stages: there is no stage prune in this recipe"),
         (LAMP, {"stage": 0}, r"stage 0 is no stage prune; allowed: 1"),
         (LAMP, {"cost": 0}, "cost: got 0; points of accuracy above 0"),
-        ("  - {stage: prune, method: n_m, pattern: '1:2'}\n", {}, r"stages\[1\].method: 'n_m' has no sparsity of single weights"),
+        (
+            "  - {stage: prune, method: n_m, pattern: '1:2'}\n",
+            {},
+            r"stages\[1\].method: 'n_m' has no sparsity of single weights",
+        ),
     ],
 )
 def test_what_cannot_be_scanned(tmp_path, stages, given, told):
@@ -180,17 +206,25 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
     calls = counted(monkeypatch)
     path = folder / "given.yaml"
     found = ladder.ladder(path, [0.6, 0.9], [1, 3], folder=folder / "runs")
-    assert calls == ["prune", "share", "share"] * 2, "one training is done, and points of one sparsity prune once"
+    assert calls == ["prune", "share", "share"] * 2, (
+        "one training is done, and points of one sparsity prune once"
+    )
     points = found["points"]
     assert [(p["name"], p["sparsity"], p["bits"]) for p in points] == [
-        ("sparsity-0.6-bits-1", 0.6, 1), ("sparsity-0.6-bits-3", 0.6, 3),
-        ("sparsity-0.9-bits-1", 0.9, 1), ("sparsity-0.9-bits-3", 0.9, 3),
+        ("sparsity-0.6-bits-1", 0.6, 1),
+        ("sparsity-0.6-bits-3", 0.6, 3),
+        ("sparsity-0.9-bits-1", 0.9, 1),
+        ("sparsity-0.9-bits-3", 0.9, 3),
     ]
     here = folder / "runs" / "few"
     for point in points:
         other = {o["name"]: o for o in points if o is not point}
-        beaten = any(o["file_bytes"] <= point["file_bytes"] and o["error"] <= point["error"]
-                     and (o["file_bytes"], o["error"]) != (point["file_bytes"], point["error"]) for o in other.values())
+        beaten = any(
+            o["file_bytes"] <= point["file_bytes"]
+            and o["error"] <= point["error"]
+            and (o["file_bytes"], o["error"]) != (point["file_bytes"], point["error"])
+            for o in other.values()
+        )
         assert point["front"] != beaten
     assert points[1]["file_bytes"] > points[0]["file_bytes"] > points[2]["file_bytes"]
     assert json.loads((here / "ladder.json").read_text()) == found
@@ -211,7 +245,10 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
 def test_ladder_over_the_bits_alone(tmp_path, monkeypatch):
     path = write(tmp_path, STD + "  - {stage: share, bits: 5}\n")
     found = ladder.ladder(path, bits=[2, 4], folder=tmp_path / "runs")
-    assert [(point["name"], point["sparsity"], point["bits"]) for point in found["points"]] == [("bits-2", None, 2), ("bits-4", None, 4)]
+    assert [(point["name"], point["sparsity"], point["bits"]) for point in found["points"]] == [
+        ("bits-2", None, 2),
+        ("bits-4", None, 4),
+    ]
 
 
 def test_ladder_over_the_sparsity_alone(folder, monkeypatch):
@@ -252,7 +289,11 @@ def test_both_commands(folder, monkeypatch, capsys):
     path, runs = str(folder / "given.yaml"), str(folder / "runs")
     assert main(["scan", path, "--folder", runs, "--cost", "2.5"]) == 0
     told = capsys.readouterr().out
-    assert "a suggestion costs at most 2.5 points" in told and "All suggestions together" in told and "scan.md" in told
+    assert (
+        "a suggestion costs at most 2.5 points" in told
+        and "All suggestions together" in told
+        and "scan.md" in told
+    )
     assert main(["ladder", path, "--folder", runs, "--sparsity", "0.5,0.9", "--bits", "2"]) == 0
     told = capsys.readouterr().out
     assert "---- sparsity-0.9-bits-2" in told and "ladder.md" in told

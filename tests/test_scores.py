@@ -92,7 +92,9 @@ def test_position_bits_are_finite_and_at_least_one(mask):
 def test_rate_is_the_score_for_the_root_of_the_bits():
     mask = some_weights(8, 8) > 0.5
     score = some_weights(8, 8).double().abs()
-    np.testing.assert_allclose(scores.rate(score, mask), score / scores.position_bits(mask) ** 0.5, rtol=1e-12)
+    np.testing.assert_allclose(
+        scores.rate(score, mask), score / scores.position_bits(mask) ** 0.5, rtol=1e-12
+    )
     whole = scores.rate(score, torch.ones(8, 8).bool())
     assert torch.equal(whole.reshape(-1).argsort(), score.reshape(-1).argsort())
 
@@ -114,7 +116,9 @@ def test_n_m_keeps_the_largest_of_every_group(n, m):
 
 def test_n_m_along_another_axis():
     weight = some_weights(8, 3, 2)
-    assert torch.equal(scores.n_m_mask(weight, 1, 4, axis=0), scores.n_m_mask(weight.movedim(0, 1), 1, 4).movedim(1, 0))
+    assert torch.equal(
+        scores.n_m_mask(weight, 1, 4, axis=0), scores.n_m_mask(weight.movedim(0, 1), 1, 4).movedim(1, 0)
+    )
 
 
 def test_n_m_of_equal_weights_keeps_the_first():

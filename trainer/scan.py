@@ -1,4 +1,4 @@
-"""How much each layer can lose: validation accuracy against sparsity, one layer at a time, and what that suggests."""
+"""How much each layer can lose: accuracy against sparsity, one layer at a time, and what that suggests."""
 
 import contextlib
 import json
@@ -32,13 +32,14 @@ def scan(
     stage: int | None = None,
     cost: float = 1.0,
 ) -> dict[str, Any]:
-    """Measures each layer's sensitivity to pruning, before any recovery, and writes runs/NAME/scan.md, .png and .json.
+    """Measures each layer's sensitivity to pruning, without recovery; writes scan.md, .png and .json.
 
-    The student is as the stages before prune stage number `stage` (the first one) leave it: from the run's checkpoint, or
-    they run now. Each layer alone is pruned by magnitude, as far as that stage's method goes: to sparsities, or for
-    'std' by sensitivities. cost: the points of validation accuracy that a suggested setting may cost, and every smaller
-    setting of that layer too. Returns what scan.json holds: "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation"
-    of the student, "layers" [{"layer", "num_weights", "points", "suggestion" (None: leave it alone), "sparsity"}], "together"
+    They lie in runs/NAME. The student is as the stages before prune stage number `stage` (the first one)
+    leave it: from the run's checkpoint, or they run now. Each layer alone is pruned by magnitude, as far as
+    that stage's method goes: to sparsities, or for 'std' by sensitivities. cost: the points of validation
+    accuracy that a suggested setting may cost, and every smaller setting of that layer too. Returns what
+    scan.json holds: "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation" of the student,
+    "layers" [{"layer", "num_weights", "points", "suggestion" (None: leave it alone), "sparsity"}], "together"
     (all suggestions at once), "suggestion" (keys for the recipe).
     Raises ValueError for a recipe without such a stage, and what `runner.run` raises.
     """
@@ -46,7 +47,11 @@ def scan(
     number = prune_stage(recipe, stage)
     keys = recipe.stages[number]
     if keys.method in ("n_m", "channels"):
-        raise RecipeError(recipe.fault(("stages", number, "method"), f"{keys.method!r} has no sparsity of single weights to scan"))
+        raise RecipeError(
+            recipe.fault(
+                ("stages", number, "method"), f"{keys.method!r} has no sparsity of single weights to scan"
+            )
+        )
     if cost <= 0:
         raise ValueError(f"cost: got {cost}; points of accuracy above 0 are allowed")
     with begun(path, number, dict(changes or {}), folder) as run:
@@ -55,19 +60,26 @@ def scan(
             table = _table(found)
             files.write_bytes(run.folder / "scan.json", json.dumps(found, indent=1).encode())
             files.write_bytes(run.folder / "scan.png", drawing.png(_figure(found)))
-            files.write_bytes(run.folder / "scan.md", f"# {run.name}: scan of the layers\n\n{table}\n\n![scan](scan.png)\n".encode())
+            files.write_bytes(
+                run.folder / "scan.md",
+                f"# {run.name}: scan of the layers\n\n{table}\n\n![scan](scan.png)\n".encode(),
+            )
             print(f"\n{table}\n\n{run.folder / 'scan.md'}", flush=True)
     return found
 
 
 def prune_stage(recipe: Recipe, number: int | None) -> int:
-    """The number of the prune stage meant: the first one where none is named. Raises RecipeError when there is none."""
+    """The number of the prune stage meant, the first where none is named. RecipeError when there is none."""
     known = [n for n, keys in enumerate(recipe.stages) if keys.stage == "prune"]
     if not known:
         raise RecipeError(recipe.fault(("stages",), "there is no stage prune in this recipe"))
     if number is not None and number not in known:
         allowed = ", ".join(map(str, known))
-        raise RecipeError(recipe.fault(("stages",), f"stage {number} is no stage prune; allowed: {allowed} (counted from 0)"))
+        raise RecipeError(
+            recipe.fault(
+                ("stages",), f"stage {number} is no stage prune; allowed: {allowed} (counted from 0)"
+            )
+        )
     return known[0] if number is None else number
 
 
@@ -87,26 +99,46 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     layers = []
     for name, place in places.items():
         if not place.value.any():
-            raise ValueError(f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's keep)")
+            raise ValueError(
+                f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's keep)"
+            )
         points = []
         for setting, mask in _masks(place, by_std):
             with _pruned({name: (place, mask)}):
-                points.append({"setting": setting, "sparsity": 1 - mask.double().mean().item(), "top1_validation": accuracy()})
+                points.append(
+                    {
+                        "setting": setting,
+                        "sparsity": 1 - mask.double().mean().item(),
+                        "top1_validation": accuracy(),
+                    }
+                )
         good = None
         for point in points:
             if dense - point["top1_validation"] > cost:
                 break
             good = point
-        layers.append({"layer": name, "num_weights": place.value.numel(), "points": points,
-                       "suggestion": good and good["setting"], "sparsity": good and good["sparsity"]})
+        layers.append(
+            {
+                "layer": name,
+                "num_weights": place.value.numel(),
+                "points": points,
+                "suggestion": good and good["setting"],
+                "sparsity": good and good["sparsity"],
+            }
+        )
         if run.accelerator.is_main_process:
             told = f"up to {good['setting']:g}" if good else "leave it alone"
             print(f"scan: {name}: {told}", flush=True)
     chosen = {layer["layer"]: layer["suggestion"] for layer in layers if layer["suggestion"] is not None}
-    masks = {name: (places[name], dict(_masks(places[name], by_std))[setting]) for name, setting in chosen.items()}
+    masks = {
+        name: (places[name], dict(_masks(places[name], by_std))[setting]) for name, setting in chosen.items()
+    }
     with _pruned(masks):
         left = sum(int(torch.count_nonzero(place.value)) for place in places.values())
-        together = {"top1_validation": accuracy(), "sparsity": 1 - left / sum(p.value.numel() for p in places.values())}
+        together = {
+            "top1_validation": accuracy(),
+            "sparsity": 1 - left / sum(p.value.numel() for p in places.values()),
+        }
     what = "sensitivity" if by_std else "sparsity"
     spared = [layer["layer"] for layer in layers if layer["suggestion"] is None]
     suggestion: dict[str, Any] = {"method": keys.method}
@@ -115,7 +147,13 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     suggestion[what] = chosen
     if keys.keep or spared:
         suggestion["keep"] = [*keys.keep, *spared]
-    return {"setting": what, "top1_validation": dense, "layers": layers, "together": together, "suggestion": suggestion}
+    return {
+        "setting": what,
+        "top1_validation": dense,
+        "layers": layers,
+        "together": together,
+        "suggestion": suggestion,
+    }
 
 
 def _masks(place: Place, by_std: bool) -> Iterator[tuple[float, Tensor]]:
@@ -135,7 +173,10 @@ def _masks(place: Place, by_std: bool) -> Iterator[tuple[float, Tensor]]:
     score, parts = {place.name: scores.magnitude(place.value)}, {place.name: place.parts}
     for sparsity in SPARSITIES:
         if dead <= sparsity and round(sparsity * place.value.numel()) < place.value.numel():
-            yield sparsity, compress.score_masks(score, alive, {place.name: sparsity}, False, parts)[place.name][0]
+            yield (
+                sparsity,
+                compress.score_masks(score, alive, {place.name: sparsity}, False, parts)[place.name][0],
+            )
 
 
 @contextlib.contextmanager
@@ -155,20 +196,32 @@ def _table(found: Mapping[str, Any]) -> str:
     settings = sorted({point["setting"] for layer in found["layers"] for point in layer["points"]})
     rows = []
     for layer in found["layers"]:
-        lost = {p["setting"]: f"{found['top1_validation'] - p['top1_validation']:.1f}" for p in layer["points"]}
+        lost = {
+            p["setting"]: f"{found['top1_validation'] - p['top1_validation']:.1f}" for p in layer["points"]
+        }
         row = {"layer": layer["layer"], "weights": f"{layer['num_weights']:,}"}
         row |= {f"{setting:g}": lost.get(setting, "") for setting in settings}
         none = layer["suggestion"] is None
-        row |= {"suggestion": "keep" if none else f"{layer['suggestion']:g}",
-                "zeros %": "" if none else f"{100 * layer['sparsity']:.1f}"}
+        row |= {
+            "suggestion": "keep" if none else f"{layer['suggestion']:g}",
+            "zeros %": "" if none else f"{100 * layer['sparsity']:.1f}",
+        }
         rows.append(row)
     together = found["together"]
     return (
         f"Points of validation accuracy that {found['setting']} costs, one layer at a time, without recovery "
-        f"(the student has {found['top1_validation']:.2f} %; a suggestion costs at most {_points(found['cost'])}):\n\n"
-        + tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("left", *["right"] * (len(rows[0]) - 1)))
-        + f"\n\nAll suggestions together: {together['top1_validation']:.2f} % at {100 * together['sparsity']:.2f} % zeros, "
-        f"before any recovery. For stages[{found['stage']}]:\n\n    {_yaml(found['suggestion'])}"
+        f"(the student has {found['top1_validation']:.2f} %; a suggestion costs at most "
+        f"{_points(found['cost'])}):\n\n"
+        + tabulate(
+            rows,
+            headers="keys",
+            tablefmt="pipe",
+            disable_numparse=True,
+            colalign=("left", *["right"] * (len(rows[0]) - 1)),
+        )
+        + f"\n\nAll suggestions together: {together['top1_validation']:.2f} % at "
+        f"{100 * together['sparsity']:.2f} % zeros, before any recovery. "
+        f"For stages[{found['stage']}]:\n\n    {_yaml(found['suggestion'])}"
     )
 
 
@@ -188,7 +241,7 @@ def _yaml(suggestion: Mapping[str, Any]) -> str:
 
 
 def _figure(found: Mapping[str, Any]) -> "Figure":
-    """A panel for each layer: its curve, those of the others behind it, the limit, and the point suggested."""
+    """A panel for each layer: its curve, those of the others behind it, the limit, the point suggested."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -196,20 +249,31 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     num_rows = -(-len(layers) // 4)
     num_columns = -(-len(layers) // num_rows)
     axes_grid = drawing.grid(num_rows, num_columns, (2.1, 1.5), (0.3, 0.55), top=0.85)
-    curves = [([0.0, *(p["sparsity"] for p in layer["points"])], [dense, *(p["top1_validation"] for p in layer["points"])])
-              for layer in layers]
+    curves = [
+        (
+            [0.0, *(p["sparsity"] for p in layer["points"])],
+            [dense, *(p["top1_validation"] for p in layer["points"])],
+        )
+        for layer in layers
+    ]
     lowest = min(min(heights) for _, heights in curves)
     highest = max(max(heights) for _, heights in curves)
     least_left = 1 - max(max(reach) for reach, _ in curves)
     flat = axes_grid.reshape(-1)
-    for axes in flat[len(layers):]:
+    for axes in flat[len(layers) :]:
         axes.set_visible(False)
     for number, (axes, layer) in enumerate(zip(flat, layers, strict=False)):
         drawing.calm(axes)
-        # Spaced by the logarithm of what is left: half, a tenth and a hundredth of the weights can all be seen.
-        axes.set_xscale("function", functions=(lambda x: -np.log10(np.maximum(1 - x, 1e-9)), lambda z: 1 - 10.0**-z))
+        # Spaced by the logarithm of what is left: half, a tenth and a hundredth of it can all be seen.
+        axes.set_xscale(
+            "function", functions=(lambda x: -np.log10(np.maximum(1 - x, 1e-9)), lambda z: 1 - 10.0**-z)
+        )
         axes.set_xlim(0, 1 - least_left * 0.8)
-        axes.xaxis.set_major_locator(FixedLocator([t for t in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999) if t <= 1 - least_left * 0.8]))
+        axes.xaxis.set_major_locator(
+            FixedLocator(
+                [t for t in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999) if t <= 1 - least_left * 0.8]
+            )
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}"))
         axes.tick_params(axis="x", labelsize=7)
@@ -227,7 +291,15 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         said = "keep"
         if layer["suggestion"] is not None:
             place = next(p for p in layer["points"] if p["setting"] == layer["suggestion"])
-            axes.plot(place["sparsity"], place["top1_validation"], "o", color=GOOD, markersize=6, markeredgecolor="white", zorder=4)
+            axes.plot(
+                place["sparsity"],
+                place["top1_validation"],
+                "o",
+                color=GOOD,
+                markersize=6,
+                markeredgecolor="white",
+                zorder=4,
+            )
             said = f"{layer['suggestion']:g}"
         axes.set_title(f"{short}: {said}", loc="left", fontsize=9, color=drawing.INK)
         if number % num_columns == 0:
@@ -238,7 +310,12 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
             axes.set_xlabel("zeros in this layer (%)", fontsize=8, color=drawing.INK)
     drawing.title(flat[0].figure, f"{found['name']}: accuracy against sparsity, one layer at a time\n")
     flat[0].figure.text(
-        0.1 / flat[0].figure.get_figwidth(), 1 - 0.34 / flat[0].figure.get_figheight(), va="top", fontsize=8, color=drawing.INK,
-        s=f"in each title the {found['setting']} suggested (the dot): it costs at most {_points(found['cost'])} (dashed)",
+        0.1 / flat[0].figure.get_figwidth(),
+        1 - 0.34 / flat[0].figure.get_figheight(),
+        va="top",
+        fontsize=8,
+        color=drawing.INK,
+        s=f"in each title the {found['setting']} suggested (the dot): it costs at most "
+        f"{_points(found['cost'])} (dashed)",
     )
     return flat[0].figure

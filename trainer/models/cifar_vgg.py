@@ -3,9 +3,8 @@
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from trainer.features import Staged
+from trainer.features import Staged, max_pool
 
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 
@@ -45,9 +44,9 @@ class _CifarVgg(Staged):
     def stages(self):
         return [
             ("layer1", self.layer1),
-            ("layer2", lambda x: self.layer2(functional.max_pool2d(x, 2))),
-            ("layer3", lambda x: self.layer3(functional.max_pool2d(x, 2))),
-            ("layer4", lambda x: self.layer4(functional.max_pool2d(x, 2))),
+            ("layer2", lambda x: self.layer2(max_pool(x))),
+            ("layer3", lambda x: self.layer3(max_pool(x))),
+            ("layer4", lambda x: self.layer4(max_pool(x))),
             ("layer5", self.layer5),
         ]
 

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.features import Staged
+from trainer.features import Staged, max_pool
 
 
 def lenet5(
@@ -67,10 +67,10 @@ class _Lenet5(Staged):
         return [("conv1", "norm1"), ("conv2", "norm2")]
 
     def _conv1(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(torch.relu(self.norm1(self.conv1(x))), 2)
+        return torch.relu(max_pool(self.norm1(self.conv1(x))))
 
     def _conv2(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(torch.relu(self.norm2(self.conv2(x))), 2)
+        return torch.relu(max_pool(self.norm2(self.conv2(x))))
 
     def _fc1(self, x: Tensor) -> Tensor:
         return torch.relu(self.fc1(self._drop(x.flatten(1))))

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from trainer.features import Staged
+from trainer.features import Staged, max_pool
 
 
 def lenet5_caffe(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -37,10 +36,10 @@ class _Lenet5Caffe(Staged):
         return ["conv1", "conv2", "fc1", "fc2"]
 
     def _conv1(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(torch.relu(self.conv1(x)), 2)
+        return torch.relu(max_pool(self.conv1(x)))
 
     def _conv2(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(torch.relu(self.conv2(x)), 2)
+        return torch.relu(max_pool(self.conv2(x)))
 
     def _fc1(self, x: Tensor) -> Tensor:
         return torch.relu(self.fc1(x.flatten(1)))

@@ -18,7 +18,7 @@ Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Pattern = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
 Rounds = Annotated[int, Field(ge=2)]
 
-# The schedules of each method. Movement has no score before there was a training, rate no mask to estimate costs from.
+# The schedules of each method. Movement has no score before a training, rate no mask to estimate costs from.
 SCHEDULES = {
     "std": ("once", "cubic"),
     "magnitude": ("once", "cubic", "iterative"),
@@ -41,7 +41,9 @@ def check(settings) -> None:
     if method == "std":
         has_no_effect("sparsity", "method 'std'; sensitivity decides")
         if settings.sensitivity is None:
-            raise ValueError("method 'std' needs sensitivity (threshold = sensitivity x standard deviation of a layer)")
+            raise ValueError(
+                "method 'std' needs sensitivity (threshold = sensitivity x standard deviation of a layer)"
+            )
         has_no_effect("scope", "method 'std'; its thresholds are each layer's own")
     elif method == "n_m":
         has_no_effect("sparsity", "method 'n_m'; pattern decides")
@@ -50,19 +52,25 @@ def check(settings) -> None:
             raise ValueError("method 'n_m' needs pattern, such as '2:4': 2 of every 4 weights are kept")
         n, m = map(int, settings.pattern.split(":"))
         if not 0 < n < m:
-            raise ValueError(f"pattern: got {settings.pattern!r}; N of every M weights are kept, so N is at least 1 and "
-                             "less than M")
+            raise ValueError(
+                f"pattern: got {settings.pattern!r}; N of every M weights are kept, so N is at least 1 and "
+                "less than M"
+            )
     elif settings.sparsity is None:
         what = "channels that are removed" if method == "channels" else "weights that become zero"
         raise ValueError(f"method {method!r} needs sparsity, the share of {what}")
     if method != "std":
-        has_no_effect("sensitivity", f"method {method!r}; {'pattern' if method == 'n_m' else 'sparsity'} decides")
+        has_no_effect(
+            "sensitivity", f"method {method!r}; {'pattern' if method == 'n_m' else 'sparsity'} decides"
+        )
     if method != "n_m":
         has_no_effect("pattern", f"method {method!r}; 'n_m' has it")
     if isinstance(settings.sparsity, dict) and (settings.scope or _scope(method)) == "global":
         raise ValueError("scope 'global' has one sparsity for all layers; per layer is scope 'layer'")
     if schedule not in SCHEDULES[method]:
-        raise ValueError(f"method {method!r} has no schedule {schedule!r}; it has {', '.join(SCHEDULES[method])}")
+        raise ValueError(
+            f"method {method!r} has no schedule {schedule!r}; it has {', '.join(SCHEDULES[method])}"
+        )
     if schedule != "once" and settings.training is None:
         raise ValueError(f"schedule {schedule!r} prunes during a training: training is needed")
     if schedule != "cubic":
@@ -112,20 +120,23 @@ def prune(
     method, what goes first:
     `std` weights below sensitivity x standard deviation of the layer's surviving ones (Han et al. 2015);
     `magnitude` the smallest; `lamp` those of the lowest LAMP score (Lee et al. 2021);
-    `movement` those that a training moves towards zero (Sanh et al. 2020; they may come back while it tightens);
+    `movement` those that a training moves towards zero (Sanh et al. 2020; they may come back while it
+    tightens);
     `rate` those of the lowest LAMP score for the root of the bits that their position costs in the file;
     `n_m` all but the N largest of every M along a layer's inputs, as `pattern: "2:4"` (Mishra et al. 2021);
-    `channels` whole channels of the least L2 norm: layers really become smaller (Fang et al. 2023). This needs the
-    package torch-pruning.
-    sensitivity, sparsity: one for all layers or {layer: value}; sparsity is the share of zeros (of channels removed).
-    Gates of a recurrent layer, and query, key and value of attention, are layers of their own to `std` and in a ranking
-    within a `layer`. scope: rank within each `layer`, or all together (`global`: the default of lamp and rate).
-    schedule: `once` before the training; `cubic`, tightened every `every` steps (50) over the first `ramp` (0.6) of it
-    (Zhu & Gupta 2017); `iterative`, in `rounds` (3) that each prune the same share of what is left and then train,
-    with `rewind` from the weights that the stage began with (Frankle & Carbin 2019; Renda et al. 2020).
+    `channels` whole channels of the least L2 norm: layers really become smaller (Fang et al. 2023). This
+    needs the package torch-pruning.
+    sensitivity, sparsity: one for all layers or {layer: value}; sparsity is the share of zeros (of channels
+    removed). Gates of a recurrent layer, and query, key and value of attention, are layers of their own to
+    `std` and in a ranking within a `layer`. scope: rank within each `layer`, or all together (`global`: the
+    default of lamp and rate).
+    schedule: `once` before the training; `cubic`, tightened every `every` steps (50) over the first `ramp`
+    (0.6) of it (Zhu & Gupta 2017); `iterative`, in `rounds` (3) that each prune the same share of what is
+    left and then train, with `rewind` from the weights that the stage began with (Frankle & Carbin 2019;
+    Renda et al. 2020).
     keep: layers left alone ('first', 'last' or names).
-    Raises ValueError for a layer that does not exist, is frozen, has weights that are not finite or all zero, or would
-    lose all its weights.
+    Raises ValueError for a layer that does not exist, is frozen, has weights that are not finite or all zero,
+    or would lose all its weights.
     """
     run.student.to(run.accelerator.device)
     places = _prunable(run, keep)
@@ -133,7 +144,9 @@ def prune(
         _remove_channels(run, places, sparsity, together=scope == "global")
         _told(run, "pruned", method)
         return _recover(run, "recovered", method, training, losses)
-    decide = _decision(run, places, method, sensitivity or sparsity or pattern, schedule, scope or _scope(method))
+    decide = _decision(
+        run, places, method, sensitivity or sparsity or pattern, schedule, scope or _scope(method)
+    )
 
     def tighten(progress: float) -> None:
         for name, (mask, found) in decide(progress).items():
@@ -183,7 +196,9 @@ def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
         if isinstance(place.parametrization, compress.Codebook):
             raise ValueError(f"layer {name!r} shares its weights already: prune before sharing")
         if not place.value.any():
-            raise ValueError(f"layer {name!r} has no weights left to prune: all are zero (name it in keep to leave it alone)")
+            raise ValueError(
+                f"layer {name!r} has no weights left to prune: all are zero (name it in keep to spare it)"
+            )
     return places
 
 
@@ -234,7 +249,9 @@ def _n_m_mask(place: Place, pattern: str) -> Tensor:
 
 
 def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -> dict[str, float]:
-    """The sparsity that an earlier stage left, in each layer (or in all). Raises ValueError where no more is asked for."""
+    """The sparsity that an earlier stage left, in each layer (or in all). Raises ValueError where no more is
+    asked for.
+    """
     dead = {name: 0.0 if place.mask is None else (~place.mask).sum().item() for name, place in places.items()}
     if together:
         share = sum(dead.values()) / sum(place.value.numel() for place in places.values())
@@ -247,7 +264,9 @@ def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -
             most = max((~part).double().mean().item() for part in place.mask.chunk(place.parts))
         if target[name] < most:
             where = "the layers have" if together else f"layer {name!r} has"
-            raise ValueError(f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer")
+            raise ValueError(
+                f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer"
+            )
     return found
 
 
@@ -271,13 +290,20 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
     if isinstance(sparsity, dict):
         shares = compress.per_layer(places, sparsity, "sparsity")
         sparsity = {name: shares[name] for name in smaller}
-    images = torch.rand(2, *run.data.shape, generator=torch.Generator().manual_seed(0)).to(run.accelerator.device)
+    images = torch.rand(2, *run.data.shape, generator=torch.Generator().manual_seed(0)).to(
+        run.accelerator.device
+    )
     compress.bake(run.student)
     found = channels.remove(
-        run.student, teacher.normalize(images, run.data.mean, run.data.std), sparsity,
-        keep=[name for name in every if name not in smaller], together=together,
+        run.student,
+        teacher.normalize(images, run.data.mean, run.data.std),
+        sparsity,
+        keep=[name for name in every if name not in smaller],
+        together=together,
     )
-    if run.accelerator.num_processes > 1:  # all have chosen from equal weights; the main process's word counts
+    if (
+        run.accelerator.num_processes > 1
+    ):  # all have chosen from equal weights; the main process's word counts
         for tensor in run.student.state_dict().values():
             torch.distributed.broadcast(tensor, src=0)
     for name, place in compress.weights(run.student).items():
@@ -297,14 +323,22 @@ def _told(run: Run, label: str, method: str, seconds: float = 0.0, **numbers) ->
 
 
 def _recover(
-    run: Run, label: str, method: str, training: Training | None, losses: list[Term] | None,
+    run: Run,
+    label: str,
+    method: str,
+    training: Training | None,
+    losses: list[Term] | None,
     before_step: Callable[[int, int], bool] | None = None,
 ) -> dict:
     if training is None:
         return {}
     objective = Objective(
-        run.student, losses or [TermKeys(loss="cross_entropy")], run.data, run.teacher,
-        num_epochs=training.epochs, device=run.accelerator.device,
+        run.student,
+        losses or [TermKeys(loss="cross_entropy")],
+        run.data,
+        run.teacher,
+        num_epochs=training.epochs,
+        device=run.accelerator.device,
     )
     numbers = fit(run, objective, training, before_step)
     objective.finish()

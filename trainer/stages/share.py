@@ -141,7 +141,7 @@ def _note(run: Run, name: str, centroids: Tensor) -> None:
     """Tells the report how large the codebooks of a layer are."""
     used = int(torch.atleast_2d(centroids).ne(0).sum(1).max())
     run.layers.setdefault(name, {}).update(
-        clusters=centroids.shape[-1], groups=len(torch.atleast_2d(centroids)), bits=max(1, (used - 1).bit_length())
+        clusters=used, groups=len(torch.atleast_2d(centroids)), bits=max(1, (used - 1).bit_length())
     )
 
 
