@@ -46,6 +46,11 @@ def table(reports: list[dict]) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
+def machine(hardware: dict) -> str:
+    """What a run was computed on, in words."""
+    return hardware["gpu"] or f"{hardware['cpu']}, {hardware['torch_threads']} of {hardware['cores']} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
@@ -62,7 +67,7 @@ def main() -> None:
     ]
     text = (
         f"{name}: {len(reports)} seeds (0 to {len(reports) - 1}), "
-        f"{statistics.fmean(r['seconds'] for r in reports):.0f} s a run, {reports[0]['hardware']}\n\n{table(reports)}\n"
+        f"{statistics.fmean(r['seconds'] for r in reports):.0f} s a run, {machine(reports[0]['hardware'])}\n\n{table(reports)}\n"
     )
     print("\n" + text)
     (options.folder / f"{name}-trials.md").write_text(text)
