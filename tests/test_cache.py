@@ -241,11 +241,16 @@ def fake(data):
     return Source(data.train.images, data.test.images, data.classes, data.mean, data.std, data.shape)
 
 
-def test_it_is_told_why_kept_answers_are_not_taken(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "seed", "told"),
+    [({}, 1, "teacher"), ({"augment": {"shift": 1, "rotate": 9}}, 0, "augment"), ({"seed": 4}, 1, "teacher, seed")],
+)
+def test_it_is_told_why_kept_answers_are_not_taken(tmp_path, changes, seed, told):
     data = some_data()
     first = opened(data, a_teacher(data), tmp_path)
-    cache = opened(data, a_teacher(data, seed=1), tmp_path)
-    assert f"those in {first.path.name} are of another teacher" in cache.describe()
+    data = some_data(**changes)
+    cache = opened(data, a_teacher(data, seed), tmp_path)
+    assert cache.describe().endswith(f"(0 there already; those in {first.path.name} are of another {told})")
 
 
 def test_facts_of_another_run_are_refused(tmp_path):
@@ -591,6 +596,25 @@ def test_a_recipe_ends_in_the_same_weights_whatever_is_kept(tmp_path, monkeypatc
     assert images == [0] * 6
     told = capsys.readouterr().out
     assert "320 there already" in told and "(0 there already)" in told
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_compute_no_answer_twice(tmp_path):
+    path = recipe(tmp_path, "disk")
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer", "run", path, "--folder", tmp_path]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP), "ACCELERATE_USE_CPU": "1", "TRAINER_DATA": str(tmp_path / "data")
+    }
+    images = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=500, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
+        images.append([line["teacher_images"] for line in lines if "teacher_images" in line])
+        shutil.rmtree(tmp_path / "x")
+    assert images == [[160, 160, 0, 0, 0, 0], [0] * 6]
 
 
 def test_by_itself_a_run_keeps_what_its_losses_ask_for(tmp_path, monkeypatch, capsys):

@@ -4,12 +4,16 @@ import copy
 
 import numpy as np
 import pytest
+import timm.layers
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from trainer import compress, scores
 from trainer.fit import Averaged
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 
 class Attention(nn.Module):
@@ -21,26 +25,24 @@ class Attention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.cell = kind(6, 5, num_layers=2, batch_first=True)
-
-    def forward(self, x):
-        return self.cell(x)[0]
-
-
-class FusedQkv(nn.Module):
-    """As timm's attention: one Linear for query, key and value."""
+class OtherKeys(nn.Module):
+    """Attention whose keys and values have widths of their own: query, key and value are three parameters."""
 
     def __init__(self):
         super().__init__()
-        self.qkv = nn.Linear(8, 24)
-        self.proj = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v))
+        return self.attention(x, x[..., :6], x[..., :4])[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **settings):
+        super().__init__()
+        self.cell = kind(6, 5, num_layers=2, batch_first=True, **settings)
+
+    def forward(self, x):
+        return self.cell(x)[0]
 
 
 class Tied(nn.Module):
@@ -59,12 +61,16 @@ LAYERS = {
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3)), (4, 3, 9)),
     "conv2d": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)), (4, 3, 9, 9)),
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 6, 3)), (2, 2, 5, 5, 5)),
-    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 3)), (4, 3, 5, 5)),
+    "transposed1d": (lambda: nn.Sequential(nn.ConvTranspose1d(3, 8, 3)), (4, 3, 5)),
+    "transposed2d": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 3)), (4, 3, 5, 5)),
+    "transposed3d": (lambda: nn.Sequential(nn.ConvTranspose3d(2, 6, 3)), (2, 2, 3, 3, 3)),
     "embedding": (lambda: nn.Sequential(nn.Embedding(20, 8)), None),
     "lstm": (lambda: Recurrent(nn.LSTM), (4, 7, 6)),
+    "lstm_projected": (lambda: Recurrent(nn.LSTM, bidirectional=True, proj_size=3), (4, 7, 6)),
     "gru": (lambda: Recurrent(nn.GRU), (4, 7, 6)),
     "attention": (lambda: Attention(), (4, 7, 8)),
-    "fused_qkv": (lambda: FusedQkv(), (4, 7, 8)),
+    "attention_other_keys": (lambda: OtherKeys(), (4, 7, 8)),
+    "fused_qkv": (lambda: timm.layers.Attention(8, num_heads=2, qkv_bias=True), (4, 7, 8)),
     "tied": (lambda: Tied(), None),
 }
 OPTIMIZERS = {
@@ -326,6 +332,25 @@ def test_gates_have_thresholds_of_their_own(kind, parts):
         assert torch.equal(kept, block.abs() > threshold)
 
 
+def test_a_qkv_without_equal_thirds_is_one_matrix():
+    """Fewer keys and values than queries: nothing in the weight says where they begin."""
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 16), "other": nn.Linear(8, 24)})
+    assert [place.parts for place in compress.weights(model).values()] == [1, 1]
+    masks = prune(model)
+    assert_pruned(model, masks)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_masks_reach_a_network_that_only_answers(kind):
+    """In evaluation mode and without gradients torch takes other, fused ways through attention and recurrent layers."""
+    model, x = make(kind)
+    prune(model)
+    plain, _ = make(kind)
+    plain.load_state_dict(compress.dense_state(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+
+
 def test_global_ranking_takes_exactly_the_lowest():
     scores = {"a": torch.tensor([[0.1, 0.9], [0.5, 0.3]]), "b": torch.tensor([[0.2, 0.8]])}
     masks = compress.score_masks(scores, {"a": None, "b": None}, {"a": 0.5, "b": 0.5}, together=True)
@@ -380,7 +405,7 @@ def test_geometric_schedule_prunes_the_same_share_of_what_is_left():
     assert [b / a for a, b in zip(left, left[1:], strict=False)] == pytest.approx([0.5] * 3)
 
 
-@pytest.mark.parametrize(("kind", "axis"), [("linear", 1), ("conv2d", 1), ("transposed", 0), ("embedding", 1), ("lstm", 1)])
+@pytest.mark.parametrize(("kind", "axis"), [("linear", 1), ("conv2d", 1), ("transposed1d", 0), ("transposed2d", 0), ("transposed3d", 0), ("embedding", 1), ("lstm", 1)])
 def test_axis_of_the_inputs(kind, axis):
     model, _ = make(kind)
     assert {place.input_axis for place in compress.weights(model).values()} == {axis}

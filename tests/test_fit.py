@@ -1,7 +1,9 @@
 """The loop: schedules, optimizers, accumulation, averages, what is kept, and going on after a kill bit for bit."""
 
+import contextlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +13,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from pydantic import TypeAdapter
 from torch import nn
 
 from trainer import bind, compress, runner
 from trainer import fit as fitting
+from trainer.cache import CacheKeys, ViewCache
 from trainer.context import Run
 from trainer.data import DataKeys, make_data
 from trainer.fit import Averaged, Training, fit, freeze_unused, learning_rate, make_optimizer
 from trainer.models.lenet5 import lenet5
-from trainer.objective import Objective, TermKeys
+from trainer.objective import Objective, Term, TermKeys
 from trainer.teacher import Teacher, TeacherKeys
 from trainer.tracking import Log
 
@@ -49,12 +53,13 @@ class Tiny(nn.Module):
 
 def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **data):
     keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
-    data = make_data(keys.model_validate({"dataset": "digits", "subset": 60, "validation": 40} | data), torch.device("cpu"))
+    accelerator = accelerator or Accelerator(cpu=True)
+    data = make_data(keys.model_validate({"dataset": "digits", "subset": 60, "validation": 40} | data), accelerator.device)
     torch.manual_seed(7)
     log = Log(Path(folder) / "log.jsonl")
     OPEN.append(log)
     return Run(
-        name="x", folder=Path(folder), seed=3, accelerator=accelerator or Accelerator(cpu=True), data=data,
+        name="x", folder=Path(folder), seed=3, accelerator=accelerator, data=data,
         student=Tiny() if student is None else student(), student_spec={}, teacher=teacher,
         log=log, recipe_path=Path("x.yaml"), stage=stage, stage_name="train",
     )
@@ -63,7 +68,8 @@ def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **da
 def train(run, before_step=None, terms=None, **training):
     terms = terms or [TermKeys(loss="cross_entropy")]
     settings = Training(**({"epochs": 2, "batch_size": 20, "optimizer": "sgd", "lr": 0.1} | training))
-    objective = Objective(run.student, terms, run.data, run.teacher, num_epochs=settings.epochs)
+    device = run.accelerator.device
+    objective = Objective(run.student, terms, run.data, run.teacher, num_epochs=settings.epochs, device=device)
     return fit(run, objective, settings, before_step)
 
 
@@ -289,13 +295,76 @@ def test_channels_last_trains_the_same_and_leaves_no_trace(tmp_path):
     assert all(tensor.is_contiguous() for tensor in other.student.state_dict().values())
 
 
+LESSONS = [{"loss": "cross_entropy"}, {"loss": "kl"}, {"loss": "hint"}]
+
+
+def taught(folder, kept=False, accelerator=None, **training):
+    """A LeNet-5 that a wider one teaches by soft labels and maps, its answers kept or not."""
+    run = make_run(folder, lambda: lenet5((1, 8, 8), 10, width=3), accelerator=accelerator, augment={"shift": 1}, views=2)
+    device = run.accelerator.device
+    torch.manual_seed(1)
+    network = lenet5((1, 8, 8), 10, width=4)
+    run.teacher = Teacher([network], [TeacherKeys(model="lenet5")], run.data.mean, run.data.std).to(device)
+    if kept:
+        layers = ["conv1", "conv2", "fc1", "fc2"]
+        run.teacher.cache = ViewCache(run.teacher, run.data, Path(folder), CacheKeys(maps=True), layers=layers, device=device)
+    terms = [TypeAdapter(Term).validate_python(loss) for loss in LESSONS]
+    # Not Adam, whose steps are as large for a gradient that is all rounding.
+    train(run, terms=terms, **({"epochs": 4, "lr": 0.05} | training))
+    return run
+
+
+@contextlib.contextmanager
+def accelerated(**settings):
+    """An Accelerator of other settings than the other tests have: there is one state for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield Accelerator(**settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def assert_bfloat16_teaches_alike(folder, full, **settings):
+    with accelerated(mixed_precision="bf16", **settings) as accelerator:
+        half = taught(folder / "half", accelerator=accelerator)
+    losses = [[line["loss"] for line in lines(path) if "loss" in line] for path in (full.folder, half.folder)]
+    assert len(losses[0]) == 4 and losses[0] != losses[1]  # it did compute otherwise
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert_same(weights(full), weights(half), 0.01)
+
+
+def test_bfloat16_teaches_what_float32_does(tmp_path):
+    assert_bfloat16_teaches_alike(tmp_path, taught(tmp_path / "full"), cpu=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_is_the_same_training_however_it_is_run(tmp_path):
+    with accelerated() as accelerator:
+        full = taught(tmp_path / "full", accelerator=accelerator)
+        for name, kept, settings in [
+            ("kept", True, {}), ("layout", False, {"channels_last": True}), ("compiled", False, {"compile": True}),
+        ]:
+            other = taught(tmp_path / name, kept, accelerator, **settings)
+            assert_same(weights(full), weights(other), 1e-3)
+    assert_bfloat16_teaches_alike(tmp_path, full)
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(fitting.cpp_compiler()) is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own compiler's
-def test_compiling_changes_nothing_but_the_speed(tmp_path):
-    plain, other = make_run(tmp_path / "a", augment={"shift": 1}), make_run(tmp_path / "b", augment={"shift": 1})
-    train(plain, epochs=3)
-    train(other, epochs=3, compile=True)
-    assert_same(weights(plain), weights(other), 1e-5)
+@pytest.mark.parametrize("kept", [False, True])
+def test_compiling_changes_nothing_but_the_speed(tmp_path, kept):
+    plain, other = taught(tmp_path / "a", kept), taught(tmp_path / "b", kept, compile=True)
+    assert_same(weights(plain), weights(other), 1e-4)
+    if kept:
+        assert plain.teacher.cache.computed == other.teacher.cache.computed == 2 * 60
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="training.compile needs a C.. compiler on a CPU: there is no 'no-such-compiler'"):
+        train(make_run(tmp_path), compile=True)
 
 
 # what is kept

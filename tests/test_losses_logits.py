@@ -344,7 +344,7 @@ def test_gradient_reaches_the_student_and_what_is_learned_only(name):
     learned = list(loss.parameters()) if isinstance(loss, nn.Module) else []
     assert all(parameter.grad.abs().sum() > 0 for parameter in learned)
     assert isinstance(loss, nn.Module) == (
-        name in ("curriculum_temperature", "contrastive", "reuse_classifier", "semantic"))
+        name in ("curriculum_temperature", "contrastive", "reuse_classifier", "semantic", "weight_distribution"))
 
 
 def extremes():
@@ -490,6 +490,13 @@ def test_decoupled_refuses_mixed_labels():
         call("decoupled", build("decoupled"), feed() | {"labels": torch.rand(N, K)})
 
 
+@pytest.mark.parametrize(("name", "settings"), [
+    ("decoupled", {"alpha": 0, "beta": 0}), ("dist", {"beta": 0, "gamma": 0}), ("relational", {"distance": 0, "angle": 0})])
+def test_settings_that_leave_nothing_are_refused(name, settings):
+    with pytest.raises(ValueError, match=f"{name}: .* are both 0: nothing is left of it"):
+        call(name, build(name, **settings), feed())
+
+
 def test_logit_standardized_ignores_size_and_offset():
     x = feed(dtype=torch.float64)
     value = call("logit_standardized", build("logit_standardized"), x)
@@ -605,6 +612,18 @@ def test_weight_distribution_compares_shapes_only():
     x["student_weight"].requires_grad_()
     call("weight_distribution", build("weight_distribution", num_quantiles=5), x).backward()
     assert (x["student_weight"].grad != 0).all()
+
+
+def test_weight_distribution_knows_a_changed_teacher():
+    x = feed()
+    loss = build("weight_distribution")
+    first = call("weight_distribution", loss, x)
+    assert call("weight_distribution", loss, x) == first
+    x["teacher_weight"][0] = 100
+    changed = call("weight_distribution", loss, x)
+    assert changed == call("weight_distribution", build("weight_distribution"), x) != first
+    x["teacher_weight"] = x["teacher_weight"].clone()
+    assert call("weight_distribution", loss, x) == changed
 
 
 # ---- two processes

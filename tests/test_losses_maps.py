@@ -448,6 +448,27 @@ def test_fsp_of_one_pair_is_refused_and_of_equal_widths_has_no_parameters():
         fsp(shapes[:1], shapes[:1])
 
 
+def test_fsp_of_wide_maps_with_few_positions_is_the_same_number():
+    """There the flows are not made; near the teacher, where what is subtracted nearly cancels, it still holds."""
+    from trainer.losses.fsp import fsp
+
+    torch.manual_seed(0)
+    teacher = [torch.randn(3, 40, 4, 4), torch.randn(3, 50, 2, 2), torch.randn(3, 64, 1, 1)]
+    loss = fsp([x.shape for x in teacher], [x.shape for x in teacher])
+    for apart, within in ((1.0, 1e-5), (0.03, 1e-3)):
+        student = [(x + apart * torch.randn_like(x)).requires_grad_() for x in teacher]
+        double = [x.detach().double().requires_grad_() for x in student]
+        flows = [[shallow.flatten(2) @ deep.flatten(2).transpose(1, 2) / deep[0, 0].numel()
+                  for shallow, deep in ((nn.functional.adaptive_avg_pool2d(a, b.shape[2:]), b) for a, b in zip(maps, maps[1:]))]
+                 for maps in (double, [x.double() for x in teacher])]
+        expected = sum((ours - theirs).square().mean() for ours, theirs in zip(*flows))
+        value = loss(student, teacher)
+        assert value.item() == pytest.approx(expected.item(), rel=within)
+        gradients, wanted = torch.autograd.grad(value, student), torch.autograd.grad(expected, double)
+        for gradient, want in zip(gradients, wanted):
+            assert (gradient - want).norm() <= within * want.norm()
+
+
 def test_margin_is_the_mean_of_all_negative_responses_so_far():
     torch.manual_seed(0)
     loss = margin_relu(torch.Size((2, 3, 4, 4)), torch.Size((2, 2, 4, 4)))

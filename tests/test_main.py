@@ -117,7 +117,6 @@ def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
         "scipy",
         "pandas",
         "PIL",
-        "constriction",
     }
     assert [line for line in lines if not line.startswith("import time:")] == [
         f"trainer: {path}:13: stages[3].bit: is no key here (did you mean 'bits'?)"
@@ -422,6 +421,12 @@ def test_inspect(student, say):
     size = student.stat().st_size
     assert status == 0
     assert out.startswith(f"{student}: {size:,} bytes: lenet5 width=2 for images 1x16x16, 10 classes\n")
+    cells = [line.strip("|").split("|") for line in out.splitlines() if line.startswith("|")]
+    table = [dict(zip(map(str.strip, cells[0]), map(str.strip, line), strict=True)) for line in cells[2:]]
+    assert [row["tensor"] for row in table][-1] == "file" and "conv1.weight" in {row["tensor"] for row in table}
+    sizes = [float(row["bytes"].replace(",", "")) for row in table]
+    assert sizes[-1] == size and sum(sizes[:-1]) == pytest.approx(size, abs=0.05 * len(table))
+    assert out.splitlines()[-1].startswith("Masks and values of the weights: ") and " of Huffman, " in out
     status, out, _ = say("inspect", student, "--json")
     told = json.loads(out)
     assert sum(row["bytes"] for row in told["account"]) == pytest.approx(size, abs=0.5)

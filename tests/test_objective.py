@@ -340,7 +340,7 @@ def test_weights_arrive_in_pairs_and_as_the_network_uses_them(batch):
     compress.set_mask(place, mask)
     pruned = objective(*batch)
     pruned["loss"].backward()
-    quantiles = bind.find("loss", "weight_distribution")
+    quantiles = bind.find("loss", "weight_distribution")()
     assert pruned["weight_distribution/one"] == quantiles(
         torch.where(mask, place.value, 0.0), guide.network.one.weight
     )
@@ -600,6 +600,11 @@ def test_mistakes():
         Objective(nn.Conv2d(1, 1, 1), [term(loss="cross_entropy")], data)
     with pytest.raises(ValueError, match=r"the student gives tuple; logits \[N, 4\] are needed"):
         Objective(nn.LSTM(SIZE, 3), [term(loss="cross_entropy")], data, prepare=lambda images: images[:, 0])
+    small = nn.Sequential(nn.Flatten(), nn.Linear(9, K))
+    with pytest.raises(ValueError, match="the teacher cannot look at images of 1x16x16; resize gives .*mat1 and mat2"):
+        Objective(Small(), [term(loss="kl")], data, teacher_of(small))
+    with pytest.raises(ValueError, match="the student cannot look at images of 1x16x16: .*mat1 and mat2"):
+        Objective(small, [term(loss="cross_entropy")], data)
     with pytest.raises(ValueError, match="at: loss 'kl' looks at no layers"):
         Objective(Small(), [term(loss="kl", at="last")], data, guide)
     with pytest.raises(ValueError, match="got 1 pair of layers; a flow is between two"):
@@ -656,10 +661,58 @@ def test_words_that_nobody_knows(monkeypatch, tmp_path):
 def test_finishing_folds_the_classifier(batch):
     student, guide = Small(), teacher_of(Small(5))
     objective = Objective(student, [term(loss="reuse_classifier")], some_data(), guide)
+    before = copy.deepcopy(student.state_dict())
+    foreseen = objective.finished()(batch[0])  # what a validation in the middle of the training measures
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     objective.finish()
+    assert torch.equal(student(batch[0]), foreseen)
+    plain = Objective(student, [term(loss="kl")], some_data(), guide)
+    assert plain.finished() is plain.student
     pooled = student.forward_head(student.forward_features(batch[0]), pre_logits=True)
     wanted = head(guide.network)(objective.bound[0].function.projector(pooled))
     assert torch.allclose(student(batch[0]), wanted, atol=1e-5)
+
+
+def two_headed(name: str) -> nn.Module:
+    """timm's networks whose logits come from two classifiers, made small, for images of 16 pixels."""
+    size = {"img_size": SIZE, "in_chans": 1, "num_classes": K}
+    if name == "volo":
+        from timm.models.volo import VOLO
+
+        return VOLO(layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), patch_size=4, **size)
+    from timm.models.deit import VisionTransformerDistilled
+
+    return VisionTransformerDistilled(patch_size=4, embed_dim=16, depth=2, num_heads=2, **size)
+
+
+@pytest.mark.parametrize("name, told", [("volo", "logits are not what its classifier makes"), ("deit", "several classifiers")])
+def test_networks_of_two_classifiers_work_where_no_classifier_is_asked_for_alone(name, told, batch):
+    data = some_data()
+    for losses in (["kl"], ["hint", "cross_entropy"], ["relational"]):
+        for student, guide in ((Small(), two_headed(name)), (two_headed(name), Small(5))):
+            objective = Objective(student, [term(loss=loss) for loss in losses], data, teacher_of(guide))
+            objective.train()
+            objective(*batch)["loss"].backward()
+            assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+    for loss in ("semantic", "reuse_classifier"):
+        with pytest.raises(ValueError, match=f"the teacher.*{told}"):
+            Objective(Small(), [term(loss=loss)], data, teacher_of(two_headed(name)))
+    Objective(two_headed(name), [term(loss="semantic")], data, teacher_of(Small(5)))
+    with pytest.raises(ValueError, match=f"the student.*{told}"):
+        Objective(two_headed(name), [term(loss="reuse_classifier")], data, teacher_of(Small(5)))
+
+
+def test_losses_with_a_memory_know_a_sample_by_its_place_in_the_training_part(batch):
+    """A bank has rows for the samples it will see, and none for those held out."""
+    data = some_data()
+    data.train = Part(data.train.images, torch.tensor([2, 3, 7, 11, 19]))
+    objective = Objective(Small(), [term(loss="contrastive", dim=4)], data, teacher_of(Small(5)))
+    loss = objective.bound[0].function
+    assert len(loss.student_bank) == 5
+    before = loss.student_bank.clone()
+    objective.train()
+    objective(batch[0][:2], batch[1][:2], torch.tensor([7, 3]))
+    assert (loss.student_bank != before).any(dim=1).tolist() == [False, True, True, False, False]
 
 
 # ---- several teachers

@@ -1,8 +1,12 @@
 """Packed networks: the same network back, few-bit vectors found by their values, clear errors."""
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from test_codec import mutate
 from torch import nn
 
 from trainer import codec, compress, packed, teacher
@@ -82,3 +86,23 @@ def test_biases_on_a_grid_take_few_bytes():
     rows = packed.account(packed.encode(model, None, FACTS))[0]
     assert sum(row["bytes"] for row in rows if row["tensor"] == "0.bias") < 400 * 5 / 8 + 10
     assert len(packed.encode(model, None, FACTS)) < before - 400 * 2
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_files_of_a_real_network():
+    """Bit flips, truncations, insertions and deletions: each the program's own error within a second, none a network."""
+    data = packed.encode(network(), SPEC, FACTS)
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            damaged = mutate(data, rng)
+            if damaged == data:
+                continue
+            started = time.perf_counter()
+            with pytest.raises(ValueError, match="^student.tiny: "):
+                packed.decode(damaged, "student.tiny")
+            assert time.perf_counter() - started < 1
+        assert tracemalloc.get_traced_memory()[1] < 200e6
+    finally:
+        tracemalloc.stop()

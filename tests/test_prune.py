@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import test_compress
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
@@ -749,8 +751,31 @@ TOGETHER = [
 ]
 
 
-def of_two(rank, port, folder):
-    """One of two processes: prunes in every way, and writes down what it has."""
+def trained_together(accelerator, kind, rank):
+    """Masks and weights of one kind of layer, pruned and trained on other data on each process."""
+    model, x = test_compress.make(kind)
+    if rank == 1:  # would choose otherwise, were it asked
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+    places = compress.weights(model)
+    score = {name: scores.magnitude(place.value) for name, place in places.items()}
+    parts = {name: place.parts for name, place in places.items()}
+    masks = compress.score_masks(score, dict.fromkeys(places), dict.fromkeys(places, 0.7), False, parts)
+    for name, place in places.items():
+        stage._set_mask(SimpleNamespace(accelerator=accelerator), place, masks[name][0])
+    wrapped = accelerator.prepare(model)
+    test_compress.train(wrapped, x.roll(rank, 0), "adamw", steps=3)
+    told = {}
+    for name, place in compress.weights(model).items():
+        assert int((place.value == 0).sum()) == round(0.7 * place.value.numel()), (kind, name)
+        assert torch.equal(place.value != 0, place.mask)
+        told[name] = {"mask": place.mask, "value": place.value.detach()}
+    return told
+
+
+def one_of_two(rank, port):
+    """Makes this process one of two, and gives its accelerator."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -758,10 +783,25 @@ def of_two(rank, port, folder):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
+    return accelerator
+
+
+def every_kind(rank, port, folder):
+    """One of two processes: prunes and trains every kind of layer, and writes down what it has."""
+    accelerator = one_of_two(rank, port)
+    kinds = {kind: trained_together(accelerator, kind, rank) for kind in test_compress.LAYERS}
+    torch.save(kinds, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def every_method(rank, port, folder):
+    """One of two processes: prunes in every way, and writes down what it has."""
+    accelerator = one_of_two(rank, port)
     found = []
     for number, given in enumerate(TOGETHER):
         run = make_run(Path(folder) / str(number) / str(rank), accelerator=accelerator)
@@ -776,24 +816,38 @@ def of_two(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_same_masks_and_weights(tmp_path):
+def in_two(target, folder):
+    """What both processes wrote down that ran target(rank, port, folder)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=of_two, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    processes = [context.Process(target=target, args=(rank, port, str(folder))) for rank in range(2)]
     for process in processes:
         process.start()
     try:
         for process in processes:
-            process.join(300)
+            process.join(900)
             assert process.exitcode == 0
     finally:
         for process in processes:
             process.kill()
-    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_have_the_same_masks_and_weights(tmp_path):
+    one, other = in_two(every_method, tmp_path)
     for number, ((state, masks), (other_state, other_masks)) in enumerate(zip(one, other, strict=True)):
         assert all((mask is None) == (number == 3) for mask in masks.values())
-        assert all(mask is None or torch.equal(mask, other_masks[name]) for name, mask in masks.items())
+        assert all(m is None or torch.equal(m, other_masks[name]) for name, m in masks.items())
         if number != 2:
             assert all(torch.equal(tensor, other_state[key]) for key, tensor in state.items())
+
+
+def test_every_kind_of_layer_has_the_same_masks_and_weights_on_two_processes(tmp_path):
+    one, other = in_two(every_kind, tmp_path)
+    assert one.keys() == other.keys() == test_compress.LAYERS.keys()
+    for kind, layers in one.items():
+        for name, told in layers.items():
+            theirs = other[kind][name]
+            assert all(torch.equal(tensor, theirs[key]) for key, tensor in told.items()), (kind, name)

@@ -116,6 +116,19 @@ def test_hardware_and_versions():
     assert all(isinstance(version, str) for version in versions.values())
 
 
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["/somewhere/trainer/__main__.py", "run", "a b.yaml"], "python -m trainer run 'a b.yaml'"),
+        (["/somewhere/bin/trainer", "run", "x.yaml", "--seed", "1"], "trainer run x.yaml --seed 1"),
+        (["/somewhere/trials.py"], "trials.py"),
+    ],
+)
+def test_the_command_names_no_folders_of_programs(monkeypatch, argv, shown):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert report.command() == shown
+
+
 # -- tables
 
 
@@ -152,6 +165,29 @@ def test_table_of_little():
     assert len(head) == 8
     assert body == ["a\\", "b", "–", "–", "–", "–", "–", "12,346×", "–"]
     assert len(report.table([]).splitlines()) == 2
+
+
+def test_byte_table():
+    account = [
+        {"tensor": "", "part": "frame", "bytes": 7.0},
+        {"tensor": "fc.weight", "part": "form", "bytes": 0.5},
+        {"tensor": "fc.weight", "part": "mask", "bytes": 20.25},
+        {"tensor": "fc.weight", "part": "codebook", "bytes": 4.0},
+        {"tensor": "fc.weight", "part": "values", "bytes": 10.0, "numel": 1200, "nonzero": 100, "clusters": 4,
+         "iid_bytes": 60.5, "huffman_bytes": 121.0, "zlib_bytes": 242},
+        {"tensor": "fc.bias", "part": "values", "bytes": 8.25},
+    ]  # fmt: skip
+    text, _, told = report.byte_table(account).rpartition("\n\n")
+    table = cells(text)
+    assert table[0][:4] == ["tensor", "weights", "non-zero", "clusters"]
+    assert table[0][4:] == ["mask", "values", "codebook", "other", "bytes", "i.i.d.", "Huffman", "zlib"]
+    nothing = report.NOTHING
+    assert table[2] == ["(frame)", *[nothing] * 6, "7.0", "7.0", *[nothing] * 3]
+    assert table[3][:4] == ["fc.weight", "1,200", "100", "4"]
+    assert table[3][4:] == ["20.2", "10.0", "4.0", "0.5", "34.8", "60.5", "121.0", "242.0"]
+    assert table[-1][0] == "file" and table[-1][8] == "50.0", "the last row is the whole file"
+    assert told.startswith("Masks and values of the weights: 30 bytes, 0.500 of i.i.d., 0.250 of Huffman, 0.125")
+    assert "Masks" not in report.byte_table([account[0], account[-1]])
 
 
 def test_layer_table():

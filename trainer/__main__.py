@@ -253,7 +253,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"header": header, "account": account}))
         return
-    from tabulate import tabulate
+    from trainer.report import byte_table
 
     net = header.get("net")
     made = (
@@ -264,20 +264,7 @@ def _inspect(options: argparse.Namespace) -> None:
     size = f" for images {'x'.join(map(str, header['shape']))}" if header["shape"] else ""
     classes = f", {len(header['classes'])} classes" if header["classes"] else ""
     print(f"{options.file}: {len(data):,} bytes: {made}{size}{classes}\n")
-    rows = [
-        {
-            key: (
-                f"{value:,.1f}"
-                if isinstance(value, float)
-                else f"{value:,}"
-                if isinstance(value, int)
-                else value
-            )
-            for key, value in row.items()
-        }
-        for row in account
-    ]
-    print(tabulate(rows, headers="keys", colalign=("left", "left")))
+    print(byte_table(account))
 
 
 def _read(path: Path) -> bytes:

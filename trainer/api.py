@@ -47,14 +47,15 @@ def share(model: nn.Module, bits: int | Mapping[str, int] = 5, keep: Iterable[st
     values}.
     """
     places = compress.choose(compress.weights(model), keep)
-    found = {}
+    shared = {}
     for name, b in compress.per_layer(places, bits, "bits").items():
         if not 1 <= b <= 16:
             raise ValueError(f"bits of {name!r}: got {b}; 1 to 16 are allowed")
         codes, centroids = compress.cluster(places[name], 2**b, kmeans.kmeans_optimal)
-        compress.set_codebook(places[name], codes, compress.round_to(centroids, "float16"))
-        found[name] = len(codes[codes != 0].unique())
-    return found
+        shared[name] = codes, compress.round_to(centroids, "float16")
+    for name, (codes, centroids) in shared.items():  # all or none: a layer that cannot be shared was found above
+        compress.set_codebook(places[name], codes, centroids)
+    return {name: len(codes[codes != 0].unique()) for name, (codes, _) in shared.items()}
 
 
 @torch.no_grad()

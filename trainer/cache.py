@@ -161,6 +161,7 @@ class ViewCache:
                 self._write(seen, index if whole else index[new])
         return self._recall(index, layers, embedding)
 
+    @torch.compiler.disable  # what is known already changes from call to call
     def keep(self, seen: Seen, index: Tensor, view: int) -> None:
         """Keeps what the teacher was asked for anyway, if it is all that a record holds."""
         if (self.embeddings and seen.embedding is None) or not set(self.layers) <= set(seen.maps):
@@ -456,13 +457,8 @@ def _make(path: Path, size: int) -> None:
     """A file of zeros whose space is really taken. Raises ValueError naming sizes when there is no room."""
     partial = path.with_suffix(".partial")  # the caller holds the lock: one left here is a killed process's
     partial.unlink(missing_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    full = ValueError(
-        f"the teacher's answers take {_size(size)}, and {path.parent} has {_size(free)} free; {_SMALLER}, and "
-        "the environment variable TRAINER_DATA names another folder"
-    )
-    if size > free:
-        raise full
+    if size > shutil.disk_usage(path.parent).free:
+        raise _full(path.parent, size)
     try:
         with open(partial, "wb") as file:
             _take_space(file, size)
@@ -470,10 +466,17 @@ def _make(path: Path, size: int) -> None:
         os.replace(partial, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise full from None
+            raise _full(path.parent, size) from None
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _full(folder: Path, size: int) -> ValueError:
+    return ValueError(
+        f"the teacher's answers take {_size(size)}, and {folder} has {_size(shutil.disk_usage(folder).free)} free; {_SMALLER}, and "
+        "the environment variable TRAINER_DATA names another folder"
+    )
 
 
 def _take_space(file, size: int) -> None:

@@ -2,6 +2,9 @@
 
 import contextlib
 import math
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +33,11 @@ class Training(bind.Entry):
     each epoch of `milestones`); `warmup`: epochs of linear rise before it. clip: largest norm of the gradient. keep: the
     `last` weights or those of the `best` validation accuracy. patience: stop after so many epochs without a better
     one. ema: decay of the exponential moving average of the weights, which is then what is kept. weight_decay is
-    never put on centroids. momentum and nesterov are sgd's. compile, channels_last: how the network is run.
+    never put on centroids. momentum and nesterov are sgd's.
+
+    How it is run, which changes results by rounding only: compile, by torch.compile (a minute more at the start; on CPUs it
+    needs a C++ compiler); channels_last, with images and convolutions in that memory layout. The recipe's `precision` is that
+    of all its stages.
     """
 
     epochs: PositiveInt
@@ -108,6 +115,11 @@ def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimiz
     return kind(groups, lr=training.lr, fused=True)
 
 
+def cpp_compiler() -> str:
+    """The compiler that torch.compile calls for a CPU."""
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+
+
 class Averaged:
     """The exponential moving average of a module's trainable parameters and floating buffers."""
 
@@ -168,6 +180,8 @@ def fit(
     number = run.num_fits  # a stage may train several times
     run.num_fits += 1
     folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{number}"
+    if training.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
+        raise ValueError(f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another")
     objective.recall(run.learned)
     objective.train()
     if training.channels_last:
@@ -424,7 +438,8 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     if averaged is not None:
         averaged.swap()
     _sync_buffers(run.accelerator, objective)
-    predictions = predict(run, lambda images: objective.student(objective.prepare(images)), run.data.validation)
+    student = objective.finished()
+    predictions = predict(run, lambda images: student(objective.prepare(images)), run.data.validation)
     if averaged is not None:
         averaged.swap()
     objective.train(was_training)

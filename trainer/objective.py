@@ -190,6 +190,7 @@ class Objective(nn.Module):
         self._see_teacher = list(dict.fromkeys(theirs)), "teacher_embedding" in asks
         self._asks_teacher = bool(TEACHER_WORDS & asks - WEIGHTS)
         self._teacher_images = 0
+        self._ids = data.train.ids.to(device) if "index" in asks else None
         self.to(device)
 
     def _looks(self, words: set[str]) -> list[tuple[Layer, Layer]]:
@@ -215,6 +216,11 @@ class Objective(nn.Module):
                 )
                 if number == 0:
                     example |= {"teacher_logits": taught.logits, "teacher_embedding": taught.embedding}
+        finishes = any(hasattr(bind.find("loss", term.loss), "finish") for term in terms)
+        if "teacher_head" in asked or finishes:
+            _check_head(self.teacher.network, self.teacher.prepare(images), "the teacher")
+        if finishes:
+            _check_head(self.student, self.prepare(images), "the student")
         known: tuple[list[Layer], list[Layer]] = ([], [])
         if (MAPS | MAP_LISTS) & asked:
             known = (
@@ -257,7 +263,7 @@ class Objective(nn.Module):
             if group and not WEIGHTS & set(asks):
                 shapes = shapes | _map_shapes(group)
             if inspect.isclass(function):
-                given = shapes | {"num_samples": data.num_samples, "num_classes": len(data.classes)}
+                given = shapes | {"num_samples": len(data.train), "num_classes": len(data.classes)}
                 loss = function(*(given[word] for word in bind.built_with(function)), **settings)
             else:
                 loss = _With(function, settings)
@@ -323,8 +329,9 @@ class Objective(nn.Module):
         ids. view: the number of the augmented view, None when the images were mixed and no record of them can
         be kept. epoch: epochs of the stage that are done.
         """
-        student = features.see(self.student, self.prepare(images), *self._see_student)
+        # The teacher first: torch.compile breaks off where its answers are looked up, and no gradient crosses that.
         teacher = self._taught(images, index, view) if self._asks_teacher else None
+        student = features.see(self.student, self.prepare(images), *self._see_student)
         if student.logits.dtype in (torch.float16, torch.bfloat16):
             student = student._replace(logits=student.logits.float())
         terms: dict[str, Tensor] = {}
@@ -341,15 +348,26 @@ class Objective(nn.Module):
     def _taught(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
         cache = None if view is None else self.teacher.cache
         if cache is not None and cache.keeps(*self._see_teacher):
-            before = cache.computed
-            seen = cache.see(images, index, view, *self._see_teacher)
-            self._teacher_images += cache.computed - before
-            return seen
+            return self._recalled(images, index, view)
         seen = self.teacher.see(images, *self._see_teacher)
-        self._teacher_images += len(images)
+        self._count(len(images))
         if cache is not None:
             cache.keep(seen, index, view)  # for stages whose losses ask for less
         return seen
+
+    # What follows is left out of torch.compile, which would compile anew for each number that has changed.
+
+    @torch.compiler.disable
+    def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:
+        cache = self.teacher.cache
+        before = cache.computed
+        seen = cache.see(images, index, view, *self._see_teacher)
+        self._count(cache.computed - before)
+        return seen
+
+    @torch.compiler.disable
+    def _count(self, num_images: int) -> None:
+        self._teacher_images += num_images
 
     @property
     def teacher_layers(self) -> list[str]:
@@ -378,7 +396,9 @@ class Objective(nn.Module):
         index: Tensor,
         epoch: float,
     ) -> list[Any]:
-        available: dict[str, Any] = {"labels": labels, "index": index, "epoch": epoch}
+        available: dict[str, Any] = {"labels": labels, "epoch": epoch}
+        # Losses count what they are trained on: of a validation sample or one outside the subset they see nothing.
+        available["index"] = index if self._ids is None else torch.searchsorted(self._ids, index)
         available["student_logits"], available["student_embedding"] = student.logits, student.embedding
         if teacher is not None:
             available["teacher_logits"], available["teacher_embedding"] = teacher.logits, teacher.embedding
@@ -461,9 +481,20 @@ class Objective(nn.Module):
 
     def finish(self) -> None:
         """After training: a loss that leaves something in the student (a folded classifier) does it now."""
+        self._finish(self.student)
+
+    def finished(self) -> nn.Module:
+        """The student as `finish` would leave it: itself where no loss leaves anything in it, else a copy."""
+        if not any(hasattr(bound.function, "finish") for bound in self.bound):
+            return self.student
+        student = copy.deepcopy(self.student)
+        self._finish(student)
+        return student
+
+    def _finish(self, student: nn.Module) -> None:
         for bound in self.bound:
             if hasattr(bound.function, "finish"):
-                bound.function.finish(self.student, features.head(self.teacher.network))
+                bound.function.finish(student, features.head(self.teacher.network))
 
 
 class _With(nn.Module):
@@ -489,6 +520,10 @@ def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int,
     network.eval()
     try:
         seen = features.see(network, images, embedding=embedding)
+    except (AssertionError, RuntimeError) as error:
+        size = "x".join(map(str, images.shape[1:]))
+        cure = "; resize gives it larger ones" if who != "the student" else ""
+        raise ValueError(f"{who} cannot look at images of {size}{cure}: {error}") from error
     finally:
         network.train(was_training)
     if not isinstance(seen.logits, Tensor) or seen.logits.dim() != 2:
@@ -499,6 +534,25 @@ def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int,
     if embedding and seen.embedding is None:
         raise ValueError(f"{who} does not call the classifier its embedding would be looked for in front of")
     return seen
+
+
+@torch.no_grad()
+def _check_head(network: nn.Module, images: Tensor, who: str) -> None:
+    """Raises ValueError unless the classifier alone turns the embedding into the logits (VOLO adds a second one's)."""
+    was_training = network.training
+    network.eval()
+    try:
+        seen = features.see(network, images, embedding=True)
+        given = features.head(network)(seen.embedding)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from None
+    finally:
+        network.train(was_training)
+    if given.shape != seen.logits.shape or not torch.allclose(given, seen.logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{who}'s logits are not what its classifier makes of its embedding alone: a second classifier, a scale or "
+            "a layer after it comes in, so no loss that uses the classifier by itself can be had with it"
+        )
 
 
 def _map_shapes(group: list[tuple[Layer, Layer]]) -> dict[str, Any]:

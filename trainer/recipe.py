@@ -635,6 +635,8 @@ def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator
             and not all(_knows(k) for _, k in teachers)
         ):
             yield place, f"asks a teacher that is taught only later, in stages[{teaching[0]}]"
+        if losses and all(term.weight == 0 for term in losses):
+            yield (*place, "losses"), "have no effect: all weights are 0"
         for n, term in enumerate(losses):
             yield from _term_faults((*place, "losses", n), term, has_teacher or name == "distill", mixed)
             finishes = hasattr(bind.find("loss", term.loss), "finish")
@@ -670,7 +672,7 @@ def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator
 
 
 def _knows(keys: TeacherKeys) -> bool:
-    return bool(keys.checkpoint or getattr(keys, "pretrained", False) or keys.model.startswith("hf-hub:"))
+    return bool(keys.checkpoint or getattr(keys, "pretrained", False))
 
 
 def _term_faults(place: tuple, term: TermKeys, has_teacher: bool, mixed: bool) -> Iterator[tuple[tuple, str]]:

@@ -13,6 +13,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors", "pydantic",
-    "constriction", "matplotlib", "wandb",
+    "matplotlib", "torch-pruning", "wandb",
 )  # fmt: skip
 NOTHING = "–"
+# Of an account's rows: what is counted, and the bytes that mask and values would take by other means.
+COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
+OTHERWISE = {"iid_bytes": "i.i.d.", "huffman_bytes": "Huffman", "zlib_bytes": "zlib"}
 
 STUDENT, TEACHER = "#2f6f9f", "#8a8f94"
 MOMENTS = {
@@ -107,6 +112,38 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     return _aligned(columns, layers, num_text=2)
 
 
+def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
+    """Where each byte of a packed file goes (`codec.account`), a row for each tensor; the last is the file.
+
+    Beside it stands what masks and values would take otherwise: the i.i.d. entropy, Huffman and zlib.
+    """
+    tensors: dict[str, dict[str, float]] = {}
+    for part in account:
+        name = part["tensor"] or f"({part['part']})"
+        row = tensors.setdefault(name, {"tensor": name, "bytes": 0.0})
+        kind = part["part"] if part["part"] in ("mask", "values", "codebook") else "other"
+        row[kind] = row.get(kind, 0.0) + part["bytes"]
+        row["bytes"] += part["bytes"]
+        row |= {key: part[key] for key in (*COUNTED, *OTHERWISE) if key in part}
+    rows = list(tensors.values())
+    numbers = ("mask", "values", "codebook", "other", "bytes", "numel", "nonzero", *OTHERWISE)
+    whole = {key: sum(row[key] for row in rows if key in row) for key in numbers}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "tensor": lambda row: row["tensor"],
+        **{title: lambda row, key=key: _count(row.get(key)) for key, title in COUNTED.items()},
+        **{key: lambda row, key=key: _decimals(row.get(key), 1) for key in numbers[:5]},
+        **{title: lambda row, key=key: _decimals(row.get(key), 1) for key, title in OTHERWISE.items()},
+    }
+    text = _aligned(columns, [*rows, {"tensor": "file", **whole}], num_text=1)
+    compared = [row for row in rows if "iid_bytes" in row]
+    if not compared:
+        return text
+    ours = sum(row.get("mask", 0.0) + row["values"] for row in compared)
+    beside = [f"{ours / whole[key]:.3f} of {title}" for key, title in OTHERWISE.items() if whole[key]]
+    said = f"{ours:,.0f} bytes, {', '.join(beside)} (codebooks counted in none)"
+    return f"{text}\n\nMasks and values of the weights: {said}."
+
+
 def sharing_ratio(num_weights: int, bits: int, k: int) -> float:
     """How many times smaller weights get that share k values: r = n b / (n log2 k + k b) (Han et al. 2016).
 
@@ -141,6 +178,13 @@ def hardware() -> dict[str, Any]:
         "gpu": ", ".join(gpus) or None,
         "system": platform.platform(),
     }
+
+
+def command() -> str:
+    """The command line that this process was started with, without the folders that programs lie in."""
+    program = Path(sys.argv[0])
+    name = "python -m trainer" if program.name == "__main__.py" else program.name
+    return f"{name} {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def versions() -> dict[str, str]:
@@ -199,7 +243,7 @@ def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], 
 
 
 def _decimals(value: float | None, digits: int, times: float = 1) -> str:
-    return NOTHING if _missing(value) else f"{value * times:.{digits}f}"
+    return NOTHING if _missing(value) else f"{value * times:,.{digits}f}"
 
 
 def _count(value: float | None) -> str:

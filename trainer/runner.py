@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,8 +169,9 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
     )
     torch.manual_seed(recipe.seed * 2 + 1)
     run.student = teacher.create(recipe.student, data.shape, len(data.classes))
-    if recipe.student.from_teacher:
-        teacher.copy_layers(run.student, run.teacher.network)
+    if recipe.student.from_teacher and not teacher.copy_layers(run.student, run.teacher.network):
+        told = "has no effect: no layer of the student is of a kind that the teacher has"
+        raise RecipeError(recipe.fault(("student", "from_teacher"), told))
     run.student.to(accelerator.device)
     run.student_bytes = dense_bytes(run.student)
     if run.teacher is not None:
@@ -235,15 +235,26 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
 
 
 def _guard_teacher(run: Run) -> None:
-    """A teacher that was not taught here is examined before it teaches. Raises ValueError when it only guesses."""
-    labels = run.data.validation.labels
-    share = percent_right(teacher_answers(run, "validation"), labels) / 100
+    """A teacher that was not taught here is examined before it teaches, each of several by itself.
+
+    Raises ValueError when one only guesses.
+    """
+    guide, part = run.teacher, run.data.validation
+    several = len(guide.networks) > 1
     chance = 1 / len(run.data.classes)
-    if share < chance + 3 * math.sqrt(chance * (1 - chance) / max(1, int((labels >= 0).sum()))) or share < 1.2 * chance:
-        raise ValueError(
-            f"the teacher has {share * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: its head "
-            "is untrained, its classes are others, or its images are normalised otherwise"
-        )
+    doubt = 3 * math.sqrt(chance * (1 - chance) / max(1, int((part.labels >= 0).sum())))
+    for number, network in enumerate(guide.networks):
+        if several:
+            answers = predict(run, lambda images, n=number, net=network: net(guide.prepare(images, n)), part)
+        else:
+            answers = teacher_answers(run, "validation")
+        share = percent_right(answers, part.labels) / 100
+        if share < max(chance + doubt, 1.2 * chance):
+            who = f"teachers[{number}]" if several else "the teacher"
+            raise ValueError(
+                f"{who} has {share * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: its head "
+                "is untrained, its classes are others, or its images are normalised otherwise"
+            )
     record_teacher(run, "teacher")
 
 
@@ -267,7 +278,11 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
             else:
                 if stage.stage == "fold":  # what comes after it finds another network
                     student = fold.fold(copy.deepcopy(student), teacher.spec(recipe.student))[0]
-        for n, term in enumerate(getattr(stage, "losses", None) or []):
+        terms = getattr(stage, "losses", None) or []
+        if not terms and getattr(stage, "training", None) and not data.labelled:
+            told = "learns from labels where no losses are given, and the training images have none"
+            faults.append(recipe.fault(("stages", number), told))
+        for n, term in enumerate(terms):
             if repr(term) in seen:  # mostly the same terms in every stage
                 continue
             seen.add(repr(term))
@@ -433,7 +448,7 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
         })
     return {
         "name": recipe.name, "recipe": plain, "seed": recipe.seed, "versions": report.versions(), "hardware": report.hardware(),
-        "seconds": seconds, "command": " ".join(sys.argv),
+        "seconds": seconds, "command": report.command(),
         "student_bytes": run.student_bytes,
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
         "rows": run.rows, "layers": layers,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 SENSITIVITIES = tuple(step / 4 for step in range(1, 13))
+SHOWN = 20  # times the cost: as far below the unpruned accuracy the plot goes
 GOOD, OTHERS, LIMIT = "#2f6f9f", "#dfe3e6", "#c8743a"
 
 
@@ -248,7 +250,8 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     layers, dense = found["layers"], found["top1_validation"]
     num_rows = -(-len(layers) // 4)
     num_columns = -(-len(layers) // num_rows)
-    axes_grid = drawing.grid(num_rows, num_columns, (2.1, 1.5), (0.3, 0.55), top=0.85)
+    top = 0.85 if num_columns > 2 else 1.05  # the words above take two lines where the figure is narrow
+    axes_grid = drawing.grid(num_rows, num_columns, (2.1, 1.5), (0.3, 0.55), top)
     curves = [
         (
             [0.0, *(p["sparsity"] for p in layer["points"])],
@@ -256,9 +259,13 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         )
         for layer in layers
     ]
-    lowest = min(min(heights) for _, heights in curves)
+    # What lies far below the limit is in the table: drawn whole, a collapse would press the rest flat.
+    lowest = max(min(min(heights) for _, heights in curves), dense - SHOWN * found["cost"])
     highest = max(max(heights) for _, heights in curves)
-    least_left = 1 - max(max(reach) for reach, _ in curves)
+    least_left = 1.0
+    for reach, heights in curves:  # each is seen until it has fallen out of the plot
+        fallen = next((n for n, height in enumerate(heights) if height < lowest), -1)
+        least_left = min(least_left, 1 - reach[fallen])
     flat = axes_grid.reshape(-1)
     for axes in flat[len(layers) :]:
         axes.set_visible(False)
@@ -287,8 +294,8 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         axes.axhline(dense - found["cost"], color=LIMIT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
         reach, heights = curves[number]
         axes.plot(reach, heights, color=GOOD, linewidth=1.6, zorder=3)
-        short = layer["layer"] if len(layer["layer"]) <= 22 else f"…{layer['layer'][-21:]}"
-        said = "keep"
+        short = layer["layer"] if len(layer["layer"]) <= 14 else f"…{layer['layer'][-13:]}"
+        said = "leave it alone"
         if layer["suggestion"] is not None:
             place = next(p for p in layer["points"] if p["setting"] == layer["suggestion"])
             axes.plot(
@@ -300,8 +307,9 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
                 markeredgecolor="white",
                 zorder=4,
             )
-            said = f"{layer['suggestion']:g}"
-        axes.set_title(f"{short}: {said}", loc="left", fontsize=9, color=drawing.INK)
+            said = f"{found['setting']} {layer['suggestion']:g}"
+        axes.set_title(short, loc="left", fontsize=9, color=drawing.INK)
+        axes.set_title(said, loc="right", fontsize=7.5, color=GOOD)
         if number % num_columns == 0:
             axes.set_ylabel("validation %", fontsize=8, color=drawing.INK)
         else:
@@ -309,13 +317,12 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         if number + num_columns >= len(layers):
             axes.set_xlabel("zeros in this layer (%)", fontsize=8, color=drawing.INK)
     drawing.title(flat[0].figure, f"{found['name']}: accuracy against sparsity, one layer at a time\n")
-    flat[0].figure.text(
-        0.1 / flat[0].figure.get_figwidth(),
-        1 - 0.34 / flat[0].figure.get_figheight(),
-        va="top",
-        fontsize=8,
-        color=drawing.INK,
-        s=f"in each title the {found['setting']} suggested (the dot): it costs at most "
-        f"{_points(found['cost'])} (dashed)",
+    width, height = flat[0].figure.get_size_inches()
+    told = (
+        f"over each panel the {found['setting']} suggested (the dot): it costs at most "
+        f"{_points(found['cost'])} of validation accuracy (dashed); grey: the other layers"
     )
+    told = textwrap.fill(told, int(17 * width))
+    place = (0.1 / width, 1 - 0.34 / height)
+    flat[0].figure.text(*place, told, va="top", fontsize=8, color=drawing.INK)
     return flat[0].figure

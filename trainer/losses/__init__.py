@@ -11,7 +11,8 @@ learned parameters, an `nn.Module` class whose constructor is given example size
     student_embedding, teacher_embedding  [N, D], pooled, before the classifier
     projected_embedding                   [N, Dt]: the student's through a learned linear map
     student_weight, teacher_weight        a layer's parameter
-    labels [N] or [N, K], index [N], teacher_head (embedding -> logits), epoch
+    labels [N] or [N, K], index [N] (each sample's place in the training part, below the constructor's num_samples),
+    teacher_head (embedding -> logits), epoch
 
 Keyword-only arguments are recipe keys. To add a loss: write the file; the contract tests find it.
 """

@@ -24,6 +24,8 @@ def decoupled(
     the term.
     Zhao et al. 2022, "Decoupled Knowledge Distillation" (DKD).
     """
+    if alpha == 0 and beta == 0:
+        raise ValueError("decoupled: alpha and beta are both 0: nothing is left of it")
     if labels.dim() != 1:
         raise ValueError(f"decoupled: labels are {tuple(labels.shape)}; class ids [N] are needed (no mixup)")
     student, student_others = _split(full_precision(student_logits) / temperature, labels)

@@ -22,6 +22,8 @@ def dist(
     counts as uncorrelated. `within` looks at this process's batch only, and is left out for a batch of one.
     Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (DIST).
     """
+    if beta == 0 and gamma == 0:
+        raise ValueError("dist: beta and gamma are both 0: nothing is left of it")
     student = (full_precision(student_logits) / temperature).softmax(dim=1)
     teacher = (full_precision(teacher_logits.detach()) / temperature).softmax(dim=1)
     loss = beta * (1 - _pearson(student, teacher, over=1)).mean()

@@ -1,6 +1,7 @@
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.projectors import MapProjector, full_precision, same_size
@@ -36,10 +37,23 @@ class fsp(nn.Module):
         ]
         teacher_maps = [full_precision(map_.detach()) for map_ in teacher_maps]
         flows = zip(pairwise(student_maps), pairwise(teacher_maps), strict=True)
-        return torch.stack([(_flow(*ours) - _flow(*theirs)).square().mean() for ours, theirs in flows]).sum()
+        return torch.stack([_difference(ours, theirs) for ours, theirs in flows]).sum()
 
 
-def _flow(a: Tensor, b: Tensor) -> Tensor:
-    a, b = same_size(a, b)
-    with torch.autocast(a.device.type, enabled=False):  # sums over all positions overflow float16
-        return a.flatten(2) @ b.flatten(2).transpose(1, 2) / (a.shape[2] * a.shape[3])
+def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean square of the student's flow less the teacher's."""
+    with torch.autocast(ours[0].device.type, enabled=False):  # sums over all positions overflow float16
+        (a, b), (c, d) = _scaled(*ours), _scaled(*theirs)
+        if a.shape[2] + c.shape[2] >= min(a.shape[1], b.shape[1]):
+            return (a @ b.transpose(1, 2) - c @ d.transpose(1, 2)).square().mean()
+        # The flows, [C1, C2] each, are never made: the difference is X Y' with X = [a c] and Y = [b -d], and its
+        # squares add up to the sum of (X'X)(Y'Y), which are as small as the few positions.
+        x, y = torch.cat([a, c], dim=2), torch.cat([b, -d], dim=2)
+        square = (x.transpose(1, 2) @ x) * (y.transpose(1, 2) @ y)
+        return F.relu(square.sum(dim=(1, 2))).mean() / (a.shape[1] * b.shape[1])
+
+
+def _scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two layers' maps as [N, C, HW], the first divided by the number of positions."""
+    a, b = (map_.flatten(2) for map_ in same_size(a, b))
+    return a / a.shape[2], b

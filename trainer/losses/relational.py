@@ -24,6 +24,8 @@ def relational(
     gather: over the batches of all processes; without it, over the pairs within each process's batch.
     Park et al. 2019, "Relational Knowledge Distillation" (RKD).
     """
+    if distance == 0 and angle == 0:
+        raise ValueError("relational: distance and angle are both 0: nothing is left of it")
     student, teacher = full_precision(student_embedding), full_precision(teacher_embedding.detach())
     if gather:
         student, teacher = gather_batch(student), gather_batch(teacher)

@@ -1,0 +1,238 @@
+"""The teacher: where a student starts from it, what it must know, and what both are shown."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from trainer import checkpoint, features, report, runner, teacher
+from trainer.models.lenet5 import lenet5
+from trainer.recipe import RecipeError
+
+DIGITS = "data: {dataset: digits, subset: 100, validation: 60"
+DISTILL = (
+    "stages: [{stage: distill, training: {epochs: 1, batch_size: 50}, losses: [{loss: kl}, {loss: hint}]}]"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    monkeypatch.setattr(report, "write", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """Weights of a LeNet-5 of width 2 that knows the digits."""
+    folder = tmp_path_factory.mktemp("taught")
+    text = (
+        "name: t\ndata: {dataset: digits, subset: 300, validation: 60}\nstudent: {model: lenet5, width: 2}\n"
+    )
+    text += "stages: [{stage: train, training: {epochs: 6, batch_size: 20, lr: 1e-2}}]\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda *_: None)
+        runner.run(written(folder, text), folder=folder)
+    tensors, _ = checkpoint.load(folder / "t" / "checkpoints" / "00-train")
+    checkpoint.save_file(folder / "t.safetensors", tensors["student"])
+    return folder / "t.safetensors"
+
+
+def written(folder, text):
+    path = folder / "given.yaml"
+    path.write_text(text)
+    return path
+
+
+# ---- a student that starts from the teacher
+
+
+class Chain(nn.Sequential):
+    """Convolutions of these widths, each with its normalisation, then a Linear."""
+
+    def __init__(self, *widths: int, classes: int = 3) -> None:
+        layers: list[nn.Module] = []
+        for before, after in zip((1, *widths), widths):
+            layers += [nn.Conv2d(before, after, 3), nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+
+
+def test_a_student_starts_from_evenly_spaced_layers_and_leading_channels():
+    torch.manual_seed(0)
+    guide, student = Chain(5, 6, 7, 8, 9), Chain(2, 3, 4)
+    for norm in list(guide)[1::3]:
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+    before = student[-1].bias.clone()
+    assert teacher.copy_layers(student, guide) == 3 * 2 + 3 * 5 + 2
+    for mine, theirs in ((0, 0), (3, 6), (6, 12)):  # the first, the middle and the last of five
+        ours, wanted = student[mine].weight, guide[theirs].weight
+        assert torch.equal(ours, wanted[: ours.shape[0], : ours.shape[1]])
+        assert torch.equal(student[mine].bias, guide[theirs].bias[: len(ours)])
+        assert torch.equal(student[mine + 1].running_mean, guide[theirs + 1].running_mean[: len(ours)])
+    assert torch.equal(student[-1].weight, guide[-1].weight[:, :4])
+    assert torch.equal(student[-1].bias, guide[-1].bias) and not torch.equal(student[-1].bias, before)
+
+
+def test_what_the_teacher_is_too_small_for_stays_as_it_was():
+    torch.manual_seed(0)
+    guide, student = Chain(2), Chain(4)
+    before = student[0].weight.clone()
+    teacher.copy_layers(student, guide)
+    assert torch.equal(student[0].weight[:2], guide[0].weight) and torch.equal(
+        student[0].weight[2:], before[2:]
+    )
+
+
+def test_a_run_starts_the_student_from_its_teacher(tmp_path, taught, monkeypatch):
+    seen = []
+    real = teacher.copy_layers
+    monkeypatch.setattr(teacher, "copy_layers", lambda *nets: (real(*nets), seen.append(nets))[0])
+    student = "student: {model: lenet5, width: 2, from_teacher: copy}"
+    text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {taught}}}\n{student}\n{DISTILL}\n"
+    with runner.begun(written(tmp_path, text), 0, folder=tmp_path) as run:
+        assert teacher.fingerprint(run.student) == teacher.fingerprint(run.teacher.network)
+    assert len(seen) == 1
+    nothing = text.replace("{model: lenet5, width: 2, from", "{model: lstm, hidden: 4, from").replace(
+        "name: a", "name: b"
+    )
+    monkeypatch.setattr(teacher, "copy_layers", lambda *nets: 0)
+    with pytest.raises(RecipeError, match=r"student.from_teacher: has no effect: no layer of the student"):
+        runner.run(written(tmp_path, nothing), folder=tmp_path)
+
+
+# ---- what a teacher must know
+
+
+def test_each_of_several_teachers_is_examined(tmp_path, taught):
+    torch.manual_seed(0)
+    checkpoint.save_file(tmp_path / "fresh.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
+    entries = [
+        f"{{model: lenet5, width: 2, checkpoint: {file}}}"
+        for file in (taught, tmp_path / "fresh.safetensors")
+    ]
+    text = f"name: a\n{DIGITS}}}\nteachers: [{', '.join(entries)}]\nstudent: {{model: lenet5, width: 2}}\n{DISTILL}\n"
+    with pytest.raises(
+        ValueError,
+        match=r"teachers\[1\] has \d+\.\d\d % of the validation images right, and guessing 10.00 %",
+    ):
+        runner.run(written(tmp_path, text), folder=tmp_path)
+    text = text.replace(entries[1], entries[0].replace("}", ", share: 3}"))
+    result = runner.run(written(tmp_path, text), folder=tmp_path)
+    assert [row["stage"] for row in result["rows"]] == ["teacher", "distilled"] and result["rows"][0][
+        "top1"
+    ] > 40
+
+
+def test_a_teacher_of_other_classes_is_refused_before_anything_is_trained(tmp_path):
+    checkpoint.save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 7, width=2).state_dict())
+    text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {tmp_path / 'x.safetensors'}}}\n"
+    with pytest.raises(
+        ValueError, match=r"(?s)x.safetensors: does not fit the network: .*size mismatch for fc3.weight"
+    ):
+        runner.run(
+            written(tmp_path, text + f"student: {{model: lenet5, width: 2}}\n{DISTILL}\n"), folder=tmp_path
+        )
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_pretrained_weights_of_other_classes_leave_a_fresh_head(tmp_path, monkeypatch):
+    """A stand-in for timm's weights, since tests ask no hub: what it says of them, and a network."""
+    text = f"name: a\n{DIGITS}}}\nteacher: {{model: timm/resnet18, pretrained: true}}\nstudent: {{model: lenet5, width: 2}}\n"
+    recipe, _ = runner.read(written(tmp_path, text + DISTILL + "\n"))
+    data = runner.make_data(recipe.data, torch.device("cpu"))
+
+    def create(name, *, pretrained, num_classes, **settings):
+        assert name == "resnet18" and pretrained
+        net = lenet5((1, 8, 8), num_classes, width=2)
+        net.pretrained_cfg = {"num_classes": known, "mean": (0.25,), "std": (0.5,)}
+        return net
+
+    monkeypatch.setattr("timm.create_model", create)
+    known = 1000
+    with pytest.raises(
+        ValueError, match="was trained on 1000 classes and the data has 10: its new head is freshly"
+    ):
+        runner.make_teacher(recipe, data)
+    known = 10
+    images = torch.rand(2, 1, 8, 8)
+    prepared = runner.make_teacher(recipe, data).prepare(images)
+    assert torch.allclose(prepared, (images - 0.25) / 0.5)  # its own normalisation, not the data's
+    assert data.mean != (0.25,)
+
+
+# ---- what both are shown
+
+
+@pytest.mark.parametrize("mixing", ["mixup: 1.0", "cutmix: 1.0"])
+def test_teacher_and_student_see_the_same_mixed_batch(tmp_path, taught, monkeypatch, mixing):
+    text = f"name: a\n{DIGITS}, augment: {{shift: 1}}, {mixing}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {taught},"
+    text += f" mean: [0], std: [1]}}\nstudent: {{model: lenet5, width: 2}}\n{DISTILL}\n"
+    shown = {"student": [], "teacher": []}
+    real = features.see
+
+    def watched(model, images, *asked, **more):
+        if len(images) == 50 and any(p.requires_grad for p in model.parameters()) == model.training:
+            shown["student" if model.training else "teacher"].append(images)
+        return real(model, images, *asked, **more)
+
+    monkeypatch.setattr(features, "see", watched)
+    with runner.begun(written(tmp_path, text), 1, folder=tmp_path) as run:
+        mean, std = run.data.mean[0], run.data.std[0]
+        whole = run.data.train.images.images.float() / 255
+    assert len(shown["student"]) == len(shown["teacher"]) == 2  # steps of the epoch
+    for ours, theirs in zip(shown["student"], shown["teacher"]):
+        assert torch.allclose(ours * std + mean, theirs, atol=1e-6)
+        # ... and they were mixed: most are none of the data's own images, moved by a pixel or not.
+        own = {image.sum().round(decimals=3).item() for image in whole}
+        assert sum(image.sum().round(decimals=3).item() in own for image in theirs) < 40
+
+
+def test_images_without_labels_teach_with_the_teacher_alone(tmp_path, monkeypatch):
+    """From a folder of images to a report: the student is the user's own network."""
+    random = np.random.default_rng(0)
+
+    def picture(file, kind):
+        pixels = random.integers(0, 90, (12, 12, 3), dtype=np.uint8)
+        pixels[:, :, kind] += 120
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+
+    for number in range(30):
+        picture(tmp_path / "heap" / f"{number}.png", number % 3)
+        picture(tmp_path / "known" / "train" / "rgb"[number % 3] / f"{number}.png", number % 3)
+    for number in range(12):
+        picture(tmp_path / "known" / "test" / "rgb"[number % 3] / f"{number}.png", number % 3)
+    data = "data: {dataset: image_folder, folder: FOLDER, test_folder: TEST, size: 12, validation: 9, workers: 0}"
+    data = data.replace("TEST", str(tmp_path / "known" / "test"))
+    first = data.replace("FOLDER", str(tmp_path / "known" / "train"))
+    text = f"name: t\n{first}\nstudent: {{model: lenet5, width: 2}}\n"
+    text += "stages: [{stage: train, training: {epochs: 9, batch_size: 7, lr: 1e-2, keep: best}}]\n"
+    result = runner.run(written(tmp_path, text), folder=tmp_path)
+    assert result["rows"][-1]["top1"] > 80
+    tensors, _ = checkpoint.load(tmp_path / "t" / "checkpoints" / "00-train")
+    checkpoint.save_file(tmp_path / "t.safetensors", tensors["student"])
+
+    (tmp_path / "their_own_net.py").write_text(
+        "from torch import nn\n\n\n"
+        "def build(shape, classes, units):\n"
+        "    size = shape[0] * shape[1] * shape[2]\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(size, units), nn.ReLU(), nn.Linear(units, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    text = f"name: a\n{data.replace('FOLDER', str(tmp_path / 'heap'))}\n"
+    text += f"teacher: {{model: lenet5, width: 2, checkpoint: {tmp_path / 't.safetensors'}}}\n"
+    text += "student: {model: 'python:their_own_net:build', options: {units: 8}}\nstages:\n"
+    text += "  - {stage: distill, training: {epochs: 12, batch_size: 7, lr: 1e-2, keep: best}, losses: [{loss: kl}]}\n"
+    result = runner.run(written(tmp_path, text), folder=tmp_path)
+    row = result["rows"][-1]
+    assert [r["stage"] for r in result["rows"]] == ["teacher", "distilled"]
+    assert row["top1"] > 80 and row["agreement"] > 80 and row["best_validation"] > 80
+    wrong = text.replace("{loss: kl}", "{loss: kl}, {loss: cross_entropy}").replace("name: a", "name: b")
+    wrong += "  - {stage: prune, sensitivity: 1, training: {epochs: 1}}\n"
+    with pytest.raises(RecipeError) as caught:
+        runner.run(written(tmp_path, wrong), folder=tmp_path)
+    first, second = str(caught.value).splitlines()
+    assert "stages[0].losses[1]: the loss asks for labels, and the training images have none" in first
+    assert (
+        "stages[1]: learns from labels where no losses are given, and the training images have none" in second
+    )
