@@ -87,7 +87,7 @@ def fitted(train: InMemory, epochs: int, name: str, accelerator: Accelerator, **
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--network", choices=["lenet300", "lenet5"], default="lenet300")
     parser.add_argument("--precision", choices=["no", "fp16", "bf16"], default="no")
     parser.add_argument("--channels-last", action="store_true")
