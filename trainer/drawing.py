@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, GRID = "#33383d", "#e3e6e8"
+INK, GRID, BLUE, GREY = "#33383d", "#e3e6e8", "#2f6f9f", "#b4babf"
 
 
 def png(figure: "Figure") -> bytes:
@@ -56,8 +56,8 @@ def title(figure: "Figure", text: str) -> None:
 
 def calm(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b4babf")
-    axes.tick_params(colors=INK, which="both", labelsize=8, length=3, color="#b4babf")
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, which="both", labelsize=8, length=3, color=GREY)
     axes.set_axisbelow(True)
 
 

@@ -18,8 +18,6 @@ from trainer.scan import prune_stage
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FRONT, REST = "#2f6f9f", "#b4babf"
-
 
 def ladder(
     path: str | Path,
@@ -170,12 +168,12 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     drawing.calm(axes)
     rows = found["points"]
     front = sorted((row["file_bytes"], row["error"]) for row in rows if row["front"])
-    axes.plot([x for x, _ in front], [y for _, y in front], color=FRONT, linewidth=1.2, alpha=0.5, zorder=2)
+    axes.plot([x for x, _ in front], [y for _, y in front], color=drawing.BLUE, linewidth=1.2, alpha=0.5, zorder=2)
     for row in rows:
         style = (
-            {"color": FRONT, "markersize": 7, "zorder": 4}
+            {"color": drawing.BLUE, "markersize": 7, "zorder": 4}
             if row["front"]
-            else {"color": REST, "markersize": 6, "zorder": 3}
+            else {"color": drawing.GREY, "markersize": 6, "zorder": 3}
         )
         axes.plot(row["file_bytes"], row["error"], "o", markeredgecolor="white", **style)
     drawing.byte_axis(axes, [row["file_bytes"] for row in rows])
@@ -193,7 +191,7 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     axes.set_ylabel("test error (%)", fontsize=9, color=drawing.INK)
     axes.grid(color=drawing.GRID, linewidth=0.7)
     drawing.title(axes.figure, f"{found['name']}: error against size, and the front")
-    names = [((row["file_bytes"], row["error"]), _short(row), FRONT) for row in rows if row["front"]]
+    names = [((row["file_bytes"], row["error"]), _short(row), drawing.BLUE) for row in rows if row["front"]]
     drawing.label(axes, names, front, [(row["file_bytes"], row["error"]) for row in rows if not row["front"]])
     return axes.figure
 

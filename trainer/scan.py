@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 SENSITIVITIES = tuple(step / 4 for step in range(1, 13))
 SHOWN = 20  # times the cost: as far below the unpruned accuracy the plot goes
-GOOD, OTHERS, LIMIT = "#2f6f9f", "#dfe3e6", "#c8743a"
+OTHERS, LIMIT = "#dfe3e6", "#c8743a"
 
 
 def scan(
@@ -98,27 +98,25 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
         return percent_right(predict(run, view, run.data.validation), labels)
 
     dense = accuracy()
-    layers = []
+    layers, masks = [], {}
     for name, place in places.items():
         if not place.value.any():
             raise ValueError(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's keep)"
             )
-        points = []
+        points, good, cheap = [], None, True
         for setting, mask in _masks(place, by_std):
             with _pruned({name: (place, mask)}):
-                points.append(
-                    {
-                        "setting": setting,
-                        "sparsity": 1 - mask.double().mean().item(),
-                        "top1_validation": accuracy(),
-                    }
-                )
-        good = None
-        for point in points:
-            if dense - point["top1_validation"] > cost:
-                break
-            good = point
+                point = {
+                    "setting": setting,
+                    "sparsity": 1 - mask.double().mean().item(),
+                    "top1_validation": accuracy(),
+                }
+            points.append(point)
+            # `not >`, so that an accuracy that is not known (no labels) counts as no loss
+            cheap = cheap and not dense - point["top1_validation"] > cost
+            if cheap:
+                good, masks[name] = point, (place, mask)
         layers.append(
             {
                 "layer": name,
@@ -132,9 +130,6 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
             told = f"up to {good['setting']:g}" if good else "leave it alone"
             print(f"scan: {name}: {told}", flush=True)
     chosen = {layer["layer"]: layer["suggestion"] for layer in layers if layer["suggestion"] is not None}
-    masks = {
-        name: (places[name], dict(_masks(places[name], by_std))[setting]) for name, setting in chosen.items()
-    }
     with _pruned(masks):
         left = sum(int(torch.count_nonzero(place.value)) for place in places.values())
         together = {
@@ -293,7 +288,7 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
                 axes.plot(reach, heights, color=OTHERS, linewidth=1, zorder=1)
         axes.axhline(dense - found["cost"], color=LIMIT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
         reach, heights = curves[number]
-        axes.plot(reach, heights, color=GOOD, linewidth=1.6, zorder=3)
+        axes.plot(reach, heights, color=drawing.BLUE, linewidth=1.6, zorder=3)
         short = layer["layer"] if len(layer["layer"]) <= 14 else f"…{layer['layer'][-13:]}"
         said = "leave it alone"
         if layer["suggestion"] is not None:
@@ -302,14 +297,14 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
                 place["sparsity"],
                 place["top1_validation"],
                 "o",
-                color=GOOD,
+                color=drawing.BLUE,
                 markersize=6,
                 markeredgecolor="white",
                 zorder=4,
             )
             said = f"{found['setting']} {layer['suggestion']:g}"
         axes.set_title(short, loc="left", fontsize=9, color=drawing.INK)
-        axes.set_title(said, loc="right", fontsize=7.5, color=GOOD)
+        axes.set_title(said, loc="right", fontsize=7.5, color=drawing.BLUE)
         if number % num_columns == 0:
             axes.set_ylabel("validation %", fontsize=8, color=drawing.INK)
         else:

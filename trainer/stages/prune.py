@@ -301,9 +301,7 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
         keep=[name for name in every if name not in smaller],
         together=together,
     )
-    if (
-        run.accelerator.num_processes > 1
-    ):  # all have chosen from equal weights; the main process's word counts
+    if run.accelerator.num_processes > 1:  # all have chosen from equal weights; the main one's word counts
         for tensor in run.student.state_dict().values():
             torch.distributed.broadcast(tensor, src=0)
     for name, place in compress.weights(run.student).items():
