@@ -217,7 +217,7 @@ def test_the_log_has_every_loss_and_every_row(main):
 def test_learning_happens(main):
     _, result = main
     rows = {row["stage"]: row for row in result["rows"]}
-    assert rows["teacher"]["top1"] > 60 and rows["distilled"]["top1"] > 30
+    assert rows["teacher"]["top1"] > 60 and rows["distilled"]["top1"] > 20  # chance is 10
     assert rows["teacher"]["agreement"] == 100
 
 

@@ -236,3 +236,28 @@ def test_images_without_labels_teach_with_the_teacher_alone(tmp_path, monkeypatc
     assert (
         "stages[1]: learns from labels where no losses are given, and the training images have none" in second
     )
+
+
+# ---- what it answers on a CPU
+
+
+def test_a_teacher_that_is_asked_is_laid_out_and_answers_the_same():
+    torch.manual_seed(0)
+    network = Chain(5, 6)
+    for norm in (network[1], network[4]):
+        norm.running_mean.normal_()
+    guide = teacher.Teacher([network], [teacher.TeacherKeys(model="chain")], [0.5], [0.5])
+    images, before = torch.rand(7, 1, 9, 9), guide.fingerprint()
+    with torch.no_grad():
+        wanted = network((images - 0.5) / 0.5)
+    assert network[3].weight.is_contiguous()
+    answers = guide.see(images, ["3"])
+    assert network[3].weight.is_contiguous(memory_format=torch.channels_last) and not network[3].weight.is_contiguous()
+    torch.testing.assert_close(answers.logits, wanted, rtol=1e-5, atol=1e-6)
+    assert guide.fingerprint() == before
+    network[3].weight = nn.Parameter(torch.randn(6, 5, 3, 3), requires_grad=False)  # as if it had been taught on
+    guide.version += 1
+    with torch.no_grad():
+        wanted = network((images - 0.5) / 0.5)
+    torch.testing.assert_close(guide.see(images).logits, wanted, rtol=1e-5, atol=1e-6)
+    assert not network[3].weight.is_contiguous()

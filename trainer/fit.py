@@ -1,6 +1,7 @@
 """The one loop: everything that learns goes through `fit`. It knows nothing of teachers, masks or codebooks."""
 
 import contextlib
+import ctypes
 import math
 import os
 import shutil
@@ -173,6 +174,7 @@ def fit(
     Interrupted at any moment, the same call continues from the newest checkpoint, to the same weights bit for bit on the
     same machine. Raises FloatingPointError at the first loss that is not finite, naming stage, epoch, step and term.
     """
+    _keep_freed_memory()
     accelerator, data = run.accelerator, run.data
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     if training.batch_size % num_processes:
@@ -409,6 +411,17 @@ def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
         for key, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
                 state[key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep up to a GiB of memory that is freed, which it else gives back to be faulted in anew at each step.
+
+    The maps of a small network's batch lie above its thresholds: up to a quarter of a step goes into such faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # musl has none
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its maximum
 
 
 def _seed(device: torch.device, *numbers: int) -> None:
