@@ -598,7 +598,6 @@ def test_a_recipe_ends_in_the_same_weights_whatever_is_kept(tmp_path, monkeypatc
     assert "320 there already" in told and "(0 there already)" in told
 
 
-@pytest.mark.slow
 def test_two_processes_of_a_run_compute_no_answer_twice(tmp_path):
     path = recipe(tmp_path, "disk")
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer", "run", path, "--folder", tmp_path]

@@ -109,7 +109,8 @@ class ViewCache:
         self.error: dict[str, float] = {}
         self.told = ""
         self._version = guide.version
-        self._device = torch.device(device)
+        # Accelerate's processes on a CPU work on cpu:0, and .to("cpu:0") copies what lies on "cpu".
+        self._device = torch.device("cpu") if torch.device(device).type == "cpu" else torch.device(device)
         self._tolerance = TOLERANCE if precision == "no" else HALF_TOLERANCE
         self._num_views = data.views if augmented else 1
         self._shapes = self._look(guide)

@@ -192,8 +192,9 @@ def fit(
     mixed = data.mixup > 0 or data.cutmix > 0
     unused: list[nn.Parameter] = []
     if num_processes > 1:
-        images, labels, index = next(batches(data.train, [torch.arange(min(2, len(data.train)))], 0, device))
-        unused = freeze_unused(objective, (views.augmented(images, index, 0), labels, index))
+        mine = torch.arange(2 * rank, 2 * rank + 2) % len(data.train)  # own ones: the teacher is asked once for each
+        images, labels, index = next(batches(data.train, [mine], 0, device))
+        unused = freeze_unused(objective, (views.augmented(images, index, 0), labels, index, None if mixed else 0))
     optimizer = make_optimizer(objective, training)
     averaged = Averaged(objective, training.ema) if training.ema else None
     wrapped, scaled = accelerator.prepare(objective, optimizer)
