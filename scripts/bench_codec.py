@@ -8,8 +8,8 @@ Rival:  pip install nncodec==2.1.3     (the reference implementation of the NNC 
 Bytes are those of the weight tensors (two dimensions and more: positions, codes and codebooks), at equal
 values for all; biases, names and header are in "file" only.
 iid: the entropy of the mask and of the values. Huffman: relative indexes of 5 bits (8 for convolutions) and
-codes, both Huffman-coded, without their tables (Han et al. 2016). zlib: the array of codes. To these three
-come 2 bytes for each value of a codebook.
+codes, both Huffman-coded, without their tables (Han et al. 2016). dense Huffman: the codes of all weights, zeros
+among them. zlib: the array of codes. To these four come 2 bytes for each value of a codebook.
 nncodec: the smaller of its lossless coding of the codes, plus 2 bytes for each value of a codebook, and of
 its codebook mode at the coarsest step that keeps every weight within 1 % of its layer's largest.
 ordered: ours, with the hidden units in `codec.unit_order`.
@@ -206,7 +206,8 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
     rows = [row for row in codec.account(data) if "iid_bytes" in row]
     books = 2 * sum(row["clusters"] for row in rows)
     others = {
-        kind: sum(row[kind] for row in rows) + books for kind in ("iid_bytes", "huffman_bytes", "zlib_bytes")
+        kind: sum(row[kind] for row in rows) + books
+        for kind in ("iid_bytes", "huffman_bytes", "dense_huffman_bytes", "zlib_bytes")
     }
     positions = sum(row["numel"] for row in rows)
     mask = sum(
@@ -229,6 +230,7 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
     for label, size in (
         ("iid", others["iid_bytes"]),
         ("Huffman", others["huffman_bytes"]),
+        ("dense Huffman", others["dense_huffman_bytes"]),
         ("zlib", others["zlib_bytes"]),
     ):
         print(f"  {label:22}{size:11,.0f}  {ours / size:9.3f}")

@@ -309,6 +309,8 @@ def test_the_account_adds_up():
     mask = -4000 * (p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8
     assert mask + 2.8 / 8 * nonzero < row["iid_bytes"] < mask + 3 / 8 * nonzero
     assert row["iid_bytes"] < row["huffman_bytes"] < 1.1 * row["iid_bytes"]
+    # a bit for a zero; the 8 values are about equally frequent, so 1 + 3 bits for each of them
+    assert 4000 - nonzero + 3.9 * nonzero < 8 * row["dense_huffman_bytes"] < 4000 - nonzero + 4.1 * nonzero
 
 
 def test_huffman_of_known_counts():

@@ -242,6 +242,34 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
     assert (alone["file_bytes"], 100 - alone["top1"]) == (points[3]["file_bytes"], points[3]["error"])
 
 
+TAUGHT = """
+name: taught
+data: {dataset: digits, subset: 120, validation: 40, views: 2, augment: {shift: 1}}
+teacher: {model: lenet300, hidden: [30]}
+student: {model: lenet300, hidden: [8]}
+stages:
+  - {stage: train, who: teacher, training: {epochs: 4, batch_size: 20, lr: 1e-2}}
+  - {stage: distill, training: {epochs: 1, batch_size: 40}, losses: &taught [{loss: kl}]}
+  - {stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 2, batch_size: 40}, losses: *taught}
+  - {stage: pack}
+"""
+
+
+def test_points_of_a_ladder_share_the_teachers_answers(tmp_path):
+    path = tmp_path / "taught.yaml"
+    path.write_text(TAUGHT)
+    ladder.ladder(path, [0.5, 0.8], folder=tmp_path)
+    here = tmp_path / "taught"
+    asked = []
+    for folder in (here, here / "ladder" / "sparsity-0.5", here / "ladder" / "sparsity-0.8"):
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        asked.append([line["teacher_images"] for line in lines if "teacher_images" in line])
+        assert (folder / "views").exists() == (folder == here), "the points give back what was lent"
+    assert asked == [[120], [0, 120], [0, 0]]
+    runner.run(path, folder=tmp_path)
+    assert not (here / "views").exists()
+
+
 def test_ladder_over_the_bits_alone(tmp_path, monkeypatch):
     path = write(tmp_path, STD + "  - {stage: share, bits: 5}\n")
     found = ladder.ladder(path, bits=[2, 4], folder=tmp_path / "runs")

@@ -870,7 +870,8 @@ def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> lis
     The "values" row of a weight tensor (floating point, two dimensions or more) also tells: numel, nonzero,
     clusters, and what its mask and codes would take otherwise: iid_bytes (entropy of the mask plus that of
     the values), huffman_bytes (Huffman-coded relative indexes of 5 bits for matrices and 8 for convolutions,
-    with fillers, and Huffman-coded codes, without tables; Han et al. 2016), zlib_bytes (the codes, deflated).
+    with fillers, and Huffman-coded codes, without tables; Han et al. 2016), dense_huffman_bytes (every weight's
+    code Huffman-coded, that of zero among them), zlib_bytes (the codes, deflated).
     """
     _, tensors, stream = _decode(data, name, layout, measure=True)
     rows: list[dict[str, Any]] = [{"tensor": "", "part": "frame", "bytes": 7.0}]
@@ -910,6 +911,7 @@ def _others(tensor: np.ndarray) -> dict[str, Any]:
         "clusters": int((counts > 0).sum()),
         "iid_bytes": iid / 8,
         "huffman_bytes": (_huffman_bits(gap_counts) + _huffman_bits(code_counts)) / 8,
+        "dense_huffman_bytes": _huffman_bits(np.bincount(codes)) / 8,
         "zlib_bytes": len(zlib.compress(codes.astype(width).tobytes(), 9)),
     }
 

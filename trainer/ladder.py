@@ -31,7 +31,8 @@ def ladder(
 
     What comes before prune stage number `stage` (the first one) is run once, in the run's own folder; each
     point goes on from there in runs/NAME/ladder/POINT, a run of its own: its report is there, and one that is
-    interrupted goes on. Points of one sparsity prune once. sparsity, bits: of that prune stage and the share
+    interrupted goes on. Points of one sparsity prune once, and all share the teacher's answers that the distillation
+    kept. sparsity, bits: of that prune stage and the share
     stage after it; none: the recipe's own.
     Returns what ladder.json holds: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and
     "error_validation" (percent), "front"}]; on the front are the points that no smaller file beats on the
@@ -57,6 +58,9 @@ def ladder(
                 _lend(recipe, share - 1, pruned[key], of)
             elif number:
                 _lend(recipe, number - 1, here, of)
+            if (here / "views").is_dir() and not (of / "done").exists() and not (of / "views").exists():
+                of.mkdir(parents=True, exist_ok=True)
+                (of / "views").symlink_to(Path("..", "..", "views"))  # the teacher is asked once for all points
             print(f"\n---- {name}", flush=True)
         last = run(path, {**changes, **asked, "name": name}, here / "ladder")["rows"][-1]
         pruned.setdefault(key, of)

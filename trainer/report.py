@@ -36,7 +36,9 @@ PACKAGES = (
 NOTHING = "–"
 # Of an account's rows: what is counted, and the bytes that mask and values would take by other means.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
-OTHERWISE = {"iid_bytes": "i.i.d.", "huffman_bytes": "Huffman", "zlib_bytes": "zlib"}
+OTHERWISE = {
+    "iid_bytes": "i.i.d.", "huffman_bytes": "Huffman", "dense_huffman_bytes": "dense Huffman", "zlib_bytes": "zlib"
+}
 
 STUDENT, TEACHER = "#2f6f9f", "#8a8f94"
 MOMENTS = {
@@ -115,7 +117,8 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
 def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
     """Where each byte of a packed file goes (`codec.account`), a row for each tensor; the last is the file.
 
-    Beside it stands what masks and values would take otherwise: the i.i.d. entropy, Huffman and zlib.
+    Beside it stands what masks and values would take otherwise: the i.i.d. entropy, Huffman-coded relative indexes
+    and codes, Huffman-coded codes of all weights, and zlib.
     """
     tensors: dict[str, dict[str, float]] = {}
     for part in account:

@@ -147,8 +147,11 @@ def _run(
     started = _run_stages(run, recipe, recipe.stages, started)
     result = _report(run, recipe, plain, time.time() - started)
     if accelerator.is_main_process:
-        if (here / "views").is_dir():  # the teacher's answers, kept for this run alone
-            shutil.rmtree(here / "views")
+        views = here / "views"  # the teacher's answers, kept for this run
+        if views.is_symlink():  # lent by another one
+            views.unlink()
+        elif views.is_dir():
+            shutil.rmtree(views)
         report.write(here, result, run.histograms)
         files.write_bytes(here / "done", b"")
         print(f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
