@@ -157,12 +157,12 @@ def launched(tmp_path_factory):
     commands = {
         "torchrun": (
             ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, top / "driver.py", recipe, top / "torchrun"],
-            {"ACCELERATE_USE_CPU": "1"},
+            {"CUDA_VISIBLE_DEVICES": ""},
         ),
         "accelerate": (
             [*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
              "no", "--main_process_port", free_port(), *trainer("accelerate")],
-            {"ACCELERATE_USE_CPU": "1"},
+            {"CUDA_VISIBLE_DEVICES": ""},
         ),
         "flags": ([*ACCELERATE, "--cpu", "--num_processes=2", *trainer("flags")], {}),
         "configured": ([*ACCELERATE, *trainer("configured-run")], {"HF_HOME": str(top / "configured")}),

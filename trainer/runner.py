@@ -32,7 +32,7 @@ from trainer.views import Augment
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "
-    "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N -m trainer run RECIPE"
+    "accelerate launch --multi_gpu --num_processes N -m trainer run RECIPE"
 )
 
 
@@ -89,6 +89,7 @@ def _folder_of(
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of a run. Raises RecipeError when the launch asked for more processes than it got."""
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         log_with=recipe.track,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
