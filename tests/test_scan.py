@@ -255,7 +255,7 @@ stages:
 """
 
 
-def test_points_of_a_ladder_share_the_teachers_answers(tmp_path):
+def test_points_of_a_ladder_share_the_teachers_answers(tmp_path, capsys):
     path = tmp_path / "taught.yaml"
     path.write_text(TAUGHT)
     ladder.ladder(path, [0.5, 0.8], folder=tmp_path)
@@ -268,6 +268,14 @@ def test_points_of_a_ladder_share_the_teachers_answers(tmp_path):
     assert asked == [[120], [0, 120], [0, 0]]
     runner.run(path, folder=tmp_path)
     assert not (here / "views").exists()
+    # A point that was interrupted, and whose lender has ended since, keeps answers of its own.
+    point = here / "ladder" / "sparsity-0.9"
+    point.mkdir()
+    (point / "views").symlink_to("../../views")
+    capsys.readouterr()
+    ladder.ladder(path, [0.9], folder=tmp_path)
+    assert f"logits each, float32, 0.1 MiB, in {point / 'views'}" in capsys.readouterr().out
+    assert not (point / "views").is_symlink() and not (point / "views").exists()
 
 
 def test_ladder_over_the_bits_alone(tmp_path, monkeypatch):

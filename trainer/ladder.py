@@ -58,9 +58,7 @@ def ladder(
                 _lend(recipe, share - 1, pruned[key], of)
             elif number:
                 _lend(recipe, number - 1, here, of)
-            if (here / "views").is_dir() and not (of / "done").exists() and not (of / "views").exists():
-                of.mkdir(parents=True, exist_ok=True)
-                (of / "views").symlink_to(Path("..", "..", "views"))  # the teacher is asked once for all points
+            _lend_answers(here, of)
             print(f"\n---- {name}", flush=True)
         last = run(path, {**changes, **asked, "name": name}, here / "ladder")["rows"][-1]
         pruned.setdefault(key, of)
@@ -135,6 +133,16 @@ def _lend(recipe: Recipe, number: int, source: Path, target: Path) -> None:
     partial = there.with_name(f".partial-{os.getpid()}-{name}")
     shutil.copytree(source / "checkpoints" / name, partial)
     partial.rename(there)
+
+
+def _lend_answers(source: Path, target: Path) -> None:
+    """Lets a run that is not done use and fill the teacher's answers that another one keeps, unless it keeps its own."""
+    kept, lent = source / "views", target / "views"
+    if lent.is_symlink() and not lent.exists():
+        lent.unlink()  # that run has ended since, and removed them
+    if kept.is_dir() and not lent.exists() and not (target / "done").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        lent.symlink_to(os.path.relpath(kept, target))
 
 
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
