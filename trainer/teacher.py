@@ -142,6 +142,8 @@ class Teacher:
         What it answers is the same up to rounding, and comes sooner (`scripts/bench_layout.py`). `see` does so at its
         first call, not before: a network that is still to be taught learns as its training says.
         """
+        if self._laid_out == self.version:
+            return
         self._laid_out = self.version
         for network in self.networks:
             for module in network.modules():
@@ -162,8 +164,7 @@ class Teacher:
     @torch.no_grad()
     def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
         """What the teacher sees in images [N, C, H, W] in [0, 1]."""
-        if self._laid_out != self.version:
-            self.lay_out()
+        self.lay_out()
         first = features.see(self.network, self.prepare(images), layers, embedding)
         if len(self.networks) == 1:
             return first
