@@ -4,8 +4,9 @@ timm's networks are read through `forward_intermediates` and `forward_head`, our
 calls (`Staged`), and forward hooks on dotted module names serve any other `nn.Module` and any layer that is no stage.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -191,22 +192,29 @@ def _watch(model: nn.Module, layer: str, seen: dict[str, Tensor]):
     return modules[layer].register_forward_hook(keep)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode while this lasts, and then in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def look(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> list[Layer]:
     """The layers with the shapes of their maps, by one dry forward in evaluation mode; all stages for None.
 
     A plain `nn.Module` has no stages: its direct children that give a map are taken instead.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if layers is None:
             layers = stage_names(model)
         if not layers:
             layers = _children_with_maps(model, images)
         maps = see(model, images, layers).maps
-    finally:
-        model.train(was_training)
     return [Layer(name, tuple(map_.shape[1:])) for name, map_ in maps.items()]
 
 

@@ -435,16 +435,13 @@ class Objective(nn.Module):
         labelled = bool((labels >= 0).all())
         if (data.mixup or data.cutmix) and labelled:
             labels = images.new_full((len(labels), len(data.classes)), 1 / len(data.classes))
-        was_training = self.training
-        self.eval()
         try:
-            self(images[: len(labels)], labels, index)
+            with features.evaluating(self):
+                self(images[: len(labels)], labels, index)
         except (IndexError, RuntimeError, ValueError) as error:
             if not labelled and any("labels" in bound.asks for bound in self.bound):
                 raise ValueError("the loss asks for labels, and the training images have none") from error
             raise ValueError(f"cannot be computed for this student and data: {error}") from error
-        finally:
-            self.train(was_training)
 
     def pairs(self) -> list[dict[str, Any]]:
         """The table of paired layers: term, student layer and shape, teacher layer and shape, projector."""
@@ -518,16 +515,13 @@ def example_images(data: Data, device: torch.device | str) -> Tensor:
 @torch.no_grad()
 def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, who: str) -> features.Seen:
     """What a network says to images, in evaluation mode; ValueError unless one logit for each class."""
-    was_training = network.training
-    network.eval()
     try:
-        seen = features.see(network, images, embedding=embedding)
+        with features.evaluating(network):
+            seen = features.see(network, images, embedding=embedding)
     except (AssertionError, RuntimeError) as error:
         size = "x".join(map(str, images.shape[1:]))
         cure = "; resize gives it larger ones" if who != "the student" else ""
         raise ValueError(f"{who} cannot look at images of {size}{cure}: {error}") from error
-    finally:
-        network.train(was_training)
     if not isinstance(seen.logits, Tensor) or seen.logits.dim() != 2:
         got = f"{tuple(seen.logits.shape)}" if isinstance(seen.logits, Tensor) else type(seen.logits).__name__
         raise ValueError(f"{who} gives {got}; logits [N, {num_classes}] are needed")
@@ -541,15 +535,12 @@ def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int,
 @torch.no_grad()
 def _check_head(network: nn.Module, images: Tensor, who: str) -> None:
     """Raises ValueError unless the classifier alone turns the embedding into the logits (VOLO adds a second one's)."""
-    was_training = network.training
-    network.eval()
     try:
-        seen = features.see(network, images, embedding=True)
-        given = features.head(network)(seen.embedding)
+        with features.evaluating(network):
+            seen = features.see(network, images, embedding=True)
+            given = features.head(network)(seen.embedding)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
-    finally:
-        network.train(was_training)
     if given.shape != seen.logits.shape or not torch.allclose(given, seen.logits, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"{who}'s logits are not what its classifier makes of its embedding alone: a second classifier, a scale or "
