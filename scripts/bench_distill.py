@@ -30,10 +30,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from bench_fit import BATCH, RATE, seconds_of_fit
 from pydantic import TypeAdapter
 from tabulate import tabulate
 from torch import nn
@@ -43,18 +45,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer import fetch
 from trainer.cache import ViewCache
-from trainer.context import Data, Run
+from trainer.context import Data
 from trainer.data import make_data
-from trainer.fit import Training, fit
+from trainer.fit import Training
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.timm import timm
 from trainer.objective import Objective, Term
 from trainer.recipe import DataEntry
 from trainer.teacher import Teacher, TeacherKeys
-from trainer.tracking import Log
 
-BATCH, RATE, TEMPERATURE, HARD = 128, 1e-3, 4.0, 0.1
+TEMPERATURE, HARD = 4.0, 0.1
 VIEWS = 3  # of each image
 LONG = 2 * VIEWS  # epochs of the quicker loops, so that all take seconds
 SHIFT, ROTATE = 2, 8  # pixels and degrees, up to so much either way
@@ -101,26 +102,11 @@ def ours(
     clock: str,
 ) -> float:
     """Seconds of a whole call of `fit`."""
-    with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", accelerator) as log:
-        run = Run(
-            name="bench",
-            folder=Path(folder),
-            seed=0,
-            accelerator=accelerator,
-            data=data,
-            student=student,
-            student_spec={},
-            teacher=guide,
-            log=log,
-            recipe_path=Path(folder),
-            stage_name="distill",
-        )
-        terms = [TypeAdapter(Term).validate_python(loss) for loss in losses]
-        objective = Objective(student, terms, data, guide, num_epochs=epochs)
-        started = now(clock)
-        with contextlib.redirect_stdout(io.StringIO()):
-            fit(run, objective, Training(epochs=epochs, lr=RATE, batch_size=BATCH))
-        return now(clock) - started
+    terms = [TypeAdapter(Term).validate_python(loss) for loss in losses]
+    objective = Objective(student, terms, data, guide, num_epochs=epochs)
+    training = Training(epochs=epochs, lr=RATE, batch_size=BATCH)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return seconds_of_fit(data, objective, training, accelerator, guide, partial(now, clock))
 
 
 class AsTensors(Dataset):

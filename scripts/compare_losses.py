@@ -208,7 +208,7 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
         "facts": facts,
         "top1": percent_right(answers, own.data.test.labels),
         "top1_validation": percent_right(predict(own, view, own.data.validation), own.data.validation.labels),
-        "agreement": (answers == teacher_answers(run, "test")).double().mean().item() * 100,
+        "agreement": percent_right(answers, teacher_answers(run, "test")),
         "step_seconds": statistics.median(steps),
         "train_seconds": numbers["train_seconds"],
     }

@@ -40,7 +40,7 @@ OTHERWISE = {
     "iid_bytes": "i.i.d.", "huffman_bytes": "Huffman", "dense_huffman_bytes": "dense Huffman", "zlib_bytes": "zlib"
 }
 
-STUDENT, TEACHER = "#2f6f9f", "#8a8f94"
+STUDENT, TEACHER = drawing.BLUE, "#8a8f94"
 MOMENTS = {
     "dense": "#8a8f94",
     "pruned": "#c8743a",
