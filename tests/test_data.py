@@ -176,6 +176,26 @@ def test_views_are_what_seed_view_and_index_say():
     assert not torch.equal(views.augmented(images, index, 0), views.augmented(images, index, 1))
 
 
+def test_kept_views_are_made_once_and_are_the_same(monkeypatch):
+    keys = {"augment": {"shift": 2, "rotate": 10, "erase": 0.5}, "views": 2, "subset": 40}
+    plain, keeping = data_of(**keys), data_of(**keys, keep_views=True)
+    made = []
+    monkeypatch.setattr("trainer.data.apply", lambda a, images, p: made.append(len(images)) or apply(a, images, p))
+    for view in (0, 1, 0, 1):
+        for positions in ([5, 1, 7], [1, 8, 5, 5], list(range(40))):
+            images, _, index = plain.train.__getitems__(positions)
+            found = Views(keeping).augmented(images, index, view)
+            expected = apply(plain.augment, images, draw(plain.augment, plain.seed, view, 1437)[index])
+            assert torch.equal(found, expected)
+            found.zero_()  # what is done to a batch is not done to what is kept
+    assert made == [3, 1, 36] * 2
+
+
+def test_views_that_memory_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match=r"keep_views: 1000000000 views of 1,293 images take [\d,.]+ GiB of memory and [\d,.]+ GiB are free"):
+        data_of(augment={"shift": 1}, views=10**9, keep_views=True)
+
+
 def test_images_as_they_are():
     data = data_of()
     images, _, index = data.train.__getitems__([5, 1, 7])

@@ -590,6 +590,16 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, often, sett
     assert expected[1:] == got[1:]
 
 
+def test_kept_views_change_nothing(tmp_path):
+    moved = {"augment": {"shift": 1, "rotate": 5}, "views": 2}
+    found = []
+    for keep in (False, True):
+        run = make_run(tmp_path / str(keep), keep_views=keep, **moved)
+        train(run, epochs=5)
+        found.append(weights(run))
+    assert_same(*found)
+
+
 def newest_first(folder):
     found = [path for path in Path(folder).rglob("*") if path.is_dir() and path.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)

@@ -278,6 +278,10 @@ BAD = {
         changed("size: 16", "views: 3"),
         ["2: data.views: has no effect without augment: every view is the same"],
     ),
+    "endless views kept": (
+        changed("size: 16", "keep_views: true, augment: {shift: 1}"),
+        ["2: data.keep_views: endless views are never seen twice: give data.views"],
+    ),
     "views and mixup": (
         changed("size: 16", "views: 3, mixup: 1, augment: {shift: 1}"),
         ["2: data.views: has no effect with mixup or cutmix"],

@@ -80,8 +80,8 @@ class Data:
     """The images of a run. The train and validation parts come from the source's training set, test from its own.
 
     num_samples: size of the source's training set, so that every `index` is below it. views: how many different
-    augmented views there are before they repeat, None for endless ones. workers: processes that read from disk.
-    fingerprint: tells one set of training images from another.
+    augmented views there are before they repeat, None for endless ones. kept: the `data.KeptViews`, if any. workers:
+    processes that read from disk. fingerprint: tells one set of training images from another.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Data:
     num_samples: int
     augment: Any
     views: int | None = None
+    kept: Any = None
     seed: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0

@@ -1,10 +1,12 @@
 """The images of a run: the validation split, the order of an epoch, and batches on the device."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Annotated
 
 import numpy as np
+import psutil
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -20,6 +22,7 @@ class DataKeys(bind.Entry):
 
     seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
     teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
+    keep_views: keep them in memory, as float32, once they were made: later epochs and stages need not make them again.
     mean, std: of the normalisation, per channel, instead of the training images' own (0 and 1: images in [0, 1]).
     subset: use only so many training images. mixup, cutmix: the alpha of their Beta distributions, 0 for off.
     """
@@ -29,6 +32,7 @@ class DataKeys(bind.Entry):
     validation: Annotated[float, Field(gt=0, lt=1)] | PositiveInt = 0.1
     subset: PositiveInt | None = None
     views: PositiveInt | None = None
+    keep_views: bool = False
     augment: Augment = Augment()
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
@@ -48,6 +52,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         raise ValueError(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
+    kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device) if keys.keep_views else None
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
         raise ValueError(f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels")
@@ -72,6 +77,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         num_samples=total,
         augment=keys.augment,
         views=keys.views,
+        kept=kept,
         seed=keys.seed,
         mixup=keys.mixup,
         cutmix=keys.cutmix,
@@ -121,6 +127,42 @@ def _as_it_is(batch):
     return batch
 
 
+class KeptViews:
+    """The augmented images of a run's views, kept in memory from the first time that they are made.
+
+    views: their number. num_samples: every index is below it. ids: int64 [N], the indices that will be asked for, which
+    alone take memory: views x N images in float32 (in each process). shape: (C, H, W). Raises ValueError, naming
+    sizes, when there is not so much memory.
+    """
+
+    def __init__(self, views: int, num_samples: int, ids: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+        needed = views * len(ids) * math.prod(shape) * 4
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if needed > free:
+            raise ValueError(
+                f"data: keep_views: {views} views of {len(ids):,} images take {needed / 2**30:,.2f} GiB of memory and "
+                f"{free / 2**30:,.2f} GiB are free; fewer views take less, and keep_views: false none"
+            )
+        self._ids = ids.to(device)
+        # Memory that is not written to is not taken: the views of other indices are never there.
+        self._images = torch.empty(views, num_samples, *shape, device=device)
+        self._known = torch.zeros(views, num_samples, dtype=torch.bool, device=device)
+        self._whole: set[int] = set()
+
+    def new(self, view: int, index: Tensor) -> Tensor:
+        """Positions in `index` of the images that are not kept yet."""
+        return index[:0] if view in self._whole else (~self._known[view][index]).nonzero().flatten()
+
+    def write(self, view: int, index: Tensor, images: Tensor) -> None:
+        self._images[view][index] = images
+        self._known[view, index] = True
+        if self._known[view][self._ids].all():
+            self._whole.add(view)
+
+    def read(self, view: int, index: Tensor) -> Tensor:
+        return self._images[view].index_select(0, index)
+
+
 class Views:
     """Augmented batches of a run's data: a view's random parameters are drawn once and kept while it lasts."""
 
@@ -137,6 +179,15 @@ class Views:
 
     def augmented(self, images: Tensor, index: Tensor, view: int) -> Tensor:
         """Images uint8 [N, C, H, W] as float [0, 1], seen as in `view`."""
+        kept = self.data.kept
+        if kept is None:
+            return self._made(images, index, view)
+        new = kept.new(view, index)
+        if len(new):
+            kept.write(view, index[new], self._made(images[new], index[new], view))
+        return kept.read(view, index)
+
+    def _made(self, images: Tensor, index: Tensor, view: int) -> Tensor:
         if self._view != view:
             self._table = draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(images.device)
             self._view = view

@@ -21,6 +21,7 @@ from trainer import bind, checkpoint, compress
 from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.evaluate import percent_right, predict, truth
+from trainer.features import evaluating
 from trainer.objective import Objective
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
@@ -149,14 +150,12 @@ def freeze_unused(objective: Objective, batch: Sequence[Tensor]) -> list[nn.Para
     DDP waits for a gradient of every trainable parameter, so these must be told beforehand.
     """
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    was_training = objective.training
-    objective.eval()
-    objective(*batch)["loss"].backward()
+    with evaluating(objective):
+        objective(*batch)["loss"].backward()
     unused = [p for p in objective.parameters() if p.requires_grad and p.grad is None]
     objective.zero_grad(set_to_none=True)
     for name, buffer in objective.named_buffers():
         buffer.copy_(buffers[name])
-    objective.train(was_training)
     for parameter in unused:
         parameter.requires_grad_(False)
     return unused
@@ -447,16 +446,14 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
 
     Right is what the label says, and where there are no labels what the teacher says.
     """
-    was_training = objective.training
-    objective.eval()
     if averaged is not None:
         averaged.swap()
     _sync_buffers(run.accelerator, objective)
-    student = objective.finished()
-    predictions = predict(run, lambda images: student(objective.prepare(images)), run.data.validation)
+    with evaluating(objective):
+        student = objective.finished()
+        predictions = predict(run, lambda images: student(objective.prepare(images)), run.data.validation)
     if averaged is not None:
         averaged.swap()
-    objective.train(was_training)
     return percent_right(predictions, truth(run, run.data.validation))
 
 

@@ -526,6 +526,8 @@ def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
         )
     if data.views is not None and data.augment == Augment():
         yield ("data", "views"), "has no effect without augment: every view is the same"
+    if data.keep_views and data.views is None:
+        yield ("data", "keep_views"), "endless views are never seen twice: give data.views, how many there are before they repeat"
     if data.views is not None and (data.mixup or data.cutmix):
         yield (
             ("data", "views"),
