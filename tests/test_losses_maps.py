@@ -448,6 +448,23 @@ def test_fsp_of_one_pair_is_refused_and_of_equal_widths_has_no_parameters():
         fsp(shapes[:1], shapes[:1])
 
 
+def test_fsp_of_wide_maps_that_are_nearly_equal_keeps_its_digits():
+    from trainer.losses.fsp import fsp
+
+    torch.manual_seed(0)
+    teacher = [torch.rand(4, 256, 2, 2) + 5 for _ in range(2)]
+    student = [(t + 1e-3 * torch.randn_like(t)).requires_grad_() for t in teacher]
+    shapes = [t.shape for t in teacher]
+    loss = fsp(shapes, shapes)(student, teacher)
+    gradients = torch.autograd.grad(loss, student)
+    exact = [s.detach().double().requires_grad_() for s in student]
+    flows = [(a.flatten(2) / 4) @ b.flatten(2).transpose(1, 2) for a, b in (exact, [t.double() for t in teacher])]
+    expected = (flows[0] - flows[1]).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
 def test_fsp_of_wide_maps_with_few_positions_is_the_same_number():
     """There the flows are not made; near the teacher, where what is subtracted nearly cancels, it still holds."""
     from trainer.losses.fsp import fsp

@@ -1,8 +1,10 @@
 """Pruning, sharing and packing of anybody's `nn.Module`, without a recipe."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,38 +26,72 @@ def prune(
     """
     if (sensitivity is None) == (sparsity is None):
         raise ValueError("exactly one of sensitivity and sparsity is needed")
-    places = compress.choose(compress.weights(model), keep)
+    places = _chosen(model, keep)
+    for name, place in places.items():
+        if not isinstance(place.parametrization, compress.Mask | None):
+            raise ValueError(f"layer {name!r} shares its weights already: prune before sharing, or name it in keep")
     if sensitivity is not None:
+        for name, factor in _numbers(places, sensitivity, "sensitivity").items():
+            if not 0 < factor < math.inf:
+                raise ValueError(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
         masks = compress.std_masks(places, compress.per_layer(places, sensitivity, "sensitivity"))
     else:
-        target = compress.per_layer(places, sparsity, "sparsity")
+        target = _numbers(places, sparsity, "sparsity")
         for name, share in target.items():
             if not 0 <= share < 1:
                 raise ValueError(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
         scores = {name: place.value.detach().abs() for name, place in places.items()}
         alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
         masks = compress.score_masks(scores, alive, target, together=False, parts=parts)
+        for name, (mask, _) in masks.items():
+            if not mask.any():
+                raise ValueError(f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights")
     for name, (mask, _) in masks.items():
         compress.set_mask(places[name], mask)
     return {name: 1 - mask.double().mean().item() for name, (mask, _) in masks.items()}
 
 
-def share(model: nn.Module, bits: int | Mapping[str, int] = 5, keep: Iterable[str] = ()) -> dict[str, int]:
+def share(
+    model: nn.Module,
+    bits: int | Mapping[str, int] = 5,
+    keep: Iterable[str] = (),
+    codebook: Literal["float16", "float32"] = "float16",
+) -> dict[str, int]:
     """Makes each layer's non-zero weights share 2^bits values, in place; training it afterwards trains the values.
 
-    The values are found by exact one-dimensional k-means and are representable in float16. Returns {layer: number of
-    values}.
+    The values are found by exact one-dimensional k-means; codebook: what they are rounded to. Returns {layer: number
+    of values}.
     """
-    places = compress.choose(compress.weights(model), keep)
+    if codebook not in ("float16", "float32"):
+        raise ValueError(f"codebook: got {codebook!r}; 'float16' and 'float32' are allowed")
+    places = _chosen(model, keep)
     shared = {}
-    for name, b in compress.per_layer(places, bits, "bits").items():
-        if not 1 <= b <= 16:
-            raise ValueError(f"bits of {name!r}: got {b}; 1 to 16 are allowed")
-        codes, centroids = compress.cluster(places[name], 2**b, kmeans.kmeans_optimal)
-        shared[name] = codes, compress.round_to(centroids, "float16")
+    for name, b in _numbers(places, bits, "bits").items():
+        if b not in range(1, 17):
+            raise ValueError(f"bits of {name!r}: got {b}; whole numbers from 1 to 16 are allowed")
+        codes, centroids = compress.cluster(places[name], 2 ** int(b), kmeans.kmeans_optimal)
+        try:
+            shared[name] = codes, compress.round_codebook(centroids, codebook)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
     for name, (codes, centroids) in shared.items():  # all or none: a layer that cannot be shared was found above
         compress.set_codebook(places[name], codes, centroids)
-    return {name: len(codes[codes != 0].unique()) for name, (codes, _) in shared.items()}
+    return {name: len(centroids[codes[codes != 0].unique() - 1].unique()) for name, (codes, centroids) in shared.items()}
+
+
+def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, compress.Place]:
+    places = compress.choose(compress.weights(model), keep)
+    if not places:
+        raise ValueError("there are no weights to work on: the network has none of two dimensions or more, or keep names all")
+    return places
+
+
+def _numbers(places: Mapping[str, compress.Place], setting: Any, what: str) -> dict[str, float]:
+    found = compress.per_layer(places, setting, what)
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"{what} of {name!r}: got {value!r}; a number is allowed")
+    return found
 
 
 @torch.no_grad()
@@ -74,6 +110,8 @@ def pack(
     network by itself. Without it `load(path, into=network)` brings the network. shape (C, H, W), mean, std, classes are kept for
     whoever predicts with the file.
     """
+    if spec is not None and len(shape) != 3:
+        raise ValueError(f"shape: got {tuple(shape)}; with a spec the images' (channels, height, width) are needed")
     facts = {"shape": list(shape), "mean": list(mean), "std": list(std), "classes": list(classes)}
     data = packed.encode(model, spec, facts)
     write_bytes(Path(path), data)

@@ -81,6 +81,7 @@ class _Stream:
     scalars: Scalars = field(init=False)
     text: Text = field(init=False)
     parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
+    capacity: float = math.inf  # decisions that a Decoder's bytes can tell at the most
     live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
     density: tuple[int, int] = (3, 10)  # non-zeros among positions of the last masked tensor
     ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last codes, by their depth
@@ -321,7 +322,8 @@ def _code_mask(stream: _Stream, mask: np.ndarray, grid: _Grid) -> np.ndarray:
     mixer = Mixer(list(weights.values()), num_sets=3 if spatial else 1)
     column_live = None if grid.column_live is None else _liveness(grid.column_live)
     row_live = None if grid.row_live is None else _liveness(grid.row_live)
-    near, around = grid.neighbours(_NEAR + _FAR if wide else _NEAR), grid.neighbours(_AROUND)
+    if spatial:
+        near, around = grid.neighbours(_NEAR + _FAR if wide else _NEAR), grid.neighbours(_AROUND)
     powers = 1 << np.arange(len(_NEAR))
 
     stride = columns + 1
@@ -419,7 +421,7 @@ def _code_ranks(
     sizes = [0.6, 0.45, 0.6, 0.2, 0.1] + ([0.9, 0.6, 0.5, 0.0, 0.15, 0.2, 0.15] if spatial else [])
     sign_mixer = Mixer(signs)
     size_mixers = [Mixer(sizes) for _ in range(depth)]
-    near = grid.neighbours(_NEAR + _FAR[:4])
+    near = grid.neighbours(_NEAR + _FAR[:4]) if spatial else None
     stride = columns + 1
     size = np.zeros((rows + 2) * stride, np.int64)  # 1 .. 255, of zeros 0
     sign = np.zeros((rows + 2) * stride, np.int64)
@@ -549,13 +551,15 @@ def _code_tensor(stream: _Stream, name: str, array: np.ndarray, step: float | No
     numel = len(patterns)
     if numel == 0:
         return array.copy()
-    present = patterns != 0
+    present = patterns != 0 if stream.coder.writes else np.broadcast_to(False, numel)
     context = (dtype.kind, array.ndim > 1)
     form, zeros = _choose(array, patterns, present, step) if stream.coder.writes else (_RAW, _NONE)
     form = scalars.tree(("form", *context), 2, form)
     zeros = scalars.tree(("zeros", *context), 2, zeros)
     if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
         raise ValueError("the coded stream is damaged: unknown form of a tensor")
+    if zeros == _SOME and numel > stream.capacity:
+        raise ValueError(f"the coded stream is damaged: it cannot hold the {numel:,} positions of tensor {name}")
     grid = _grid(array.shape, stream.live)
     matrix = (grid.rows, grid.columns)
     mask = np.full(matrix, zeros == _NONE, np.uint8)
@@ -749,7 +753,10 @@ def _code_header(stream: _Stream, header: dict) -> dict:
         text = zlib.decompressobj().decompress(packed, _LONGEST).decode()
     else:
         text = stream.text.code(text)
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the header is nested too deeply") from None
 
 
 def encode(
@@ -817,7 +824,9 @@ def _open(data: bytes, name: str, measure: bool = False) -> tuple[_Stream, Decod
         raise ValueError(f"{name}: format version {data[2]}; this program reads version {VERSION}")
     body = data[3:-4]
     decoder = Decoder(body)
-    return _Stream(Meter(decoder) if measure else decoder, bytearray(body)), decoder
+    # A decision costs no fewer bits than one of the highest probability that there is.
+    capacity = (8 * len(body) + 64) / -math.log2(1 - LOWEST / ONE)
+    return _Stream(Meter(decoder) if measure else decoder, bytearray(body), capacity=capacity), decoder
 
 
 def read_header(data: bytes, name: str = "file") -> dict:

@@ -177,6 +177,9 @@ class TrainedCodebook(nn.Module):
         return (sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())).sum()
 
 
+_OURS = Mask | Codebook | TrainedCodebook
+
+
 class Place:
     """A weight of a network: its name, and the (module, attribute) places that hold it (several when it is tied)."""
 
@@ -225,9 +228,9 @@ class Place:
     def parts(self) -> int:
         """How many stacked matrices the weight is (along its first axis): gates of a LSTM or GRU; query, key, value."""
         module, attribute = self.places[0]
-        if isinstance(module, nn.LSTM) and attribute.startswith("weight_") and "hr" not in attribute:
+        if isinstance(module, nn.LSTM | nn.LSTMCell) and attribute.startswith("weight_") and "hr" not in attribute:
             return 4
-        if isinstance(module, nn.GRU) and attribute.startswith("weight_"):
+        if isinstance(module, nn.GRU | nn.GRUCell) and attribute.startswith("weight_"):
             return 3
         if attribute == "in_proj_weight" or self.name.split(".")[-1] == "qkv":
             return 3 if len(self.value) % 3 == 0 else 1  # a qkv of fewer keys than queries has no equal thirds
@@ -245,23 +248,36 @@ def weights(model: nn.Module) -> dict[str, Place]:
 
     These are all parameters whose name holds 'weight', of two dimensions or more (no biases, no norms). `fc1.weight`
     is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
+    Raises ValueError for a weight that something else parametrizes (`weight_norm`).
     """
     found: dict[int, Place] = {}
+    others: list[tuple[int, nn.Module, str]] = []
     for path, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
+        if isinstance(module, parametrize.ParametrizationList | nn.LayerNorm | nn.RMSNorm):
             continue
         inner = getattr(module, "parametrizations", {})
         own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
-        own |= {name: inner[name].original for name in inner}
+        own |= {name: getattr(inner[name], "original", inner[name]) for name in inner}
         for attribute in sorted(own):  # a parametrized weight has left its place in the module: keep one order
-            if "weight" not in attribute or getattr(module, attribute).dim() < 2:
+            key = id(own[attribute])
+            if "weight" not in attribute:
+                others.append((key, module, attribute))
+                continue
+            if getattr(module, attribute).dim() < 2:
                 continue
             name = path if attribute == "weight" and path else f"{path}.{attribute}".lstrip(".")
-            key = id(own[attribute])
+            if attribute in inner and not (len(inner[attribute]) == 1 and isinstance(inner[attribute][0], _OURS)):
+                raise ValueError(
+                    f"layer {name!r} is parametrized by {type(inner[attribute][0]).__name__.lstrip('_')} already: make it plain first, "
+                    "by torch.nn.utils.parametrize.remove_parametrizations"
+                )
             if key in found:
                 found[key].places.append((module, attribute))
             else:
                 found[key] = Place(name, module, attribute)
+    for key, module, attribute in others:  # a weight that is tied to something of another name
+        if key in found:
+            found[key].places.append((module, attribute))
     return {place.name: place for place in found.values()}
 
 
@@ -440,7 +456,7 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
-            plain = key.replace("parametrizations.", "").removesuffix(".original")
+            plain = plain_key(key)
             if plain in state:
                 tensor.copy_(state[plain])
 
@@ -491,7 +507,21 @@ def entropy(places: Iterable[Place]) -> Tensor:
     return bits / number
 
 
+def _own_class(place: Place) -> None:
+    """Gives each parametrized module of a weight a class of its own.
+
+    torch hangs a parametrized weight on the module's class, which a copy.deepcopy of the module shares: what is done to the
+    one would be done to the other.
+    """
+    for module, _ in place.places:
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(shared.__name__, shared.__bases__, body)
+
+
 def _parametrize(place: Place, parametrization: nn.Module) -> None:
+    _own_class(place)
     (module, attribute), *tied = place.places
     trainable = getattr(module, attribute).requires_grad
     for other, name in tied:
@@ -507,6 +537,7 @@ def _parametrize(place: Place, parametrization: nn.Module) -> None:
 
 def bake_place(place: Place) -> None:
     """Turns a masked or shared weight into a plain parameter of the same values, in place."""
+    _own_class(place)
     plain = None
     for module, attribute in place.places:
         if not parametrize.is_parametrized(module, attribute):
@@ -527,17 +558,25 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict the model would have without masks and codebooks: weights as the network uses them."""
+    """The state_dict the model would have without masks, codebooks and all else that parametrizes its weights.
+
+    These are as the network uses them.
+    """
     state = {}
     for key, tensor in model.state_dict().items():
         head, found, tail = key.partition("parametrizations.")
+        attribute, _, part = tail.partition(".")
         if not found:
             state[key] = tensor
-        elif tail.endswith(".original"):
-            attribute = tail.removesuffix(".original")
+        elif part.startswith("original"):  # of which weight_norm has two
             module = model.get_submodule(head.rstrip("."))
             state[head + attribute] = getattr(module, attribute).detach()
     return state
+
+
+def plain_key(key: str) -> str:
+    """The key that a tensor of a masked or shared network has in `dense_state`."""
+    return key.replace("parametrizations.", "").removesuffix(".original")
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -669,16 +708,30 @@ def round_to(values: Tensor, kind: str | int) -> Tensor:
     return rounded + 0.0
 
 
+def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:
+    """Centroids by `round_to`. Raises ValueError also where they are so small that float16 has few values for them."""
+    rounded = round_to(centroids, kind)
+    if kind == "float16" and (rounded - centroids).abs().max() > 2**-8 * centroids.abs().max():
+        raise ValueError(
+            f"the largest shared value is {centroids.abs().max().item():.3g}, too small for float16: ask for float32"
+        )
+    return rounded
+
+
 def to_grid(values: Tensor, bits: int) -> Tensor:
-    """Values rounded to multiples of the smallest power of two at which all fit into signed integers of `bits` bits.
+    """Values rounded to multiples of the smallest power of two of which none of them is more than 2^(bits-1) - 1.
 
     A step that is a power of two can be read off the values, and costs no more for the same error: see `packed`.
+    Raises ValueError where one is then infinite.
     """
     largest = values.abs().max().item()
     if largest == 0:
         return values
     step = 2.0 ** math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
-    return torch.round(values / step) * step + 0.0
+    rounded = (torch.round(values.double() / step) * step).to(values.dtype)
+    if not torch.isfinite(rounded).all():
+        raise ValueError(f"a value of {largest:.3g} is too large for {bits} bits")
+    return rounded + 0.0
 
 
 @torch.no_grad()
@@ -695,10 +748,8 @@ def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "flo
             continue
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
-        if biases is not None and tensor.dim() == 1 and "bias" in name.rpartition(".")[2]:
-            tensor.copy_(to_grid(tensor, biases))
-            continue
+        is_bias = tensor.dim() == 1 and "bias" in name.rpartition(".")[2]
         try:
-            tensor.copy_(round_to(tensor, rest))
+            tensor.copy_(to_grid(tensor, biases) if biases is not None and is_bias else round_to(tensor, rest))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None

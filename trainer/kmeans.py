@@ -70,8 +70,9 @@ def kmeans_optimal(
 
     where n_c of the n values fall in cluster c: an ideal entropy coder spends log2(n / n_c) bits on each of
     them (entropy-constrained quantization, Chou, Lookabaugh & Gray 1989, here by dynamic programming on
-    that very cost, where code lengths and clusters are not found in turn but together). Fewer than k
-    clusters may then be best. To use such a codebook, alternate `assign` with `code_bits` and
+    that very cost, where code lengths and clusters are not found in turn but together). Clusters are
+    intervals of the values, which without `weights` are the best there are; with both, others may cost less. Fewer
+    than k clusters may then be best. To use such a codebook, alternate `assign` with `code_bits` and
     `code_lengths` a few times.
 
     Exact where at most `bins` values are distinct (default 4096; 1024 where `code_cost` > 0). Otherwise the

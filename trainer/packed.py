@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from trainer import codec, compress
 from trainer.context import Data
 from trainer.teacher import build
+
+MAX_CLASSES = 2**20  # of classes that only count: names that are written cost the file that holds them
 
 
 def facts(data: Data) -> dict[str, Any]:
@@ -36,7 +39,44 @@ def rebuilds(header: Mapping[str, Any]) -> bool:
     A file that names code (`python:module:function`) or a hub must not have it run or fetched by whoever looks at it:
     such a network is brought by the reader.
     """
-    return "net" in header and not str(header["net"].get("model")).startswith(("python:", "hf-hub:"))
+    net = header.get("net")
+    # A colon anywhere: timm too has names that are a place to fetch from, timm/hf-hub:NAME among them.
+    return net is not None and ":" not in net["model"] and not net.get("pretrained")
+
+
+def _check(header: Any) -> None:
+    """Raises ValueError unless a header that was read holds what `encode` writes: its file may have been made by anyone."""
+    def numbers(key: str, kind: type) -> bool:
+        values = header.get(key)
+        return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+    wrong = [] if isinstance(header, dict) else ["it is no dict"]
+    if not wrong:
+        net, classes = header.get("net"), header.get("classes")
+        if net is not None and not (isinstance(net, dict) and isinstance(net.get("model"), str)):
+            wrong.append("net names no model")
+        if not numbers("shape", int) or len(header["shape"]) not in (0, 3) or min(header["shape"], default=1) < 1:
+            wrong.append("shape is not channels, height and width")
+        elif net is not None and not header["shape"]:
+            wrong.append("shape is missing")
+        if not (numbers("mean", Real) and numbers("std", Real)):
+            wrong.append("mean and std are not numbers")
+        if isinstance(classes, list):
+            if not all(isinstance(name, str) for name in classes):
+                wrong.append("classes are not names")
+        elif isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= MAX_CLASSES:
+            wrong.append(f"classes are neither names nor a number up to {MAX_CLASSES:,}")
+    if wrong:
+        raise ValueError(f"its header is not that of a packed network: {'; '.join(wrong)}")
+
+
+def _read_header(data: bytes, name: str) -> dict[str, Any]:
+    header = codec.read_header(data, name)
+    try:
+        _check(header)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return header
 
 
 def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bytes:
@@ -45,7 +85,12 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     spec: {"model": name, settings} as in a recipe, None for a network that the reader must bring himself.
     facts: {"shape", "mean", "std", "classes"}.
     """
-    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in compress.dense_state(model).items()}
+    tensors = {}
+    for name, tensor in compress.dense_state(model).items():
+        kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
+        if kind not in codec.DTYPES:
+            raise ValueError(f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can")
+        tensors[name] = tensor.detach().cpu().numpy()
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
     steps = grid_steps(tensors)
     if not rebuilds(header):
@@ -81,43 +126,67 @@ def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 def header(data: bytes, name: str = "file") -> dict[str, Any]:
     """The facts of a packed file, and the spec of its network under "net". Raises ValueError naming the file."""
-    return _full(codec.read_header(data, name))
+    return _full(_read_header(data, name))
 
 
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a packed file by name, and its facts. Raises ValueError naming the file when it is damaged."""
-    header = codec.read_header(data, name)
+    header = _read_header(data, name)
     _, arrays = codec.decode(data, name, layout=layout if rebuilds(header) else None)
-    return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}, _full(header)
+    # ascontiguousarray makes a vector of a scalar
+    return {key: torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape)) for key, a in arrays.items()}, _full(header)
 
 
 def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]]:
     """Where each byte of a packed file goes, and its facts."""
-    header = codec.read_header(data, name)
+    header = _read_header(data, name)
     return codec.account(data, name, layout=layout if rebuilds(header) else None), _full(header)
 
 
 def decode(data: bytes, name: str = "file", into: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a packed file, in evaluation mode, and its facts.
 
-    into: a network to fill, for files of networks that are on no shelf. Raises ValueError naming the file when it is
-    damaged, when it needs `into`, or when the network does not fit.
+    into: a network to fill, for files of networks that are on no shelf; it stays as it was when it does not fit. Raises
+    ValueError naming the file when it is damaged, when it needs `into`, or when names, shapes, types or ties of the
+    network's tensors are others than the file's.
     """
     state, header = tensors(data, name)
     if into is None and not rebuilds(header):
         told = f"{header['net']['model']!r}, which" if "net" in header else "a network that"
         raise ValueError(f"{name}: holds the weights of {told} is on no shelf: give the network as `into`")
     model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    wrong = _misfits(model, state)
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{name}: does not fit the network: {'; '.join(wrong[:8])}{more}")
     compress.bake(model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: does not fit the network: {str(error)[:600]}") from None
+    model.load_state_dict(state)
     return model.eval(), header
+
+
+def _misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Why a network could not hold exactly these tensors; nothing where it can."""
+    own = compress.dense_state(model)
+    wrong = [f"{key!r} is missing from the file" for key in own if key not in state]
+    wrong += [f"{key!r} is not in the network" for key in state if key not in own]
+    for key in own.keys() & state.keys():
+        mine, its = own[key], state[key]
+        if mine.shape != its.shape:
+            wrong.append(f"{key!r} is {tuple(its.shape)} in the file and {tuple(mine.shape)} in the network")
+        elif mine.dtype != its.dtype:
+            wrong.append(f"{key!r} is {its.dtype} in the file and {mine.dtype} in the network")
+    tied: dict[int, str] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        key = compress.plain_key(path)
+        first = tied.setdefault(id(parameter), key)
+        if first in state and key in state and not torch.equal(state[first], state[key]):
+            wrong.append(f"{first!r} and {key!r} are one in the network and differ in the file")
+    return sorted(wrong)
 
 
 def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Names, shapes and types of the tensors of the network that the header names, without allocating it."""
+    _check(header)
     header = _full(header)
     with torch.device("meta"):
         model = build(header["net"], tuple(header["shape"]), len(header["classes"]))

@@ -97,8 +97,9 @@ def share(
     for name, place in places.items():
         codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
         codes, centroids = _told(run, codes), _told(run, centroids)
+        rounded = compress.round_codebook(centroids, codebook)  # what cannot be rounded is refused before it is trained
         if training is None:
-            centroids = compress.round_to(centroids, codebook)
+            centroids = rounded
         if assign == "trained":
             compress.open_codebook(place, codes, centroids, code_cost)
         else:
@@ -122,7 +123,7 @@ def share(
             compress.set_codebook(place, codes, centroids)
     with torch.no_grad():
         for parameter in compress.centroid_parameters(run.student):
-            parameter.copy_(compress.round_to(parameter, codebook))
+            parameter.copy_(compress.round_codebook(parameter, codebook))
     _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")
@@ -216,7 +217,7 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
         copies = compress.weights(student)
         for name, bits in choice.items():
             codes, centroids = shared[name, bits]
-            table = torch.cat([torch.zeros(1), compress.round_to(centroids, codebook).reshape(-1)])
+            table = torch.cat([torch.zeros(1), compress.round_codebook(centroids, codebook).reshape(-1)])
             copies[name].value.copy_(table[codes.long()])
         return student.eval()
 
