@@ -1,5 +1,7 @@
 """The split, the order of an epoch, batches, views and mixed images."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -189,6 +191,29 @@ def test_kept_views_are_made_once_and_are_the_same(monkeypatch):
             assert torch.equal(found, expected)
             found.zero_()  # what is done to a batch is not done to what is kept
     assert made == [3, 1, 36] * 2
+
+
+def test_kept_views_of_a_subset_take_memory_for_it_alone():
+    data = data_of(augment={"shift": 1}, views=10**5, keep_views=True, subset=3)  # 77 MB, and 37 GB for all
+    images, _, index = data.train.__getitems__([2, 0])
+    views = Views(data)
+    assert torch.equal(views.augmented(images, index, 99_999), views.augmented(images, index, 99_999))
+    with pytest.raises(IndexError):
+        views.augmented(*data.validation.__getitems__([0])[::2], 0)
+
+
+def test_a_damaged_image_found_by_a_worker_is_one_line(folder):
+    part = make_data(
+        bind.checker(bind.find("dataset", "image_folder"), DataKeys).model_validate(
+            {"dataset": "image_folder", "folder": folder, "size": 8, "workers": 1, "validation": 2}), CPU).train
+    bad = Path(sorted(part.images.files)[0])
+    content = bad.read_bytes()
+    try:
+        bad.write_bytes(b"no image")
+        with pytest.raises(ValueError, match=r"^\S+png: is no image that can be read: [^\n]+$"):
+            list(batches(Part(part.images, torch.arange(12)), [torch.arange(6), torch.arange(6, 12)], 1, CPU))
+    finally:
+        bad.write_bytes(content)
 
 
 def test_views_that_memory_cannot_hold_are_refused():

@@ -237,6 +237,41 @@ def test_image_folder_gives_rgb_whatever_the_file_holds(animals, mode):
     assert images.shape == (1, 3, 8, 8) and images.min() >= 250
 
 
+def test_sixteen_bits_are_brought_to_eight(animals):
+    file = animals / "train" / "dog" / "1.png"
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for kind in (np.uint8, np.uint16, np.int32):
+        file.unlink(missing_ok=True)
+        file = file.with_suffix(".tiff" if kind is np.int32 else ".png")
+        Image.fromarray(eight.astype(kind) * kind(1 if kind is np.uint8 else 257)).save(file)
+        images, _ = image_folder(folder=animals, size=16).train.__getitems__([4])
+        assert torch.equal(images[0], torch.from_numpy(eight).expand(3, 16, 16)), kind
+    for pixels in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 2**16, np.int32), np.full((8, 8), -1, np.int32)):
+        Image.fromarray(pixels).save(file)
+        with pytest.raises(ValueError, match="1.tiff: has pixels of .*; 8 and 16 bits are allowed"):
+            image_folder(folder=animals, size=16).train.__getitems__([4])
+
+
+def test_classes_are_the_folders_at_the_top_however_deep_images_lie(animals):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (animals / part / name / "images").mkdir()
+            for file in list((animals / part / name).glob("*.*")):
+                file.rename(file.parent / "images" / file.name)
+        save(animals / part / ".ipynb_checkpoints" / "x.png", (1, 1, 1))
+        save(animals / part / "cat" / "images" / ".hidden.png", (1, 1, 1))
+    source = image_folder(folder=animals, size=8)
+    assert source.classes == ["cat", "dog"]
+    assert sorted(source.train.labels.tolist()) == [0, 0, 0, 1] and source.test.labels.tolist() == [0, 1]
+
+
+def test_one_class_is_refused(tmp_path):
+    for part in ("train", "test"):
+        save(tmp_path / part / "only" / "x.png", (1, 1, 1))
+    with pytest.raises(ValueError, match="of one class, 'only'; two or more are needed"):
+        image_folder(folder=tmp_path, size=8)
+
+
 def test_image_folder_without_classes_is_unlabelled(animals, tmp_path):
     for number in range(3):
         save(tmp_path / "heap" / f"{number}.png", (number, 0, 0))
@@ -260,7 +295,7 @@ def test_a_damaged_image_is_an_error_that_names_the_file(animals):
         file.write_bytes(damage)
         source = image_folder(folder=animals, size=8)
         source.train.__getitems__([0, 2])
-        with pytest.raises(ValueError, match="cat/1.png cannot be read as an image"):
+        with pytest.raises(ValueError, match="cat/1.png: is no image that can be read"):
             source.train.__getitems__([0, 1, 2])
 
 

@@ -229,6 +229,9 @@ def test_check_tells_every_fault(say, tmp_path):
             ["--set", "a=[1"],
             "trainer: --set a=[1: is not YAML: expected ',' or ']', but got '<stream end>'\n",
         ),
+        (["--set", "seed=1", "--set", "seed=2"], "trainer: --set seed: is given twice\n"),
+        (["--set", "seed=1", "--seed", "2"], "trainer: --set seed: --seed gives it too\n"),
+        (["--set", "stages.²=3"], "trainer: changes: stages.²: stages has no entry '²'"),
         (["--name", "a/b"], "trainer: changes: name: got 'a/b'; it should match pattern"),
     ],
 )

@@ -280,8 +280,18 @@ BAD = {
     ),
     "endless views kept": (
         changed("size: 16", "keep_views: true, augment: {shift: 1}"),
-        ["2: data.keep_views: endless views are never seen twice: give data.views"],
+        ["2: data.keep_views: has no effect on endless views: give data.views"],
     ),
+    "images as they are kept": (
+        changed("size: 16", "keep_views: true"),
+        ["2: data.keep_views: has no effect without augment"],
+    ),
+    "mixed views kept": (
+        changed("size: 16", "keep_views: true, mixup: 1, augment: {shift: 1}"),
+        ["2: data.keep_views: has no effect with mixup or cutmix"],
+    ),
+    "no mean": (changed("size: 16", "mean: []"), ["2: data.mean: "]),
+    "a whole validation": (changed("size: 16", "validation: 1.0"), ["2: data.validation: "]),
     "views and mixup": (
         changed("size: 16", "views: 3, mixup: 1, augment: {shift: 1}"),
         ["2: data.views: has no effect with mixup or cutmix"],

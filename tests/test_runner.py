@@ -1,13 +1,18 @@
 """From a recipe to a report: what is refused, what is skipped, what is taken up again, and what the teacher must be."""
 
 import json
+import os
+import shutil
+import threading
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 
 from trainer import checkpoint, compress, report, runner
+from trainer import fit as fitting
 from trainer.models.lenet5 import lenet5
 from trainer.recipe import RecipeError
 from trainer.stages import distill, train
@@ -211,6 +216,92 @@ def test_a_teacher_that_was_exchanged_meanwhile_is_refused(tmp_path, teacher_fil
     checkpoint.save_file(mine, state)
     with pytest.raises(ValueError, match="the teacher is not the one that this run began with"):
         runner.run(path, folder=tmp_path)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_in_the_first_stage(patch, path, folder):
+    """Runs a recipe up to the first checkpoint in the middle of its first training."""
+    real = fitting._Progress.save
+
+    def save(self, step, tally):
+        real(self, step, tally)
+        raise Killed
+
+    with patch.context() as inner:
+        inner.setattr(fitting, "CHECKPOINT_SECONDS", -1.0)
+        inner.setattr(fitting, "LOG_STEPS", 1)
+        inner.setattr(fitting._Progress, "save", save)
+        with pytest.raises(Killed):
+            runner.run(path, folder=folder)
+
+
+def test_a_teacher_that_was_exchanged_in_the_middle_of_the_first_stage_is_refused(tmp_path, teacher_file, monkeypatch):
+    mine = tmp_path / "mine.safetensors"
+    state = checkpoint.load_file(teacher_file)
+    checkpoint.save_file(mine, state)
+    path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(mine)))
+    killed_in_the_first_stage(monkeypatch, path, tmp_path)
+    bias = state["fc1.bias"].clone()
+    state["fc1.bias"][0] += 1e-3
+    checkpoint.save_file(mine, state)
+    with pytest.raises(ValueError, match="taught: the teacher is not the one that this run began with"):
+        runner.run(path, folder=tmp_path)
+    state["fc1.bias"][:] = bias
+    checkpoint.save_file(mine, state)
+    assert runner.run(path, folder=tmp_path)["rows"][-1]["stage"] == "recovered"
+
+
+def test_images_that_changed_meanwhile_are_refused(tmp_path, monkeypatch):
+    for part, count in (("train", 20), ("test", 2)):
+        for number in range(count):
+            place = tmp_path / "images" / part / "ab"[number % 2] / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), number * 10).save(place)
+    path = write(tmp_path, f"""
+name: pictures
+data: {{dataset: image_folder, folder: {tmp_path / "images"}, size: 8, workers: 0}}
+student: {{model: lenet300, hidden: [4]}}
+stages: [{{stage: train, training: {{epochs: 2, batch_size: 8}}}}]
+""")
+    killed_in_the_first_stage(monkeypatch, path, tmp_path)
+    for number in range(20, 30):
+        Image.new("L", (8, 8), 200).save(tmp_path / "images" / "train" / "a" / f"{number}.png")
+    with pytest.raises(ValueError, match="pictures: the training images are not those that this run began with"):
+        runner.run(path, folder=tmp_path)
+
+
+def test_a_finished_run_without_its_checkpoints_answers_for_its_own_recipe_only(tmp_path):
+    path = write(tmp_path, ALONE)
+    expected = runner.run(path, folder=tmp_path)
+    shutil.rmtree(tmp_path / "alone" / "checkpoints")
+    assert runner.run(path, folder=tmp_path)["rows"] == expected["rows"]
+    with pytest.raises(RecipeError, match="holds a run of a different recipe"):
+        runner.run(path, {"stages.1.bits": 3}, folder=tmp_path)
+
+
+def test_runs_of_two_precisions_in_one_process(tmp_path):
+    for precision in ("no", "bf16", "no"):
+        runner.run(write(tmp_path, ALONE + f"precision: '{precision}'\n"), {"name": precision}, folder=tmp_path / str(precision))
+
+
+def test_a_recipe_that_can_be_read_only_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(ALONE,))
+    writer.start()
+    runner.run(pipe, folder=tmp_path)
+    writer.join()
+    assert (tmp_path / "alone" / "recipe.yaml").read_text() == ALONE
+
+
+def test_a_file_is_evaluated_where_a_trainer_of_another_kind_lies(tmp_path, monkeypatch):
+    (tmp_path / "trainer.py").write_text("raise SystemExit('mine')")
+    monkeypatch.chdir(tmp_path)
+    rows = runner.run(write(tmp_path, ALONE + "  - {stage: pack}\n"), folder=tmp_path)["rows"]
+    assert rows[-1]["stage"] == "decoded"
 
 
 def test_several_teachers_are_each_taught_and_counted_together(tmp_path):

@@ -167,6 +167,7 @@ def test_weights_come_back_when_measuring_fails():
         ("", {}, "stages: there is no stage prune in this recipe"),
         (LAMP, {"stage": 0}, r"stage 0 is no stage prune; allowed: 1"),
         (LAMP, {"cost": 0}, "cost: got 0; points of accuracy above 0"),
+        (LAMP, {"cost": float("nan")}, "cost: got nan; points of accuracy above 0"),
         (
             "  - {stage: prune, method: n_m, pattern: '1:2'}\n",
             {},
@@ -303,6 +304,7 @@ def test_ladder_over_the_sparsity_alone(folder, monkeypatch):
         (LAMP + SHARE, {"sparsity": [0.5, 1.0]}, "less than 1"),
         (LAMP + SHARE, {"bits": [3, 17]}, "17"),
         (LAMP + SHARE, {"bits": [0]}, "0"),
+        (LAMP + SHARE, {"bits": [3, 4, 3]}, "bits-3 is asked for twice"),
         (SHARE, {"bits": [3]}, "there is no stage prune"),
     ],
 )

@@ -50,6 +50,8 @@ def _mistake(error: Exception) -> str | None:
     fetch = sys.modules.get("trainer.fetch")  # what was not imported has raised nothing
     if fetch is not None and isinstance(error, fetch.FetchError):
         return str(error)
+    if isinstance(error, (OverflowError, MemoryError)) or "can't allocate memory" in str(error):
+        return f"a number is too large, or there is too little memory: {error or type(error).__name__}"
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return (
             f"torch and torchvision do not fit together ({error}): install a matching pair, "
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
+    if not (word.isascii() and word.isdigit()) or int(word) < 1:
         raise argparse.ArgumentTypeError(f"got {word!r}; a number from 1 up is allowed")
     return int(word)
 
@@ -162,6 +164,8 @@ def changes_of(words: list[str]) -> dict[str, Any]:
         place, found, given = word.partition("=")
         if not found:
             raise ValueError(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
+        if place in changes:
+            raise ValueError(f"--set {place}: is given twice")
         try:
             changes[place] = value(given)
         except ValueError as error:
@@ -171,6 +175,9 @@ def changes_of(words: list[str]) -> dict[str, Any]:
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     changes = changes_of(options.changes)
+    for key in ("seed", "name"):
+        if key in changes and getattr(options, key) is not None:
+            raise ValueError(f"--set {key}: --{key} gives it too")
     if options.seed is not None:
         changes["seed"] = options.seed
     if options.name is not None:
@@ -277,10 +284,10 @@ def _read(path: Path) -> bytes:
 def _unpack(options: argparse.Namespace) -> None:
     from trainer import checkpoint, packed
 
+    state, _ = packed.tensors(_read(options.file), str(options.file))
     output = options.output or options.file.with_suffix(".safetensors")
     if output.exists():
         raise ValueError(f"{output}: is there already; name another file")
-    state, _ = packed.tensors(_read(options.file), str(options.file))
     checkpoint.save_file(output, state)
     print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
 

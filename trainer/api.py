@@ -112,6 +112,8 @@ def pack(
     """
     if spec is not None and len(shape) != 3:
         raise ValueError(f"shape: got {tuple(shape)}; with a spec the images' (channels, height, width) are needed")
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise ValueError(f"classes: got {classes!r}; a list of names is allowed")
     facts = {"shape": list(shape), "mean": list(mean), "std": list(std), "classes": list(classes)}
     data = packed.encode(model, spec, facts)
     write_bytes(Path(path), data)

@@ -288,7 +288,9 @@ def choose(places: Mapping[str, Place], keep: Iterable[str] = ()) -> dict[str, P
     """
     left = dict(places)
     order = list(places)
-    for word in keep:
+    if isinstance(keep, str):
+        raise ValueError(f"keep: got {keep!r}; a list of names is allowed, such as [{keep!r}]")
+    for word in keep if places else ():
         if word in ("first", "last"):
             left.pop(order[0] if word == "first" else order[-1], None)
             continue

@@ -29,7 +29,7 @@ class DataKeys(bind.Entry):
 
     dataset: str
     seed: NonNegativeInt = 0
-    validation: Annotated[float, Field(gt=0, lt=1)] | PositiveInt = 0.1
+    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] = 0.1
     subset: PositiveInt | None = None
     views: PositiveInt | None = None
     keep_views: bool = False
@@ -37,8 +37,8 @@ class DataKeys(bind.Entry):
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
     workers: NonNegativeInt = 2
-    mean: tuple[float, ...] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
@@ -113,14 +113,33 @@ def batches(part: Part, order: list[Tensor], workers: int, device: torch.device)
             yield part.__getitems__(positions.to(part.ids.device))
         return
     loader = DataLoader(
-        part,
+        _Telling(part),
         batch_sampler=[positions.tolist() for positions in order],
         collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
-    for images, labels, index in loader:
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        images, labels, index = batch
         yield images.to(device, non_blocking=True), labels.to(device), index.to(device)
+
+
+class _Telling:
+    """A part that gives a mistake of the user's back: raised in a loader's process it would come with that one's traceback."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor] | ValueError:
+        try:
+            return self.part.__getitems__(positions)
+        except ValueError as error:
+            return error
 
 
 def _as_it_is(batch):
@@ -143,24 +162,25 @@ class KeptViews:
                 f"data: keep_views: {views} views of {len(ids):,} images take {needed / 2**30:,.2f} GiB of memory and "
                 f"{free / 2**30:,.2f} GiB are free; fewer views take less, and keep_views: false none"
             )
-        self._ids = ids.to(device)
-        # Memory that is not written to is not taken: the views of other indices are never there.
-        self._images = torch.empty(views, num_samples, *shape, device=device)
-        self._known = torch.zeros(views, num_samples, dtype=torch.bool, device=device)
+        self._row = torch.full((num_samples,), len(ids), device=device)  # no row, of what is in no view
+        self._row[ids.to(device)] = torch.arange(len(ids), device=device)
+        self._images = torch.empty(views, len(ids), *shape, device=device)
+        self._known = torch.zeros(views, len(ids), dtype=torch.bool, device=device)
         self._whole: set[int] = set()
 
     def new(self, view: int, index: Tensor) -> Tensor:
         """Positions in `index` of the images that are not kept yet."""
-        return index[:0] if view in self._whole else (~self._known[view][index]).nonzero().flatten()
+        return index[:0] if view in self._whole else (~self._known[view][self._row[index]]).nonzero().flatten()
 
     def write(self, view: int, index: Tensor, images: Tensor) -> None:
-        self._images[view][index] = images
-        self._known[view, index] = True
-        if self._known[view][self._ids].all():
+        row = self._row[index]
+        self._images[view][row] = images
+        self._known[view, row] = True
+        if self._known[view].all():
             self._whole.add(view)
 
     def read(self, view: int, index: Tensor) -> Tensor:
-        return self._images[view].index_select(0, index)
+        return self._images[view].index_select(0, self._row[index])
 
 
 class Views:

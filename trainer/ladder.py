@@ -44,6 +44,10 @@ def ladder(
     number = prune_stage(recipe, stage)
     share = _check(recipe, number, sparsity, bits)
     points = [_point(recipe, number, share, s, b) for s in sparsity or [None] for b in bits or [None]]
+    names = [name for name, _ in points]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"ladder: {', '.join(twice)} is asked for twice")
     for name, asked in points:
         read(path, {**changes, **asked, "name": name})  # all faults before anything is trained
     with begun(path, number, changes, folder) as base:
@@ -113,7 +117,7 @@ def _point(
     """A point's name and what it changes in the recipe."""
     words, asked = [], {}
     if sparsity is not None:
-        words.append(f"sparsity-{sparsity:g}")
+        words.append(f"sparsity-{sparsity}")
         asked[f"stages.{number}.sparsity"] = sparsity
     if bits is not None:
         words.append(f"bits-{bits}")

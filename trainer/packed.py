@@ -1,6 +1,7 @@
 """Networks as packed files: the architecture's spec and the weights, through the codec, and back."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -50,22 +51,27 @@ def _check(header: Any) -> None:
         values = header.get(key)
         return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
-    wrong = [] if isinstance(header, dict) else ["it is no dict"]
-    if not wrong:
-        net, classes = header.get("net"), header.get("classes")
-        if net is not None and not (isinstance(net, dict) and isinstance(net.get("model"), str)):
-            wrong.append("net names no model")
-        if not numbers("shape", int) or len(header["shape"]) not in (0, 3) or min(header["shape"], default=1) < 1:
-            wrong.append("shape is not channels, height and width")
-        elif net is not None and not header["shape"]:
-            wrong.append("shape is missing")
-        if not (numbers("mean", Real) and numbers("std", Real)):
-            wrong.append("mean and std are not numbers")
-        if isinstance(classes, list):
-            if not all(isinstance(name, str) for name in classes):
-                wrong.append("classes are not names")
-        elif isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= MAX_CLASSES:
-            wrong.append(f"classes are neither names nor a number up to {MAX_CLASSES:,}")
+    if not isinstance(header, Mapping):
+        raise ValueError("its header is not that of a packed network: it is no dict")
+    wrong = []
+    net, classes = header.get("net"), header.get("classes")
+    if net is not None and not (isinstance(net, Mapping) and isinstance(net.get("model"), str)):
+        wrong.append("net names no model")
+    if not numbers("shape", int) or len(header["shape"]) not in (0, 3) or min(header["shape"], default=1) < 1:
+        wrong.append("shape is not channels, height and width")
+    elif net is not None and not header["shape"]:
+        wrong.append("shape is missing")
+    if not (numbers("mean", Real) and numbers("std", Real)):
+        wrong.append("mean and std are not numbers")
+    elif not all(math.isfinite(v) for v in (*header["mean"], *header["std"])) or min(header["std"], default=1) <= 0:
+        wrong.append("mean and std are not finite, or a std is not above 0")
+    elif not wrong and {len(header["mean"]), len(header["std"])} - {0} not in (set(), {*header["shape"][:1]}):
+        wrong.append("mean and std have not one value for each channel")
+    if isinstance(classes, list):
+        if not all(isinstance(name, str) for name in classes):
+            wrong.append("classes are not names")
+    elif isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= MAX_CLASSES:
+        wrong.append(f"classes are neither names nor a number up to {MAX_CLASSES:,}")
     if wrong:
         raise ValueError(f"its header is not that of a packed network: {'; '.join(wrong)}")
 
@@ -92,6 +98,7 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
             raise ValueError(f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can")
         tensors[name] = tensor.detach().cpu().numpy()
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
+    _check(header)
     steps = grid_steps(tensors)
     if not rebuilds(header):
         return codec.encode(header, tensors, steps)

@@ -71,6 +71,11 @@ class Recipe(bind.Entry):
     def teacher_entries(self) -> list[TeacherKeys]:
         return self.teachers or ([self.teacher] if self.teacher else [])
 
+    @property
+    def written(self) -> "Text":
+        """What it was read from."""
+        return self._text
+
     def fault(self, place: tuple, message: str) -> str:
         """A message about a place of this recipe, ('stages', 1, 'keep'), with its file and line."""
         if self._text is None:  # not read from a file
@@ -86,13 +91,14 @@ class Text:
     """A recipe as it was written: its plain mapping and where each place of it stands.
 
     marks: line and column, from 1. faults: (place, message, place whose line is told) of keys that no mapping
-    can have. changed: places set from outside.
+    can have. source: the text itself. changed: places set from outside.
     """
 
     path: Path
     plain: dict[str, Any]
     marks: dict[tuple, tuple[int, int]]
     faults: list[tuple[tuple, str, tuple]]
+    source: str = ""
     changed: set[tuple] = field(default_factory=set)
 
     def mark(self, place: tuple) -> tuple[int, int]:
@@ -214,7 +220,7 @@ def parse(path: str | Path) -> Text:
         raise RecipeError(
             f"{path}:{line}: a recipe is a mapping (name: ..., data: ..., stages: ...); got {got}"
         )
-    return Text(path, plain, reader.marks, reader.faults)
+    return Text(path, plain, reader.marks, reader.faults, text)
 
 
 def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
@@ -332,7 +338,7 @@ def _change(text: Text, name: str, value: Any) -> None:
     place: tuple = ()
     for number, key in enumerate(keys, start=1):
         if isinstance(into, list):
-            if not key.isdigit() or int(key) >= len(into):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(into):
                 raise RecipeError(
                     f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, from 0 on"
                 )
@@ -526,8 +532,12 @@ def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
         )
     if data.views is not None and data.augment == Augment():
         yield ("data", "views"), "has no effect without augment: every view is the same"
-    if data.keep_views and data.views is None:
-        yield ("data", "keep_views"), "endless views are never seen twice: give data.views, how many there are before they repeat"
+    if data.keep_views and data.augment == Augment():
+        yield ("data", "keep_views"), "has no effect without augment: images as they are need not be made"
+    elif data.keep_views and not (data.mixup or data.cutmix) and data.views is None:
+        yield ("data", "keep_views"), "has no effect on endless views: give data.views, how many there are before they repeat"
+    elif data.keep_views and data.views is None:
+        yield ("data", "keep_views"), "has no effect with mixup or cutmix: mixed images are never seen twice"
     if data.views is not None and (data.mixup or data.cutmix):
         yield (
             ("data", "views"),

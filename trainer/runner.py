@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
@@ -48,7 +49,7 @@ def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | P
         if (here / "report.json").is_file() and (here / "done").is_file():
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
-            _write_recipe(here, Path(path), plain, bool(changes))
+            _write_recipe(here, recipe, plain, bool(changes))
         with Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log:
             return _run(recipe, plain, here, accelerator, log, started)
 
@@ -64,7 +65,7 @@ def begun(
     started = time.time()
     with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
         if accelerator.is_main_process:
-            _write_recipe(here, Path(path), plain, bool(changes))
+            _write_recipe(here, recipe, plain, bool(changes))
         with Log(here / "log.jsonl", accelerator) as log:
             run = _make_run(recipe, here, accelerator, log)
             _run_stages(run, recipe, recipe.stages[:num_stages], started)
@@ -88,6 +89,8 @@ def _folder_of(
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of a run. Raises RecipeError when the launch asked for more processes than it got."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
+        AcceleratorState._reset_state()  # that of an earlier run in this process, which Accelerate holds on to
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
         mixed_precision=recipe.precision,
@@ -117,7 +120,8 @@ def _asked_for_more(num_processes: int) -> bool:
 def _same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
     """Refuses a folder that another recipe has left something in; a start that came to nothing leaves but its recipe."""
     kept = here / "recipe.yaml"
-    if not kept.is_file() or not ((here / "checkpoints").exists() or kept.samefile(path)):
+    left = (here / "checkpoints").exists() or (here / "done").exists()
+    if not kept.is_file() or not (left or kept.samefile(path)):
         return
     if parse(kept).plain != plain:
         raise RecipeError(
@@ -126,11 +130,11 @@ def _same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
         )
 
 
-def _write_recipe(here: Path, path: Path, plain: dict[str, Any], changed: bool) -> None:
-    """The recipe as run: the file itself, or, where it was changed on the command line, what came of it."""
-    text = path.read_text(encoding="utf-8")
+def _write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: bool) -> None:
+    """The recipe as run: the text that was read, or, where it was changed on the command line, what came of it."""
+    text = recipe.written.source
     if changed:
-        text = f"# {path.name} with changes from the command line\n" + dump(plain)
+        text = f"# {recipe.written.path.name} with changes from the command line\n" + dump(plain)
     files.write_bytes(here / "recipe.yaml", text.encode())
 
 
@@ -187,6 +191,7 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
 def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> float:
     """Runs those of the stages that are not done yet; returns when all this began, earlier sessions taken into account."""
     accelerator = run.accelerator
+    _same_beginning(run, recipe)
     first, seconds_before = _resume(run, stages)
     started -= seconds_before
     if run.teacher is not None and not _taught_here(recipe.stages) and first == 0:
@@ -210,6 +215,22 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
             raise RuntimeError(f"stage {stage.stage!r} changed the teacher's weights or statistics: this run proves nothing")
         _finish_stage(run, proof, time.time() - started)
     return started
+
+
+def _same_beginning(run: Run, recipe: Recipe) -> None:
+    """Raises ValueError when a run that goes on finds other images or another teacher than it began with."""
+    path = run.folder / "begun.json"
+    facts = {"the training images are not those": [run.data.fingerprint, len(run.data.train)]}
+    if run.teacher is not None and not _taught_here(recipe.stages):
+        facts["the teacher is not the one"] = run.teacher.fingerprint()
+    if path.is_file() and (run.folder / "checkpoints").exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        for what, fact in facts.items():
+            if begun.get(what) != fact:
+                raise ValueError(f"{run.folder}: {what} that this run began with: give it another folder")
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        files.write_bytes(path, json.dumps(facts, indent=1).encode())
 
 
 def _taught_here(stages: list) -> bool:
@@ -475,6 +496,7 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     model, header = packed.decode(content, str(file), into)
     # As in a run: the file was measured by the same arithmetic there.
     accelerator = Accelerator(mixed_precision=recipe.precision)
+    recipe.data.keep_views = False  # of images that are not looked at here
     data = make_data(recipe.data, accelerator.device)
     if packed.facts(data) != {key: header[key] for key in packed.facts(data)}:
         raise ValueError(f"{file}: was made for other images than the data of {path}: {header}")

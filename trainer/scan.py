@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def scan(
                 ("stages", number, "method"), f"{keys.method!r} has no sparsity of single weights to scan"
             )
         )
-    if cost <= 0:
+    if not 0 < cost < math.inf:
         raise ValueError(f"cost: got {cost}; points of accuracy above 0 are allowed")
     with begun(path, number, dict(changes or {}), folder) as run:
         found = {"name": run.name, "stage": number, "cost": cost, **measure(run, keys, cost)}
@@ -229,7 +230,9 @@ def _points(cost: float) -> str:
 def _yaml(suggestion: Mapping[str, Any]) -> str:
     def flow(value: Any) -> str:
         if isinstance(value, Mapping):
-            return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+            # A name that YAML would read as a number
+            keys = [f"'{key}'" if key.replace(".", "").isdigit() else key for key in value]
+            return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in zip(keys, value.values(), strict=True)) + "}"
         if isinstance(value, list):
             return "[" + ", ".join(map(str, value)) + "]"
         return f"{value:g}" if isinstance(value, float) else str(value)

@@ -32,8 +32,8 @@ class TeacherKeys(ModelKeys):
     """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `share` is its say among several."""
 
     resize: PositiveInt | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
     share: PositiveFloat = 1.0
 
 
@@ -58,8 +58,9 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     _, rest = bind.split("model", spec["model"])
     try:
         model = function(shape, num_classes, *([rest] if rest else []), **settings)
-    except (TypeError, RuntimeError, ImportError) as error:
-        raise ValueError(f"model {spec['model']!r} cannot be built for images {shape}: {error}") from error
+    except (TypeError, RuntimeError, ImportError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+        told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
+        raise ValueError(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
     channels.resize(model, spec.get("resized", {}))
     return model
 

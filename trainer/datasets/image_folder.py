@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from trainer.context import Source
+from trainer.images import open_image
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -21,7 +22,7 @@ def image_folder(
     size: PositiveInt = 224,
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0,
 ) -> Source:
-    """Images read from disk when needed, as RGB of 3 x size x size; the subfolder's name is the class.
+    """Images read from disk when needed, as RGB of 3 x size x size; the subfolder's name is the class, however deep they lie.
 
     folder: has the subfolder `train` and one of `test`, `val` and `validation`, the first that is there; or
     is itself the folder of the training images, and test_folder gives the others. Training images that lie in
@@ -29,7 +30,8 @@ def image_folder(
     classes are the training's. Classes are in natural order (2 before 10), as timm has them.
     size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased).
     Normalised with ImageNet's mean and deviation, unless the data section gives its own.
-    Raises ValueError for a folder or class that is not there and, on reading, for a damaged image file.
+    What begins with a dot is passed over. Raises ValueError for a folder or class that is not there, a single
+    class and, on reading, for a damaged image file.
     """
     if not folder.is_dir():
         raise ValueError(f"image_folder: there is no folder {folder}")
@@ -61,6 +63,8 @@ def image_folder(
             "either all training images lie in one, or none does"
         )
     classes = _in_order(labelled or test_names)
+    if len(classes) < 2:
+        raise ValueError(f"image_folder: all images of {train_folder} are of one class, {classes[0]!r}; two or more are needed")
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
     for name, file in zip(test_names, test_files, strict=True):
         if name not in number:
@@ -85,8 +89,15 @@ def _find(folder: Path) -> tuple[list[str], list[str]]:
         reader = create_reader("", root=str(folder), input_key=";".join(_ENDINGS))
     except RuntimeError as fault:
         raise ValueError(f"image_folder: no file under {folder} ends with {', '.join(_ENDINGS)}") from fault
-    names = {number: name for name, number in reader.class_to_idx.items()}
-    return [file for file, _ in reader.samples], [names[number] for _, number in reader.samples]
+    files, names = [], []
+    for file, _ in reader.samples:
+        *folders, name = Path(file).relative_to(folder).parts
+        if not any(part.startswith(".") for part in (*folders, name)):
+            files.append(file)
+            names.append(folders[0] if folders else "")
+    if not files:
+        raise ValueError(f"image_folder: there are no images under {folder}")
+    return files, names
 
 
 def _in_order(names: list[str]) -> list[str]:
@@ -112,11 +123,7 @@ class _OnDisk:
         return images, self.labels[torch.as_tensor(positions)]
 
     def _read(self, file: str) -> Tensor:
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except Exception as fault:  # a damaged file makes Pillow raise nearly anything
-            raise ValueError(f"image_folder: {file} cannot be read as an image: {fault}") from fault
+        image = open_image(file, "RGB")
         side = min(image.size) * self.crop
         left, top = (image.width - side) / 2, (image.height - side) / 2
         image = image.resize(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -92,7 +93,9 @@ def _in_fresh_process(run: Run, path) -> dict:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH)}
     if run.accelerator.device.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "1"  # the same arithmetic as here
-    command = [sys.executable, "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
+    # This package, whatever the folder it was started in holds by that name.
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{path}: the fresh process could not evaluate it:\n{done.stderr[-2000:]}")
