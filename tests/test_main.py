@@ -182,6 +182,8 @@ def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
             "trainer: [Errno 28] No space left on device: 'x'\n",
         ),
         (RuntimeError("operator torchvision::nms does not exist"), 2, "install a matching pair"),
+        (OverflowError("int too large"), 2, "trainer: a number is too large, or there is too little memory: int too"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "there is too little memory: Default"),
     ],
 )
 def test_how_errors_end(error, status, told, say, monkeypatch, tmp_path):

@@ -150,6 +150,10 @@ BAD = {
         changed("lr: 2e-3", "lr: fast"),
         ["8: stages[1].training.lr: got 'fast'; it should be a valid number"],
     ),
+    "epochs beyond all": (
+        changed("epochs: 1, lr", "epochs: 3000000000, batch_size: 1" + "0" * 400 + ", lr"),
+        ["8: stages[1].training.epochs: got 3000000000; it should be less than 2147483648", "8: stages[1].training.batch_size: got 1"],
+    ),
     "half an epoch": (
         changed("epochs: 1, lr", "epochs: 1.5, lr"),
         ["8: stages[1].training.epochs: got 1.5; it should be a valid integer"],

@@ -50,7 +50,8 @@ def _mistake(error: Exception) -> str | None:
     fetch = sys.modules.get("trainer.fetch")  # what was not imported has raised nothing
     if fetch is not None and isinstance(error, fetch.FetchError):
         return str(error)
-    if isinstance(error, (OverflowError, MemoryError)) or "can't allocate memory" in str(error):
+    no_room = ("can't allocate memory", "Storage size calculation overflowed")
+    if isinstance(error, (OverflowError, MemoryError)) or any(words in str(error) for words in no_room):
         return f"a number is too large, or there is too little memory: {error or type(error).__name__}"
     if isinstance(error, RuntimeError) and "torchvision::" in str(error):
         return (

@@ -28,6 +28,9 @@ LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training
 
 
+_Count = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class Training(bind.Entry):
     """How to train. batch_size counts the images of all processes; `accumulate` batches make one step.
 
@@ -42,8 +45,8 @@ class Training(bind.Entry):
     of all its stages.
     """
 
-    epochs: PositiveInt
-    batch_size: PositiveInt = 128
+    epochs: _Count
+    batch_size: _Count = 128
     lr: PositiveFloat = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     weight_decay: NonNegativeFloat = 0.0
@@ -54,7 +57,7 @@ class Training(bind.Entry):
     milestones: list[PositiveInt] | None = None
     gamma: PositiveFloat | None = None
     clip: PositiveFloat | None = None
-    accumulate: PositiveInt = 1
+    accumulate: _Count = 1
     keep: Literal["last", "best"] = "last"
     patience: PositiveInt | None = None
     validate_every: PositiveInt = 1
