@@ -449,6 +449,15 @@ def test_evaluate_agrees_with_the_report(student, finished, say):
     assert status == 2 and f"{student}: was made for other images" in err
 
 
+def test_evaluating_keeps_no_views(student, finished, say, monkeypatch):
+    from trainer import data
+
+    monkeypatch.setattr(data, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at"))
+    keep = [f"data.{key}" for key in ("keep_views=true", "views=5", "augment.shift=1")]
+    status, _, err = say("evaluate", student, finished / "recipe.yaml", *(word for key in keep for word in ("--set", key)))
+    assert status == 0, err
+
+
 def test_unpack(student, finished, say, tmp_path):
     status, out, _ = say("unpack", student, "weights.safetensors")
     assert status == 0 and out.startswith("weights.safetensors: 10 tensors, ")
@@ -492,7 +501,8 @@ def test_predict(student, finished, say, tmp_path):
 
 def test_predict_from_what_is_no_image(student, say, tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    for name in ("text.png", "none.png"):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    for name in ("text.png", "none.png", "bomb.png"):
         status, _, err = say("predict", student, tmp_path / name)
         assert status == 2 and f"{tmp_path / name}: is no image that can be read" in err
 

@@ -344,3 +344,8 @@ def test_both_commands(folder, monkeypatch, capsys):
             main(["ladder", path, *words])
         assert left.value.code == 2
         assert "numbers with commas between them are allowed" in capsys.readouterr().err
+
+
+def test_suggestions_are_read_back_as_they_are_meant():
+    suggestion = {"keep": ["0"], "sparsity": {"1": 0.99, "0.2": 0.5, "fc1": 0.25}}
+    assert recipe.value("{" + scan._yaml(suggestion) + "}") == suggestion

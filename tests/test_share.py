@@ -250,6 +250,9 @@ def test_a_grid_of_a_power_of_two_that_fits():
         assert (found - values).abs().max() <= 0.9 / (2 ** (bits - 1) - 1)
         assert not torch.signbit(found[found == 0]).any()
     assert not compress.to_grid(torch.zeros(3), 4).any()
+    assert torch.isfinite(compress.to_grid(torch.tensor([1e-44, 0.0]), 8)).all()
+    with pytest.raises(ValueError, match=r"a value of 3.3e\+38 is too large for 2 bits"):
+        compress.to_grid(torch.tensor([1e38, -3.3e38]), 2)
 
 
 def test_rounding_to_bits_of_the_fraction():

@@ -261,3 +261,9 @@ def test_a_teacher_that_is_asked_is_laid_out_and_answers_the_same():
         wanted = network((images - 0.5) / 0.5)
     torch.testing.assert_close(guide.see(images).logits, wanted, rtol=1e-5, atol=1e-6)
     assert not network[3].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("options", [{"norm_layer": "foo"}, {"block": 3}, {"layers": [1]}, {"output_stride": 3}])
+def test_options_that_timm_trips_over_are_the_users(options):
+    with pytest.raises(ValueError, match="model 'timm/resnet18' cannot be built for images"):
+        teacher.build({"model": "timm/resnet18", "options": options}, (1, 32, 32), 3)

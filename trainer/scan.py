@@ -230,11 +230,11 @@ def _points(cost: float) -> str:
 def _yaml(suggestion: Mapping[str, Any]) -> str:
     def flow(value: Any) -> str:
         if isinstance(value, Mapping):
-            # A name that YAML would read as a number
-            keys = [f"'{key}'" if key.replace(".", "").isdigit() else key for key in value]
-            return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in zip(keys, value.values(), strict=True)) + "}"
+            return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
         if isinstance(value, list):
-            return "[" + ", ".join(map(str, value)) + "]"
+            return "[" + ", ".join(map(flow, value)) + "]"
+        if isinstance(value, str) and value.replace(".", "").isdigit():
+            return f"'{value}'"  # a layer's name, which YAML would read as a number
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     return flow(suggestion)[1:-1]
