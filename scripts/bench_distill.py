@@ -282,8 +282,8 @@ def report(
     print(tabulate(rows, ["loop", "images/s", "least", "most"], tablefmt="github", floatfmt=",.0f"), "\n")
     others = [name for name in speeds if name.startswith("torchdistill")]
     ratios = [("cache warm", "cross-entropy only"), ("cache cold", "teacher online")]
-    ours = [name for name in ("teacher online", "cache warm", "cache warm, views kept") if name in speeds]
-    ratios += [(one, other) for other in others for one in ours]
+    mine = [name for name in ("teacher online", "cache warm", "cache warm, views kept") if name in speeds]
+    ratios += [(one, other) for other in others for one in mine]
     rows = []
     for one, other in ratios:
         each = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]

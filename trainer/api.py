@@ -27,14 +27,14 @@ def prune(
     if (sensitivity is None) == (sparsity is None):
         raise ValueError("exactly one of sensitivity and sparsity is needed")
     places = _chosen(model, keep)
-    for name, place in places.items():
-        if not isinstance(place.parametrization, compress.Mask | None):
-            raise ValueError(f"layer {name!r} shares its weights already: prune before sharing, or name it in keep")
+    for place in places.values():  # all or none: before any layer is pruned
+        compress.refuse_shared(place)
     if sensitivity is not None:
-        for name, factor in _numbers(places, sensitivity, "sensitivity").items():
+        factors = _numbers(places, sensitivity, "sensitivity")
+        for name, factor in factors.items():
             if not 0 < factor < math.inf:
                 raise ValueError(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
-        masks = compress.std_masks(places, compress.per_layer(places, sensitivity, "sensitivity"))
+        masks = compress.std_masks(places, factors)
     else:
         target = _numbers(places, sparsity, "sparsity")
         for name, share in target.items():

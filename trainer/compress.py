@@ -290,11 +290,9 @@ def choose(places: Mapping[str, Place], keep: Iterable[str] = ()) -> dict[str, P
     order = list(places)
     if isinstance(keep, str):
         raise ValueError(f"keep: got {keep!r}; a list of names is allowed, such as [{keep!r}]")
-    for word in keep if places else ():
-        if word in ("first", "last"):
-            left.pop(order[0] if word == "first" else order[-1], None)
-            continue
-        for name in matching(places, word):
+    ends = {"first": order[:1], "last": order[-1:]}
+    for word in keep:
+        for name in ends[word] if word in ends else matching(places, word):
             left.pop(name, None)
     for name, place in left.items():
         if not place.trainable:
@@ -426,14 +424,19 @@ def geometric(final: float, progress: float, initial: float = 0.0) -> float:
     return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** max(0.0, progress)
 
 
+def refuse_shared(place: Place) -> None:
+    """Raises ValueError for a weight that shares its values: it can be pruned no more."""
+    if isinstance(place.parametrization, Codebook | TrainedCodebook):
+        raise ValueError(f"layer {place.name!r} shares its weights already: prune before sharing, or name it in keep")
+
+
 def set_mask(place: Place, mask: Tensor) -> None:
     """Prunes a weight, in place; a mask that is there already is replaced."""
     found = place.parametrization
     if isinstance(found, Mask):
         found.mask.copy_(mask)
         return
-    if isinstance(found, Codebook | TrainedCodebook):
-        raise ValueError(f"layer {place.name!r} shares its weights already: prune before sharing")
+    refuse_shared(place)
     _parametrize(place, Mask(mask))
 
 

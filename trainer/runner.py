@@ -220,15 +220,17 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
 def _same_beginning(run: Run, recipe: Recipe) -> None:
     """Raises ValueError when a run that goes on finds other images or another teacher than it began with."""
     path = run.folder / "begun.json"
-    facts = {"the training images are not those": [run.data.fingerprint, len(run.data.train)]}
+    told = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
+    facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
     if run.teacher is not None and not _taught_here(recipe.stages):
-        facts["the teacher is not the one"] = run.teacher.fingerprint()
+        facts["teacher"] = run.teacher.fingerprint()
     if path.is_file() and (run.folder / "checkpoints").exists():
         begun = json.loads(path.read_text(encoding="utf-8"))
         for what, fact in facts.items():
             if begun.get(what) != fact:
-                raise ValueError(f"{run.folder}: {what} that this run began with: give it another folder")
-    run.accelerator.wait_for_everyone()
+                raise ValueError(f"{run.folder}: {told[what]} that this run began with: give it another folder")
+        return
+    run.accelerator.wait_for_everyone()  # nothing is written before all have looked
     if run.accelerator.is_main_process:
         files.write_bytes(path, json.dumps(facts, indent=1).encode())
 

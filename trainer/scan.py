@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from tabulate import tabulate
 from torch import Tensor
 
@@ -228,16 +229,8 @@ def _points(cost: float) -> str:
 
 
 def _yaml(suggestion: Mapping[str, Any]) -> str:
-    def flow(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return "{" + ", ".join(f"{flow(key)}: {flow(item)}" for key, item in value.items()) + "}"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(flow, value)) + "]"
-        if isinstance(value, str) and value.replace(".", "").isdigit():
-            return f"'{value}'"  # a layer's name, which YAML would read as a number
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    return flow(suggestion)[1:-1]
+    """The keys in one line, for a stage's braces."""
+    return yaml.safe_dump(dict(suggestion), default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
 
 
 def _figure(found: Mapping[str, Any]) -> "Figure":

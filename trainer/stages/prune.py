@@ -193,8 +193,7 @@ def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
     if not places:
         raise ValueError("keep leaves no layer to prune")
     for name, place in places.items():
-        if isinstance(place.parametrization, compress.Codebook):
-            raise ValueError(f"layer {name!r} shares its weights already: prune before sharing")
+        compress.refuse_shared(place)
         if not place.value.any():
             raise ValueError(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in keep to spare it)"
