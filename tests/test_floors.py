@@ -12,7 +12,7 @@ FLOORS = [
     ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "projectors", "scores", "views"],
     ["codec", "compress", "losses"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
-    ["models", "datasets"],
+    ["models", "datasets", "inference"],
     ["teacher", "data"],
     ["cache", "packed", "objective"],
     ["evaluate"],

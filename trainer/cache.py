@@ -303,7 +303,7 @@ class ViewCache:
 
     def _new(self, index: Tensor) -> Tensor | None:
         """Positions within the batch of the records that nobody has kept yet; None where there are none."""
-        new = (~self._known[self._view][index]).nonzero().flatten()
+        new = self._known[self._view].index_select(0, index).logical_not_().nonzero().flatten()
         if len(new):
             where = index[new]
             valid = self._verify(self._view, where.cpu()).to(self._device)
@@ -319,7 +319,7 @@ class ViewCache:
     def _write(self, seen: Seen, index: Tensor) -> None:
         packed = self._pack(seen)
         for name, table in self._table.items():
-            table[index] = packed[name]
+            table.index_copy_(0, index, packed[name])
         where = index.cpu()
         host = {name: part.cpu() for name, part in packed.items()}
         if self._device.type != "cpu":
@@ -330,7 +330,7 @@ class ViewCache:
         self._mark(index)
 
     def _mark(self, index: Tensor) -> None:
-        self._known[self._view, index] = True
+        self._known[self._view].index_fill_(0, index, True)
         self._missing -= len(index)
         if self._missing <= 0:
             self._count_missing()
@@ -346,7 +346,7 @@ class ViewCache:
 
     def _verify(self, view: int, index: Tensor) -> Tensor:
         """Which of the records [N] in the file are whole."""
-        if not self._sums[view][index].any():  # none is written: the usual case of a batch that nobody has seen
+        if not self._sums[view].numpy()[index.numpy()].any():  # none is written: the usual case of a batch that nobody has seen
             return torch.zeros(len(index), dtype=torch.bool)
         parts = [torch.empty(0, dtype=torch.bool)]
         damaged = 0
@@ -367,15 +367,16 @@ class ViewCache:
 
     def _checksums(self, view: int, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """int32 [N], never 0: a universal hash, modulo a prime, of the records' place and their 16-bit words."""
-        total = (view * self.data.num_samples + index) % _PRIME * self._multipliers[-1] % _PRIME
+        # numpy: of so few numbers the calls are what takes the time, and torch's take four times as long.
+        total = (view * self.data.num_samples + index.numpy()) % _PRIME * self._multipliers[-1] % _PRIME
         start = 0
         for name in self._layout:
-            words = parts[name].reshape(len(index), -1).contiguous().view(torch.int16)
-            for block in words.split(_BLOCK, dim=1):
-                factors = self._multipliers[start : start + block.shape[1]]
-                total += ((block.long() & 0xFFFF) * factors).sum(1) % _PRIME
+            words = parts[name].reshape(len(index), -1).contiguous().numpy().view(np.uint16)
+            for first in range(0, words.shape[1], _BLOCK):
+                block = words[:, first : first + _BLOCK].astype(np.int64)
+                total += block @ self._multipliers[start : start + block.shape[1]] % _PRIME
                 start += block.shape[1]
-        return (total % _PRIME + 1).int()
+        return torch.from_numpy((total % _PRIME + 1).astype(np.int32))
 
     # The file.
 
@@ -431,7 +432,7 @@ class ViewCache:
             self._fields[name] = content[start : start + count].view(kind).view(*shape, *extent)
         self._sums = self._fields.pop("")
         raw = np.random.PCG64(0x7EAC4E12).random_raw(sum(math.prod(s) * k.itemsize // 2 for s, k in self._layout.values()) + 1)
-        self._multipliers = torch.from_numpy((raw % (_PRIME - 1) + 1).astype(np.int64))
+        self._multipliers = (raw % (_PRIME - 1) + 1).astype(np.int64)
         return folder
 
     def _regions(self) -> tuple[dict[str, tuple[int, int, tuple[int, ...], torch.dtype]], int]:

@@ -11,10 +11,15 @@ from trainer import bind, codec, compress
 from trainer.compress import Codebook, Mask, Place
 
 
+def norms(model: nn.Module) -> list[tuple[str, str]]:
+    """The (layer, BatchNorm after it) pairs that can be folded (`Staged.norms`), those aside that were folded already."""
+    known = model.norms() if hasattr(model, "norms") else []
+    return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
+
+
 def can_fold(model: nn.Module) -> list[tuple[str, str]]:
     """The (layer, norm) pairs that `fold` would fold. Raises ValueError where there are none, or the weights are shared."""
-    known = model.norms() if hasattr(model, "norms") else []
-    pairs = [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
+    pairs = norms(model)
     if not pairs:
         raise ValueError("the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do")
     places = compress.weights(model)
@@ -24,13 +29,21 @@ def can_fold(model: nn.Module) -> list[tuple[str, str]]:
     return pairs
 
 
-@torch.no_grad()
 def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Takes BatchNorm into the layers before it, in place; returns the network and its spec, that of `batch_norm: false`.
+    """Folds BatchNorm away as `fold_norms`; returns the network and its spec, that of `batch_norm: false`.
+
+    spec: {"model": name, settings} as in a recipe.
+    """
+    folded = {norm for _, norm in can_fold(model)}
+    return fold_norms(model), _without_norms(spec, folded)
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Takes BatchNorm into the layers before it, in place; returns the network.
 
     In evaluation mode the outputs are the same up to rounding. Each output channel is scaled, so masks stay as they are.
-    spec: {"model": name, settings} as in a recipe. Raises ValueError for a network that has nothing to fold or whose
-    weights are shared already.
+    Raises ValueError for a network that has nothing to fold or whose weights are shared already.
     """
     pairs = can_fold(model)
     places = compress.weights(model)
@@ -47,7 +60,7 @@ def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str
         module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
         owner, _, name = norm_name.rpartition(".")
         setattr(model.get_submodule(owner), name, nn.Identity())
-    return model, _without_norms(spec, {norm for _, norm in pairs})
+    return model
 
 
 def _without_norms(spec: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:

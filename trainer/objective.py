@@ -190,7 +190,7 @@ class Objective(nn.Module):
         self._see_teacher = list(dict.fromkeys(theirs)), "teacher_embedding" in asks
         self._asks_teacher = bool(TEACHER_WORDS & asks - WEIGHTS)
         if self._asks_teacher:
-            teacher.lay_out()  # now, not in the first step, which torch.compile would compile with it
+            teacher.make_ready()  # now, not in the first step, which torch.compile would compile with it
         self._teacher_images = 0
         self._ids = data.train.ids.to(device) if "index" in asks else None
         self.to(device)

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer import bind, channels, checkpoint, features
+from trainer import bind, channels, checkpoint, features, inference
 from trainer.features import Seen
 
 
@@ -117,7 +117,8 @@ class Teacher:
         self.mean, self.std = tuple(mean), tuple(std)
         self.cache = None
         self.version = 0  # counts its own trainings: answers of an earlier version are not this one's
-        self._laid_out: int | None = None  # the version whose weights are laid out for looking
+        self._ready: list[nn.Module] = []  # what is asked in place of the networks
+        self._ready_for: list = []  # and the state of the networks that it was made of
         self.accuracy: dict[str, float] = {}
         for network in self.networks:
             network.eval().requires_grad_(False)
@@ -135,21 +136,23 @@ class Teacher:
     def to(self, device: torch.device) -> "Teacher":
         for network in self.networks:
             network.to(device)
+        self._ready = []
         return self
 
-    def lay_out(self) -> None:
-        """Lays the weights of 2-D convolutions out with channels last where the teacher is asked on a CPU.
+    def make_ready(self) -> None:
+        """Makes the networks ready to answer on a CPU (`inference.make_ready`), anew where their weights have changed.
 
-        What it answers is the same up to rounding, and comes sooner (`scripts/bench_layout.py`). `see` does so at its
-        first call, not before: a network that is still to be taught learns as its training says.
+        `see` does so, not the constructor: a network that is still to be taught learns as its training says.
         """
-        if self._laid_out == self.version:
-            return
-        self._laid_out = self.version
-        for network in self.networks:
-            for module in network.modules():
-                if isinstance(module, nn.Conv2d) and module.weight.device.type == "cpu":
-                    module.to(memory_format=torch.channels_last)
+        if not self._ready or self._state() != self._ready_for:
+            self._ready = [inference.make_ready(network) for network in self.networks]
+            self._ready_for = self._state()
+
+    def _state(self) -> list:
+        """What changes when another copy is needed of the networks that are not asked themselves."""
+        copied = [network for network, ready in zip(self.networks, self._ready, strict=True) if ready is not network]
+        tensors = [tensor for network in copied for tensor in (*network.parameters(), *network.buffers())]
+        return [self.version, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
     def fingerprint(self) -> str:
         facts = [(fingerprint(n), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
@@ -165,11 +168,14 @@ class Teacher:
     @torch.no_grad()
     def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
         """What the teacher sees in images [N, C, H, W] in [0, 1]."""
-        self.lay_out()
-        first = features.see(self.network, self.prepare(images), layers, embedding)
+        if not torch.compiler.is_compiling():
+            self.make_ready()
+        # A layer that is no stage may be gone from the copy without BatchNorm, or give something else there.
+        asked = self._ready[0] if set(layers) <= set(features.stage_names(self.network)) else self.network
+        first = features.see(asked, self.prepare(images), layers, embedding)
         if len(self.networks) == 1:
             return first
-        rest = [n(self.prepare(images, i)) for i, n in enumerate(self.networks[1:], start=1)]
+        rest = [n(self.prepare(images, i)) for i, n in enumerate(self._ready[1:], start=1)]
         return Seen(self._agree([first.logits, *rest]), first.embedding, first.maps)
 
     def _agree(self, logits: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""What channels last is worth to a teacher on a CPU: its answers with convolutions laid out so and as torch makes them.
+"""What it is worth to a teacher on a CPU to be made ready (`trainer.inference`): its answers then and as it was built.
 
-Run: python scripts/bench_layout.py [--rounds 7]. Freshly initialised networks, one thread, processor time; the two take
+Run: python scripts/bench_inference.py [--rounds 7]. Freshly initialised networks, one thread, processor time; the two take
 turns and medians are compared. The difference of their logits is given relative to the largest logit.
 """
 
@@ -16,31 +16,29 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from trainer import inference
 from trainer.models.timm import timm
-from trainer.teacher import Teacher, TeacherKeys, build
+from trainer.teacher import build
 
 SHAPES = {(1, 28, 28): 128, (3, 32, 32): 64, (3, 224, 224): 4}  # and images at a time
 NAMES = ("resnet18", "mobilenetv3_small_100", "efficientnet_lite0")
 LARGE = ("convnext_atto", "densenet121", "vit_tiny_patch16_224")  # which need images of some size
 
 
+@torch.no_grad()
 def measure(network: torch.nn.Module, shape: tuple[int, int, int], rounds: int) -> list[float]:
-    """Microseconds an image as it is and laid out, their ratio, and the relative difference of the logits."""
+    """Microseconds an image as it is and made ready, their ratio, and the relative difference of the logits."""
     images = torch.rand(SHAPES[shape], *shape)
-    sides = [
-        Teacher([net], [TeacherKeys(model="bench")], [0.5] * shape[0], [0.5] * shape[0])
-        for net in (network, copy.deepcopy(network))
-    ]
-    sides[0].lay_out = lambda: None
-    first, second = (side.see(images).logits for side in sides)
+    sides = [network.eval(), inference.make_ready(copy.deepcopy(network))]
+    first, second = (side(images) for side in sides)
     spent: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for side, seconds in zip(sides, spent, strict=True):
             started = time.process_time()
-            side.see(images)
+            side(images)
             seconds.append(time.process_time() - started)
-    plain, laid_out = (statistics.median(seconds) / len(images) * 1e6 for seconds in spent)
-    return [plain, laid_out, plain / laid_out, ((first - second).abs().max() / first.abs().max()).item()]
+    plain, ready = (statistics.median(seconds) / len(images) * 1e6 for seconds in spent)
+    return [plain, ready, plain / ready, ((first - second).abs().max() / first.abs().max()).item()]
 
 
 def main() -> None:
@@ -56,7 +54,7 @@ def main() -> None:
         for name in NAMES + LARGE * (shape[1] == 224):
             rows.append([name, shape, *measure(timm(shape, 10, name), shape, rounds)])
     rows = [[name, "x".join(map(str, shape)), *rest] for name, shape, *rest in rows]
-    heads = ["teacher", "images", "as it is, us/image", "channels last", "times as quick", "difference"]
+    heads = ["teacher", "images", "as it is, us/image", "made ready", "times as quick", "difference"]
     print(tabulate(rows, heads, tablefmt="github", floatfmt=("", "", ",.0f", ",.0f", ".2f", ".0e")))
 
 
