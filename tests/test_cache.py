@@ -343,6 +343,36 @@ def test_every_single_bit_counts(tmp_path):
             assert cache._checksums(0, index, {"logits": wrong.view(torch.float32)}) != right
 
 
+def test_checksums_are_those_of_plain_integers(tmp_path):
+    data = some_data()
+    cache = ViewCache(a_teacher(data), data, tmp_path, CacheKeys(embeddings=True))
+    torch.manual_seed(0)
+    index, prime = torch.tensor([3, 0, 149]), 2**31 - 1
+    parts = {"logits": torch.randn(10, 3).T, "embedding": torch.randn(3, cache._shapes["embedding"][0])}
+    found = cache._checksums(2, index, parts)
+    factors = [int(factor) for factor in cache._multipliers]
+    for number, sample in enumerate(index.tolist()):
+        words = b"".join(part[number].contiguous().numpy().tobytes() for part in parts.values())
+        total = (2 * data.num_samples + sample) * factors[-1]
+        total += sum(
+            int.from_bytes(words[2 * i : 2 * i + 2], sys.byteorder) * factors[i] for i in range(len(words) // 2)
+        )
+        assert found[number] == total % prime + 1
+
+
+def test_answers_that_lie_otherwise_in_memory_are_kept(tmp_path):
+    data = some_data()
+    guide = a_teacher(data)
+    plain = guide.network.fc3
+    guide.network.fc3 = torch.nn.Module()  # its answers are a transposed matrix
+    guide.network.fc3.forward = lambda x: (plain.weight @ x.T + plain.bias[:, None]).T
+    cache = ViewCache(guide, data, tmp_path)
+    assert not cache.teacher.see(torch.rand(4, *data.shape)).logits.is_contiguous()
+    for _, _, images, seen in epochs(cache, data, range(6)):
+        torch.testing.assert_close(seen.logits, guide.see(images).logits, rtol=1e-5, atol=1e-5)
+    assert cache.computed == 3 * len(data.train)
+
+
 def test_a_checksum_is_never_that_of_an_empty_record(tmp_path):
     data = some_data()
     cache = opened(data, a_teacher(data), tmp_path)
