@@ -16,13 +16,14 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import bind, compress, runner
+from trainer import bind, compress, onednn, runner
 from trainer import fit as fitting
 from trainer.cache import CacheKeys, ViewCache
 from trainer.context import Run
 from trainer.data import DataKeys, make_data
 from trainer.fit import Averaged, Training, fit, freeze_unused, learning_rate, make_optimizer
 from trainer.models.lenet5 import lenet5
+from trainer.models.lenet300 import lenet300
 from trainer.objective import Objective, Term, TermKeys
 from trainer.teacher import Teacher, TeacherKeys
 from trainer.tracking import Log
@@ -359,6 +360,25 @@ def test_compiling_changes_nothing_but_the_speed(tmp_path, kept):
     assert_same(weights(plain), weights(other), 1e-4)
     if kept:
         assert plain.teacher.cache.computed == other.teacher.cache.computed == 2 * 60
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="without AVX-512 torch multiplies")
+def test_fully_connected_layers_learn_by_onednn_and_learn_the_same(tmp_path, monkeypatch):
+    def trained(folder):
+        run = make_run(folder, lambda: lenet300((1, 8, 8), 10, hidden=(20, 12)))
+        train(run)
+        assert not any("forward" in vars(module) for module in run.student.modules())
+        return weights(run)
+
+    torchs = trained(tmp_path / "torch")  # such small products are left to it
+    made, forward = [], onednn._Product.forward
+    monkeypatch.setattr(onednn, "_LEAST", 0)
+    monkeypatch.setattr(
+        onednn._Product, "forward", staticmethod(lambda ctx, *given: made.append(1) or forward(ctx, *given))
+    )
+    assert_same(trained(tmp_path / "onednn"), torchs, 1e-4)
+    assert made
+    assert_same(trained(tmp_path / "again"), trained(tmp_path / "once more"))
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):

@@ -1,12 +1,8 @@
 """A network made ready to answer on a CPU gives the same answers, and stays what it was to everything else."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from trainer import compress, features, inference, teacher
 from trainer.models.lenet5 import lenet5
@@ -56,61 +52,6 @@ def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
     assert (ready is network) == (name not in ("lenet5", "separable"))
     if ready is not network:
         assert not any(isinstance(module, nn.BatchNorm2d) for module in ready.modules())
-
-
-def plain_linear(layer, x):
-    return F.linear(x, layer.weight, layer.bias)
-
-
-@pytest.mark.parametrize("shape", [(8,), (5, 8), (1, 8), (0, 8), (2, 3, 8), (2, 3, 4, 8)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_fully_connected_layers_take_any_shape(shape, bias):
-    torch.manual_seed(0)
-    layer = inference.make_ready(nn.Sequential(nn.Linear(8, 6, bias=bias)))
-    x = torch.randn(shape)
-    with torch.no_grad():
-        for images in (x, x.transpose(0, -2).contiguous().transpose(0, -2) if len(shape) > 2 else x):
-            torch.testing.assert_close(layer(images), plain_linear(layer[0], images), rtol=1e-5, atol=1e-6)
-
-
-def test_where_gradients_are_wanted_or_precision_is_another_torch_multiplies():
-    torch.manual_seed(0)
-    layer = inference.make_ready(nn.Sequential(nn.Linear(300, 60)))
-    x = torch.randn(50, 300, requires_grad=True)
-    assert torch.equal(layer(x), plain_linear(layer[0], x))
-    layer(x).sum().backward()
-    assert x.grad is not None and layer[0].weight.grad is not None
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    with torch.no_grad():
-        assert layer.double()(x.double()).dtype == torch.float64
-        with pytest.raises(RuntimeError):
-            layer(x)
-
-
-def test_copies_and_pickles_have_layers_of_their_own():
-    network, images = some("lenet300")
-    inference.make_ready(network)
-    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-        with torch.no_grad():
-            assert torch.equal(other(images), network(images))
-            other.fc1.weight.zero_()
-            other.fc1.bias.fill_(1.0)
-            changed = other(images)
-            assert not torch.equal(changed, network(images)) and torch.equal(changed[0], changed[1])
-
-
-def test_a_forward_of_someones_own_and_subclasses_stay():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    network = nn.Sequential(nn.Linear(3, 3), Doubled(3, 3))
-    network[0].forward = lambda x: x
-    inference.make_ready(network)
-    x = torch.randn(2, 3)
-    with torch.no_grad():
-        assert torch.equal(network(x), 2 * plain_linear(network[1], x))
 
 
 def test_pruned_and_shared_networks_are_not_folded():

@@ -304,16 +304,15 @@ class ViewCache:
     def _new(self, index: Tensor) -> Tensor | None:
         """Positions within the batch of the records that nobody has kept yet; None where there are none."""
         new = self._known[self._view].index_select(0, index).logical_not_().nonzero().flatten()
-        if len(new):
-            where = index[new]
+        where = index if len(new) == len(index) else index[new]
+        if self._written(self._view, where.cpu()):  # another process has kept some of them meanwhile
             valid = self._verify(self._view, where.cpu()).to(self._device)
             found = where[valid]
-            if len(found):  # another process has kept them meanwhile
-                for name, table in self._table.items():
-                    if self._device.type != "cpu":
-                        table[found] = self._fields[name][self._view][found.cpu()].to(self._device)
-                self._mark(found)
-                new = new[~valid]
+            for name, table in self._table.items():
+                if self._device.type != "cpu":
+                    table[found] = self._fields[name][self._view][found.cpu()].to(self._device)
+            self._mark(found)
+            new = new[~valid]
         return new if len(new) else None
 
     def _write(self, seen: Seen, index: Tensor) -> None:
@@ -326,7 +325,7 @@ class ViewCache:
             for name, part in host.items():
                 self._fields[name][self._view][where] = part
         # The checksum comes last: only then does the record count.
-        self._sums[self._view][where] = self._checksums(self._view, where, host)
+        self._sums[self._view].index_copy_(0, where, self._checksums(self._view, where, host))
         self._mark(index)
 
     def _mark(self, index: Tensor) -> None:
@@ -344,10 +343,12 @@ class ViewCache:
 
     # Checksums.
 
+    def _written(self, view: int, index: Tensor) -> bool:
+        """Whether the file says that it has any of the records [N]."""
+        return bool(self._sums[view].numpy()[index.numpy()].any())
+
     def _verify(self, view: int, index: Tensor) -> Tensor:
         """Which of the records [N] in the file are whole."""
-        if not self._sums[view].numpy()[index.numpy()].any():  # none is written: the usual case of a batch that nobody has seen
-            return torch.zeros(len(index), dtype=torch.bool)
         parts = [torch.empty(0, dtype=torch.bool)]
         damaged = 0
         for where in index.split(_CHUNK):

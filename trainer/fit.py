@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trainer import bind, checkpoint, compress
+from trainer import bind, checkpoint, compress, onednn
 from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.evaluate import percent_right, predict, truth
@@ -204,6 +204,7 @@ def fit(
     take_step = optimizer.step if accelerator.scaler is None else scaled.step
     if training.compile:
         wrapped = torch.compile(wrapped)
+    onednn.attach(objective, learning=True)
 
     accumulate = training.accumulate
     num_batches = math.ceil(len(data.train) / training.batch_size)
@@ -301,6 +302,7 @@ def fit(
         progress.save(step, tally | {"finished": True})
     for parameter in unused:
         parameter.requires_grad_(True)
+    onednn.detach(objective)
     if training.channels_last:
         objective.to(memory_format=torch.contiguous_format)
     run.learned.update(objective.learned())
