@@ -156,10 +156,9 @@ class ViewCache:
         if self._missing:
             new = self._new(index)
             if new is not None:
-                whole = len(new) == len(index)
-                seen = self.teacher.see(images if whole else images[new], self.layers, self.embeddings)
-                self.computed += len(new)
-                self._write(seen, index if whole else index[new])
+                seen = self.teacher.see(images[new], self.layers, self.embeddings)
+                self.computed += len(seen.logits)
+                self._write(seen, index[new])
         return self._recall(index, layers, embedding)
 
     @torch.compiler.disable  # what is known already changes from call to call
@@ -301,10 +300,11 @@ class ViewCache:
     def _count_missing(self) -> None:
         self._missing = len(self._ids) - int(self._known[self._view][self._ids].sum())
 
-    def _new(self, index: Tensor) -> Tensor | None:
-        """Positions within the batch of the records that nobody has kept yet; None where there are none."""
-        new = self._known[self._view].index_select(0, index).logical_not_().nonzero().flatten()
-        where = index if len(new) == len(index) else index[new]
+    def _new(self, index: Tensor) -> Tensor | slice | None:
+        """Where in the batch the records are that nobody has kept yet; None where there are none."""
+        known = self._known[self._view].index_select(0, index)
+        new = (~known).nonzero().flatten() if known.any() else slice(None)
+        where = index[new]
         if self._written(self._view, where.cpu()):  # another process has kept some of them meanwhile
             valid = self._verify(self._view, where.cpu()).to(self._device)
             found = where[valid]
@@ -312,8 +312,8 @@ class ViewCache:
                 if self._device.type != "cpu":
                     table[found] = self._fields[name][self._view][found.cpu()].to(self._device)
             self._mark(found)
-            new = new[~valid]
-        return new if len(new) else None
+            new, where = torch.arange(len(index), device=self._device)[new][~valid], where[~valid]
+        return new if len(where) else None
 
     def _write(self, seen: Seen, index: Tensor) -> None:
         packed = self._pack(seen)
