@@ -195,3 +195,16 @@ def test_what_cannot_be_tidied():
     compress.open_codebook(place, *compress.cluster(place, 4))
     with pytest.raises(ValueError, match="'fc1' is still deciding"):
         fold.tidy(model)
+
+
+def test_attributes_of_these_names_are_the_networks_own():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = nn.Sequential(nn.Linear(4, 3))
+            self.norms = nn.ModuleList([nn.BatchNorm1d(3)])
+
+    with pytest.raises(ValueError, match="is no chain of layers"):
+        fold.can_tidy(Other())
+    with pytest.raises(ValueError, match="has no BatchNorm that can be folded"):
+        fold.can_fold(Other())

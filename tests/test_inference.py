@@ -65,6 +65,20 @@ def test_pruned_and_shared_networks_are_not_folded():
         torch.testing.assert_close(ready(images), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_another_networks_norms_are_its_own():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([nn.BatchNorm1d(4)])
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.norms[0](x))
+
+    network = Normed().eval().requires_grad_(False)
+    assert inference.make_ready(network) is network
+
+
 def test_a_network_elsewhere_is_left_as_it_is():
     network = lenet5(SHAPE, 5, width=3, batch_norm=True).to("meta")
     assert inference.make_ready(network) is network and "forward" not in vars(network.fc1)

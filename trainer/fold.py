@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from trainer import bind, codec, compress
 from trainer.compress import Codebook, Mask, Place
+from trainer.features import Staged
 
 
 def norms(model: nn.Module) -> list[tuple[str, str]]:
     """The (layer, BatchNorm after it) pairs that can be folded (`Staged.norms`), those aside that were folded already."""
-    known = model.norms() if hasattr(model, "norms") else []
+    known = model.norms() if isinstance(model, Staged) else []
     return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
 
 
@@ -94,7 +95,7 @@ class _Link(NamedTuple):
 
 def can_tidy(model: nn.Module) -> None:
     """Raises ValueError for a network that `tidy` cannot put in order: one that is no chain of layers, or not folded."""
-    if not (hasattr(model, "chain") and model.chain()):
+    if not (isinstance(model, Staged) and model.chain()):
         raise ValueError("the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
                          "separable (residual: false) are")
     for _, norm in model.norms():

@@ -20,7 +20,8 @@ def attach(network: nn.Module, learning: bool) -> None:
     learning: the former, so that what a network learned is evaluated as any other is; else the latter. Subclasses of
     nn.Linear and layers whose forward is someone's own are left alone, those with masks or shared weights are not.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_it:
         return
     for module in network.modules():
         if _is_linear(module) and (_attached(module) or "forward" not in vars(module)):
