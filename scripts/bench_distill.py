@@ -249,7 +249,7 @@ def compare(
             if with_torchdistill:
                 check_same_loss(data, guide, as_files(data, False, folder))
                 files = as_files(data, augmented, folder)
-                theirs = small_teacher(data).network  # of its own: ours is laid out with channels last
+                theirs = small_teacher(data).network  # of its own: ours is made ready in place
                 rows = {
                     "torchdistill": (files, plain_student, plain_teacher(theirs)),
                     "torchdistill, our network": (files, lambda network: network, theirs),

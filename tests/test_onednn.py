@@ -165,7 +165,7 @@ def test_a_wrong_width_is_an_error(products):
 
 
 @served
-def test_masks_and_codebooks_learn_through_it(products):
+def test_masked_weights_learn_through_it(products):
     network = a_layer()
     onednn.detach(network)
     place = compress.weights(network)["0"]

@@ -35,7 +35,7 @@ def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str
 
     spec: {"model": name, settings} as in a recipe.
     """
-    folded = {norm for _, norm in can_fold(model)}
+    folded = {norm for _, norm in norms(model)}
     return fold_norms(model), _without_norms(spec, folded)
 
 
@@ -98,10 +98,9 @@ def can_tidy(model: nn.Module) -> None:
     if not (isinstance(model, Staged) and model.chain()):
         raise ValueError("the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
                          "separable (residual: false) are")
-    for _, norm in model.norms():
-        if not isinstance(model.get_submodule(norm), nn.Identity):
-            raise ValueError(f"{norm!r} stands between layers whose units could be moved: fold it away first (stage fold, "
-                             "before share)")
+    for _, norm in norms(model):
+        raise ValueError(f"{norm!r} stands between layers whose units could be moved: fold it away first (stage fold, "
+                         "before share)")
 
 
 def _links(model: nn.Module) -> Iterator[_Link]:
