@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import bind, checkpoint, compress, files, fold, packed, report, teacher
+from trainer import bind, checkpoint, compress, files, fold, onednn, packed, report, teacher
 from trainer.cache import CacheKeys, ViewCache
 from trainer.context import Data, Run
 from trainer.data import make_data, seed_of
@@ -185,7 +185,19 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
     if run.teacher is not None:
         run.teacher.to(accelerator.device)
     check_layers(recipe, run.student, data, run.teacher, accelerator.device)
+    _tell_float32(run, recipe)
     return run
+
+
+def _tell_float32(run: Run, recipe: Recipe) -> None:
+    """Says which layers the recipe's precision does not reach, because this processor has them in float32 only."""
+    if recipe.precision == "no" or run.accelerator.device.type != "cpu" or not run.accelerator.is_main_process:
+        return
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    kinds = onednn.kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
+    if kinds:
+        print(f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "
+              "these layers compute in float32", flush=True)
 
 
 def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> float:
