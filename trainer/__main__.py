@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
     recipe_options(run, of_a_run=True)
     run.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    run.add_argument(
+        "--threads", type=_count, help="threads of each process (those of the recipe, or all physical cores)"
+    )
     check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
     recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
@@ -134,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("file", type=Path)
     recipe_options(evaluate, of_a_run=False)
     evaluate.add_argument("--json", action="store_true", help="for programs: one line")
+    evaluate.add_argument("--threads", type=_count, help="threads to compute with")
     command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
 
@@ -193,7 +197,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> None:
     from trainer.runner import run
 
-    run(options.recipe, _changes(options), options.folder)
+    run(options.recipe, _changes(options), options.folder, options.threads)
 
 
 def _scan(options: argparse.Namespace) -> None:
@@ -317,8 +321,12 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     started = time.monotonic()
+    import torch
+
     from trainer.runner import evaluate_file
 
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     result = evaluate_file(options.file, options.recipe, _changes(options))
     result["seconds"] = time.monotonic() - started
     print(

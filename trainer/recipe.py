@@ -50,8 +50,9 @@ class Recipe(bind.Entry):
     name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its
     own). teachers: several instead of one teacher; combine says how they speak as one. cache: where the
     teacher's answers are kept (when not given: in memory, if they are asked for again and take no more than 2
-    GiB). precision: of training. Paths (checkpoint, folder) are relative to the folder the program is started
-    in.
+    GiB). precision: of training. threads: of torch in each process (when not given: one for each physical core that
+    it may use, divided among the processes of a machine, and no more than OMP_NUM_THREADS says). Paths
+    (checkpoint, folder) are relative to the folder the program is started in.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -65,6 +66,7 @@ class Recipe(bind.Entry):
     cache: Literal["off", "memory", "disk"] | CacheKeys | None = None
     track: Literal["wandb"] | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     _text: "Text | None" = PrivateAttr(None)
 
     @property

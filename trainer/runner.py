@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -37,12 +38,14 @@ WORKING_LAUNCHES = (
 )
 
 
-def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | Path = "runs") -> dict[str, Any]:
+def run(
+    path: str | Path, changes: dict[str, Any] | None = None, folder: str | Path = "runs", threads: int | None = None
+) -> dict[str, Any]:
     """Runs a recipe and returns its report; goes on where an earlier, interrupted run of the same recipe stopped.
 
-    changes: {'stages.1.training.epochs': 2, ...}. folder: where the run's own folder NAME is made. Raises RecipeError for
-    a faulty recipe, ValueError for what only the data and networks show, FloatingPointError for a loss that is not
-    finite.
+    changes: {'stages.1.training.epochs': 2, ...}. folder: where the run's own folder NAME is made. threads: of each process,
+    in place of the recipe's; a run that goes on keeps the number it began with. Raises RecipeError for a faulty recipe,
+    ValueError for what only the data and networks show, FloatingPointError for a loss that is not finite.
     """
     started = time.time()
     with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
@@ -50,7 +53,10 @@ def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | P
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
             _write_recipe(here, recipe, plain, bool(changes))
-        with Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log:
+        with (
+            _threads(here, threads or recipe.threads, accelerator),
+            Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log,
+        ):
             return _run(recipe, plain, here, accelerator, log, started)
 
 
@@ -66,7 +72,7 @@ def begun(
     with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
         if accelerator.is_main_process:
             _write_recipe(here, recipe, plain, bool(changes))
-        with Log(here / "log.jsonl", accelerator) as log:
+        with _threads(here, recipe.threads, accelerator), Log(here / "log.jsonl", accelerator) as log:
             run = _make_run(recipe, here, accelerator, log)
             _run_stages(run, recipe, recipe.stages[:num_stages], started)
             yield run
@@ -103,6 +109,55 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def _threads(here: Path, asked: int | None, accelerator: Accelerator) -> Iterator[None]:
+    """While this lasts torch computes with the threads that the run began with, or else those asked for, or all there are.
+
+    The order of sums depends on the number, and so do the last bits of what is learned.
+    """
+    before = torch.get_num_threads()
+    most = available_threads(accelerator.num_processes)
+    # What OMP_NUM_THREADS said, or a caller in Python, is the user's will, or a launcher's: who can tell?
+    now = asked or min(most, before)
+    begun = _facts_of_beginning(here).get("threads")
+    number = begun or now
+    told = None
+    if number != now:
+        told = (
+            f"{here}: goes on with {_counted(number)}, as it began ({_counted(now)} would be used now): "
+            "rounding depends on the number"
+        )
+    elif now < most and not asked and _launched() and accelerator.device.type == "cpu":
+        told = (
+            f"computing with {_counted(now)}, as OMP_NUM_THREADS says, which launchers set to 1 where nobody has; there are "
+            f"cores for {most}: accelerate launch --num_cpu_threads_per_process {most}, or --threads {most}, "
+            f"or threads: {most} in the recipe"
+        )
+    if told and accelerator.is_main_process:
+        print(told, flush=True)
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def available_threads(num_processes: int) -> int:
+    """One for each physical core that this process may use, divided among the processes of this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    logical = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or logical, logical)
+    return max(1, cores // min(num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))))
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
+
+
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _asked_for_more(num_processes: int) -> bool:
@@ -231,20 +286,26 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
 
 def _same_beginning(run: Run, recipe: Recipe) -> None:
     """Raises ValueError when a run that goes on finds other images or another teacher than it began with."""
-    path = run.folder / "begun.json"
     told = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
     facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
     if run.teacher is not None and not _taught_here(recipe.stages):
         facts["teacher"] = run.teacher.fingerprint()
-    if path.is_file() and (run.folder / "checkpoints").exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = _facts_of_beginning(run.folder)
+    if begun:
         for what, fact in facts.items():
             if begun.get(what) != fact:
                 raise ValueError(f"{run.folder}: {told[what]} that this run began with: give it another folder")
         return
     run.accelerator.wait_for_everyone()  # nothing is written before all have looked
     if run.accelerator.is_main_process:
-        files.write_bytes(path, json.dumps(facts, indent=1).encode())
+        facts["threads"] = torch.get_num_threads()  # of the main process
+        files.write_bytes(run.folder / "begun.json", json.dumps(facts, indent=1).encode())
+
+
+def _facts_of_beginning(here: Path) -> dict[str, Any]:
+    """What a run that goes on began with; nothing where there is nothing to go on from."""
+    path = here / "begun.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (here / "checkpoints").exists() else {}
 
 
 def _taught_here(stages: list) -> bool:

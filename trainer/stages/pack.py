@@ -96,6 +96,7 @@ def _in_fresh_process(run: Run, path) -> dict:
     # This package, whatever the folder it was started in holds by that name.
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
+    command += ["--threads", str(torch.get_num_threads())]  # the sums in the same order
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{path}: the fresh process could not evaluate it:\n{done.stderr[-2000:]}")
