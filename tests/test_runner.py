@@ -462,18 +462,23 @@ def test_the_fresh_process_computes_with_as_many_threads(tmp_path, monkeypatch):
     assert asked[0][-2:] == ["--threads", "2"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_layers_that_a_processor_has_in_float32_only_are_told_once_and_trained(tmp_path, monkeypatch, capsys, precision):
+def test_layers_that_a_processor_has_in_float32_only_are_told_once_and_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onednn, "_missing_types", lambda kind: frozenset([torch.bfloat16, torch.float16]))
     AcceleratorState._reset_state(reset_partial_state=True)
     seen = []
     real = onednn._recurrent
     monkeypatch.setattr(onednn, "_recurrent", lambda *given: [real(*given), seen.append(torch.is_autocast_enabled("cpu"))][0])
-    text = ALONE.replace("{model: lenet5, width: 2}", "{model: lstm, hidden: 4}") + f"precision: {precision}\n"
+    text = ALONE.replace("{model: lenet5, width: 2}", "{model: lstm, hidden: 4}") + "precision: bf16\n"
     try:
         runner.run(write(tmp_path, text), folder=tmp_path)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    told = f"precision {precision}: this processor does not have LSTM in it: these layers compute in float32\n"
+    told = "precision bf16: this processor does not have LSTM in it: these layers compute in float32\n"
     assert capsys.readouterr().out.count(told) == 1
     assert any(seen)
+
+
+def test_a_precision_that_a_cpu_has_not_got_is_told_and_trained(tmp_path, capsys):
+    runner.run(write(tmp_path, f"{ALONE}precision: fp16\n"), folder=tmp_path)
+    told = "precision fp16: Accelerate has it on GPUs only: all is computed in float32 here\n"
+    assert capsys.readouterr().out.count(told) == 1

@@ -245,8 +245,11 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
 
 
 def _tell_float32(run: Run, recipe: Recipe) -> None:
-    """Says which layers the recipe's precision does not reach, because this processor has them in float32 only."""
+    """Says what the recipe's precision does not reach, because this machine has it in float32 only."""
     if recipe.precision == "no" or run.accelerator.device.type != "cpu" or not run.accelerator.is_main_process:
+        return
+    if not run.accelerator.native_amp:
+        print(f"precision {recipe.precision}: Accelerate has it on GPUs only: all is computed in float32 here", flush=True)
         return
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
     kinds = onednn.kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
