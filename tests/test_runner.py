@@ -390,12 +390,14 @@ class FourCores:
 
 
 @pytest.fixture
-def eight_threads():
-    """As torch would begin where nobody has set OMP_NUM_THREADS, on a machine that `FourCores` makes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
-    torch.set_num_threads(before)
+def eight_threads(monkeypatch):
+    """As torch would begin where nobody has set OMP_NUM_THREADS, on a machine that `FourCores` makes.
+
+    It is only told the number: on fewer cores so many threads would wait for each other.
+    """
+    told = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
 
 
 @pytest.mark.parametrize(
