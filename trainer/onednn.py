@@ -100,10 +100,11 @@ def _recurrent(layer: nn.RNNBase, lacking: frozenset[torch.dtype], *given: Any, 
 
 
 def _in_float32(value: Any) -> Any:
-    """A sequence, packed or not, or the states of a layer. On a GPU autocast of the CPU is off, and this is not reached."""
+    """A sequence, packed or not, or the states of a layer, as what came before it in autocast has left them."""
     if isinstance(value, tuple) and not isinstance(value, PackedSequence):
         return tuple(map(_in_float32, value))
-    return value.float() if isinstance(value, PackedSequence) or torch.is_tensor(value) else value
+    tensor = value.data if isinstance(value, PackedSequence) else value
+    return value.float() if torch.is_tensor(tensor) and tensor.dtype in _HALVES else value
 
 
 def _forward(layer: nn.Linear, learning: bool, x: Tensor) -> Tensor:
