@@ -9,6 +9,7 @@ import trainer
 
 TOP = Path(trainer.__file__).parent
 FLOORS = [
+    ["mistakes"],
     ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores", "views"],
     ["codec", "compress", "losses"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],

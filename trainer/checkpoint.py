@@ -25,6 +25,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from trainer.mistakes import Mistake
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -99,7 +101,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
                 if name.endswith(".safetensors")
             }
             return tensors, json.loads(files["facts.json"])
-        except ValueError as error:
+        except Mistake as error:
             logger.warning("skipped a damaged checkpoint: %s", error)
     return None
 
@@ -130,18 +132,18 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
     Weights nested under "state_dict", "model" and the like are found, and a prefix that every key carries
     ("module.", "model.", "_orig_mod.", "state_dict.") is taken off, also several in turn; a file that
-    `save_file` wrote comes back as it was. ValueError naming the file when it is missing, damaged, holds no
+    `save_file` wrote comes back as it was. Mistake naming the file when it is missing, damaged, holds no
     weights, or is a pickle with code in it, which is never run.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise Mistake(f"{path}: there is no such file")
     if path.suffix == ".safetensors":
         tensors, ours = _from_bytes(path.read_bytes(), path)
         return tensors if ours else _without_prefixes(tensors)
     if path.suffix in PICKLES:
         return _without_prefixes(_weights_in(_unpickled(path), path))
-    raise ValueError(
+    raise Mistake(
         f"{path}: got a file ending in {path.suffix!r}; allowed: .safetensors, {', '.join(PICKLES)}"
     )
 
@@ -165,7 +167,7 @@ def optimizer_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> 
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process, so that a second run cannot write into it.
 
-    ValueError, saying who holds it and since when, if another holder is alive. The lock goes with the
+    Mistake, saying who holds it and since when, if another holder is alive. The lock goes with the
     process however it ends; the file .lock stays and means nothing by itself. Where the system has no such
     locks (Windows, some network disks) a warning is logged and nothing is held.
     """
@@ -178,7 +180,7 @@ def lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise Mistake(
                     f"{folder}: another run is working in this folder ({_holder(file)})"
                 ) from None
             except OSError as error:
@@ -223,24 +225,24 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _verified(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each with the sum its manifest says. ValueError if anything is amiss."""
+    """The files of a checkpoint, each with the sum its manifest says. Mistake if anything is amiss."""
     try:
         sums = json.loads((path / "manifest.json").read_bytes())["files"]
         files = {name: (path / name).read_bytes() for name in sums}
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != sums[name]["sha256"]:
-                raise ValueError(f"{name} is not what was written")
+                raise Mistake(f"{name} is not what was written")
         if "facts.json" not in files:
-            raise ValueError("facts.json is missing")
+            raise Mistake("facts.json is missing")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+        raise Mistake(f"{path}: {error or type(error).__name__}") from error
     return files
 
 
 def _is_valid(path: Path) -> bool:
     try:
         _verified(path)
-    except ValueError:
+    except Mistake:
         return False
     return True
 
@@ -269,7 +271,7 @@ def _to_bytes(
     try:
         return safetensors.torch.save(copies, {**(metadata or {}), ORDER: json.dumps(list(copies))})
     except KeyError as error:
-        raise ValueError(f"{where}: safetensors has no type {error}") from error
+        raise Mistake(f"{where}: safetensors has no type {error}") from error
 
 
 def _from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
@@ -281,7 +283,7 @@ def _from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
             return tensors, False
         return {key: tensors[key] for key in json.loads(header["__metadata__"][ORDER])}, True
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: this is no whole safetensors file ({error})") from error
+        raise Mistake(f"{where}: this is no whole safetensors file ({error})") from error
 
 
 def _unpickled(path: Path) -> Any:
@@ -292,13 +294,13 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"this one asks for {named[1]}" if named else "this one holds something else, or is damaged"
-        raise ValueError(
+        raise Mistake(
             f"{path}: refused: a pickle can run code, so only tensors are read, and {found}; "
             "save model.state_dict() alone, or safetensors"
         ) from error
     except Exception as error:  # whatever a damaged pickle or archive makes torch stumble over
         why = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        raise ValueError(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
+        raise Mistake(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
 
 
 def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -309,9 +311,9 @@ def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
         nested = [loaded[key] for key in NESTS if isinstance(loaded.get(key), Mapping)]
         if not nested:
             found = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:8])
-            raise ValueError(f"{path}: no weights found; it holds {found or 'nothing'}; looked under {NESTS}")
+            raise Mistake(f"{path}: no weights found; it holds {found or 'nothing'}; looked under {NESTS}")
         loaded = nested[0]
-    raise ValueError(f"{path}: no weights found; it holds a {type(loaded).__name__}")
+    raise Mistake(f"{path}: no weights found; it holds a {type(loaded).__name__}")
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.evaluate import percent_right, predict, truth
 from trainer.features import evaluating
+from trainer.mistakes import Mistake
 from trainer.objective import Objective
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
@@ -68,17 +69,17 @@ class Training(bind.Entry):
     @model_validator(mode="after")
     def _has_effect(self) -> "Training":
         if self.optimizer != "sgd" and (self.momentum is not None or self.nesterov):
-            raise ValueError(f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them")
+            raise Mistake(f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them")
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov has no effect without momentum")
+            raise Mistake("nesterov has no effect without momentum")
         if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
-            raise ValueError(f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them")
+            raise Mistake(f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them")
         if self.schedule == "step" and not self.milestones:
-            raise ValueError("schedule 'step' needs milestones, the epochs at which the rate falls")
+            raise Mistake("schedule 'step' needs milestones, the epochs at which the rate falls")
         if self.schedule == "one_cycle" and self.warmup:
-            raise ValueError("warmup has no effect with schedule 'one_cycle', which rises by itself")
+            raise Mistake("warmup has no effect with schedule 'one_cycle', which rises by itself")
         if self.warmup >= self.epochs:
-            raise ValueError(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
+            raise Mistake(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
         return self
 
 
@@ -112,7 +113,7 @@ def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimiz
         groups.append({"params": [p for p in trainable if id(p) in free], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("there is nothing to train: all parameters are frozen")
+        raise Mistake("there is nothing to train: all parameters are frozen")
     if training.optimizer == "sgd":
         momentum = 0.0 if training.momentum is None else training.momentum
         return torch.optim.SGD(groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True)
@@ -180,12 +181,12 @@ def fit(
     accelerator, data = run.accelerator, run.data
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     if training.batch_size % num_processes:
-        raise ValueError(f"batch_size {training.batch_size} does not split over {num_processes} processes")
+        raise Mistake(f"batch_size {training.batch_size} does not split over {num_processes} processes")
     number = run.num_fits  # a stage may train several times
     run.num_fits += 1
     folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{number}"
     if training.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
-        raise ValueError(f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another")
+        raise Mistake(f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another")
     objective.recall(run.learned)
     objective.train()
     if training.channels_last:
@@ -242,7 +243,10 @@ def fit(
                 images = images.contiguous(memory_format=torch.channels_last)
             # Processes exchange gradients at the last batch of a step only.
             with contextlib.nullcontext() if place == last else accelerator.no_sync(wrapped):
-                terms = wrapped(images, labels, index, None if mixed else view, step / steps_per_epoch)
+                try:
+                    terms = wrapped(images, labels, index, None if mixed else view, step / steps_per_epoch)
+                except ValueError as error:
+                    raise _of_a_batch(error, len(images)) from error
                 loss = terms["loss"]
                 if last > first:
                     loss = loss * (len(images) / sum(sizes[first : last + 1]))
@@ -318,6 +322,13 @@ def fit(
         "images_per_second": tally["images"] / tally["seconds"],
         **({"best_validation": tally["best"], "best_epoch": tally["best_epoch"]} if training.keep == "best" else {}),
     }
+
+
+def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
+    """The error of a forward pass; a mistake where a batch of one image is normalised over nothing."""
+    if num_images == 1 and "more than 1 value per channel" in str(error):
+        return Mistake(f"batch_size leaves a batch of one image, which the network cannot learn from: {error}")
+    return error
 
 
 class _Window:

@@ -24,6 +24,7 @@ import torch
 
 from trainer import drawing
 from trainer.drawing import GRID, INK
+from trainer.mistakes import Mistake
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,12 +74,12 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the report.json of a run's folder. ValueError naming the file when it is missing or not whole."""
+    """Read the report.json of a run's folder. Mistake naming the file when it is missing or not whole."""
     path = Path(folder) / "report.json"
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise Mistake(f"{path}: cannot be read: {error}") from error
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.fetch import cache_folder
 from trainer.measure import dense_bytes
+from trainer.mistakes import Mistake
 from trainer.objective import Objective, asked_of_teacher
 from trainer.recipe import Recipe, RecipeError, StageKeys, dump, parse, read
 from trainer.teacher import Teacher
@@ -41,7 +42,7 @@ def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | P
     """Runs a recipe and returns its report; goes on where an earlier, interrupted run of the same recipe stopped.
 
     changes: {'stages.1.training.epochs': 2, ...}. folder: where the run's own folder NAME is made. Raises RecipeError for
-    a faulty recipe, ValueError for what only the data and networks show, FloatingPointError for a loss that is not
+    a faulty recipe, Mistake for what only the data and networks show, FloatingPointError for a loss that is not
     finite.
     """
     started = time.time()
@@ -91,7 +92,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of a run. Raises RecipeError when the launch asked for more processes than it got."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
         AcceleratorState._reset_state()  # that of an earlier run in this process, which Accelerate holds on to
-    accelerator = Accelerator(
+    accelerator = _accelerator(
         cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         log_with=recipe.track,
@@ -103,6 +104,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
         )
     return accelerator
+
+
+def _accelerator(**settings: Any) -> Accelerator:
+    """Raises Mistake for a precision that this machine has not got."""
+    try:
+        return Accelerator(**settings)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
 
 
 def _asked_for_more(num_processes: int) -> bool:
@@ -218,7 +227,7 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
 
 
 def _same_beginning(run: Run, recipe: Recipe) -> None:
-    """Raises ValueError when a run that goes on finds other images or another teacher than it began with."""
+    """Raises Mistake when a run that goes on finds other images or another teacher than it began with."""
     path = run.folder / "begun.json"
     told = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
     facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
@@ -228,7 +237,7 @@ def _same_beginning(run: Run, recipe: Recipe) -> None:
         begun = json.loads(path.read_text(encoding="utf-8"))
         for what, fact in facts.items():
             if begun.get(what) != fact:
-                raise ValueError(f"{run.folder}: {told[what]} that this run began with: give it another folder")
+                raise Mistake(f"{run.folder}: {told[what]} that this run began with: give it another folder")
         return
     run.accelerator.wait_for_everyone()  # nothing is written before all have looked
     if run.accelerator.is_main_process:
@@ -240,7 +249,7 @@ def _taught_here(stages: list) -> bool:
 
 
 def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
-    """The recipe's teacher, None where it has none. Raises ValueError for a head that nobody has trained."""
+    """The recipe's teacher, None where it has none. Raises Mistake for a head that nobody has trained."""
     if not recipe.teacher_entries:
         return None
     networks = []
@@ -251,7 +260,7 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
         if getattr(keys, "pretrained", False):
             known = config.get("num_classes")
             if known != len(data.classes) and not _taught_here(recipe.stages):
-                raise ValueError(
+                raise Mistake(
                     f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
                     "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
                 )
@@ -264,7 +273,7 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
 def _guard_teacher(run: Run) -> None:
     """A teacher that was not taught here is examined before it teaches, each of several by itself.
 
-    Raises ValueError when one only guesses.
+    Raises Mistake when one only guesses.
     """
     guide, part = run.teacher, run.data.validation
     several = len(guide.networks) > 1
@@ -278,7 +287,7 @@ def _guard_teacher(run: Run) -> None:
         share = percent_right(answers, part.labels) / 100
         if share < max(chance + doubt, 1.2 * chance):
             who = f"teachers[{number}]" if several else "the teacher"
-            raise ValueError(
+            raise Mistake(
                 f"{who} has {share * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: its head "
                 "is untrained, its classes are others, or its images are normalised otherwise"
             )
@@ -300,7 +309,7 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
         if check_student is not None and not any(f"stages[{number}]" in fault for fault in faults):
             try:
                 check_student(stage, student)
-            except ValueError as error:
+            except Mistake as error:
                 faults.append(recipe.fault(("stages", number), str(error)))
             else:
                 if stage.stage == "fold":  # what comes after it finds another network
@@ -315,7 +324,7 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
             seen.add(repr(term))
             try:
                 Objective(student, [term], data, guide, device=device).rehearse(data)
-            except ValueError as error:
+            except Mistake as error:
                 faults.append(recipe.fault(("stages", number, "losses", n), str(error)))
     if faults:
         raise RecipeError("\n".join(faults))
@@ -331,14 +340,14 @@ def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterat
                 continue
             try:
                 compress.matching(places, name)
-            except ValueError as error:
+            except Mistake as error:
                 unknown = True
                 yield (key, number if key == "keep" else name), str(error)
     if unknown:
         return
     try:
         chosen = compress.choose(places, stage.keep)
-    except ValueError as error:
+    except Mistake as error:
         yield ("keep",), str(error)
         return
     if not chosen:
@@ -382,7 +391,7 @@ def _finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> 
 
 def _resume(run: Run, stages: list) -> tuple[int, float]:
     """Takes up what the newest finished stage left; returns the number of the first stage that is still to be run, and
-    the seconds spent before. Raises ValueError when the teacher is another than it was.
+    the seconds spent before. Raises Mistake when the teacher is another than it was.
     """
     for number in reversed(range(len(stages))):
         found = checkpoint.load(_stage_folder(run, number, stages[number].stage))
@@ -401,7 +410,7 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
         if run.teacher is not None:
             run.teacher.version = facts["teacher_version"]
             if run.teacher.fingerprint() != facts["teacher"]:
-                raise ValueError(f"{run.folder}: the teacher is not the one that this run began with: give it another folder")
+                raise Mistake(f"{run.folder}: the teacher is not the one that this run began with: give it another folder")
         run.rows, run.layers = facts["rows"], facts["layers"]
         run.histograms = {key.removeprefix("weights-"): {n: t.numpy() for n, t in layers.items()}
                           for key, layers in tensors.items() if key.startswith("weights-")}
@@ -444,7 +453,7 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
             with accelerator.autocast():
                 cache.check()
                 lost = cache.measure() if accelerator.is_main_process else {}
-        except ValueError as error:
+        except Mistake as error:
             if recipe.cache is not None:
                 raise RecipeError(recipe.fault(("cache",), str(error))) from error
             refused = str(error)
@@ -489,7 +498,7 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+        raise Mistake(f"{file}: cannot be read: {error.strerror}") from None
     header = packed.header(content, str(file))
     into = None
     if not packed.rebuilds(header) and header.get("net") == teacher.spec(recipe.student):
@@ -497,11 +506,11 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
         into = teacher.build(header["net"], tuple(header["shape"]), len(header["classes"]))
     model, header = packed.decode(content, str(file), into)
     # As in a run: the file was measured by the same arithmetic there.
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    accelerator = _accelerator(mixed_precision=recipe.precision)
     recipe.data.keep_views = False  # of images that are not looked at here
     data = make_data(recipe.data, accelerator.device)
     if packed.facts(data) != {key: header[key] for key in packed.facts(data)}:
-        raise ValueError(f"{file}: was made for other images than the data of {path}: {header}")
+        raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
     model.to(accelerator.device)
     run = Run(name=recipe.name, folder=Path(), seed=0, accelerator=accelerator, data=data, student=model, student_spec={},
               teacher=None, log=None, recipe_path=path)

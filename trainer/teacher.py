@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from trainer import bind, channels, checkpoint, features, inference
 from trainer.features import Seen
+from trainer.mistakes import Mistake
 
 
 class ModelKeys(bind.Entry):
@@ -49,7 +50,7 @@ def _base(keys: ModelKeys) -> type[ModelKeys]:
 
 
 def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises ValueError when it cannot be built.
+    """The network of a spec, freshly initialised from torch's generator. Raises Mistake when it cannot be built.
 
     spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
     """
@@ -58,9 +59,13 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     _, rest = bind.split("model", spec["model"])
     try:
         model = function(shape, num_classes, *([rest] if rest else []), **settings)
-    except (TypeError, RuntimeError, ImportError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+    except Mistake:
+        raise
+    except (
+        ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError, AssertionError, ArithmeticError
+    ) as error:
         told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
-        raise ValueError(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
+        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
     channels.resize(model, spec.get("resized", {}))
     return model
 
@@ -78,12 +83,12 @@ def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises ValueError naming the file when it does not fit."""
+    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises Mistake naming the file when it does not fit."""
     state = checkpoint.load_file(path)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: does not fit the network: {str(error)[:600]}") from None
+        raise Mistake(f"{path}: does not fit the network: {str(error)[:600]}") from None
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -193,7 +198,7 @@ class Teacher:
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
     if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        raise ValueError(f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels")
+        raise Mistake(f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels")
     if len(mean) == 1:
         return (images - mean[0]) * (1 / std[0])
     like = {"device": images.device, "dtype": images.dtype}

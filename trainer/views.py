@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.mistakes import Mistake
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
@@ -86,18 +88,18 @@ def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
 def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
     """The views of a batch: images uint8 [N, C, H, W] with their rows of `draw` give float32 in [0, 1].
 
-    Works on the images' device. With everything off the result is images / 255 exactly. Raises ValueError if
+    Works on the images' device. With everything off the result is images / 255 exactly. Raises Mistake if
     the parameters are not those of these settings, or a shift reaches beyond the image.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; they are uint8 [N, C, H, W]")
     if parameters.shape != (len(images), num_parameters(augment)):
-        raise ValueError(
+        raise Mistake(
             f"parameters: got {tuple(parameters.shape)} where these settings need "
             f"{(len(images), num_parameters(augment))}"
         )
     if augment.shift >= min(images.shape[2:]):
-        raise ValueError(f"shift: got {augment.shift} pixels; the images are {tuple(images.shape[2:])}")
+        raise Mistake(f"shift: got {augment.shift} pixels; the images are {tuple(images.shape[2:])}")
     on = [name for name in _NUMBERS if getattr(augment, name)]
     columns = parameters.to(images.device).split([_NUMBERS[name] for name in on], dim=1)
     number = dict(zip(on, columns, strict=True))

@@ -7,12 +7,13 @@ from pydantic import Field
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import Training, fit
+from trainer.mistakes import Mistake
 from trainer.objective import Objective, Term, needs_teacher
 
 
 def check(settings) -> None:
     if not any(needs_teacher(term) for term in settings.losses):
-        raise ValueError("no loss looks at the teacher: use stage train, or add one that does (kl, hint ...)")
+        raise Mistake("no loss looks at the teacher: use stage train, or add one that does (kl, hint ...)")
 
 
 def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> dict:

@@ -18,7 +18,7 @@ def fold(run: Run) -> dict:
     """Turns the student into the network of `batch_norm: false` with the same outputs; before `share`, masks stay.
 
     Told are the largest difference of a logit and of how many the prediction changed, over 1,000 validation images.
-    Raises ValueError for a student that has no such twin (lenet5 and separable have), and for shared weights.
+    Raises Mistake for a student that has no such twin (lenet5 and separable have), and for shared weights.
     """
     run.student.to(run.accelerator.device).eval()
     before = _logits(run)

@@ -12,6 +12,7 @@ from trainer.compress import Place
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import Training, fit
+from trainer.mistakes import Mistake
 from trainer.objective import Objective, Term, TermKeys
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
@@ -36,12 +37,12 @@ def check(settings) -> None:
 
     def has_no_effect(key: str, why: str) -> None:
         if getattr(settings, key) not in (None, False):
-            raise ValueError(f"{key} has no effect with {why}")
+            raise Mistake(f"{key} has no effect with {why}")
 
     if method == "std":
         has_no_effect("sparsity", "method 'std'; sensitivity decides")
         if settings.sensitivity is None:
-            raise ValueError(
+            raise Mistake(
                 "method 'std' needs sensitivity (threshold = sensitivity x standard deviation of a layer)"
             )
         has_no_effect("scope", "method 'std'; its thresholds are each layer's own")
@@ -49,16 +50,16 @@ def check(settings) -> None:
         has_no_effect("sparsity", "method 'n_m'; pattern decides")
         has_no_effect("scope", "method 'n_m'; its groups are each layer's own")
         if settings.pattern is None:
-            raise ValueError("method 'n_m' needs pattern, such as '2:4': 2 of every 4 weights are kept")
+            raise Mistake("method 'n_m' needs pattern, such as '2:4': 2 of every 4 weights are kept")
         n, m = map(int, settings.pattern.split(":"))
         if not 0 < n < m:
-            raise ValueError(
+            raise Mistake(
                 f"pattern: got {settings.pattern!r}; N of every M weights are kept, so N is at least 1 and "
                 "less than M"
             )
     elif settings.sparsity is None:
         what = "channels that are removed" if method == "channels" else "weights that become zero"
-        raise ValueError(f"method {method!r} needs sparsity, the share of {what}")
+        raise Mistake(f"method {method!r} needs sparsity, the share of {what}")
     if method != "std":
         has_no_effect(
             "sensitivity", f"method {method!r}; {'pattern' if method == 'n_m' else 'sparsity'} decides"
@@ -66,13 +67,13 @@ def check(settings) -> None:
     if method != "n_m":
         has_no_effect("pattern", f"method {method!r}; 'n_m' has it")
     if isinstance(settings.sparsity, dict) and (settings.scope or _scope(method)) == "global":
-        raise ValueError("scope 'global' has one sparsity for all layers; per layer is scope 'layer'")
+        raise Mistake("scope 'global' has one sparsity for all layers; per layer is scope 'layer'")
     if schedule not in SCHEDULES[method]:
-        raise ValueError(
+        raise Mistake(
             f"method {method!r} has no schedule {schedule!r}; it has {', '.join(SCHEDULES[method])}"
         )
     if schedule != "once" and settings.training is None:
-        raise ValueError(f"schedule {schedule!r} prunes during a training: training is needed")
+        raise Mistake(f"schedule {schedule!r} prunes during a training: training is needed")
     if schedule != "cubic":
         has_no_effect("ramp", f"schedule {schedule!r}; 'cubic' has it")
         has_no_effect("every", f"schedule {schedule!r}; 'cubic' has it")
@@ -80,9 +81,9 @@ def check(settings) -> None:
         has_no_effect("rounds", f"schedule {schedule!r}; 'iterative' has it")
         has_no_effect("rewind", f"schedule {schedule!r}; 'iterative' has it")
     if settings.training is None and settings.losses:
-        raise ValueError("losses have no effect without training")
+        raise Mistake("losses have no effect without training")
     if method == "channels" and not channels.installed():
-        raise ValueError(channels.INSTALL)
+        raise Mistake(channels.INSTALL)
 
 
 def check_student(settings, student: nn.Module) -> None:
@@ -135,7 +136,7 @@ def prune(
     left and then train, with `rewind` from the weights that the stage began with (Frankle & Carbin 2019;
     Renda et al. 2020).
     keep: layers left alone ('first', 'last' or names).
-    Raises ValueError for a layer that does not exist, is frozen, has weights that are not finite or all zero,
+    Raises Mistake for a layer that does not exist, is frozen, has weights that are not finite or all zero,
     or would lose all its weights.
     """
     run.student.to(run.accelerator.device)
@@ -191,11 +192,11 @@ def prune(
 def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
-        raise ValueError("keep leaves no layer to prune")
+        raise Mistake("keep leaves no layer to prune")
     for name, place in places.items():
         compress.refuse_shared(place)
         if not place.value.any():
-            raise ValueError(
+            raise Mistake(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in keep to spare it)"
             )
     return places
@@ -242,13 +243,13 @@ def _n_m_mask(place: Place, pattern: str) -> Tensor:
     n, m = map(int, pattern.split(":"))
     try:
         mask = scores.n_m_mask(place.value, n, m, place.input_axis)
-    except ValueError as error:
-        raise ValueError(f"layer {place.name!r}: {error}: name it in keep to leave it alone") from None
+    except Mistake as error:
+        raise Mistake(f"layer {place.name!r}: {error}: name it in keep to leave it alone") from None
     return mask if place.mask is None else mask & place.mask
 
 
 def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -> dict[str, float]:
-    """The sparsity that an earlier stage left, in each layer (or in all). Raises ValueError where no more is
+    """The sparsity that an earlier stage left, in each layer (or in all). Raises Mistake where no more is
     asked for.
     """
     dead = {name: 0.0 if place.mask is None else (~place.mask).sum().item() for name, place in places.items()}
@@ -263,7 +264,7 @@ def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -
             most = max((~part).double().mean().item() for part in place.mask.chunk(place.parts))
         if target[name] < most:
             where = "the layers have" if together else f"layer {name!r} has"
-            raise ValueError(
+            raise Mistake(
                 f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer"
             )
     return found
@@ -275,7 +276,7 @@ def _set_mask(run: Run, place: Place, mask: Tensor) -> None:
         torch.distributed.broadcast(told, src=0)
         mask = told.bool()
     if not mask.any():
-        raise ValueError(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
+        raise Mistake(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
     compress.set_mask(place, mask.to(place.value.device))
 
 
@@ -285,7 +286,7 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
     classifier = list(every)[-1]
     smaller = {name: place for name, place in places.items() if name != classifier}
     if not smaller:
-        raise ValueError("keep leaves no layer whose channels can be removed (the classifier's stay)")
+        raise Mistake("keep leaves no layer whose channels can be removed (the classifier's stay)")
     if isinstance(sparsity, dict):
         shares = compress.per_layer(places, sparsity, "sparsity")
         sparsity = {name: shares[name] for name in smaller}
@@ -310,7 +311,7 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
     with torch.device("meta"):
         rebuilt = teacher.build(spec, run.data.shape, len(run.data.classes))
     if channels.sizes(rebuilt) != channels.sizes(run.student):
-        raise ValueError("method 'channels': this network cannot be rebuilt from the sizes of its layers")
+        raise Mistake("method 'channels': this network cannot be rebuilt from the sizes of its layers")
     run.student_spec = spec
 
 

@@ -14,6 +14,7 @@ from trainer.context import Part, Run
 from trainer.data import Views, batches, epoch_order, seed_of
 from trainer.evaluate import keep_histogram, record, student_view, truth
 from trainer.fit import Training, fit
+from trainer.mistakes import Mistake
 from trainer.objective import Objective, Term, TermKeys
 
 Bits = Annotated[int, Field(ge=1, le=16)]
@@ -27,21 +28,21 @@ FISHER_BATCHES, FISHER_BATCH_SIZE = 64, 16
 
 def check(settings) -> None:
     if (settings.bits is None) == (settings.values is None):
-        raise ValueError("exactly one of bits and values is needed (bits: b is values: 2^b)")
+        raise Mistake("exactly one of bits and values is needed (bits: b is values: 2^b)")
     if (settings.bits == "auto") != (settings.budget_bytes is not None):
-        raise ValueError("bits 'auto' needs budget_bytes, the size that the file may have; nothing else does")
+        raise Mistake("bits 'auto' needs budget_bytes, the size that the file may have; nothing else does")
     if settings.per != "group" and settings.groups is not None:
-        raise ValueError(f"groups has no effect with per {settings.per!r}; 'group' has it")
+        raise Mistake(f"groups has no effect with per {settings.per!r}; 'group' has it")
     if settings.per == "group" and settings.groups is None:
-        raise ValueError("per 'group' needs groups, the number of codebooks a layer")
+        raise Mistake("per 'group' needs groups, the number of codebooks a layer")
     if settings.init == "linear" and (settings.weighting or settings.code_cost):
-        raise ValueError("weighting and code_cost have no effect with init 'linear'; 'optimal' has them")
+        raise Mistake("weighting and code_cost have no effect with init 'linear'; 'optimal' has them")
     if settings.training is None and settings.losses and settings.weighting is None:
-        raise ValueError("losses have no effect without training")
+        raise Mistake("losses have no effect without training")
     if settings.training is None and settings.assign == "trained":
-        raise ValueError("assign 'trained' has no effect without training")
+        raise Mistake("assign 'trained' has no effect without training")
     if settings.assign == "fixed" and settings.entropy:
-        raise ValueError("entropy has no effect with assign 'fixed': only assignments that are trained can follow it")
+        raise Mistake("entropy has no effect with assign 'fixed': only assignments that are trained can follow it")
 
 
 def share(
@@ -81,7 +82,7 @@ def share(
     """
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
-        raise ValueError("keep leaves no layer to share")
+        raise Mistake("keep leaves no layer to share")
     run.student.to(run.accelerator.device)
     losses = losses or [TermKeys(loss="cross_entropy")]
     importance = _fisher(run, places, losses) if weighting == "fisher" else {}
@@ -156,7 +157,7 @@ def _round(student: nn.Module, biases: int | None, rest: str) -> None:
 def _is_chain(student: nn.Module) -> bool:
     try:
         fold.can_tidy(student)
-    except ValueError:
+    except Mistake:
         return False
     return True
 
@@ -182,12 +183,12 @@ def _fisher(run: Run, places: dict[str, Place], losses: list[TermKeys]) -> dict[
 
 
 def _trained(place: Place) -> Tensor:
-    """The parameter behind a plain or pruned weight. Raises ValueError for one that shares its values already."""
+    """The parameter behind a plain or pruned weight. Raises Mistake for one that shares its values already."""
     module, attribute = place.places[0]
     if place.parametrization is None:
         return getattr(module, attribute)
     if not isinstance(place.parametrization, compress.Mask):
-        raise ValueError(f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were")
+        raise Mistake(f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were")
     return module.parametrizations[attribute].original
 
 
@@ -198,7 +199,7 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
         found = list(_rate_distortion(run, places, cluster, codebook, biases, rest, budget_bytes).values())
     told = _told(run, torch.tensor(found)).tolist()
     if not all(told):
-        raise ValueError(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
+        raise Mistake(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
     return dict(zip(places, told, strict=True))
 
 
