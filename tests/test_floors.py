@@ -10,7 +10,9 @@ import trainer
 TOP = Path(trainer.__file__).parent
 FLOORS = [
     ["mistakes"],
-    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores", "views"],
+    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores"],
+    ["keys"],
+    ["terms", "views"],
     ["codec", "compress", "losses"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
     ["models", "datasets", "inference"],

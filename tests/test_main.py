@@ -118,11 +118,29 @@ def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
         "scipy",
         "pandas",
         "PIL",
+        "torch._dynamo",
+        "trainer.codec",
+        "trainer.entropy",
+        "trainer.kmeans",
     }
     assert [line for line in lines if not line.startswith("import time:")] == [
         f"trainer: {path}:13: stages[3].bit: is no key here (did you mean 'bits'?)"
     ]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "lstm_mnist", "lenet5_mnist", "cifar100_resnet56_resnet20"])
+def test_reading_a_recipe_imports_nothing_heavy(name):
+    """Each stage imports what it works with when it runs: the coder, k-means, and what takes seconds."""
+    recipes = Path(__file__).parents[1] / "recipes"
+    code = f"import sys, trainer.recipe; trainer.recipe.read({str(recipes / name) + '.yaml'!r}); print(*sys.modules)"
+    told = python("-c", code)
+    heavy = {
+        "trainer.codec", "trainer.entropy", "trainer.packed", "trainer.kmeans", "trainer.runner", "trainer.report",
+        "torch._dynamo", "torch._inductor", "wandb", "accelerate", "scipy", "sklearn", "matplotlib", "timm", "torchvision", "PIL",
+    }  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert heavy & set(told.stdout.split()) == set()
 
 
 def test_a_reader_that_goes_away_is_no_error(monkeypatch, capsys):

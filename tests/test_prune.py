@@ -19,9 +19,9 @@ from torch import nn
 from trainer import bind, channels, compress, measure, packed, report, runner, scores, teacher
 from trainer import fit as fitting
 from trainer.context import Run
-from trainer.data import DataKeys, make_data
-from trainer.fit import Training
-from trainer.recipe import RecipeError, StageKeys
+from trainer.data import make_data
+from trainer.keys import DataKeys, StageKeys, Training
+from trainer.recipe import RecipeError
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
 from trainer.tracking import Log

@@ -54,10 +54,10 @@ from accelerate import Accelerator
 from trainer import bind, compress, packed, runner
 from trainer.context import Data, InMemory, Part
 from trainer.fit import freeze_unused
+from trainer.keys import Augment, TeacherKeys, TermKeys
 from trainer.models.lenet5 import lenet5
-from trainer.objective import Objective, TermKeys
-from trainer.teacher import Teacher, TeacherKeys
-from trainer.views import Augment
+from trainer.objective import Objective
+from trainer.teacher import Teacher
 
 kept = []
 real = runner._report

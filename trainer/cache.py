@@ -15,21 +15,20 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from trainer import bind, files, teacher
+from trainer import files, teacher
 from trainer.context import Data, InMemory
 from trainer.data import Views
 from trainer.features import Seen
+from trainer.keys import Augment, CacheKeys
 from trainer.mistakes import Mistake
 from trainer.teacher import Teacher
-from trainer.views import Augment
 
 FORMAT = 1
 LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
@@ -42,30 +41,6 @@ _CHUNK = 2**16  # records verified at once
 _GIB = 2**30
 
 logger = logging.getLogger(__name__)
-
-
-class CacheKeys(bind.Entry):
-    """The teacher's kept answers. where: in `memory`, for this run (mapped to a file in its folder, so that it finds them
-    again when it was interrupted; removed at its end), or on `disk`, for later runs too (in views/ in the folder of
-    TRAINER_DATA, by default ~/.cache/tiny-student; never removed by the program).
-
-    type: `float16` halves the size; its error is measured and told. top: keep only so many of the highest logits and
-    the mass of the rest, for many classes. embeddings, maps: keep those too that the recipe's losses ask for; maps are
-    large, and stages whose losses want something that is not kept ask the teacher each time. limit_gib: the largest
-    size that is allowed (2 in memory, on disk whatever is free).
-    """
-
-    where: Literal["memory", "disk"] = "memory"
-    type: Literal["float32", "float16"] = "float32"
-    top: PositiveInt | None = None
-    embeddings: bool = False
-    maps: bool = False
-    limit_gib: PositiveFloat | None = None
-
-    def serve(self, asked: set[str]) -> bool:
-        """Whether answers kept so are all that losses need which ask for these of 'logits', 'embedding' and 'maps'."""
-        kept = {"logits": True, "embedding": self.embeddings, "maps": self.maps}
-        return bool(asked) and all(kept[kind] for kind in asked)
 
 
 class ViewCache:
@@ -162,7 +137,6 @@ class ViewCache:
                 self._write(seen, index[new])
         return self._recall(index, layers, embedding)
 
-    @torch.compiler.disable  # what is known already changes from call to call
     def keep(self, seen: Seen, index: Tensor, view: int) -> None:
         """Keeps what the teacher was asked for anyway, if it is all that a record holds."""
         if (self.embeddings and seen.embedding is None) or not set(self.layers) <= set(seen.maps):

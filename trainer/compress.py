@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer import kmeans, scores
+from trainer import scores
 from trainer.mistakes import Mistake, nearest
 
 
@@ -621,14 +621,14 @@ def _key(model: nn.Module, module: nn.Module, attribute: str) -> str:
 def cluster(
     place: Place,
     num_values: int,
-    method: Callable[..., np.ndarray] = kmeans.kmeans_optimal,
+    method: Callable[..., np.ndarray] | None = None,
     groups: int = 1,
     importance: Tensor | None = None,
     code_cost: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """codes and centroids of one weight by k-means over its surviving values: code 0 is zero, others 1 + cluster.
 
-    groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
+    method: of `kmeans`, the exact one when not given. groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
     squared error of each value counts (squared gradients, say: Choi et al. 2017, Towards the Limit of Network
     Quantization). code_cost: what a bit of a code's ideal length counts, in mean squares of the survivors (about 0.05
     at 3 bits takes as much off the entropy as it adds to the error); fewer values may then be best. A group with fewer
@@ -636,6 +636,8 @@ def cluster(
     int32 of the weight's shape, centroids [k] or [groups, k].
     Raises Mistake for a weight whose values are all zero or not finite, and one without any importance.
     """
+    from trainer import kmeans  # here: a recipe is read without it
+
     value = place.value.detach().cpu().float()
     if len(value) % groups:
         raise Mistake(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
@@ -654,7 +656,7 @@ def cluster(
             continue
         settings = {} if weight is None else {"weights": weight[alive].numpy()}
         cost = code_cost * float(np.mean(survivors.astype(np.float64) ** 2 * settings.get("weights", 1.0)))
-        found = method(survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {}))
+        found = (method or kmeans.kmeans_optimal)(survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {}))
         chosen = kmeans.assign(survivors, found)
         for _ in range(10 if code_cost else 0):
             before, bits = chosen, kmeans.code_lengths(chosen, len(found))
@@ -676,6 +678,8 @@ def _damped(place: Place, importance: Tensor) -> Tensor:
 
 def _cheapest(values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """The code of the least weight x squared distance + price, for each value."""
+    from trainer import kmeans
+
     if weights is None:
         return kmeans.assign(values, centroids, code_bits=prices, code_cost=1.0)
     least, chosen = np.full(values.shape, np.inf), np.zeros(values.shape, np.int32)

@@ -3,43 +3,18 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Annotated
 
 import numpy as np
 import psutil
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer import bind
 from trainer.context import Data, InMemory, Part, Source
+from trainer.keys import Augment, DataKeys
 from trainer.mistakes import Mistake
-from trainer.views import Augment, apply, draw
-
-
-class DataKeys(bind.Entry):
-    """The data section. validation: a fraction of the training set or a number of images, held out of it.
-
-    seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
-    teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
-    keep_views: keep them in memory, as float32, once they were made: later epochs and stages need not make them again.
-    mean, std: of the normalisation, per channel, instead of the training images' own (0 and 1: images in [0, 1]).
-    subset: use only so many training images. mixup, cutmix: the alpha of their Beta distributions, 0 for off.
-    """
-
-    dataset: str
-    seed: NonNegativeInt = 0
-    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] = 0.1
-    subset: PositiveInt | None = None
-    views: PositiveInt | None = None
-    keep_views: bool = False
-    augment: Augment = Augment()
-    mixup: NonNegativeFloat = 0.0
-    cutmix: NonNegativeFloat = 0.0
-    workers: NonNegativeInt = 2
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+from trainer.views import apply, draw
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:

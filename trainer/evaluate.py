@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer import compress, measure, packed
+from trainer import compress, measure
 from trainer.context import InMemory, Part, Run
 from trainer.data import batches
 from trainer.teacher import normalize
@@ -65,6 +65,8 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 
     label: what the row is called ('pruned', 'recovered'). seconds: what led to this row took. numbers: the stage's own.
     """
+    from trainer import packed  # here: a recipe is read without the coder
+
     started = time.monotonic()
     run.student.eval()
     view = student_view(run, run.student)

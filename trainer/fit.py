@@ -9,78 +9,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trainer import bind, checkpoint, compress, onednn
+from trainer import checkpoint, compress, onednn
 from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.evaluate import percent_right, predict, truth
 from trainer.features import evaluating
+from trainer.keys import Training
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training
-
-
-_Count = Annotated[int, Field(gt=0, lt=2**31)]
-
-
-class Training(bind.Entry):
-    """How to train. batch_size counts the images of all processes; `accumulate` batches make one step.
-
-    schedule: `constant`, `cosine` to 0, `one_cycle` (up over the first 30 %, then down to 1/10000), `step` (times `gamma` at
-    each epoch of `milestones`); `warmup`: epochs of linear rise before it. clip: largest norm of the gradient. keep: the
-    `last` weights or those of the `best` validation accuracy. patience: stop after so many epochs without a better
-    one. ema: decay of the exponential moving average of the weights, which is then what is kept. weight_decay is
-    never put on centroids. momentum and nesterov are sgd's.
-
-    How it is run, which changes results by rounding only: compile, by torch.compile (a minute more at the start; on CPUs it
-    needs a C++ compiler); channels_last, with images and convolutions in that memory layout. The recipe's `precision` is that
-    of all its stages.
-    """
-
-    epochs: _Count
-    batch_size: _Count = 128
-    lr: PositiveFloat = 1e-3
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    weight_decay: NonNegativeFloat = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    nesterov: bool = False
-    schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
-    warmup: NonNegativeFloat = 0.0
-    milestones: list[PositiveInt] | None = None
-    gamma: PositiveFloat | None = None
-    clip: PositiveFloat | None = None
-    accumulate: _Count = 1
-    keep: Literal["last", "best"] = "last"
-    patience: PositiveInt | None = None
-    validate_every: PositiveInt = 1
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    compile: bool = False
-    channels_last: bool = False
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "Training":
-        if self.optimizer != "sgd" and (self.momentum is not None or self.nesterov):
-            raise Mistake(f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them")
-        if self.nesterov and not self.momentum:
-            raise Mistake("nesterov has no effect without momentum")
-        if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
-            raise Mistake(f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them")
-        if self.schedule == "step" and not self.milestones:
-            raise Mistake("schedule 'step' needs milestones, the epochs at which the rate falls")
-        if self.schedule == "one_cycle" and self.warmup:
-            raise Mistake("warmup has no effect with schedule 'one_cycle', which rises by itself")
-        if self.warmup >= self.epochs:
-            raise Mistake(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
-        return self
 
 
 def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
@@ -204,6 +149,7 @@ def fit(
     # Accelerate's wrapper asks the file system about optional packages at each step; it is of use with a scaler only.
     take_step = optimizer.step if accelerator.scaler is None else scaled.step
     if training.compile:
+        objective.leave_out_of_compile()
         wrapped = torch.compile(wrapped)
     onednn.attach(objective, learning=True)
 

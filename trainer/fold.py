@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer import bind, codec, compress
+from trainer import bind, compress
 from trainer.compress import Codebook, Mask, Place
 from trainer.features import Staged
 from trainer.mistakes import Mistake
@@ -195,11 +195,13 @@ def tidy(model: nn.Module, order: Literal["alike", "count"] = "alike") -> dict[s
     order: `alike`, each unit followed by the one most like it (`codec.unit_order`); `count`, by their number of
     weights. The outputs are the same up to the order in which sums are added up. Returns {layer: units dropped}.
     """
+    from trainer.codec import unit_order  # here: a recipe is read without the coder
+
     counts = drop_dead(model)
     for link in _links(model):
         weight = link.layer.value
         if order == "alike":
-            units = torch.from_numpy(codec.unit_order(weight.cpu().numpy())).to(weight.device)
+            units = torch.from_numpy(unit_order(weight.cpu().numpy())).to(weight.device)
         else:
             units = weight.reshape(len(weight), -1).ne(0).sum(1).argsort(descending=True, stable=True)
         rows = _tensors(link.layer) + ([] if link.through is None else _tensors(link.through))

@@ -6,122 +6,20 @@ beside it, out of reach of DDP, optimizers, `state_dict` and `.train()`.
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from trainer import bind, compress, features
 from trainer.context import Data
 from trainer.features import Layer
+from trainer.keys import At, Name, TermKeys, WeightSchedule
 from trainer.mistakes import Mistake, closest, nearest
 from trainer.projectors import EmbeddingProjector, MapProjector, same_size
 from trainer.teacher import Teacher, normalize
-
-# What a loss may ask for, by what has to be computed for it.
-MAPS = {"student_map", "teacher_map", "projected_map"}
-MAP_LISTS = {"student_maps", "teacher_maps"}
-EMBEDDINGS = {"student_embedding", "teacher_embedding", "projected_embedding"}
-WEIGHTS = {"student_weight", "teacher_weight"}
-OTHERS = {"student_logits", "teacher_logits", "labels", "index", "teacher_head", "epoch"}
-VOCABULARY = MAPS | MAP_LISTS | EMBEDDINGS | WEIGHTS | OTHERS
-TEACHER_WORDS = {w for w in VOCABULARY if w.startswith("teacher")} | {"projected_map", "projected_embedding"}
-
-WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
-
-# A layer: a stage's name, a module's dotted name, or a stage's number (from 0; -1 is the last).
-Name = str | int
-At = (
-    Literal["auto", "last"]
-    | Annotated[list[Name], Field(min_length=1)]
-    | Annotated[dict[Name, Name], Field(min_length=1)]
-)
-
-
-class WeightSchedule(bind.Entry):
-    """A term's weight over the first `epochs` of its stage (all when not given); then it stays as it is.
-
-    schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value`
-    to `to` (0).
-    """
-
-    value: NonNegativeFloat
-    schedule: Literal["constant", "warm_up", "linear", "cosine"]
-    epochs: PositiveFloat | None = None
-    to: NonNegativeFloat | None = None
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "WeightSchedule":
-        if self.to is not None and self.schedule in ("constant", "warm_up"):
-            raise Mistake(
-                f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it"
-            )
-        if self.epochs is not None and self.schedule == "constant":
-            raise Mistake("epochs has no effect with schedule 'constant'")
-        if self.schedule != "constant" and self.value == (self.to or 0.0):
-            raise Mistake(
-                f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.value}"
-            )
-        return self
-
-    def at(self, epoch: float, num_epochs: float) -> float:
-        """The weight when `epoch` epochs of a stage of `num_epochs` are done."""
-        if self.schedule == "constant":
-            return self.value
-        fraction = min(1.0, epoch / (self.epochs or num_epochs))
-        if self.schedule == "warm_up":
-            return self.value * fraction
-        end = 0.0 if self.to is None else self.to
-        if self.schedule == "cosine":
-            fraction = (1 - math.cos(math.pi * fraction)) / 2
-        return self.value + (end - self.value) * fraction
-
-
-class TermKeys(bind.Entry):
-    """One term of an objective. weight: a number or a schedule; a term of weight 0 is only logged.
-
-    at: which layers look at which, for losses on layers: `auto` (when not given), `last`, the student's
-    layers, or {student layer: teacher layer}.
-    """
-
-    loss: str
-    weight: NonNegativeFloat | WeightSchedule = 1.0
-    at: At | None = None
-
-
-Term = bind.from_shelf("loss", TermKeys)
-
-
-def wants(term: TermKeys) -> list[str]:
-    """The names that the term's loss asks to be fed. Raises Mistake for a word that nobody knows."""
-    function = bind.find("loss", term.loss)
-    asks = bind.fed(function)
-    built_with = bind.built_with(function) if inspect.isclass(function) else []
-    for word, known in [(word, VOCABULARY) for word in asks] + [
-        (word, WORDS_OF_CONSTRUCTORS) for word in built_with
-    ]:
-        if word not in known:
-            raise Mistake(f"loss {term.loss!r} asks for {word!r}{nearest(word, sorted(known))}")
-    return asks
-
-
-def needs_teacher(term: TermKeys) -> bool:
-    """Whether the term's loss asks for anything of the teacher's, or for layers, which come in pairs."""
-    return bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
-
-
-def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
-    """What a forward pass of the teacher has to give for the terms: of 'logits', 'embedding' and 'maps'."""
-    asks = {word for term in terms for word in wants(term)}
-    kinds = {
-        "logits": {"teacher_logits"},
-        "embedding": {"teacher_embedding"},
-        "maps": {"teacher_map", "teacher_maps", "projected_map"},
-    }
-    return {kind for kind, words in kinds.items() if words & asks}
+from trainer.terms import EMBEDDINGS, MAPS, MAP_LISTS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
 
 
 class _Bound(nn.Module):
@@ -355,12 +253,17 @@ class Objective(nn.Module):
         seen = self.teacher.see(images, *self._see_teacher)
         self._count(len(images))
         if cache is not None:
-            cache.keep(seen, index, view)  # for stages whose losses ask for less
+            self._kept(seen, index, view)  # for stages whose losses ask for less
         return seen
 
-    # What follows is left out of torch.compile, which would compile anew for each number that has changed.
+    def leave_out_of_compile(self) -> None:
+        """Leaves out of torch.compile what it would compile anew for each number that has changed.
 
-    @torch.compiler.disable
+        No decorators: they import torch._dynamo where the class is defined, which takes seconds.
+        """
+        for name in ("_recalled", "_kept", "_count"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
+
     def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:
         cache = self.teacher.cache
         before = cache.computed
@@ -368,7 +271,9 @@ class Objective(nn.Module):
         self._count(cache.computed - before)
         return seen
 
-    @torch.compiler.disable
+    def _kept(self, seen: features.Seen, index: Tensor, view: int) -> None:
+        self.teacher.cache.keep(seen, index, view)
+
     def _count(self, num_images: int) -> None:
         self._teacher_images += num_images
 

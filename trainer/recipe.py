@@ -17,12 +17,21 @@ import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
 from trainer import bind
-from trainer.cache import CacheKeys
-from trainer.data import DataKeys
+from trainer.keys import (
+    Augment,
+    CacheKeys,
+    DataEntry,
+    DataKeys,
+    Stage,
+    StageKeys,
+    Student,
+    StudentKeys,
+    TeacherEntry,
+    TeacherKeys,
+    TermKeys,
+)
 from trainer.mistakes import Mistake, nearest
-from trainer.objective import MAP_LISTS, MAPS, WEIGHTS, TermKeys, asked_of_teacher, needs_teacher, wants
-from trainer.teacher import StudentKeys, TeacherKeys
-from trainer.views import Augment
+from trainer.terms import MAPS, MAP_LISTS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 
 MOST_BYTES = 2**18  # of a recipe's text, and
 MOST_VALUES = 10_000  # of what its anchors unfold to: more is a mistake or an attack
@@ -31,18 +40,6 @@ DEEPEST = 50
 
 class RecipeError(Mistake):
     """One or more faults of a recipe; the message has a line for each."""
-
-
-class StageKeys(bind.Entry):
-    """One stage of a recipe."""
-
-    stage: str
-
-
-DataEntry = bind.from_shelf("dataset", DataKeys)
-Stage = bind.from_shelf("stage", StageKeys)
-Student = bind.from_shelf("model", StudentKeys)
-TeacherEntry = bind.from_shelf("model", TeacherKeys)
 
 
 class Recipe(bind.Entry):

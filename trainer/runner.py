@@ -19,18 +19,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from trainer import bind, checkpoint, compress, files, fold, packed, report, teacher
-from trainer.cache import CacheKeys, ViewCache
+from trainer.cache import ViewCache
 from trainer.context import Data, Run
 from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.fetch import cache_folder
+from trainer.keys import Augment, CacheKeys, StageKeys
 from trainer.measure import dense_bytes
 from trainer.mistakes import Mistake
-from trainer.objective import Objective, asked_of_teacher
-from trainer.recipe import Recipe, RecipeError, StageKeys, dump, parse, read
+from trainer.objective import Objective
+from trainer.recipe import Recipe, RecipeError, dump, parse, read
 from trainer.teacher import Teacher
+from trainer.terms import asked_of_teacher
 from trainer.tracking import Log
-from trainer.views import Augment
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "

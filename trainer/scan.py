@@ -17,8 +17,9 @@ from trainer import compress, drawing, files, scores
 from trainer.compress import Place
 from trainer.context import Run
 from trainer.evaluate import percent_right, predict, student_view, truth
+from trainer.keys import StageKeys
 from trainer.mistakes import Mistake
-from trainer.recipe import Recipe, RecipeError, StageKeys, read
+from trainer.recipe import Recipe, RecipeError, read
 from trainer.runner import begun
 
 if TYPE_CHECKING:

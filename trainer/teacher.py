@@ -4,38 +4,16 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer import bind, channels, checkpoint, features, inference
 from trainer.features import Seen
+from trainer.keys import ModelKeys, StudentKeys, TeacherKeys
 from trainer.mistakes import Mistake
-
-
-class ModelKeys(bind.Entry):
-    """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`."""
-
-    model: str
-    checkpoint: Path | None = None
-
-
-class StudentKeys(ModelKeys):
-    """The student; `from_teacher: copy` starts it from evenly spaced layers and leading channels of the teacher."""
-
-    from_teacher: Literal["copy"] | None = None
-
-
-class TeacherKeys(ModelKeys):
-    """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `share` is its say among several."""
-
-    resize: PositiveInt | None = None
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
-    share: PositiveFloat = 1.0
 
 
 def spec(keys: ModelKeys) -> dict[str, Any]:

@@ -5,51 +5,16 @@ and their samples' numbers into the images that a network sees. An image's resul
 own numbers, so whatever a teacher says about (view, index) can be kept and used again.
 """
 
-from typing import Annotated
-
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.keys import Augment
 from trainer.mistakes import Mistake
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
-
-
-class Augment(BaseModel):
-    """How the views of an image differ from it. Amounts are drawn uniformly; everything is off by default.
-
-    What comes in from outside the image is 0. Geometry is bilinear; `shift` and `flip` alone are exact.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    flip: bool = Field(False, description="mirror left and right, half of the time")
-    shift: NonNegativeInt = Field(0, description="whole pixels, up to so many in each direction")
-    rotate: Annotated[float, Field(ge=0, le=180)] = Field(
-        0.0, description="degrees, up to so many either way"
-    )
-    scale: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="0.1: between 0.9 and 1.1 times the size"
-    )
-    shear: Annotated[float, Field(ge=0, le=60)] = Field(0.0, description="degrees, up to so many either way")
-    elastic: NonNegativeFloat = Field(
-        0.0,
-        description="pixels; a smooth warp whose 4 x 4 control points move up to so many in each direction",
-    )
-    brightness: Fraction = Field(0.0, description="0.2: values times a factor between 0.8 and 1.2")
-    contrast: Fraction = Field(
-        0.0, description="0.2: distance from the image's mean times between 0.8 and 1.2"
-    )
-    erase: Fraction = Field(
-        0.0,
-        description="share of the images of which a rectangle is set to 0, of 2 to 33 % of the area "
-        "and with sides in a ratio of 0.3 to 3.3 (Zhong et al. 2020)",
-    )
 
 
 # How many random numbers each setting needs, in the order of their columns.

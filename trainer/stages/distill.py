@@ -6,9 +6,11 @@ from pydantic import Field
 
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
-from trainer.fit import Training, fit
+from trainer.fit import fit
+from trainer.keys import Term, Training
 from trainer.mistakes import Mistake
-from trainer.objective import Objective, Term, needs_teacher
+from trainer.objective import Objective
+from trainer.terms import needs_teacher
 
 
 def check(settings) -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer import compress, files, fold, packed
+from trainer import compress, files, fold
 from trainer.context import Run
 from trainer.data import batches
 from trainer.evaluate import record, student_view
@@ -36,6 +36,8 @@ def pack(
     Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
     removed.
     """
+    from trainer import packed  # here: a recipe is read without the coder
+
     path = run.folder / file
     tidied = _tidy(run) if tidy else {}
     decoded: dict = {}
@@ -80,6 +82,8 @@ def _logits(run: Run) -> Tensor:
 
 def _account(run: Run, data: bytes, name: str) -> None:
     """Tells the report how many bytes of the file each layer takes."""
+    from trainer import packed
+
     known = compress.weights(run.student)
     for name_ in known:
         run.layers.setdefault(name_, {})["file_bytes"] = 0

@@ -11,9 +11,10 @@ from trainer import channels, compress, scores, teacher
 from trainer.compress import Place
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
-from trainer.fit import Training, fit
+from trainer.fit import fit
+from trainer.keys import Term, TermKeys, Training
 from trainer.mistakes import Mistake
-from trainer.objective import Objective, Term, TermKeys
+from trainer.objective import Objective
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Pattern = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]

@@ -4,18 +4,19 @@ import copy
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import compress, fold, kmeans, packed, teacher
+from trainer import compress, fold, teacher
 from trainer.compress import Place
 from trainer.context import Part, Run
 from trainer.data import Views, batches, epoch_order, seed_of
 from trainer.evaluate import keep_histogram, record, student_view, truth
-from trainer.fit import Training, fit
+from trainer.fit import fit
+from trainer.keys import Term, TermKeys, Training
 from trainer.mistakes import Mistake
-from trainer.objective import Objective, Term, TermKeys
+from trainer.objective import Objective
 
 Bits = Annotated[int, Field(ge=1, le=16)]
 NumValues = Annotated[int, Field(ge=1, le=65536)]
@@ -80,6 +81,8 @@ def share(
     two (dead units are dropped first where the network is a chain of layers). rest: the type of all else that is not
     shared. keep: layers left alone. Zeros stay zero and cost no value.
     """
+    from trainer import kmeans  # here: a recipe is read without it
+
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
         raise Mistake("keep leaves no layer to share")
@@ -206,6 +209,8 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
 @torch.no_grad()
 def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
     """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
+    from trainer import packed
+
     facts = packed.facts(run.data)
     # Not a deep copy: torch's copies of parametrized modules share a class, and taking one's mask would take all.
     plain = teacher.build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
