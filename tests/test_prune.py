@@ -140,9 +140,7 @@ def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, quick, mo
 
 def test_rounds_prune_the_same_share_of_what_is_left(tmp_path, quick):
     run = make_run(tmp_path)
-    numbers = prune(
-        run, method="magnitude", sparsity=0.875, schedule="iterative", rounds=3, training=TRAINING
-    )
+    prune(run, method="magnitude", sparsity=0.875, schedule="iterative", rounds=3, training=TRAINING)
     assert labels(run) == [
         "pruned 1/3",
         "recovered 1/3",
@@ -154,7 +152,7 @@ def test_rounds_prune_the_same_share_of_what_is_left(tmp_path, quick):
     assert [row["sparsity"] for row in run.rows] == pytest.approx(
         [0.5, 0.5, 0.75, 0.75, 0.875, 0.875], abs=0.003
     )
-    assert numbers["epochs"] == 6
+    assert [row.get("epochs") for row in run.rows] == [None, 2] * 3
     assert set(run.histograms) == {"pruned", "recovered"}
 
 

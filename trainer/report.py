@@ -350,7 +350,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _is_teacher(row: Mapping[str, Any]) -> bool:
-    return row.get("who") == "teacher" or "teacher" in str(row["stage"])
+    return "teacher" in str(row["stage"])
 
 
 def _place(row: Mapping[str, Any]) -> tuple[float, float] | None:

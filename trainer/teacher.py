@@ -1,6 +1,5 @@
 """Building the networks of a recipe, and the teacher as the student's lessons see it."""
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +101,6 @@ class Teacher:
         self.version = 0  # counts its own trainings: answers of an earlier version are not this one's
         self._ready: list[nn.Module] = []  # what is asked in place of the networks
         self._ready_for: list = []  # and the state of the networks that it was made of
-        self.accuracy: dict[str, float] = {}
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -214,8 +212,3 @@ def _by_kind(model: nn.Module) -> dict[tuple, list[nn.Module]]:
         if not list(module.children()) and isinstance(weight, Tensor):
             kinds.setdefault((type(module), weight.dim(), weight.shape[2:]), []).append(module)
     return kinds
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of a network that learns nothing more."""
-    return copy.deepcopy(model).eval().requires_grad_(False)

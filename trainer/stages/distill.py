@@ -18,7 +18,7 @@ def check(settings) -> None:
         raise Mistake("no loss looks at the teacher: use stage train, or add one that does (kl, hint ...)")
 
 
-def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> dict:
+def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> None:
     """Trains the student by `losses` with the teacher as its guide (Hinton et al. 2015; Romero et al. 2015)."""
     objective = Objective(
         run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device
@@ -27,4 +27,3 @@ def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field
     objective.finish()
     record(run, "distilled", numbers["train_seconds"], **numbers)
     keep_histogram(run, "dense")
-    return numbers

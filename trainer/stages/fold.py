@@ -14,7 +14,7 @@ def check_student(_settings, student: nn.Module) -> None:
     folding.can_fold(student)
 
 
-def fold(run: Run) -> dict:
+def fold(run: Run) -> None:
     """Turns the student into the network of `batch_norm: false` with the same outputs; before `share`, masks stay.
 
     Told are the largest difference of a logit and of how many the prediction changed, over 1,000 validation images.
@@ -30,7 +30,6 @@ def fold(run: Run) -> dict:
     }
     record(run, "folded", **numbers)
     keep_histogram(run, "folded")
-    return numbers
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def check_student(settings, student: nn.Module) -> None:
 
 def pack(
     run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = "student.tiny", tidy: bool = False
-) -> dict:
+) -> None:
     """Writes runs/NAME/`file`; a fresh process decodes it and measures what it decoded.
 
     tidy: first drops dead hidden units and sorts the others, whose order is free, so that the file is smaller. The
@@ -56,7 +56,6 @@ def pack(
                 f"{path}: decoded to another network: digest {decoded['digest'][:12]} for {mine[:12]}, "
                 f"top-1 {decoded['top1']} % for {row['top1']} %; the file is removed"
             )
-    return {"file": file, "file_bytes": row["file_bytes"], **tidied}
 
 
 def _tidy(run: Run) -> dict[str, float]:

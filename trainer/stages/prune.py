@@ -116,7 +116,7 @@ def prune(
     keep: list[str] = [],
     training: Training | None = None,
     losses: list[Term] | None = None,
-) -> dict:
+) -> None:
     """Prunes the student's weights and trains the survivors, the pruned ones held at zero.
 
     method, what goes first:
@@ -145,7 +145,8 @@ def prune(
     if method == "channels":
         _remove_channels(run, places, sparsity, together=scope == "global")
         _told(run, "pruned", method)
-        return _recover(run, "recovered", method, training, losses)
+        _recover(run, "recovered", method, training, losses)
+        return
     decide = _decision(
         run, places, method, sensitivity or sparsity or pattern, schedule, scope or _scope(method)
     )
@@ -155,11 +156,10 @@ def prune(
             _set_mask(run, places[name], mask)
             run.layers.setdefault(name, {})["thresholds"] = found
 
-    numbers: dict = {}
     if schedule == "once":
         tighten(1.0)
         _told(run, "pruned", method)
-        numbers = _recover(run, "recovered", method, training, losses)
+        _recover(run, "recovered", method, training, losses)
     elif schedule == "cubic":
         for place in places.values():
             if place.mask is None:
@@ -171,7 +171,7 @@ def prune(
                 tighten(step / last if last else 1.0)
             return step < last
 
-        numbers = _recover(run, "recovered", method, training, losses, gradually)
+        _recover(run, "recovered", method, training, losses, gradually)
     else:
         began = {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}
         num_rounds = rounds or 3
@@ -181,13 +181,9 @@ def prune(
             if rewind:
                 compress.rewind(run.student, began)
             _told(run, "pruned" + which, method)
-            fitted = _recover(run, "recovered" + which, method, training, losses)
-            for key in ("epochs", "steps", "train_seconds"):
-                fitted[key] += numbers.get(key, 0)
-            numbers = fitted
+            _recover(run, "recovered" + which, method, training, losses)
     if method == "movement":
         compress.forget_movement(places.values())
-    return numbers
 
 
 def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
@@ -328,9 +324,9 @@ def _recover(
     training: Training | None,
     losses: list[Term] | None,
     before_step: Callable[[int, int], bool] | None = None,
-) -> dict:
+) -> None:
     if training is None:
-        return {}
+        return
     objective = Objective(
         run.student,
         losses or [TermKeys(loss="cross_entropy")],
@@ -342,4 +338,3 @@ def _recover(
     numbers = fit(run, objective, training, before_step)
     objective.finish()
     _told(run, label, method, numbers["train_seconds"], **numbers)
-    return numbers

@@ -65,7 +65,7 @@ def share(
     keep: list[str] = [],
     training: Training | None = None,
     losses: list[Term] | None = None,
-) -> dict:
+) -> None:
     """Clusters the surviving weights of each layer into 2^bits (or `values`) shared values and trains those.
 
     bits: for all layers, {layer: bits}, or `auto` with `budget_bytes`: from 6 bits everywhere the layer whose next bit
@@ -114,7 +114,7 @@ def share(
     record(run, "clustered", init=init)
     keep_histogram(run, "clustered")
     if training is None:
-        return {}
+        return
     objective = Objective(
         run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device,
         penalties={"entropy": (entropy, lambda: compress.entropy(places.values()))} if entropy else {},
@@ -131,7 +131,6 @@ def share(
     _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")
-    return numbers
 
 
 def _told(run: Run, tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def train(
     losses: list[Term] | None = None,
     checkpoint: Path | None = None,
     at_least: Percent | None = None,
-) -> dict:
+) -> None:
     """Trains on labels (cross-entropy, or the `losses` given), or loads `checkpoint`.
 
     at_least: percent of the validation images that must then be right; fewer is an error. Of several teachers each
@@ -69,4 +69,3 @@ def train(
         raise Mistake(
             f"the {who} has {row['top1_validation']:.2f} % of the validation images right; at_least asks for {at_least} %"
         )
-    return numbers
