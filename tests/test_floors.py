@@ -9,8 +9,8 @@ import trainer
 
 TOP = Path(trainer.__file__).parent
 FLOORS = [
-    ["mistakes"],
-    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores"],
+    ["files", "mistakes"],
+    ["bind", "channels", "drawing", "entropy", "features", "gather", "images", "kmeans", "onednn", "projectors", "scores"],
     ["keys"],
     ["terms", "views"],
     ["codec", "compress", "losses"],

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import bind, channels, compress, measure, packed, report, runner, scores, teacher
+from trainer import bind, channels, checkpoint, compress, measure, packed, report, runner, scores, teacher
 from trainer import fit as fitting
 from trainer.context import Run
 from trainer.data import make_data
@@ -526,7 +526,7 @@ def test_channels_are_really_gone_and_the_file_still_loads(tmp_path, spec, sizes
     data = packed.encode(run.student, run.student_spec, packed.facts(run.data))
     decoded, header = packed.decode(data)
     assert header["net"] == run.student_spec
-    assert packed.digest(decoded.state_dict()) == packed.digest(run.student.state_dict())
+    assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(run.student.state_dict())
     assert run.rows[-1]["ratio_student"] == pytest.approx(40_000 / len(data))
     images = torch.rand(3, *run.data.shape)
     assert torch.equal(decoded(images), run.student.eval()(images))

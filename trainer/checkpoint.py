@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from trainer import files
 from trainer.mistakes import Mistake
 
 try:
@@ -34,11 +35,19 @@ except ImportError:  # not on Windows
 
 logger = logging.getLogger(__name__)
 
-PARTIAL = ".partial-"  # begins the name of what is being written
 ORDER = "key_order"  # in a safetensors header: the keys in order, and the mark of our own files
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
 PREFIXES = ("module.", "model.", "_orig_mod.", "state_dict.")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors: equal only for bit-equal weights. It stands in kept runs and reports: it must not change."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def save(
@@ -57,25 +66,25 @@ def save(
         raise ValueError(f"keep: got {keep}; at least 1 checkpoint is kept")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(PARTIAL + "*"):
+    for leftover in folder.glob(files.PARTIAL + "*"):
         shutil.rmtree(leftover)
     newest = max((int(path.name) for path in _checkpoints(folder)), default=-1)
     final = folder / f"{max(newest + 1, int(facts.get('step', 0))):08d}"
 
-    files = {f"{_checked(name)}.safetensors": _to_bytes(entry, name) for name, entry in tensors.items()}
-    files["facts.json"] = _json(facts)
+    content = {f"{_checked(name)}.safetensors": _to_bytes(entry, name) for name, entry in tensors.items()}
+    content["facts.json"] = _json(facts)
     sums = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()
     }
-    files["manifest.json"] = _json({"files": sums})
+    content["manifest.json"] = _json({"files": sums})
 
-    partial = folder / f"{PARTIAL}{final.name}"
+    partial = folder / f"{files.PARTIAL}{final.name}"
     partial.mkdir()
-    for name, data in files.items():
-        _write_through(partial / name, data)
-    _sync_folder(partial)
+    for name, data in content.items():
+        files.write_through(partial / name, data)
+    files.sync_folder(partial)
     os.rename(partial, final)
-    _sync_folder(folder)
+    files.sync_folder(folder)
 
     valid = 0
     for path in _checkpoints(folder):
@@ -94,13 +103,13 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
     """
     for path in _checkpoints(Path(folder)):
         try:
-            files = _verified(path)
+            content = _verified(path)
             tensors = {
                 name.removesuffix(".safetensors"): _from_bytes(data, path / name)[0]
-                for name, data in files.items()
+                for name, data in content.items()
                 if name.endswith(".safetensors")
             }
-            return tensors, json.loads(files["facts.json"])
+            return tensors, json.loads(content["facts.json"])
         except Mistake as error:
             logger.warning("skipped a damaged checkpoint: %s", error)
     return None
@@ -111,20 +120,7 @@ def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
     metadata: text that goes into the file's header.
     """
-    write_bytes(path, _to_bytes(tensors, path, metadata))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and force it to the disk; a file of that name is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        _write_through(partial, data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    files.write_bytes(path, _to_bytes(tensors, path, metadata))
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
@@ -228,15 +224,15 @@ def _verified(path: Path) -> dict[str, bytes]:
     """The files of a checkpoint, each with the sum its manifest says. Mistake if anything is amiss."""
     try:
         sums = json.loads((path / "manifest.json").read_bytes())["files"]
-        files = {name: (path / name).read_bytes() for name in sums}
-        for name, data in files.items():
+        content = {name: (path / name).read_bytes() for name in sums}
+        for name, data in content.items():
             if hashlib.sha256(data).hexdigest() != sums[name]["sha256"]:
                 raise Mistake(f"{name} is not what was written")
-        if "facts.json" not in files:
+        if "facts.json" not in content:
             raise Mistake("facts.json is missing")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise Mistake(f"{path}: {error or type(error).__name__}") from error
-    return files
+    return content
 
 
 def _is_valid(path: Path) -> bool:
@@ -354,22 +350,3 @@ def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_joined(item, tensors) for item in content)
     return {key: _joined(item, tensors) for key, item in content}
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    """Write the file and force it to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in the folder to the disk (Windows has no such call and needs none)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

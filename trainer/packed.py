@@ -1,6 +1,5 @@
 """Networks as packed files: the architecture's spec and the weights, through the codec, and back."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -201,15 +200,6 @@ def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dty
         name: (tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
         for name, tensor in model.state_dict().items()
     }
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """A digest of named tensors: equal only for bit-equal weights."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trainer import drawing
+from trainer import drawing, files
 from trainer.drawing import GRID, INK
 from trainer.mistakes import Mistake
 
@@ -67,10 +67,10 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
     for name, figure in _histograms(report["name"], weights):
         plots[name] = figure
     for name, figure in plots.items():
-        _write(folder / name, drawing.png(figure))
-    _write(folder / "report.md", _markdown(report, list(plots)).encode())
-    data = json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False)
-    _write(folder / "report.json", data.encode())
+        files.write_bytes(folder / name, drawing.png(figure))
+    files.write_bytes(folder / "report.md", _markdown(report, list(plots)).encode())
+    data = json.dumps(files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False)
+    files.write_bytes(folder / "report.json", data.encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -318,32 +318,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types; None for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "tolist"):  # a tensor, an array, or a number of either
-        return _plain(value.tolist())
-    return str(value)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 # -- plots

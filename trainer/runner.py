@@ -516,4 +516,4 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     run = Run(name=recipe.name, folder=Path(), seed=0, accelerator=accelerator, data=data, student=model, student_spec={},
               teacher=None, log=None, recipe_path=path)
     top1 = percent_right(predict(run, student_view(run, model), data.test), data.test.labels)
-    return {"top1": top1, "images": len(data.test), "digest": packed.digest(model.state_dict()), "file_bytes": len(content)}
+    return {"top1": top1, "images": len(data.test), "digest": checkpoint.digest(model.state_dict()), "file_bytes": len(content)}

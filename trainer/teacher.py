@@ -68,15 +68,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise Mistake(f"{path}: does not fit the network: {str(error)[:600]}") from None
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A digest of all weights and statistics of a network."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 class Teacher:
     """The network (or networks) that guide the student. Not an `nn.Module`: nothing of it is trained, wrapped or saved.
 
@@ -136,7 +127,7 @@ class Teacher:
         return [self.version, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
     def fingerprint(self) -> str:
-        facts = [(fingerprint(n), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
+        facts = [(checkpoint.digest(n.state_dict()), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
 
     def prepare(self, images: Tensor, number: int = 0) -> Tensor:

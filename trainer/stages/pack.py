@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer import compress, files, fold
+from trainer import checkpoint, compress, files, fold
 from trainer.context import Run
 from trainer.data import batches
 from trainer.evaluate import record, student_view
@@ -48,7 +48,7 @@ def pack(
         _account(run, data, str(path))
     row = record(run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied)
     if run.accelerator.is_main_process:
-        mine = packed.digest(compress.dense_state(run.student))
+        mine = checkpoint.digest(compress.dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
         if decoded["digest"] != mine or not same:
             path.unlink()
