@@ -60,6 +60,23 @@ def student_view(run: Run, network: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda images: network(normalize(images, run.data.mean, run.data.std))
 
 
+@torch.no_grad()
+def logits(run: Run, most: int | None = None) -> Tensor:
+    """The student's outputs [N, K] for the validation images, the first `most` of them."""
+    part, device = run.data.validation, run.accelerator.device
+    view = student_view(run, run.student.eval())
+    order = list(torch.arange(len(part))[:most].split(500))
+    return torch.cat([view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)])
+
+
+def apart(before: Tensor, after: Tensor) -> dict[str, float]:
+    """How far apart outputs are: max_difference of a logit, and num_changed, of how many images the prediction changed."""
+    return {
+        "max_difference": (before - after).abs().max().item(),
+        "num_changed": int((before.argmax(1) != after.argmax(1)).sum()),
+    }
+
+
 def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
     """Measures the student as it stands and adds a row to the report; the test split is read here and only here.
 

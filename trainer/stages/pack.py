@@ -7,14 +7,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from trainer import checkpoint, compress, files, fold
 from trainer.context import Run
-from trainer.data import batches
-from trainer.evaluate import record, student_view
+from trainer.evaluate import apart, logits, record
 
 # What a launcher tells its processes: the fresh process is no part of the launch.
 LAUNCH = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMPI_", "PMI_")
@@ -60,23 +58,12 @@ def pack(
 
 def _tidy(run: Run) -> dict[str, float]:
     """Tidies the student, in place. Raises RuntimeError where it then gives other outputs."""
-    before = _logits(run)
+    before = logits(run)
     dropped = fold.tidy(run.student)
-    after = _logits(run)
-    difference = (before - after).abs().max().item()
-    if not difference <= 1e-3 * max(1.0, before.abs().max().item()):
-        raise RuntimeError(f"tidy changed what the student says: its outputs are {difference:.3g} apart")
-    changed = int((before.argmax(1) != after.argmax(1)).sum())
-    return {"num_dropped": sum(dropped.values()), "max_difference": difference, "num_changed": changed}
-
-
-@torch.no_grad()
-def _logits(run: Run) -> Tensor:
-    """The student's outputs for the validation images."""
-    part, device = run.data.validation, run.accelerator.device
-    view = student_view(run, run.student.eval())
-    order = list(torch.arange(len(part)).split(500))
-    return torch.cat([view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)])
+    told = apart(before, logits(run))
+    if not told["max_difference"] <= 1e-3 * max(1.0, before.abs().max().item()):
+        raise RuntimeError(f"tidy changed what the student says: its outputs are {told['max_difference']:.3g} apart")
+    return {"num_dropped": sum(dropped.values()), **told}
 
 
 def _account(run: Run, data: bytes, name: str) -> None:
