@@ -10,10 +10,10 @@ import trainer
 TOP = Path(trainer.__file__).parent
 FLOORS = [
     ["files", "mistakes"],
-    ["bind", "channels", "drawing", "entropy", "features", "gather", "images", "kmeans", "onednn", "projectors", "scores"],
+    ["bind", "channels", "drawing", "entropy", "features", "distributed", "images", "kmeans", "onednn", "projectors", "scores"],
     ["keys"],
     ["terms", "views"],
-    ["codec", "compress", "losses"],
+    ["codec", "compress", "losses", "recurrent"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
     ["models", "datasets", "inference"],
     ["teacher", "data"],

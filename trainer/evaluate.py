@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer import compress, measure
 from trainer.context import InMemory, Part, Run
 from trainer.data import batches
+from trainer.distributed import summed
 from trainer.teacher import normalize
 
 
@@ -24,9 +25,7 @@ def predict(run: Run, network: Callable[[Tensor], Tensor], part: Part) -> Tensor
     answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
     for positions, (images, _, _) in zip(order, batches(part, order, run.data.workers, accelerator.device), strict=True):
         answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(answers)
-    return answers
+    return summed(answers)
 
 
 def percent_right(answers: Tensor, labels: Tensor) -> float:

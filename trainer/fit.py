@@ -18,6 +18,7 @@ from tqdm import tqdm
 from trainer import checkpoint, compress, onednn
 from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
+from trainer.distributed import agreed, broadcast
 from trainer.evaluate import percent_right, predict, truth
 from trainer.features import evaluating
 from trainer.keys import Training
@@ -216,7 +217,7 @@ def fit(
                 window.flush(step, rate)
                 bar.update(step - bar.n)
                 bar.set_postfix(loss=f"{window.loss:.4f}", refresh=False)
-                if _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
+                if agreed(time.monotonic() - last_saved > CHECKPOINT_SECONDS, device):
                     clock, last_saved = _count_seconds(tally, clock), time.monotonic()
                     progress.save(step, tally)
         epoch += 1
@@ -238,7 +239,7 @@ def fit(
             told = f"  validation {found['validation']:.2f} %" if found else ""
             print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  {speed:,.0f} images/s",
                   flush=True)
-        if not done and epoch < training.epochs and _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
+        if not done and epoch < training.epochs and agreed(time.monotonic() - last_saved > CHECKPOINT_SECONDS, device):
             last_saved = time.monotonic()
             progress.save(step, tally)
         clock = time.monotonic()  # validation and checkpoint are not training
@@ -247,7 +248,7 @@ def fit(
         if averaged is not None:
             averaged.swap()
         progress.recall_best()
-        _sync_buffers(accelerator, objective)
+        _sync_buffers(objective)
         # The finished state is kept until the whole stage is over: a stage may train several times.
         progress.save(step, tally | {"finished": True})
     for parameter in unused:
@@ -410,7 +411,7 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     """
     if averaged is not None:
         averaged.swap()
-    _sync_buffers(run.accelerator, objective)
+    _sync_buffers(objective)
     with evaluating(objective):
         student = objective.finished()
         predictions = predict(run, lambda images: student(objective.prepare(images)), run.data.validation)
@@ -419,17 +420,7 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     return percent_right(predictions, truth(run, run.data.validation))
 
 
-def _sync_buffers(accelerator, module: nn.Module) -> None:
+def _sync_buffers(module: nn.Module) -> None:
     """Statistics that each process gathered by itself (BatchNorm's) become the main process's on all."""
-    if accelerator.num_processes > 1:
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
-def _agreed(accelerator, wish: bool) -> bool:
-    """The main process's wish, on all processes."""
-    if accelerator.num_processes == 1:
-        return wish
-    told = torch.tensor([int(wish)], device=accelerator.device)
-    torch.distributed.broadcast(told, src=0)
-    return bool(told.item())
+    for buffer in module.buffers():
+        broadcast(buffer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer import bind, compress, features
 from trainer.context import Data
+from trainer.distributed import summed
 from trainer.features import Layer
 from trainer.keys import At, Name, TermKeys, WeightSchedule
 from trainer.mistakes import Mistake, closest, nearest
@@ -291,9 +292,7 @@ class Objective(nn.Module):
             return {}
         shown = torch.tensor(self._teacher_images, device=next(self.student.parameters()).device)
         self._teacher_images = 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(shown)
-        return {"teacher_images": int(shown)}
+        return {"teacher_images": int(summed(shown))}
 
     def _feed(
         self,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
 from trainer.mistakes import Mistake
 from trainer.projectors import full_precision, unit_length
 

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
 from trainer.mistakes import Mistake
 from trainer.projectors import full_precision
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trainer import channels, compress, scores, teacher
 from trainer.compress import Place
 from trainer.context import Run
+from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import fit
 from trainer.keys import Term, TermKeys, Training
@@ -268,10 +269,7 @@ def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -
 
 
 def _set_mask(run: Run, place: Place, mask: Tensor) -> None:
-    if run.accelerator.num_processes > 1:  # decided on the main process
-        told = mask.to(run.accelerator.device, torch.uint8)
-        torch.distributed.broadcast(told, src=0)
-        mask = told.bool()
+    mask = broadcast(mask.to(run.accelerator.device, torch.uint8)).bool()  # as the main process decides
     if not mask.any():
         raise Mistake(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
     compress.set_mask(place, mask.to(place.value.device))
@@ -298,9 +296,8 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
         keep=[name for name in every if name not in smaller],
         together=together,
     )
-    if run.accelerator.num_processes > 1:  # all have chosen from equal weights; the main one's word counts
-        for tensor in run.student.state_dict().values():
-            torch.distributed.broadcast(tensor, src=0)
+    for tensor in run.student.state_dict().values():  # all have chosen from equal weights; the main one's word counts
+        broadcast(tensor)
     for name, place in compress.weights(run.student).items():
         if name in masked:
             compress.set_mask(place, place.value != 0)

@@ -12,6 +12,7 @@ from trainer import compress, fold, teacher
 from trainer.compress import Place
 from trainer.context import Part, Run
 from trainer.data import Views, batches, epoch_order, seed_of
+from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record, student_view, truth
 from trainer.fit import fit
 from trainer.keys import Term, TermKeys, Training
@@ -86,7 +87,8 @@ def share(
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
         raise Mistake("keep leaves no layer to share")
-    run.student.to(run.accelerator.device)
+    device = run.accelerator.device
+    run.student.to(device)
     losses = losses or [TermKeys(loss="cross_entropy")]
     importance = _fisher(run, places, losses) if weighting == "fisher" else {}
 
@@ -98,9 +100,9 @@ def share(
     if bits == "auto":
         bits = _choose_bits(run, places, cluster, codebook, biases, rest, budget_bytes)
     wanted = compress.per_layer(places, bits if values is None else values, "bits" if values is None else "values")
-    for name, place in places.items():
+    for name, place in places.items():  # as the main process decides
         codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
-        codes, centroids = _told(run, codes), _told(run, centroids)
+        codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
         rounded = compress.round_codebook(centroids, codebook)  # what cannot be rounded is refused before it is trained
         if training is None:
             centroids = rounded
@@ -116,14 +118,14 @@ def share(
     if training is None:
         return
     objective = Objective(
-        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device,
+        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=device,
         penalties={"entropy": (entropy, lambda: compress.entropy(places.values()))} if entropy else {},
     )
     numbers = fit(run, objective, training)
     objective.finish()
     for name, place in places.items():
         if assign == "trained":
-            codes, centroids = (_told(run, tensor) for tensor in compress.close_codebook(place))
+            codes, centroids = (broadcast(tensor.to(device)) for tensor in compress.close_codebook(place))
             compress.set_codebook(place, codes, centroids)
     with torch.no_grad():
         for parameter in compress.centroid_parameters(run.student):
@@ -131,14 +133,6 @@ def share(
     _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")
-
-
-def _told(run: Run, tensor: Tensor) -> Tensor:
-    """What the main process has decided."""
-    tensor = tensor.to(run.accelerator.device)
-    if run.accelerator.num_processes > 1:
-        torch.distributed.broadcast(tensor, src=0)
-    return tensor
 
 
 def _note(run: Run, name: str, centroids: Tensor) -> None:
@@ -199,7 +193,7 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
     found = [0] * len(places)
     if run.accelerator.is_main_process:
         found = list(_rate_distortion(run, places, cluster, codebook, biases, rest, budget_bytes).values())
-    told = _told(run, torch.tensor(found)).tolist()
+    told = broadcast(torch.tensor(found, device=run.accelerator.device)).tolist()
     if not all(told):
         raise Mistake(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
     return dict(zip(places, told, strict=True))
