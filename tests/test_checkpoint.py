@@ -433,7 +433,7 @@ def test_a_second_process_is_told_who_holds_the_folder_until_the_holder_is_dead(
             holder.kill()
             holder.wait()
             with checkpoint.lock(tmp_path):
-                assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+                assert json.loads((tmp_path / ".holder").read_text())["pid"] == os.getpid()
             os.kill(worker, 0)  # its forked worker lives on, without the lock
         finally:
             os.kill(worker, 9)

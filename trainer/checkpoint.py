@@ -18,20 +18,16 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from trainer import files
 from trainer.mistakes import Mistake
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -164,52 +160,33 @@ def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process, so that a second run cannot write into it.
 
     Mistake, saying who holds it and since when, if another holder is alive. The lock goes with the
-    process however it ends; the file .lock stays and means nothing by itself. Where the system has no such
-    locks (Windows, some network disks) a warning is logged and nothing is held.
+    process however it ends, and its forked children (a data loader's workers) have no part in it; the file
+    .lock stays and means nothing by itself. Where the system has no such locks (some network disks) a warning
+    is logged and nothing is held.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+b", buffering=0) as file:
-        if fcntl is None:
-            logger.warning("%s: not locked against a second run: this system has no flock", folder)
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Mistake(
-                    f"{folder}: another run is working in this folder ({_holder(file)})"
-                ) from None
-            except OSError as error:
-                logger.warning("%s: not locked against a second run: %s", folder, error)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.truncate(0)
-        file.write(_json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
-        _locks.add(file)
-        try:
-            yield
-        finally:
-            _locks.discard(file)
-
-
-_locks: set[BinaryIO] = set()
-
-
-def _close_locks() -> None:
-    """In a forked child (a data loader's worker), which would hold the lock after its parent was killed."""
-    for file in _locks:
-        file.close()
-    _locks.clear()
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_close_locks)
-
-
-def _holder(file: BinaryIO) -> str:
-    file.seek(0)
+    holder = folder / ".holder"
+    held = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
-        who = json.loads(file.read())
-    except ValueError:  # it has the lock but has not written its name yet
+        held.acquire()
+    except Timeout:
+        raise Mistake(f"{folder}: another run is working in this folder ({_holder(holder)})") from None
+    except OSError as error:
+        logger.warning("%s: not locked against a second run: %s", folder, error)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    files.write_bytes(holder, _json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_bytes())
+    except OSError:  # it has the lock but has not written its name yet
         return "holder unknown"
     return f"process {who['pid']} on {who['host']}, since {who['since']}"
 
