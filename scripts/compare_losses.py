@@ -31,15 +31,15 @@ from trials import spread
 
 from trainer import checkpoint, files, teacher
 from trainer.__main__ import changes_of
-from trainer.cache import CacheKeys, ViewCache
+from trainer.cache import ViewCache
 from trainer.context import Run
 from trainer.data import batches, make_data, seed_of
 from trainer.evaluate import percent_right, predict, student_view, teacher_answers
 from trainer.fit import fit
+from trainer.keys import Augment, CacheKeys
 from trainer.objective import Objective
 from trainer.recipe import Recipe, read
 from trainer.runner import begun
-from trainer.views import Augment
 
 RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")
 STUDENT = {"model": "lenet5"}

@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer import bind
 from trainer.features import head
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
 
 N, K, STUDENT_WIDTH, TEACHER_WIDTH, NUM_SAMPLES = 6, 5, 7, 11, 23
 

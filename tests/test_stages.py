@@ -178,7 +178,7 @@ def test_the_decoded_file_is_the_network_that_was_measured(main):
     expected = compress.dense_state(student)
     assert set(expected) == set(model.state_dict())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert decoded["digest"] == packed.digest(expected)
+    assert decoded["digest"] == checkpoint.digest(expected)
     assert decoded["file_bytes"] == (here / "student.tiny").stat().st_size
     found = runner.evaluate_file(here / "student.tiny", here / "recipe.yaml")
     assert found == {"top1": decoded["top1"], "images": 360, "digest": decoded["digest"], "file_bytes": decoded["file_bytes"]}

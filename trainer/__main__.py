@@ -1,6 +1,6 @@
 """The command line: `accelerate launch -m trainer run recipe.yaml`, or `python -m trainer`, or `trainer`.
 
-A user's mistake is one clear message and exit 2, never a traceback.
+A user's mistake is one clear message and exit 2, never a traceback. A fault of the program is a traceback, which asks for a report.
 """
 
 import argparse
@@ -12,7 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.mistakes import Mistake
+
 # torch, and what stands on it, takes seconds to import: each command imports what it needs.
+
+REPORT = "trainer: this is a fault of the program, not of your recipe: please report it with the lines above"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         told = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
         if told is None:
+            if not isinstance(error, (Mistake, OSError)):
+                error.add_note(REPORT)
             raise
         _say(told)
         return 2
@@ -45,10 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _mistake(error: Exception) -> str | None:
     """What to tell of an error that is the user's to mend; None for a fault of the program."""
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
-    fetch = sys.modules.get("trainer.fetch")  # what was not imported has raised nothing
-    if fetch is not None and isinstance(error, fetch.FetchError):
+    if isinstance(error, (Mistake, OSError)):
         return str(error)
     no_room = ("can't allocate memory", "Storage size calculation overflowed")
     if isinstance(error, (OverflowError, MemoryError)) or any(words in str(error) for words in no_room):
@@ -168,13 +171,13 @@ def changes_of(words: list[str]) -> dict[str, Any]:
     for word in words:
         place, found, given = word.partition("=")
         if not found:
-            raise ValueError(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
+            raise Mistake(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
         if place in changes:
-            raise ValueError(f"--set {place}: is given twice")
+            raise Mistake(f"--set {place}: is given twice")
         try:
             changes[place] = value(given)
-        except ValueError as error:
-            raise ValueError(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
+        except Mistake as error:
+            raise Mistake(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
     return changes
 
 
@@ -182,7 +185,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     changes = changes_of(options.changes)
     for key in ("seed", "name"):
         if key in changes and getattr(options, key) is not None:
-            raise ValueError(f"--set {key}: --{key} gives it too")
+            raise Mistake(f"--set {key}: --{key} gives it too")
     if options.seed is not None:
         changes["seed"] = options.seed
     if options.name is not None:
@@ -283,7 +286,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _unpack(options: argparse.Namespace) -> None:
@@ -292,7 +295,7 @@ def _unpack(options: argparse.Namespace) -> None:
     state, _ = packed.tensors(_read(options.file), str(options.file))
     output = options.output or options.file.with_suffix(".safetensors")
     if output.exists():
-        raise ValueError(f"{output}: is there already; name another file")
+        raise Mistake(f"{output}: is there already; name another file")
     checkpoint.save_file(output, state)
     print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
 
@@ -306,7 +309,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     model, header = packed.decode(_read(options.file), str(options.file))
     if not header["shape"] or not header["mean"]:
-        raise ValueError(
+        raise Mistake(
             f"{options.file}: was packed without shape, mean and std: what its images are like is not known"
         )
     shape, classes = tuple(header["shape"]), header["classes"]
