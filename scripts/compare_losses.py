@@ -202,7 +202,7 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
     own.student.eval()
     view = student_view(own, own.student)
     answers = predict(own, view, own.data.test)
-    steps = [after - before for before, after in zip(moments, moments[1:])]
+    steps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
     found = {
         "name": name,
         "facts": facts,
@@ -240,7 +240,7 @@ def table(trials: dict[str, list[dict[str, Any]]]) -> str:
     lines = []
     for name, found in trials.items():
         top1 = [t["top1"] for t in found]
-        gains = [t["top1"] - b["top1"] for t, b in zip(found, base)]
+        gains = [t["top1"] - b["top1"] for t, b in zip(found, base, strict=False)]
         better = sum(gain > 0 for gain in gains)
         lines.append(
             (

@@ -7,11 +7,9 @@ import pytest
 import timm.layers
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from trainer import compress, onednn, scores
 from trainer.fit import Averaged
-
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

@@ -17,7 +17,16 @@ from trainer.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightS
 from trainer.models.lenet5 import lenet5
 from trainer.objective import Objective
 from trainer.teacher import Teacher
-from trainer.terms import EMBEDDINGS, MAPS, MAP_LISTS, VOCABULARY, WEIGHTS, WORDS_OF_CONSTRUCTORS, needs_teacher, wants
+from trainer.terms import (
+    EMBEDDINGS,
+    MAP_LISTS,
+    MAPS,
+    VOCABULARY,
+    WEIGHTS,
+    WORDS_OF_CONSTRUCTORS,
+    needs_teacher,
+    wants,
+)
 
 N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)
 

@@ -358,7 +358,7 @@ def test_share_by_layer(tmp_path, no_plots, settings, limits):
     result, before, after = shared_by(tmp_path, settings)
     trained = "training" in settings
     assert [row["stage"] for row in result["rows"]] == ["trained", "pruned", "clustered"] + ["shared"] * trained
-    for limit, layer, (name, place) in zip(limits, result["layers"], after.items(), strict=True):
+    for limit, layer, place in zip(limits, result["layers"], after.values(), strict=True):
         assert num_values(place.value) == limit  # there are more different weights than that
         assert (layer["clusters"], layer["bits"]) == (limit, math.ceil(math.log2(limit)))
         assert torch.equal(place.value, place.value.half().float())

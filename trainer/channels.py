@@ -166,7 +166,7 @@ def check(model: nn.Module) -> None:
             )
         if (
             isinstance(module, _ConvNd)
-            and 1 < module.groups
+            and module.groups > 1
             and not module.groups == module.in_channels == module.out_channels
         ):
             raise Mistake(

@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 from trainer import scores
 from trainer.mistakes import Mistake, nearest
 
-
 LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in hand at a time
 SOFTNESS = 0.5  # how softly weights are shared out among centroids, in mean distances of these
 
@@ -313,7 +312,7 @@ def matching(places: Mapping[str, Place], word: str) -> list[str]:
 def per_layer(places: Mapping[str, Place], setting, what: str) -> dict:
     """A setting given once for all or as {layer: value} as one value a layer; every layer must then be named."""
     if not isinstance(setting, Mapping):
-        return {name: setting for name in places}
+        return dict.fromkeys(places, setting)
     values = {}
     for word, value in setting.items():
         for name in matching(places, word):

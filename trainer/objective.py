@@ -20,7 +20,7 @@ from trainer.keys import At, Name, TermKeys, WeightSchedule
 from trainer.mistakes import Mistake, closest, nearest
 from trainer.projectors import EmbeddingProjector, MapProjector, same_size
 from trainer.teacher import Teacher, normalize
-from trainer.terms import EMBEDDINGS, MAPS, MAP_LISTS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
+from trainer.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
 
 
 class _Bound(nn.Module):

@@ -31,7 +31,7 @@ from trainer.keys import (
     TermKeys,
 )
 from trainer.mistakes import Mistake, nearest
-from trainer.terms import MAPS, MAP_LISTS, WEIGHTS, asked_of_teacher, needs_teacher, wants
+from trainer.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 
 MOST_BYTES = 2**18  # of a recipe's text, and
 MOST_VALUES = 10_000  # of what its anchors unfold to: more is a mistake or an attack

@@ -13,7 +13,6 @@ from torch.nn import functional
 from trainer.keys import Augment
 from trainer.mistakes import Mistake
 
-
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
 
 

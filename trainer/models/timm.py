@@ -25,7 +25,10 @@ def timm(
     options: passed on to `timm.create_model`. Raises Mistake for an unknown name, RuntimeError when the weights
     cannot be fetched.
     """
-    from timm import create_model, is_model  # imported here: it takes seconds, and most runs have no timm network
+    from timm import (  # imported here: it takes seconds, and most runs have no timm network
+        create_model,
+        is_model,
+    )
 
     if not name.startswith("hf-hub:") and not is_model(name.split(".")[0]):
         raise Mistake(f"timm has no model {name!r}")

@@ -123,7 +123,7 @@ def share(
     )
     numbers = fit(run, objective, training)
     objective.finish()
-    for name, place in places.items():
+    for place in places.values():
         if assign == "trained":
             codes, centroids = (broadcast(tensor.to(device)) for tensor in compress.close_codebook(place))
             compress.set_codebook(place, codes, centroids)
