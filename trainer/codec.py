@@ -892,7 +892,7 @@ def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> lis
     bits = np.cumsum([0.0, *(bits for _, _, bits, _ in stream.parts)])
     # multiples of 1/1024: their sum is exact
     edges = np.rint(bits / bits[-1] * coded * 1024) / 1024
-    for row, share in zip(rows[1:], np.diff(edges).tolist(), strict=False):
+    for row, share in zip(rows[1:], np.diff(edges).tolist(), strict=True):
         row["bytes"] += share
         tensor = tensors.get(row["tensor"], np.zeros(0))
         if row["part"] == "values" and tensor.dtype.kind == "f" and tensor.ndim > 1:

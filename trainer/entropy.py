@@ -88,7 +88,7 @@ class Encoder:
     def code(self, probabilities: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Writes bits [n] of 0 and 1; probabilities [n] are those of a 1."""
         low, span = self._low, self._span
-        for probability, bit in zip(probabilities.tolist(), bits.tolist(), strict=False):
+        for probability, bit in zip(probabilities.tolist(), bits.tolist(), strict=True):
             bound = (span >> PROBABILITY_BITS) * probability
             if bit:
                 span = bound
@@ -408,7 +408,7 @@ class Text:
             error = bit * ONE - probability
             for i, x in enumerate(inputs):
                 weights[first + i] += x * error >> 14
-            for key, state in zip(keys, found, strict=False):
+            for key, state in zip(keys, found, strict=True):
                 seen = state & 255
                 p = state >> 8 if state else ONE // 2
                 p += (bit * ONE - p) * 4 // (4 * seen + 5)

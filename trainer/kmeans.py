@@ -259,7 +259,7 @@ def _points(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> 
 def _merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     if len(held) == 1:
         return held[0]
-    position, mass, count = (np.concatenate(column) for column in zip(*held, strict=False))
+    position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
     order = np.argsort(position, kind="stable")
     return position[order], mass[order], count[order]
 
