@@ -16,13 +16,14 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import bind, compress, onednn, runner
+from trainer import bind, checkpoint, compress, onednn, runner
 from trainer import fit as fitting
 from trainer.cache import ViewCache
 from trainer.context import Run
 from trainer.data import make_data
 from trainer.fit import Averaged, fit, freeze_unused, learning_rate, make_optimizer
 from trainer.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
+from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.objective import Objective
@@ -552,10 +553,10 @@ def kill_after(patch, events):
 
         return call
 
-    from trainer import checkpoint, evaluate
+    from trainer import checkpoint, evaluate, files
 
     patch.setattr(fitting, "learning_rate", watched(fitting.learning_rate))
-    patch.setattr(checkpoint, "_write_through", watched(checkpoint._write_through))
+    patch.setattr(files, "write_through", watched(files.write_through))
     patch.setattr(checkpoint.os, "rename", watched(checkpoint.os.rename))
     patch.setattr(evaluate, "add_row", watched(evaluate.add_row))
 
@@ -660,6 +661,17 @@ def test_what_is_drawn_after_a_training_is_the_same_when_it_was_found_finished(t
         attempt(tmp_path, **SETTINGS[1])
         drawn.append(torch.rand(4))
     assert torch.equal(*drawn)
+
+
+def test_a_training_of_an_older_version_is_not_gone_on_with(tmp_path, often):
+    """Its optimizer's state was kept otherwise."""
+    assert attempt(tmp_path, 20, **SETTINGS[0]) is None
+    (newest, *_) = newest_first(tmp_path)
+    tensors, facts = checkpoint.load(newest.parent)
+    tensors.pop("optimizer")
+    checkpoint.save(newest.parent, tensors, facts | {"optimizer": {"dict": []}, "step": facts["step"] + 1})
+    with pytest.raises(Mistake, match="an older version of the program was interrupted .* remove that folder"):
+        attempt(tmp_path, **SETTINGS[0])
 
 
 # a whole run, killed

@@ -1,12 +1,13 @@
 """Checkpoints that survive a kill, weights files without pickles, and the lock of a run's folder.
 
-A checkpoint is a folder of safetensors files with facts.json and manifest.json (the sha256 sum of every
-file). It is written under another name, forced to the disk and renamed, so it is there whole or not at all;
-what is damaged later is seen by its sums, and the one before it is used.
+A checkpoint is a folder of safetensors files, an optimizer's state (by torch.save), facts.json and
+manifest.json (the sha256 sum of every file). It is written under another name, forced to the disk and renamed,
+so it is there whole or not at all; what is damaged later is seen by its sums, and the one before it is used.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -47,11 +48,16 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def save(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+    keep: int = 2,
+    states: Mapping[str, Mapping[str, Any]] = {},
 ) -> Path:
     """Write a new checkpoint into `folder` and return its path, folder/NNNNNNNN.
 
     tensors: NAME -> {key: tensor}, each written as NAME.safetensors (any device, any strides, in order).
+    states: NAME -> an optimizer's state_dict, each written as NAME.pt by torch.save.
     facts: what JSON can hold, so tuples come back as lists and keys as text.
 
     The number is facts["step"], or one above the newest checkpoint's where there is no step or it is not
@@ -68,6 +74,7 @@ def save(
     final = folder / f"{max(newest + 1, int(facts.get('step', 0))):08d}"
 
     content = {f"{_checked(name)}.safetensors": _to_bytes(entry, name) for name, entry in tensors.items()}
+    content |= {f"{_checked(name)}.pt": _pickled(state) for name, state in states.items()}
     content["facts.json"] = _json(facts)
     sums = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()
@@ -91,9 +98,9 @@ def save(
     return final
 
 
-def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Read the newest valid checkpoint of `folder`: (tensors, facts) as given to `save`, the tensors on the
-    CPU.
+def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
+    """Read the newest valid checkpoint of `folder`: (tensors, facts) as given to `save`, the states among the
+    tensors, which are on the CPU.
 
     A damaged one is skipped with a warning that names it. None when there is no valid one.
     """
@@ -104,6 +111,10 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
                 name.removesuffix(".safetensors"): _from_bytes(data, path / name)[0]
                 for name, data in content.items()
                 if name.endswith(".safetensors")
+            } | {
+                name.removesuffix(".pt"): _unpickled(io.BytesIO(data), path / name)
+                for name, data in content.items()
+                if name.endswith(".pt")
             }
             return tensors, json.loads(content["facts.json"])
         except Mistake as error:
@@ -134,25 +145,10 @@ def load_file(path: Path) -> dict[str, Tensor]:
         tensors, ours = _from_bytes(path.read_bytes(), path)
         return tensors if ours else _without_prefixes(tensors)
     if path.suffix in PICKLES:
-        return _without_prefixes(_weights_in(_unpickled(path), path))
+        return _without_prefixes(_weights_in(_unpickled(path, path), path))
     raise Mistake(
         f"{path}: got a file ending in {path.suffix!r}; allowed: .safetensors, {', '.join(PICKLES)}"
     )
-
-
-def optimizer_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Part an optimizer's state_dict into its tensors and the rest as JSON can hold it: (tensors, facts).
-
-    The tensors are named by their place ("state/0/exp_avg"). `optimizer_state` puts both together again
-    exactly. ValueError for a value that is no tensor, number, text, None, dict, list or tuple.
-    """
-    tensors: dict[str, Tensor] = {}
-    return tensors, _parted(state_dict, "", tensors)
-
-
-def optimizer_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Put together the state_dict that `optimizer_tensors` parted."""
-    return _joined(facts, tensors)
 
 
 @contextlib.contextmanager
@@ -174,9 +170,9 @@ def lock(folder: Path) -> Iterator[None]:
         raise Mistake(f"{folder}: another run is working in this folder ({_holder(holder)})") from None
     except OSError as error:
         logger.warning("%s: not locked against a second run: %s", folder, error)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    files.write_bytes(holder, _json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
     try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        files.write_bytes(holder, _json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -259,11 +255,18 @@ def _from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
         raise Mistake(f"{where}: this is no whole safetensors file ({error})") from error
 
 
-def _unpickled(path: Path) -> Any:
+def _pickled(state: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(dict(state), file)
+    return file.getvalue()
+
+
+def _unpickled(file: Path | BinaryIO, path: Path) -> Any:
+    """What a file named `path` holds, tensors and plain values alone."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: they are read or refused
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"this one asks for {named[1]}" if named else "this one holds something else, or is damaged"
@@ -294,36 +297,3 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensors and all(key.startswith(prefix) for key in tensors):
             return _without_prefixes({key.removeprefix(prefix): value for key, value in tensors.items()})
     return tensors
-
-
-def _parted(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    """Lists and plain values as they are; all else as an object with one key that names what it is."""
-    if isinstance(value, Tensor):
-        assert place not in tensors, place
-        tensors[place] = value
-        return {"tensor": place}
-    if isinstance(value, Mapping):
-        return {
-            "dict": [
-                [key, _parted(item, f"{place}/{key}".lstrip("/"), tensors)] for key, item in value.items()
-            ]
-        }
-    if isinstance(value, list | tuple):
-        items = [_parted(item, f"{place}/{position}", tensors) for position, item in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(f"optimizer state {place!r}: a {type(value).__name__} cannot be saved without a pickle")
-
-
-def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_joined(item, tensors) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    [(kind, content)] = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_joined(item, tensors) for item in content)
-    return {key: _joined(item, tensors) for key, item in content}

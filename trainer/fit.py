@@ -336,15 +336,15 @@ class _Progress:
         accelerator = self.run.accelerator
         if accelerator.is_main_process:
             facts = {"step": step, "tally": tally, "layers": self.run.layers}
-            groups = {"objective": self.objective.state_dict()}
+            groups, states = {"objective": self.objective.state_dict()}, {}
             if not tally["finished"]:
-                groups["optimizer"], facts["optimizer"] = checkpoint.optimizer_tensors(self.optimizer.state_dict())
+                states["optimizer"] = self.optimizer.state_dict()
                 facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
                 if self.averaged is not None:
                     groups["average"] = {str(i): t for i, t in enumerate(self.averaged.average)}
                 if self.best is not None:
                     groups["best"] = self.best
-            checkpoint.save(self.folder, groups, facts)
+            checkpoint.save(self.folder, groups, facts, states=states)
         accelerator.wait_for_everyone()
 
     def load(self) -> tuple[int, dict]:
@@ -353,12 +353,16 @@ class _Progress:
         if found is None:
             return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}
         groups, facts = found
+        if "optimizer" in facts:
+            raise Mistake(
+                f"{self.folder}: an older version of the program was interrupted in this training, and this one cannot go on from "
+                "there: remove that folder, and the training begins anew; the stages before it stand"
+            )
         self.run.log.numbers(self.run.stage_name, facts["step"], resumed=1)
         self.run.layers = facts["layers"]
         self.objective.load_state_dict(groups["objective"])
         if not facts["tally"]["finished"]:
-            self.optimizer.load_state_dict(checkpoint.optimizer_state(groups["optimizer"], facts["optimizer"]))
-            _lay_out_like_parameters(self.optimizer)
+            self.optimizer.load_state_dict(groups["optimizer"])
             if self.run.accelerator.scaler is not None:
                 self.run.accelerator.scaler.load_state_dict(facts["scaler"])
             if self.averaged is not None:
@@ -366,14 +370,6 @@ class _Progress:
                     tensor.copy_(groups["average"][str(i)])
             self.best = groups.get("best")
         return facts["step"], facts["tally"]
-
-
-def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the state's tensors their parameters' strides: fused optimizers walk both as flat memory."""
-    for parameter, state in optimizer.state.items():
-        for key, tensor in state.items():
-            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                state[key] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def _keep_freed_memory() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tabulate import tabulate
 
 from trainer import drawing, files
 from trainer.drawing import GRID, INK
@@ -227,23 +228,9 @@ def _sparse_bytes(weight: np.ndarray, layout: str) -> int:
 
 def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int) -> str:
     """A Markdown table, its columns padded to one width; the first num_text are text, the others numbers."""
-    cells = [
-        list(columns),
-        *([show(item).replace("|", "\\|") for show in columns.values()] for item in items),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.ljust(width) if number < num_text else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(padded) + " |")
-    rules = [
-        "-" * width if number < num_text else "-" * (width - 1) + ":" for number, width in enumerate(widths)
-    ]
-    lines.insert(1, "| " + " | ".join(rules) + " |")
-    return "\n".join(lines)
+    cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
+    sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
+    return tabulate(cells, list(columns), tablefmt="pipe", colalign=sides if cells else None, disable_numparse=True)
 
 
 def _decimals(value: float | None, digits: int, times: float = 1) -> str:
