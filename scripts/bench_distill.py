@@ -164,14 +164,18 @@ def training_box(train: Dataset, student: nn.Module, teacher: nn.Module, workers
     config = {
         "num_epochs": 1,
         "train_data_loader": {
-            "dataset_id": "train", "sampler": {"class_or_func": RandomSampler}, "kwargs": loader,
+            "dataset_id": "train",
+            "sampler": {"class_or_func": RandomSampler},
+            "kwargs": loader,
         },
         "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
         "student": {"forward_proc": "forward_batch_only"},
         "optimizer": {"key": "Adam", "kwargs": {"lr": RATE}},
         "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
     }
-    return get_distillation_box(teacher, student, {"train": train}, config, torch.device("cpu"), None, False, 1)
+    return get_distillation_box(
+        teacher, student, {"train": train}, config, torch.device("cpu"), None, False, 1
+    )
 
 
 def torchdistills(train: Dataset, student: nn.Module, teacher: nn.Module, workers: int, clock: str) -> float:
@@ -207,7 +211,9 @@ def check_same_loss(data: Data, guide: Teacher, files: Dataset) -> None:
     box = training_box(files, plain_student(student), plain_teacher(guide.network), 0)
     theirs = box.forward_process(images, targets, {}).item()
     if not torch.equal(labels, targets) or abs(mine - theirs) > 1e-5 * abs(mine):
-        raise ValueError(f"the loss of one batch is {mine} here and {theirs} in torchdistill: not the same work")
+        raise ValueError(
+            f"the loss of one batch is {mine} here and {theirs} in torchdistill: not the same work"
+        )
 
 
 def compare(
@@ -229,7 +235,9 @@ def compare(
 
             def fitted(cache: ViewCache | None, losses: list[dict], epochs: int, data: Data = data) -> float:
                 guide.cache = cache
-                return ours(data, student(), guide if losses is TAUGHT else None, losses, epochs, accelerator, clock)
+                return ours(
+                    data, student(), guide if losses is TAUGHT else None, losses, epochs, accelerator, clock
+                )
 
             def cold() -> float:
                 started = now(clock)  # making the file is part of it
@@ -338,8 +346,12 @@ def outside(threads: int, options: argparse.Namespace, accelerator: Accelerator)
         for name, cache, epochs in [("teacher online", None, 1), ("cache warm", warm, LONG)]:
             found = [share(cache, epochs) for _ in range(options.rounds)]
             shares, speeds = zip(*found, strict=True)
-            rows.append([name, statistics.median(shares), min(shares), max(shares), statistics.median(speeds)])
-    print(f"\nFashion-MNIST, resnet18 to LeNet-5, shifted and turned, {count:,} images, {told(threads, options)}\n")
+            rows.append(
+                [name, statistics.median(shares), min(shares), max(shares), statistics.median(speeds)]
+            )
+    print(
+        f"\nFashion-MNIST, resnet18 to LeNet-5, shifted and turned, {count:,} images, {told(threads, options)}\n"
+    )
     heads = ["loop", "outside the passes, %", "least", "most", "images/s"]
     print(tabulate(rows, heads, tablefmt="github", floatfmt=("", ".1f", ".1f", ".1f", ",.0f")), flush=True)
 

@@ -77,8 +77,17 @@ def seconds_of_fit(
     """Seconds of the whole call of `fit`: with its log, its checks, a validation and its checkpoint."""
     with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", accelerator) as log:
         run = Run(
-            name="bench", folder=Path(folder), seed=0, accelerator=accelerator, data=data, student=objective.student,
-            student_spec={}, teacher=guide, log=log, recipe_path=Path(folder), stage_name="train",
+            name="bench",
+            folder=Path(folder),
+            seed=0,
+            accelerator=accelerator,
+            data=data,
+            student=objective.student,
+            student_spec={},
+            teacher=guide,
+            log=log,
+            recipe_path=Path(folder),
+            stage_name="train",
         )
         started = clock()
         fit(run, objective, training)
@@ -89,13 +98,22 @@ def fitted(train: InMemory, epochs: int, name: str, accelerator: Accelerator, **
     """Seconds of `fit`, which validates 100 images."""
     few = torch.arange(100, device=train.images.device)
     data = Data(
-        name="bench", train=Part(train, torch.arange(len(train), device=few.device)), validation=Part(train, few),
-        test=Part(train, few), classes=[str(i) for i in range(10)], mean=(0.130660,), std=(0.308108,), shape=(1, 28, 28),
-        num_samples=len(train), augment=Augment(),
+        name="bench",
+        train=Part(train, torch.arange(len(train), device=few.device)),
+        validation=Part(train, few),
+        test=Part(train, few),
+        classes=[str(i) for i in range(10)],
+        mean=(0.130660,),
+        std=(0.308108,),
+        shape=(1, 28, 28),
+        num_samples=len(train),
+        augment=Augment(),
     )
     student = network(name, accelerator.device)
     objective = Objective(student, [TermKeys(loss="cross_entropy")], data, device=accelerator.device)
-    return seconds_of_fit(data, objective, Training(epochs=epochs, lr=RATE, batch_size=BATCH, **settings), accelerator)
+    return seconds_of_fit(
+        data, objective, Training(epochs=epochs, lr=RATE, batch_size=BATCH, **settings), accelerator
+    )
 
 
 def main() -> None:
@@ -125,8 +143,10 @@ def main() -> None:
             seconds[name].append(loop(options.epochs))
     speed = {name: len(train) * options.epochs / statistics.median(taken) for name, taken in seconds.items()}
     chosen = [f"precision {options.precision}"] + [key for key, on in settings.items() if on]
-    print(f"{what}, {kind}, {device}, {torch.get_num_threads()} threads, fit with {', '.join(chosen)}, "
-          f"medians of {options.rounds} rounds of {options.epochs} epochs")
+    print(
+        f"{what}, {kind}, {device}, {torch.get_num_threads()} threads, fit with {', '.join(chosen)}, "
+        f"medians of {options.rounds} rounds of {options.epochs} epochs"
+    )
     for loop, value in speed.items():
         print(f"{loop:22} {value:10,.0f} images/s   fit is {speed['fit'] / value:.2f} of it")
 

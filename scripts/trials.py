@@ -32,17 +32,21 @@ def table(reports: list[dict]) -> str:
     for rows in zip(*(report["rows"] for report in reports), strict=True):
         top1 = [row["top1"] for row in rows]
         agreement = [row["agreement"] for row in rows if row["agreement"] is not None]
-        lines.append({
-            "stage": rows[0]["stage"],
-            "test top-1 %": spread(top1),
-            "worst": f"{min(top1):.2f}",
-            "validation %": spread([row["top1_validation"] for row in rows]),
-            "agreement %": spread(agreement) if agreement else "–",
-            "zeros %": f"{statistics.fmean(row['sparsity'] for row in rows) * 100:.2f}",
-            "bytes": f"{statistics.fmean(row['file_bytes'] for row in rows):,.0f}",
-            "largest": f"{max(row['file_bytes'] for row in rows):,}",
-            "to student": f"{statistics.fmean(row['ratio_student'] or 0 for row in rows):.1f}×" if rows[0]["ratio_student"] else "–",
-        })
+        lines.append(
+            {
+                "stage": rows[0]["stage"],
+                "test top-1 %": spread(top1),
+                "worst": f"{min(top1):.2f}",
+                "validation %": spread([row["top1_validation"] for row in rows]),
+                "agreement %": spread(agreement) if agreement else "–",
+                "zeros %": f"{statistics.fmean(row['sparsity'] for row in rows) * 100:.2f}",
+                "bytes": f"{statistics.fmean(row['file_bytes'] for row in rows):,.0f}",
+                "largest": f"{max(row['file_bytes'] for row in rows):,}",
+                "to student": f"{statistics.fmean(row['ratio_student'] or 0 for row in rows):.1f}×"
+                if rows[0]["ratio_student"]
+                else "–",
+            }
+        )
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 

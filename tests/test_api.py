@@ -56,12 +56,24 @@ def spoiled(what):
         ("fine", lambda m: trainer.share(m, bits=0), "bits of '0': got 0; whole numbers from 1 to 16"),
         ("fine", lambda m: trainer.share(m, bits=17), "bits of '0': got 17; whole numbers from 1 to 16"),
         ("fine", lambda m: trainer.share(m, bits=2.5), "bits of '0': got 2.5; whole numbers from 1 to 16"),
-        ("fine", lambda m: trainer.share(m, codebook="int8"), "codebook: got 'int8'; 'float16' and 'float32'"),
+        (
+            "fine",
+            lambda m: trainer.share(m, codebook="int8"),
+            "codebook: got 'int8'; 'float16' and 'float32'",
+        ),
         ("fine", lambda m: trainer.prune(m, sparsity="half"), "sparsity of '0': got 'half'; a number"),
         ("fine", lambda m: trainer.prune(m, sensitivity=-1), "sensitivity of '0': got -1; a number above 0"),
-        ("fine", lambda m: trainer.prune(m, sparsity=0.99), "'4': sparsity 0.99 leaves none of its 40 weights"),
+        (
+            "fine",
+            lambda m: trainer.prune(m, sparsity=0.99),
+            "'4': sparsity 0.99 leaves none of its 40 weights",
+        ),
         ("fine", lambda m: trainer.prune(m[1], sparsity=0.5), "there are no weights to work on"),
-        ("tiny", lambda m: trainer.share(m, bits=4), "'2': the largest shared value is .*, too small for float16"),
+        (
+            "tiny",
+            lambda m: trainer.share(m, bits=4),
+            "'2': the largest shared value is .*, too small for float16",
+        ),
         ("nan", lambda m: trainer.prune(m, sparsity=0.5), "'2' has weights that are not finite"),
         ("nan", lambda m: trainer.share(m, bits=2), "'2' has weights that are not finite"),
         ("zero", lambda m: trainer.prune(m, sensitivity=1), "'2' has no weights left to prune"),
@@ -177,7 +189,9 @@ def test_tensors_that_differ_do_not_go_into_tied_ones(tmp_path):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     before = model[0].weight.clone()
-    with pytest.raises(ValueError, match="'0.weight' and '1.weight' are one in the network and differ in the file"):
+    with pytest.raises(
+        ValueError, match="'0.weight' and '1.weight' are one in the network and differ in the file"
+    ):
         trainer.load(tmp_path / "x.tiny", into=model)
     assert torch.equal(model[0].weight, before)
 
@@ -185,16 +199,30 @@ def test_tensors_that_differ_do_not_go_into_tied_ones(tmp_path):
 def test_what_cannot_be_packed_says_so(tmp_path):
     with pytest.raises(ValueError, match="'weight' is of type bfloat16, which cannot be packed: float32, "):
         trainer.pack(nn.Linear(3, 2).bfloat16(), tmp_path / "x.tiny")
-    with pytest.raises(ValueError, match=r"shape: got \(\); with a spec the images' \(channels, height, width\)"):
+    with pytest.raises(
+        ValueError, match=r"shape: got \(\); with a spec the images' \(channels, height, width\)"
+    ):
         trainer.pack(network(), tmp_path / "x.tiny", spec={"model": "lenet300"})
     assert not (tmp_path / "x.tiny").exists()
 
 
 def test_norms_are_no_weights_and_cells_have_gates():
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "norm": nn.LayerNorm([4, 6, 6]), "lstm": nn.LSTMCell(3, 4),
-                           "gru": nn.GRUCell(3, 4)})
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 4, 3),
+            "norm": nn.LayerNorm([4, 6, 6]),
+            "lstm": nn.LSTMCell(3, 4),
+            "gru": nn.GRUCell(3, 4),
+        }
+    )
     parts = {name: place.parts for name, place in compress.weights(model).items()}
-    assert parts == {"conv": 1, "lstm.weight_hh": 4, "lstm.weight_ih": 4, "gru.weight_hh": 3, "gru.weight_ih": 3}
+    assert parts == {
+        "conv": 1,
+        "lstm.weight_hh": 4,
+        "lstm.weight_ih": 4,
+        "gru.weight_hh": 3,
+        "gru.weight_ih": 3,
+    }
 
 
 def test_constant_layers_and_few_survivors_are_shared_exactly():

@@ -76,7 +76,11 @@ def test_kept_answers_are_the_live_ones_and_asked_for_once(tmp_path):
     assert guide.shown == cache.computed == 3 * len(data.train)
     again = epochs(cache, data, range(3, 9))
     assert guide.shown == 3 * len(data.train)
-    kept = {(view, i): logits for view, index, _, seen in first for i, logits in zip(index.tolist(), seen.logits, strict=True)}
+    kept = {
+        (view, i): logits
+        for view, index, _, seen in first
+        for i, logits in zip(index.tolist(), seen.logits, strict=True)
+    }
     for _, _, images, seen in first:
         assert torch.equal(seen.logits, guide.see(images).logits)
     for view, index, images, seen in again:
@@ -119,7 +123,9 @@ def test_a_smaller_subset_and_other_batches_share_records(tmp_path):
 def test_embeddings_and_maps(tmp_path, kind):
     data = some_data()
     guide = a_teacher(data)
-    cache = opened(data, guide, tmp_path, CacheKeys(type=kind, embeddings=True, maps=True), layers=["conv1", "conv2"])
+    cache = opened(
+        data, guide, tmp_path, CacheKeys(type=kind, embeddings=True, maps=True), layers=["conv1", "conv2"]
+    )
     assert cache.keeps(["conv2"], True) and cache.keeps([], False) and not cache.keeps(["fc1"], False)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if kind == "float32" else {"rtol": 2e-3, "atol": 2e-3}
     epochs(cache, data, range(3))
@@ -177,10 +183,14 @@ def test_top_keeps_the_highest_and_the_mass_of_the_rest(tmp_path, kind):
         left = torch.ones_like(full, dtype=torch.bool).scatter(1, classes, False)
         others = seen.logits[left].view(-1, 7)
         torch.testing.assert_close(others, others[:, :1].expand(-1, 7))  # spread evenly
-        torch.testing.assert_close(others.logsumexp(1), full[left].view(-1, 7).logsumexp(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            others.logsumexp(1), full[left].view(-1, 7).logsumexp(1), rtol=1e-4, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("keys", [CacheKeys(top=3), CacheKeys(top=8), CacheKeys(type="float16"), CacheKeys(top=2, type="float16")])
+@pytest.mark.parametrize(
+    "keys", [CacheKeys(top=3), CacheKeys(top=8), CacheKeys(type="float16"), CacheKeys(top=2, type="float16")]
+)
 def test_what_is_lost_is_measured(tmp_path, keys):
     data = some_data()
     guide = a_teacher(data)
@@ -228,7 +238,9 @@ def test_whatever_the_answers_depend_on_has_its_own_folder(tmp_path):
         assert [key for key in facts if facts[key] != first[key]] == [name]
     changed = some_data()
     changed.train.images.images[data.train.ids[7], 0, 3, 3] ^= 1
-    made = TypeAdapter(DataEntry).validate_python({"dataset": "digits", "subset": 150, "validation": 20} | VIEWS)
+    made = TypeAdapter(DataEntry).validate_python(
+        {"dataset": "digits", "subset": 150, "validation": 20} | VIEWS
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.datasets.digits.digits", lambda *, size=8: fake(changed))
         other = make_data(made, torch.device("cpu"))
@@ -244,7 +256,11 @@ def fake(data):
 
 @pytest.mark.parametrize(
     ("changes", "seed", "told"),
-    [({}, 1, "teacher"), ({"augment": {"shift": 1, "rotate": 9}}, 0, "augment"), ({"seed": 4}, 1, "teacher, seed")],
+    [
+        ({}, 1, "teacher"),
+        ({"augment": {"shift": 1, "rotate": 9}}, 0, "augment"),
+        ({"seed": 4}, 1, "teacher, seed"),
+    ],
 )
 def test_it_is_told_why_kept_answers_are_not_taken(tmp_path, changes, seed, told):
     data = some_data()
@@ -356,7 +372,8 @@ def test_checksums_are_those_of_plain_integers(tmp_path):
         words = b"".join(part[number].contiguous().numpy().tobytes() for part in parts.values())
         total = (2 * data.num_samples + sample) * factors[-1]
         total += sum(
-            int.from_bytes(words[2 * i : 2 * i + 2], sys.byteorder) * factors[i] for i in range(len(words) // 2)
+            int.from_bytes(words[2 * i : 2 * i + 2], sys.byteorder) * factors[i]
+            for i in range(len(words) // 2)
         )
         assert found[number] == total % prime + 1
 
@@ -388,10 +405,14 @@ def test_checksums_of_long_records_do_not_overflow(tmp_path, monkeypatch):
     keys, layers = CacheKeys(maps=True), ["conv1"]
     cache = opened(data, a_teacher(data), tmp_path, keys, layers=layers)
     index = torch.arange(4)
-    parts = {name: torch.full((4, *shape), -1, dtype=torch.int32) for name, (shape, _) in cache._layout.items()}
+    parts = {
+        name: torch.full((4, *shape), -1, dtype=torch.int32) for name, (shape, _) in cache._layout.items()
+    }
     places = index % 2147483647 * cache._multipliers[-1].item()
     words = sum(2 * t[0].numel() for t in parts.values())
-    expected = [(int(place) + 0xFFFF * sum(cache._multipliers[:words].tolist())) % 2147483647 + 1 for place in places]
+    expected = [
+        (int(place) + 0xFFFF * sum(cache._multipliers[:words].tolist())) % 2147483647 + 1 for place in places
+    ]
     assert cache._checksums(0, index, parts).tolist() == expected
     monkeypatch.setattr(caching, "_BLOCK", 50)
     assert cache._checksums(0, index, parts).tolist() == expected
@@ -568,7 +589,10 @@ print(json.dumps([kills, filled]))
 def test_several_processes_and_kills(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", DRIVER, str(TOP), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     kills, filled = json.loads(done.stdout.splitlines()[-1])
@@ -621,9 +645,16 @@ def test_a_recipe_ends_in_the_same_weights_whatever_is_kept(tmp_path, monkeypatc
     assert not (tmp_path / "memory" / "views").exists()
     assert len(list((tmp_path / "data" / "views").iterdir())) == 1
     # Another student by another loss: the kept answers serve it.
-    *_, images = run_of(tmp_path, "disk", "again", monkeypatch, **{
-        "student": {"model": "lenet300", "hidden": [30]}, "stages.1.losses.1": {"loss": "decoupled"},
-    })
+    *_, images = run_of(
+        tmp_path,
+        "disk",
+        "again",
+        monkeypatch,
+        **{
+            "student": {"model": "lenet300", "hidden": [30]},
+            "stages.1.losses.1": {"loss": "decoupled"},
+        },
+    )
     assert images == [0] * 6
     told = capsys.readouterr().out
     assert "320 there already" in told and "(0 there already)" in told
@@ -631,14 +662,32 @@ def test_a_recipe_ends_in_the_same_weights_whatever_is_kept(tmp_path, monkeypatc
 
 def test_two_processes_of_a_run_compute_no_answer_twice(tmp_path):
     path = recipe(tmp_path, "disk")
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer", "run", path, "--folder", tmp_path]
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "trainer",
+        "run",
+        path,
+        "--folder",
+        tmp_path,
+    ]
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP), "ACCELERATE_USE_CPU": "1", "TRAINER_DATA": str(tmp_path / "data")
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(TOP),
+        "ACCELERATE_USE_CPU": "1",
+        "TRAINER_DATA": str(tmp_path / "data"),
     }
     images = []
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=500, env=environment
+            [sys.executable, "-m", *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env=environment,
         )
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
@@ -648,7 +697,10 @@ def test_two_processes_of_a_run_compute_no_answer_twice(tmp_path):
 
 
 def test_by_itself_a_run_keeps_what_its_losses_ask_for(tmp_path, monkeypatch, capsys):
-    changes = {"student": {"model": "lenet5", "width": 2}, "stages.1.losses": [{"loss": "kl"}, {"loss": "hint", "at": "last"}]}
+    changes = {
+        "student": {"model": "lenet5", "width": 2},
+        "stages.1.losses": [{"loss": "kl"}, {"loss": "hint", "at": "last"}],
+    }
     *_, images = run_of(tmp_path, "null", "maps", monkeypatch, **changes)
     assert images == [160, 160, 0, 0, 0, 0]
     assert "maps of fc2" in capsys.readouterr().out
@@ -676,9 +728,19 @@ def test_a_cache_that_cannot_be_is_told_with_its_line(tmp_path, monkeypatch):
     [
         ("memory", "rotate: 5}}", "rotate: 5}, mixup: 0.2}", "cache: has no effect with mixup or cutmix"),
         ("disk", "views: 2, ", "", "cache: has no effect on endless views: give data.views"),
-        ("{embeddings: true}", "", "", "cache.embeddings: has no effect: no loss asks for the teacher's embeddings"),
+        (
+            "{embeddings: true}",
+            "",
+            "",
+            "cache.embeddings: has no effect: no loss asks for the teacher's embeddings",
+        ),
         ("{maps: true}", "", "", "cache.maps: has no effect: no loss asks for the teacher's maps"),
-        ("memory", "{loss: kl, weight: 0.8}", "{loss: hint}", "cache: has no effect: every stage asks for the teacher's embedding or"),
+        (
+            "memory",
+            "{loss: kl, weight: 0.8}",
+            "{loss: hint}",
+            "cache: has no effect: every stage asks for the teacher's embedding or",
+        ),
         ("{where: tape}", "", "", "'memory' or 'disk'"),
         ("{tpo: 3}", "", "", "did you mean 'top'"),
         ("sometimes", "", "", "'off', 'memory' or 'disk'"),

@@ -394,7 +394,10 @@ def test_an_optimizer_state_comes_back_exactly_and_a_damaged_one_is_skipped(tmp_
     for step in (1, 2):
         checkpoint.save(tmp_path, {}, {"step": step}, states={"optimizer": state})
     found = checkpoint.load(tmp_path)[0]["optimizer"]
-    assert found["state"][0]["average"].stride() == (1, 3)  # fused optimizers walk it and its parameter as flat memory
+    assert found["state"][0]["average"].stride() == (
+        1,
+        3,
+    )  # fused optimizers walk it and its parameter as flat memory
     assert repr(found) == repr(state)
     damage(tmp_path / "00000002" / "optimizer.pt", -30)
     assert checkpoint.load(tmp_path)[1] == {"step": 1}

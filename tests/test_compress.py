@@ -57,7 +57,10 @@ class Tied(nn.Module):
 LAYERS = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)), (4, 8)),
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(3, 8, 3)), (4, 3, 9)),
-    "conv2d": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)), (4, 3, 9, 9)),
+    "conv2d": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)),
+        (4, 3, 9, 9),
+    ),
     "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 6, 3)), (2, 2, 5, 5, 5)),
     "transposed1d": (lambda: nn.Sequential(nn.ConvTranspose1d(3, 8, 3)), (4, 3, 5)),
     "transposed2d": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 8, 3)), (4, 3, 5, 5)),
@@ -121,7 +124,9 @@ def assert_pruned(model, masks, sparsity=0.7):
         for part in value.chunk(place.parts):
             assert abs(int((part == 0).sum()) - sparsity * part.numel()) < 1, name
         assert torch.equal(value != 0, masks[name])
-        assert not torch.signbit(value[value == 0]).any(), "zeros are +0.0: -0.0 would be another value in a file"
+        assert not torch.signbit(value[value == 0]).any(), (
+            "zeros are +0.0: -0.0 would be another value in a file"
+        )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -158,7 +163,10 @@ def test_averaged_weights_are_zero_where_the_live_ones_are(kind):
     live = [place.value.detach().clone() for place in compress.weights(model).values()]
     averaged.swap()
     assert_pruned(model, masks)
-    assert all(not torch.equal(place.value, was) for place, was in zip(compress.weights(model).values(), live, strict=True))
+    assert all(
+        not torch.equal(place.value, was)
+        for place, was in zip(compress.weights(model).values(), live, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -176,7 +184,10 @@ def test_a_resumed_training_ends_at_the_same_bits(kind):
     optimizer.load_state_dict(kept_optimizer)
     train(resumed, x, optimizer, steps=2)
     assert_pruned(resumed, masks)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -203,8 +214,10 @@ def test_movement_scores_add_up_over_all_positions(kind):
         assert (score[~masks[name]] != 0).any(), "pruned weights are scored too"
     fresh, _ = make(kind)
     compress.restore(fresh, {key: tensor.clone() for key, tensor in model.state_dict().items()})
-    assert all(torch.equal(place.parametrization.score, places[name].parametrization.score)
-               for name, place in compress.weights(fresh).items())
+    assert all(
+        torch.equal(place.parametrization.score, places[name].parametrization.score)
+        for name, place in compress.weights(fresh).items()
+    )
     compress.forget_movement(places.values())
     assert not any("score" in key for key in model.state_dict())
     train(model, x, optimizer, steps=1)
@@ -364,9 +377,18 @@ def test_ties_do_not_change_the_count():
 
 def test_parts_of_a_layer_are_ranked_for_themselves():
     score = torch.arange(12.0).reshape(6, 2)
-    [mask] = [m for m, _ in compress.score_masks({"a": score}, {"a": None}, {"a": 0.6}, False, {"a": 3}).values()]
+    [mask] = [
+        m for m, _ in compress.score_masks({"a": score}, {"a": None}, {"a": 0.6}, False, {"a": 3}).values()
+    ]
     assert [int((~part).sum()) for part in mask.chunk(3)] == [2, 3, 2]  # round(0.6 x 12) = 7 in all
-    assert mask.tolist() == [[False, False], [True, True], [False, False], [False, True], [False, False], [True, True]]
+    assert mask.tolist() == [
+        [False, False],
+        [True, True],
+        [False, False],
+        [False, True],
+        [False, False],
+        [True, True],
+    ]
 
 
 def test_what_is_pruned_stays_pruned_also_when_less_is_asked_for():
@@ -404,7 +426,18 @@ def test_geometric_schedule_prunes_the_same_share_of_what_is_left():
     assert [b / a for a, b in zip(left, left[1:], strict=False)] == pytest.approx([0.5] * 3)
 
 
-@pytest.mark.parametrize(("kind", "axis"), [("linear", 1), ("conv2d", 1), ("transposed1d", 0), ("transposed2d", 0), ("transposed3d", 0), ("embedding", 1), ("lstm", 1)])
+@pytest.mark.parametrize(
+    ("kind", "axis"),
+    [
+        ("linear", 1),
+        ("conv2d", 1),
+        ("transposed1d", 0),
+        ("transposed2d", 0),
+        ("transposed3d", 0),
+        ("embedding", 1),
+        ("lstm", 1),
+    ],
+)
 def test_axis_of_the_inputs(kind, axis):
     model, _ = make(kind)
     assert {place.input_axis for place in compress.weights(model).values()} == {axis}
@@ -454,7 +487,9 @@ class TestBadInput:
         nn.init.constant_(layer.weight, 0.1)
         with pytest.raises(ValueError, match="'0': all weights left are 0.1, so .* name the layer in keep"):
             compress.std_masks(place, {"0": 1.0})
-        [(mask, _)] = compress.score_masks({"0": layer.weight}, {"0": None}, {"0": 0.5}, together=False).values()
+        [(mask, _)] = compress.score_masks(
+            {"0": layer.weight}, {"0": None}, {"0": 0.5}, together=False
+        ).values()
         assert int(mask.sum()) == 8, "by rank the count is exact all the same"
 
     def test_weights_that_are_not_finite(self):

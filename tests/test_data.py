@@ -62,7 +62,9 @@ def test_split_has_the_sizes_asked_for_and_its_parts_are_disjoint(keys, sizes):
 
 def test_split_is_a_function_of_the_datas_seed():
     one, again, other = data_of(seed=3), data_of(seed=3), data_of(seed=4)
-    assert torch.equal(one.train.ids, again.train.ids) and torch.equal(one.validation.ids, again.validation.ids)
+    assert torch.equal(one.train.ids, again.train.ids) and torch.equal(
+        one.validation.ids, again.validation.ids
+    )
     assert one.fingerprint == again.fingerprint
     assert not torch.equal(one.validation.ids, other.validation.ids)
 
@@ -77,7 +79,10 @@ def test_fingerprint_tells_other_images():
     assert data_of(size=8).fingerprint != data_of(size=9).fingerprint
 
 
-@pytest.mark.parametrize("keys", [{"validation": 1437}, {"validation": 0.0001}, {"subset": 1437}, {"validation": 438, "subset": 1000}])
+@pytest.mark.parametrize(
+    "keys",
+    [{"validation": 1437}, {"validation": 0.0001}, {"subset": 1437}, {"validation": 438, "subset": 1000}],
+)
 def test_a_split_that_does_not_fit_is_refused(keys):
     with pytest.raises(ValueError, match="digits has 1437 training images"):
         data_of(**keys)
@@ -93,7 +98,9 @@ def test_normalisation_can_be_given_and_must_fit_the_channels():
 # the order of an epoch
 
 
-@pytest.mark.parametrize(("num_images", "batch_size", "num_processes"), [(23, 6, 2), (24, 6, 3), (7, 8, 4), (1, 8, 4), (10, 4, 1)])
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "num_processes"), [(23, 6, 2), (24, 6, 3), (7, 8, 4), (1, 8, 4), (10, 4, 1)]
+)
 def test_the_processes_share_each_batch_of_one_order_exactly(num_images, batch_size, num_processes):
     alone = epoch_order(num_images, batch_size, 5, 2, 0, 1)
     assert torch.cat(alone).sort().values.tolist() == list(range(num_images))
@@ -183,7 +190,9 @@ def test_kept_views_are_made_once_and_are_the_same(monkeypatch):
     keys = {"augment": {"shift": 2, "rotate": 10, "erase": 0.5}, "views": 2, "subset": 40}
     plain, keeping = data_of(**keys), data_of(**keys, keep_views=True)
     made = []
-    monkeypatch.setattr("trainer.data.apply", lambda a, images, p: made.append(len(images)) or apply(a, images, p))
+    monkeypatch.setattr(
+        "trainer.data.apply", lambda a, images, p: made.append(len(images)) or apply(a, images, p)
+    )
     for view in (0, 1, 0, 1):
         for positions in ([5, 1, 7], [1, 8, 5, 5], list(range(40))):
             images, _, index = plain.train.__getitems__(positions)
@@ -206,7 +215,10 @@ def test_kept_views_of_a_subset_take_memory_for_it_alone():
 def test_a_damaged_image_found_by_a_worker_is_one_line(folder):
     part = make_data(
         bind.checker(bind.find("dataset", "image_folder"), DataKeys).model_validate(
-            {"dataset": "image_folder", "folder": folder, "size": 8, "workers": 1, "validation": 2}), CPU).train
+            {"dataset": "image_folder", "folder": folder, "size": 8, "workers": 1, "validation": 2}
+        ),
+        CPU,
+    ).train
     bad = Path(sorted(part.images.files)[0])
     content = bad.read_bytes()
     try:
@@ -218,7 +230,10 @@ def test_a_damaged_image_found_by_a_worker_is_one_line(folder):
 
 
 def test_views_that_memory_cannot_hold_are_refused():
-    with pytest.raises(ValueError, match=r"keep_views: 1000000000 views of 1,293 images take [\d,.]+ GiB of memory and [\d,.]+ GiB are free"):
+    with pytest.raises(
+        ValueError,
+        match=r"keep_views: 1000000000 views of 1,293 images take [\d,.]+ GiB of memory and [\d,.]+ GiB are free",
+    ):
         data_of(augment={"shift": 1}, views=10**9, keep_views=True)
 
 

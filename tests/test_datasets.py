@@ -245,7 +245,11 @@ def test_sixteen_bits_are_brought_to_eight(animals):
         Image.fromarray(eight.astype(kind) * kind(1 if kind is np.uint8 else 257)).save(file)
         images, _ = image_folder(folder=animals, size=16).train.__getitems__([4])
         assert torch.equal(images[0], torch.from_numpy(eight).expand(3, 16, 16)), kind
-    for pixels in (np.full((8, 8), 0.5, np.float32), np.full((8, 8), 2**16, np.int32), np.full((8, 8), -1, np.int32)):
+    for pixels in (
+        np.full((8, 8), 0.5, np.float32),
+        np.full((8, 8), 2**16, np.int32),
+        np.full((8, 8), -1, np.int32),
+    ):
         Image.fromarray(pixels).save(file)
         with pytest.raises(ValueError, match="1.tiff: has pixels of .*; 8 and 16 bits are allowed"):
             image_folder(folder=animals, size=16).train.__getitems__([4])
@@ -322,9 +326,7 @@ def test_wrong_folders_are_refused(animals, tmp_path):
     refused("loose.png lies beside the classes' subfolders", folder=animals, test_folder=animals / "more")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"size": 0}, {"crop": 0}, {"crop": 1.5}]
-)
+@pytest.mark.parametrize("settings", [{"size": 0}, {"crop": 0}, {"crop": 1.5}])
 def test_wrong_settings_of_image_folder_are_refused(animals, settings):
     with pytest.raises(ValidationError):
         validate_call(image_folder)(folder=animals, **settings)

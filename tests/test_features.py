@@ -224,7 +224,9 @@ def test_pairs_have_the_same_stride_and_take_the_deepest():
     student = layers((8, 16), (16, 8), (32, 4))
     teacher = layers((64, 16), (64, 16), (128, 8), (256, 4), (512, 2))
     assert names(pair(student, teacher, 32)) == [
-        ("layer0", "layer1"), ("layer1", "layer2"), ("layer2", "layer3"),
+        ("layer0", "layer1"),
+        ("layer1", "layer2"),
+        ("layer2", "layer3"),
     ]
 
 
@@ -232,7 +234,9 @@ def test_pairs_of_other_strides_take_the_nearest():
     student = layers((8, 14), (16, 5), (84, 1))
     teacher = layers((64, 14), (64, 7), (128, 4), (256, 2), (512, 1))
     assert names(pair(student, teacher, 28)) == [
-        ("layer0", "layer0"), ("layer1", "layer2"), ("layer2", "layer4"),
+        ("layer0", "layer0"),
+        ("layer1", "layer2"),
+        ("layer2", "layer4"),
     ]
 
 
@@ -241,7 +245,9 @@ def test_nets_of_one_size_are_paired_by_depth():
     assert names(pair(layers(*[(64, 4)] * 6), vit, 32))[-1] == ("layer5", "layer11")
     assert names(pair(layers((300, 1), (100, 1)), vit, 32)) == [("layer0", "layer5"), ("layer1", "layer11")]
     assert names(pair(vit, layers((8, 16), (16, 8), (32, 4)), 32)) == [
-        ("layer3", "layer0"), ("layer7", "layer1"), ("layer11", "layer2"),
+        ("layer3", "layer0"),
+        ("layer7", "layer1"),
+        ("layer11", "layer2"),
     ]
 
 

@@ -57,14 +57,25 @@ class Tiny(nn.Module):
 def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **data):
     keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
     accelerator = accelerator or Accelerator(cpu=True)
-    data = make_data(keys.model_validate({"dataset": "digits", "subset": 60, "validation": 40} | data), accelerator.device)
+    data = make_data(
+        keys.model_validate({"dataset": "digits", "subset": 60, "validation": 40} | data), accelerator.device
+    )
     torch.manual_seed(7)
     log = Log(Path(folder) / "log.jsonl")
     OPEN.append(log)
     return Run(
-        name="x", folder=Path(folder), seed=3, accelerator=accelerator, data=data,
-        student=Tiny() if student is None else student(), student_spec={}, teacher=teacher,
-        log=log, recipe_path=Path("x.yaml"), stage=stage, stage_name="train",
+        name="x",
+        folder=Path(folder),
+        seed=3,
+        accelerator=accelerator,
+        data=data,
+        student=Tiny() if student is None else student(),
+        student_spec={},
+        teacher=teacher,
+        log=log,
+        recipe_path=Path("x.yaml"),
+        stage=stage,
+        stage_name="train",
     )
 
 
@@ -72,7 +83,9 @@ def train(run, before_step=None, terms=None, **training):
     terms = terms or [TermKeys(loss="cross_entropy")]
     settings = Training(**({"epochs": 2, "batch_size": 20, "optimizer": "sgd", "lr": 0.1} | training))
     device = run.accelerator.device
-    objective = Objective(run.student, terms, run.data, run.teacher, num_epochs=settings.epochs, device=device)
+    objective = Objective(
+        run.student, terms, run.data, run.teacher, num_epochs=settings.epochs, device=device
+    )
     return fit(run, objective, settings, before_step)
 
 
@@ -83,7 +96,9 @@ def weights(run):
 def assert_same(one, other, tolerance=0.0):
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def lines(folder):
@@ -108,7 +123,11 @@ def test_constant_rate_with_and_without_warmup():
 
 def test_cosine_rate_falls_from_the_end_of_the_warmup_to_zero():
     plain = rates(schedule="cosine")
-    assert plain[0] == 2 and plain[20] == pytest.approx(1) and plain[10] == pytest.approx(1 + math.cos(math.pi / 4))
+    assert (
+        plain[0] == 2
+        and plain[20] == pytest.approx(1)
+        and plain[10] == pytest.approx(1 + math.cos(math.pi / 4))
+    )
     assert 0 < plain[-1] < 0.01 and plain == sorted(plain, reverse=True)
     warm = rates(schedule="cosine", warmup=2)
     assert warm[19] < warm[20] == 2 and warm[30] == pytest.approx(1)
@@ -121,17 +140,32 @@ def test_step_rate_falls_at_its_milestones():
 
 def test_one_cycle_rises_for_three_tenths_and_falls_to_a_ten_thousandth():
     cycle = rates(schedule="one_cycle")
-    assert cycle[0] == pytest.approx(2 / 25) and cycle[12] == 2 == max(cycle) and cycle[-1] == pytest.approx(2e-4)
+    assert (
+        cycle[0] == pytest.approx(2 / 25)
+        and cycle[12] == 2 == max(cycle)
+        and cycle[-1] == pytest.approx(2e-4)
+    )
     assert cycle[6] == pytest.approx((2 + 2 / 25) / 2)  # half way up the cosine
     assert cycle[:13] == sorted(cycle[:13]) and cycle[12:] == sorted(cycle[12:], reverse=True)
-    assert all(math.isfinite(rate) and rate > 0 for n in (1, 2, 3) for rate in rates(1, n, schedule="one_cycle"))
+    assert all(
+        math.isfinite(rate) and rate > 0 for n in (1, 2, 3) for rate in rates(1, n, schedule="one_cycle")
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"momentum": 0.9}, {"nesterov": True}, {"optimizer": "sgd", "nesterov": True}, {"gamma": 0.1}, {"milestones": [1]},
-        {"schedule": "step"}, {"schedule": "one_cycle", "warmup": 1}, {"warmup": 3}, {"epochs": 0}, {"lr": 0}, {"ema": 1.0},
+        {"momentum": 0.9},
+        {"nesterov": True},
+        {"optimizer": "sgd", "nesterov": True},
+        {"gamma": 0.1},
+        {"milestones": [1]},
+        {"schedule": "step"},
+        {"schedule": "one_cycle", "warmup": 1},
+        {"warmup": 3},
+        {"epochs": 0},
+        {"lr": 0},
+        {"ema": 1.0},
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings):
@@ -160,7 +194,11 @@ def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
-    [("adam", torch.optim.Adam, {}), ("adamw", torch.optim.AdamW, {}), ("sgd", torch.optim.SGD, {"momentum": 0.5, "nesterov": True})],
+    [
+        ("adam", torch.optim.Adam, {}),
+        ("adamw", torch.optim.AdamW, {}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.5, "nesterov": True}),
+    ],
 )
 def test_centroids_take_no_weight_decay_and_frozen_parameters_are_left_out(name, kind, settings):
     model = Tiny()
@@ -192,19 +230,27 @@ def test_weight_decay_spares_the_centroids_in_training(tmp_path):
     before = weights(run)
     train(run, weight_decay=0.5)
     after = weights(run)
-    assert torch.equal(before["fc1.parametrizations.weight.original"], after["fc1.parametrizations.weight.original"])
+    assert torch.equal(
+        before["fc1.parametrizations.weight.original"], after["fc1.parametrizations.weight.original"]
+    )
     assert not torch.equal(before["fc2.bias"], after["fc2.bias"])
 
 
 # what a step is
 
 
-@pytest.mark.parametrize("subset", [64, 60, 56, 50, 4])  # even; short last batch; lone last batch; both; less than one group
+@pytest.mark.parametrize(
+    "subset", [64, 60, 56, 50, 4]
+)  # even; short last batch; lone last batch; both; less than one group
 def test_accumulated_batches_are_one_larger_batch(tmp_path, subset):
     large = make_run(tmp_path / "a", subset=subset)
     numbers = train(large, batch_size=16, epochs=3)
     small = make_run(tmp_path / "b", subset=subset)
-    assert train(small, batch_size=8, accumulate=2, epochs=3)["steps"] == numbers["steps"] == 3 * math.ceil(subset / 16)
+    assert (
+        train(small, batch_size=8, accumulate=2, epochs=3)["steps"]
+        == numbers["steps"]
+        == 3 * math.ceil(subset / 16)
+    )
     assert_same(weights(large), weights(small), 1e-6)
 
 
@@ -215,7 +261,11 @@ def test_clipping_bounds_the_norm_of_the_gradient(tmp_path):
         train(run, epochs=1, batch_size=60, lr=1.0, **settings)
         return torch.cat([(after - before[name]).flatten() for name, after in weights(run).items()])
 
-    free, clipped, loose = moved(tmp_path / "a"), moved(tmp_path / "b", clip=0.01), moved(tmp_path / "c", clip=1e3)
+    free, clipped, loose = (
+        moved(tmp_path / "a"),
+        moved(tmp_path / "b", clip=0.01),
+        moved(tmp_path / "c", clip=1e3),
+    )
     assert free.norm() > 0.1 and clipped.norm() == pytest.approx(0.01, rel=1e-3)
     torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), rtol=1e-4, atol=1e-5)
     assert torch.equal(free, loose)
@@ -234,7 +284,9 @@ def test_before_step_is_called_before_every_step(tmp_path, accumulate):
     per_epoch = 8 // accumulate
     assert calls == [(step, 3 * per_epoch) for step in range(3 * per_epoch)]
     assert numbers["steps"] == len(calls) and numbers["epochs"] == 3
-    assert all(not torch.equal(a, b) for a, b in zip(states, [*states[1:], weights(run)["fc1.weight"]], strict=True))
+    assert all(
+        not torch.equal(a, b) for a, b in zip(states, [*states[1:], weights(run)["fc1.weight"]], strict=True)
+    )
 
 
 def test_numbers_and_log(tmp_path, monkeypatch):
@@ -246,7 +298,10 @@ def test_numbers_and_log(tmp_path, monkeypatch):
     told = lines(tmp_path)
     losses = [line for line in told if "cross_entropy" in line]
     assert [line["step"] for line in losses] == [2, 3, 4, 6]  # an epoch ends after 3
-    assert all(line["loss"] == line["cross_entropy"] and line["lr"] == 0.1 and line["stage"] == "train" for line in losses)
+    assert all(
+        line["loss"] == line["cross_entropy"] and line["lr"] == 0.1 and line["stage"] == "train"
+        for line in losses
+    )
     epochs = [line for line in told if "epoch" in line]
     assert [(line["epoch"], line["step"]) for line in epochs] == [(1, 3), (2, 6)]
     assert all(0 <= line["validation"] <= 100 and line["images_per_second"] > 0 for line in epochs)
@@ -266,13 +321,23 @@ def test_a_batch_that_does_not_split_over_the_processes_is_refused(tmp_path):
 def test_bfloat16_trains_with_losses_in_float32(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        run = make_run(tmp_path, lambda: lenet5((1, 8, 8), 10, width=2), accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
+        run = make_run(
+            tmp_path,
+            lambda: lenet5((1, 8, 8), 10, width=2),
+            accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+        )
         kinds, inside = [], []
         run.student.fc1.register_forward_hook(lambda _m, _i, out: inside.append(out.dtype))
         real = fitting._Window.add
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fitting._Window, "add", lambda self, terms, *at: (kinds.extend(t.dtype for t in terms.values()),
-                                                                            real(self, terms, *at))[1])
+            patch.setattr(
+                fitting._Window,
+                "add",
+                lambda self, terms, *at: (
+                    kinds.extend(t.dtype for t in terms.values()),
+                    real(self, terms, *at),
+                )[1],
+            )
             train(run, epochs=20, batch_size=10, optimizer="adam", lr=0.01)
         assert set(kinds) == {torch.float32} and torch.bfloat16 in inside
         assert {p.dtype for p in run.student.parameters()} == {torch.float32}
@@ -303,14 +368,18 @@ LESSONS = [{"loss": "cross_entropy"}, {"loss": "kl"}, {"loss": "hint"}]
 
 def taught(folder, kept=False, accelerator=None, **training):
     """A LeNet-5 that a wider one teaches by soft labels and maps, its answers kept or not."""
-    run = make_run(folder, lambda: lenet5((1, 8, 8), 10, width=3), accelerator=accelerator, augment={"shift": 1}, views=2)
+    run = make_run(
+        folder, lambda: lenet5((1, 8, 8), 10, width=3), accelerator=accelerator, augment={"shift": 1}, views=2
+    )
     device = run.accelerator.device
     torch.manual_seed(1)
     network = lenet5((1, 8, 8), 10, width=4)
     run.teacher = Teacher([network], [TeacherKeys(model="lenet5")], run.data.mean, run.data.std).to(device)
     if kept:
         layers = ["conv1", "conv2", "fc1", "fc2"]
-        run.teacher.cache = ViewCache(run.teacher, run.data, Path(folder), CacheKeys(maps=True), layers=layers, device=device)
+        run.teacher.cache = ViewCache(
+            run.teacher, run.data, Path(folder), CacheKeys(maps=True), layers=layers, device=device
+        )
     terms = [TypeAdapter(Term).validate_python(loss) for loss in LESSONS]
     # Not Adam, whose steps are as large for a gradient that is all rounding.
     train(run, terms=terms, **({"epochs": 4, "lr": 0.05} | training))
@@ -346,7 +415,9 @@ def test_on_a_gpu_it_is_the_same_training_however_it_is_run(tmp_path):
     with accelerated() as accelerator:
         full = taught(tmp_path / "full", accelerator=accelerator)
         for name, kept, settings in [
-            ("kept", True, {}), ("layout", False, {"channels_last": True}), ("compiled", False, {"compile": True}),
+            ("kept", True, {}),
+            ("layout", False, {"channels_last": True}),
+            ("compiled", False, {"compile": True}),
         ]:
             other = taught(tmp_path / name, kept, accelerator, **settings)
             assert_same(weights(full), weights(other), 1e-3)
@@ -364,7 +435,9 @@ def test_compiling_changes_nothing_but_the_speed(tmp_path, kept):
         assert plain.teacher.cache.computed == other.teacher.cache.computed == 2 * 60
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="without AVX-512 torch multiplies")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="without AVX-512 torch multiplies"
+)
 def test_fully_connected_layers_learn_by_onednn_and_learn_the_same(tmp_path, monkeypatch):
     def trained(folder):
         run = make_run(folder, lambda: lenet300((1, 8, 8), 10, hidden=(20, 12)))
@@ -385,7 +458,9 @@ def test_fully_connected_layers_learn_by_onednn_and_learn_the_same(tmp_path, mon
 
 def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="training.compile needs a C.. compiler on a CPU: there is no 'no-such-compiler'"):
+    with pytest.raises(
+        ValueError, match="training.compile needs a C.. compiler on a CPU: there is no 'no-such-compiler'"
+    ):
         train(make_run(tmp_path), compile=True)
 
 
@@ -464,7 +539,9 @@ def test_patience(tmp_path, monkeypatch):
     assert train(run, epochs=6, patience=3)["epochs"] == 5
     run = make_run(tmp_path / "b")
     scripted(monkeypatch, run, [5, 4, 6, 0, 0])
-    assert train(run, epochs=10, patience=3, validate_every=2)["epochs"] == 10  # after epochs 2, 4, 6 (the best), 8, 10
+    assert (
+        train(run, epochs=10, patience=3, validate_every=2)["epochs"] == 10
+    )  # after epochs 2, 4, 6 (the best), 8, 10
     run = make_run(tmp_path / "c")
     scripted(monkeypatch, run, [5, 4, 9])
     assert train(run, epochs=10, patience=1, validate_every=3)["epochs"] == 6  # it is not known before
@@ -516,7 +593,9 @@ class Breaks(Tiny):
 @pytest.mark.parametrize(("at", "epoch", "step"), [(1, 1, 1), (3, 1, 3), (5, 2, 5)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path, at, epoch, step):
     run = make_run(tmp_path, lambda: Breaks(at))
-    with pytest.raises(FloatingPointError, match=f"stage 'train', epoch {epoch}, step {step}: cross_entropy is not finite"):
+    with pytest.raises(
+        FloatingPointError, match=f"stage 'train', epoch {epoch}, step {step}: cross_entropy is not finite"
+    ):
         train(run)
 
 
@@ -571,8 +650,11 @@ def often(monkeypatch):
 def attempt(folder, events=None, **training):
     """One start of a training with everything random in it; None when it was killed."""
     run = make_run(
-        folder, lambda: lenet5((1, 8, 8), 10, width=2, batch_norm=True, dropout=0.3), stage=2,
-        augment={"shift": 1, "rotate": 5}, mixup=0.3,
+        folder,
+        lambda: lenet5((1, 8, 8), 10, width=2, batch_norm=True, dropout=0.3),
+        stage=2,
+        augment={"shift": 1, "rotate": 5},
+        mixup=0.3,
     )
 
     def before_step(step, num_steps):  # thresholds, as pruning leaves them
@@ -593,7 +675,15 @@ def attempt(folder, events=None, **training):
 SETTINGS = [
     {"optimizer": "adam", "lr": 0.01, "ema": 0.8, "keep": "best", "epochs": 4, "schedule": "one_cycle"},
     {"momentum": 0.9, "accumulate": 2, "clip": 0.5, "batch_size": 8, "epochs": 3, "weight_decay": 1e-3},
-    {"optimizer": "adamw", "channels_last": True, "keep": "best", "patience": 2, "epochs": 6, "validate_every": 2, "lr": 0.01},
+    {
+        "optimizer": "adamw",
+        "channels_last": True,
+        "keep": "best",
+        "patience": 2,
+        "epochs": 6,
+        "validate_every": 2,
+        "lr": 0.01,
+    },
 ]
 
 
@@ -628,7 +718,9 @@ def newest_first(folder):
 
 
 @pytest.mark.parametrize("num_damaged", [1, 2])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_or_to_a_fresh_start(tmp_path, often, caplog, num_damaged):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_or_to_a_fresh_start(
+    tmp_path, often, caplog, num_damaged
+):
     expected = attempt(tmp_path / "whole", **SETTINGS[0])
     assert attempt(tmp_path / "killed", 60, **SETTINGS[0]) is None
     kept = newest_first(tmp_path / "killed")
@@ -670,7 +762,9 @@ def test_a_training_of_an_older_version_is_not_gone_on_with(tmp_path, often):
     tensors, facts = checkpoint.load(newest.parent)
     tensors.pop("optimizer")
     checkpoint.save(newest.parent, tensors, facts | {"optimizer": {"dict": []}, "step": facts["step"] + 1})
-    with pytest.raises(Mistake, match="an older version of the program was interrupted .* remove that folder"):
+    with pytest.raises(
+        Mistake, match="an older version of the program was interrupted .* remove that folder"
+    ):
         attempt(tmp_path, **SETTINGS[0])
 
 
@@ -723,14 +817,25 @@ def comparable(folder, report):
     from trainer import checkpoint
 
     # Seconds, and how often the teacher was asked, tell what was spent: an interrupted run spends more.
-    rows = [{k: v for k, v in row.items() if "second" not in k and k != "teacher_images"} for row in report["rows"]]
+    rows = [
+        {k: v for k, v in row.items() if "second" not in k and k != "teacher_images"}
+        for row in report["rows"]
+    ]
     tensors, _ = checkpoint.load(folder / "killed" / "checkpoints" / "04-share")
     return rows, report["layers"], {f"{a}.{b}": t for a, group in tensors.items() for b, t in group.items()}
 
 
 def test_a_run_killed_again_and_again_reports_the_same(tmp_path, often):
     rows, layers, tensors = result(tmp_path / "whole")
-    assert [row["stage"] for row in rows] == ["teacher", "distilled", "recovered", "pruned", "recovered", "clustered", "shared"]
+    assert [row["stage"] for row in rows] == [
+        "teacher",
+        "distilled",
+        "recovered",
+        "pruned",
+        "recovered",
+        "clustered",
+        "shared",
+    ]
     assert all(layer["thresholds"] for layer in layers)
     assert rows[2]["sparsity"] == pytest.approx(0.8, abs=0.002)
     kills, events = 0, [7, 31, 55, 18, 83, 46, 120, 64, 29, 150]

@@ -10,7 +10,19 @@ import trainer
 TOP = Path(trainer.__file__).parent
 FLOORS = [
     ["files", "mistakes"],
-    ["bind", "channels", "drawing", "entropy", "features", "distributed", "images", "kmeans", "onednn", "projectors", "scores"],
+    [
+        "bind",
+        "channels",
+        "drawing",
+        "entropy",
+        "features",
+        "distributed",
+        "images",
+        "kmeans",
+        "onednn",
+        "projectors",
+        "scores",
+    ],
     ["keys"],
     ["terms", "views"],
     ["codec", "compress", "losses", "recurrent"],

@@ -68,7 +68,10 @@ def test_folding_keeps_outputs_and_masks(name):
 
 
 def test_the_folded_spec_names_only_what_differs_from_the_defaults():
-    assert fold.fold(with_statistics(NORMED["lenet5"]), NORMED["lenet5"])[1] == {"model": "lenet5", "width": 3}
+    assert fold.fold(with_statistics(NORMED["lenet5"]), NORMED["lenet5"])[1] == {
+        "model": "lenet5",
+        "width": 3,
+    }
     assert fold.fold(with_statistics(NORMED["separable"]), NORMED["separable"])[1]["batch_norm"] is False
 
 
@@ -83,7 +86,11 @@ def test_folding_makes_the_file_smaller():
 
 
 def test_what_cannot_be_folded():
-    for model in (CHAINS["lenet5"](), nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), cifar_resnet(SHAPE, CLASSES)):
+    for model in (
+        CHAINS["lenet5"](),
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
+        cifar_resnet(SHAPE, CLASSES),
+    ):
         with pytest.raises(ValueError, match="no BatchNorm that can be folded"):
             fold.fold(model, {"model": "lenet5"})
     model = with_statistics(NORMED["lenet5"])
@@ -122,7 +129,9 @@ def test_tidying_keeps_outputs(name, kind, order):
     fold.tidy(model, order)
     torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
     moved = [n for n, p in compress.weights(model).items() if not torch.equal(p.value, before[n])]
-    assert moved or (kind, order) == ("plain", "count"), "units are moved; where none has a zero, all count the same"
+    assert moved or (kind, order) == ("plain", "count"), (
+        "units are moved; where none has a zero, all count the same"
+    )
     if kind == "shared":
         assert all(isinstance(p.parametrization, compress.Codebook) for p in compress.weights(model).values())
 
@@ -147,7 +156,11 @@ def test_dead_units_are_dropped_and_constants_move_on():
     assert fold.drop_dead(model) == {"fc1": 4, "fc2": 1}
     torch.testing.assert_close(model(images()), expected)
     for unit in (3, 5, 6, 8):
-        assert not model.fc1.weight[unit].any() and not model.fc1.bias[unit] and not model.fc2.weight[:, unit].any()
+        assert (
+            not model.fc1.weight[unit].any()
+            and not model.fc1.bias[unit]
+            and not model.fc2.weight[:, unit].any()
+        )
     assert not model.fc2.weight[2].any() and not model.fc2.bias[2]
     before = compress.dense_state(model)
     before = {name: tensor.clone() for name, tensor in before.items()}

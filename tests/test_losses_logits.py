@@ -19,6 +19,7 @@ N, K, STUDENT_WIDTH, TEACHER_WIDTH, NUM_SAMPLES = 6, 5, 7, 11, 23
 
 # ---- naive references: x holds nested lists of floats, loss the module where there is one
 
+
 def softmax(row, temperature=1.0):
     top = max(row)
     powers = [math.exp((v - top) / temperature) for v in row]
@@ -182,8 +183,10 @@ def naive_contrastive(x, loss, dim=128, num_negatives=NUM_SAMPLES - 1, temperatu
     """The first batch, with the reference code's ratios of probabilities instead of log odds."""
     drawn = torch.randint(NUM_SAMPLES - 1, (N, num_negatives)).tolist()
     total = 0.0
-    for linear, key, bank in ((loss.embed_student, "student_embedding", loss.teacher_bank.tolist()),
-                              (loss.embed_teacher, "teacher_embedding", loss.student_bank.tolist())):
+    for linear, key, bank in (
+        (loss.embed_student, "student_embedding", loss.teacher_bank.tolist()),
+        (loss.embed_teacher, "teacher_embedding", loss.student_bank.tolist()),
+    ):
         scores = []
         for row, own, others in zip(x[key], x["index"], drawn, strict=True):
             embedding = affine(linear, row)
@@ -233,22 +236,34 @@ def naive_weight_distribution(x, loss, num_quantiles=256):
 # ---- the losses, with settings that are not the defaults, and what is fed to them
 
 CASES = [
-    ("cross_entropy", {}), ("cross_entropy", {"label_smoothing": 0.3}),
-    ("binary_cross_entropy", {}), ("binary_cross_entropy", {"label_smoothing": 0.2, "sum_classes": True}),
-    ("kl", {}), ("kl", {"temperature": 1.5}),
+    ("cross_entropy", {}),
+    ("cross_entropy", {"label_smoothing": 0.3}),
+    ("binary_cross_entropy", {}),
+    ("binary_cross_entropy", {"label_smoothing": 0.2, "sum_classes": True}),
+    ("kl", {}),
+    ("kl", {"temperature": 1.5}),
     ("hard_label", {}),
-    ("decoupled", {}), ("decoupled", {"alpha": 2.0, "beta": 3.0, "temperature": 1.0}),
-    ("logit_standardized", {}), ("logit_standardized", {"temperature": 1.0}),
-    ("dist", {}), ("dist", {"beta": 2.0, "gamma": 0.5, "temperature": 3.0}),
-    ("multi_level", {}), ("multi_level", {"temperatures": (1.0,)}),
-    ("curriculum_temperature", {}), ("curriculum_temperature", {"start": 2.0, "span": 5.0}),
-    ("relational", {}), ("relational", {"distance": 1.0, "angle": 0.0}),
+    ("decoupled", {}),
+    ("decoupled", {"alpha": 2.0, "beta": 3.0, "temperature": 1.0}),
+    ("logit_standardized", {}),
+    ("logit_standardized", {"temperature": 1.0}),
+    ("dist", {}),
+    ("dist", {"beta": 2.0, "gamma": 0.5, "temperature": 3.0}),
+    ("multi_level", {}),
+    ("multi_level", {"temperatures": (1.0,)}),
+    ("curriculum_temperature", {}),
+    ("curriculum_temperature", {"start": 2.0, "span": 5.0}),
+    ("relational", {}),
+    ("relational", {"distance": 1.0, "angle": 0.0}),
     ("probabilistic", {}),
-    ("correlation", {}), ("correlation", {"gamma": 0.8, "order": 4}),
-    ("contrastive", {}), ("contrastive", {"dim": 9, "num_negatives": 4, "temperature": 0.3}),
+    ("correlation", {}),
+    ("correlation", {"gamma": 0.8, "order": 4}),
+    ("contrastive", {}),
+    ("contrastive", {"dim": 9, "num_negatives": 4, "temperature": 0.3}),
     ("reuse_classifier", {}),
     ("semantic", {}),
-    ("weight_distribution", {}), ("weight_distribution", {"num_quantiles": 7}),
+    ("weight_distribution", {}),
+    ("weight_distribution", {"num_quantiles": 7}),
 ]
 NAMES = list(dict.fromkeys(name for name, _ in CASES))
 each = pytest.mark.parametrize("name", NAMES)
@@ -261,9 +276,14 @@ def feed(n=N, dtype=torch.float32, seed=0):
     teacher_head = nn.Linear(TEACHER_WIDTH, K).to(dtype).requires_grad_(False)
     for parameter in teacher_head.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw))
-    shapes = {"student_logits": (n, K), "teacher_logits": (n, K),
-              "student_embedding": (n, STUDENT_WIDTH), "teacher_embedding": (n, TEACHER_WIDTH),
-              "student_weight": (4, 3, 3, 3), "teacher_weight": (40, 9)}
+    shapes = {
+        "student_logits": (n, K),
+        "teacher_logits": (n, K),
+        "student_embedding": (n, STUDENT_WIDTH),
+        "teacher_embedding": (n, TEACHER_WIDTH),
+        "student_weight": (4, 3, 3, 3),
+        "teacher_weight": (40, 9),
+    }
     x = {key: 2 * torch.randn(shape, generator=draw, dtype=torch.float64) for key, shape in shapes.items()}
     return {key: value.to(dtype) for key, value in x.items()} | {
         "labels": torch.randint(K, (n,), generator=draw),
@@ -279,8 +299,12 @@ def build(name, dtype=torch.float32, **settings):
     if not inspect.isclass(function):
         return lambda *fed: function(*fed, **settings)
     torch.manual_seed(1)
-    given = {"student_embedding": torch.Size((N, STUDENT_WIDTH)), "num_samples": NUM_SAMPLES,
-             "teacher_embedding": torch.Size((N, TEACHER_WIDTH)), "num_classes": K}
+    given = {
+        "student_embedding": torch.Size((N, STUDENT_WIDTH)),
+        "num_samples": NUM_SAMPLES,
+        "teacher_embedding": torch.Size((N, TEACHER_WIDTH)),
+        "num_classes": K,
+    }
     return function(*(given[key] for key in bind.built_with(function)), **settings).to(dtype)
 
 
@@ -344,7 +368,9 @@ def test_gradient_reaches_the_student_and_what_is_learned_only(name):
     learned = list(loss.parameters()) if isinstance(loss, nn.Module) else []
     assert all(parameter.grad.abs().sum() > 0 for parameter in learned)
     assert isinstance(loss, nn.Module) == (
-        name in ("curriculum_temperature", "contrastive", "reuse_classifier", "semantic", "weight_distribution"))
+        name
+        in ("curriculum_temperature", "contrastive", "reuse_classifier", "semantic", "weight_distribution")
+    )
 
 
 def extremes():
@@ -439,9 +465,23 @@ def test_doubling_the_batch_changes_nothing(name):
         assert doubled == pytest.approx(once, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["kl", "decoupled", "logit_standardized", "dist", "multi_level",
-                                  "curriculum_temperature", "relational", "probabilistic", "correlation",
-                                  "reuse_classifier", "semantic", "weight_distribution"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kl",
+        "decoupled",
+        "logit_standardized",
+        "dist",
+        "multi_level",
+        "curriculum_temperature",
+        "relational",
+        "probabilistic",
+        "correlation",
+        "reuse_classifier",
+        "semantic",
+        "weight_distribution",
+    ],
+)
 def test_zero_where_student_equals_teacher_and_more_elsewhere(name):
     x = feed(dtype=torch.float64)
     equal = x | {f"student_{key}": x[f"teacher_{key}"] for key in ("logits", "embedding", "weight")}
@@ -462,6 +502,7 @@ def test_zero_where_student_equals_teacher_and_more_elsewhere(name):
 
 # ---- what single losses promise besides
 
+
 def test_label_losses_equal_timms():
     # Imported here, because it is slow and the spawned processes do not need it.
     from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
@@ -469,8 +510,11 @@ def test_label_losses_equal_timms():
     x = feed()
     logits, labels = x["student_logits"], x["labels"]
     for sum_classes in (False, True):
-        ours = call("binary_cross_entropy", build("binary_cross_entropy", label_smoothing=0.1,
-                                                  sum_classes=sum_classes), x)
+        ours = call(
+            "binary_cross_entropy",
+            build("binary_cross_entropy", label_smoothing=0.1, sum_classes=sum_classes),
+            x,
+        )
         theirs = BinaryCrossEntropy(smoothing=0.1, sum_classes=sum_classes)(logits, labels)
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     ours = call("cross_entropy", build("cross_entropy", label_smoothing=0.1), x)
@@ -490,8 +534,14 @@ def test_decoupled_refuses_mixed_labels():
         call("decoupled", build("decoupled"), feed() | {"labels": torch.rand(N, K)})
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("decoupled", {"alpha": 0, "beta": 0}), ("dist", {"beta": 0, "gamma": 0}), ("relational", {"distance": 0, "angle": 0})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("decoupled", {"alpha": 0, "beta": 0}),
+        ("dist", {"beta": 0, "gamma": 0}),
+        ("relational", {"distance": 0, "angle": 0}),
+    ],
+)
 def test_settings_that_leave_nothing_are_refused(name, settings):
     with pytest.raises(ValueError, match=f"{name}: .* are both 0: nothing is left of it"):
         call(name, build(name, **settings), feed())
@@ -504,8 +554,9 @@ def test_logit_standardized_ignores_size_and_offset():
     assert call("logit_standardized", build("logit_standardized"), x).item() == pytest.approx(value.item())
 
 
-@pytest.mark.parametrize(("epoch", "strength"), [(0.0, 0.0), (2.5, (1 - math.sqrt(0.5)) / 2), (5.0, 0.5),
-                                                 (10.0, 1.0), (30.0, 1.0)])
+@pytest.mark.parametrize(
+    ("epoch", "strength"), [(0.0, 0.0), (2.5, (1 - math.sqrt(0.5)) / 2), (5.0, 0.5), (10.0, 1.0), (30.0, 1.0)]
+)
 def test_temperature_climbs_with_a_growing_strength(epoch, strength):
     x = feed(dtype=torch.float64) | {"epoch": epoch}
     loss = build("curriculum_temperature", torch.float64)
@@ -526,8 +577,10 @@ def test_contrastive_bank_changes_at_the_batchs_rows_only_and_is_checkpointed():
     loss = build("contrastive")
     before = copy.deepcopy(loss.state_dict())
     call("contrastive", loss, x)
-    for bank, embed, key in (("student_bank", loss.embed_student, "student_embedding"),
-                             ("teacher_bank", loss.embed_teacher, "teacher_embedding")):
+    for bank, embed, key in (
+        ("student_bank", loss.embed_student, "student_embedding"),
+        ("teacher_bank", loss.embed_teacher, "teacher_embedding"),
+    ):
         old, new = before[bank], loss.state_dict()[bank]
         changed = (old != new).any(dim=1).nonzero().flatten().tolist()
         assert changed == sorted(x["index"].tolist())
@@ -593,12 +646,19 @@ def test_reuse_classifier_folds_into_the_students_own(bias):
     assert head(student).weight.requires_grad
 
 
-@pytest.mark.parametrize(("classifier", "teacher_head", "message"), [
-    (nn.Linear(STUDENT_WIDTH, K), nn.Sequential(nn.Linear(TEACHER_WIDTH, K)), "is a Sequential"),
-    (nn.Linear(STUDENT_WIDTH, K, bias=False), nn.Linear(TEACHER_WIDTH, K), "with a bias"),
-    (nn.utils.parametrizations.orthogonal(nn.Linear(STUDENT_WIDTH, K)), nn.Linear(TEACHER_WIDTH, K), "plain"),
-    (nn.Linear(STUDENT_WIDTH, K + 1), nn.Linear(TEACHER_WIDTH, K), r"has weights \(6, 7\)"),
-])
+@pytest.mark.parametrize(
+    ("classifier", "teacher_head", "message"),
+    [
+        (nn.Linear(STUDENT_WIDTH, K), nn.Sequential(nn.Linear(TEACHER_WIDTH, K)), "is a Sequential"),
+        (nn.Linear(STUDENT_WIDTH, K, bias=False), nn.Linear(TEACHER_WIDTH, K), "with a bias"),
+        (
+            nn.utils.parametrizations.orthogonal(nn.Linear(STUDENT_WIDTH, K)),
+            nn.Linear(TEACHER_WIDTH, K),
+            "plain",
+        ),
+        (nn.Linear(STUDENT_WIDTH, K + 1), nn.Linear(TEACHER_WIDTH, K), r"has weights \(6, 7\)"),
+    ],
+)
 def test_reuse_classifier_says_what_does_not_fold(classifier, teacher_head, message):
     with pytest.raises(ValueError, match=f"reuse_classifier: .*{message}"):
         build("reuse_classifier").finish(Small(classifier), teacher_head)

@@ -119,13 +119,13 @@ def convolved(x, conv):
     edge = kernel // 2
     rows, columns = x.shape[2:]
     padded = torch.zeros(*x.shape[:2], rows + 2 * edge, columns + 2 * edge, dtype=x.dtype)
-    padded[:, :, edge:edge + rows, edge:edge + columns] = x
+    padded[:, :, edge : edge + rows, edge : edge + columns] = x
     out = torch.zeros(len(x), len(conv.weight), rows, columns, dtype=x.dtype)
     for o in range(len(conv.weight)):
         for i in range(x.shape[1]):
             for dy in range(kernel):
                 for dx in range(kernel):
-                    out[:, o] += conv.weight[o, i, dy, dx] * padded[:, i, dy:dy + rows, dx:dx + columns]
+                    out[:, o] += conv.weight[o, i, dy, dx] * padded[:, i, dy : dy + rows, dx : dx + columns]
         if conv.bias is not None:
             out[:, o] += conv.bias[o]
     return out
@@ -209,9 +209,11 @@ def naive_fsp(fed, s, t):
         flows.append([])
         for a, b in pairwise(maps):
             a, b = one_size(a, b)
-            flows[-1].append(torch.tensor(
-                [[[(x * y).mean() for y in two] for x in one] for one, two in zip(a, b, strict=True)]
-            ))
+            flows[-1].append(
+                torch.tensor(
+                    [[[(x * y).mean() for y in two] for x in one] for one, two in zip(a, b, strict=True)]
+                )
+            )
     return sum(mean_square(a, b) for a, b in zip(*flows, strict=True))
 
 
@@ -256,9 +258,9 @@ def naive_review(fed, s, t):
             at_column = [j * below.shape[3] // columns for j in range(columns)]
             below = below[:, :, at_row][:, :, :, at_column]
             shares = 1 / (1 + torch.exp(-run([loss.attend[level]], torch.cat([x, below], 1))))
-            x = torch.stack([
-                x[:, c] * shares[:, 0] + below[:, c] * shares[:, 1] for c in range(x.shape[1])
-            ], 1)
+            x = torch.stack(
+                [x[:, c] * shares[:, 0] + below[:, c] * shares[:, 1] for c in range(x.shape[1])], 1
+            )
         below = x
         x, y = one_size(x, t[level])
         x = run([loss.widen[level]], x)
@@ -330,7 +332,7 @@ def test_gradcheck(case):
     names = [name for name in parameters if not (case == "factor" and name.startswith("encoder"))]
 
     def value(*inputs):
-        student, changed = list(inputs[: len(fed.student)]), dict(zip(names, inputs[len(fed.student):]))
+        student, changed = list(inputs[: len(fed.student)]), dict(zip(names, inputs[len(fed.student) :]))
         if fed.learned:  # a copy: running statistics must not move between the evaluations
             loss = copy.deepcopy(fixed)
             fed.loss = lambda *maps: torch.func.functional_call(loss, changed, maps)
@@ -458,7 +460,9 @@ def test_fsp_of_wide_maps_that_are_nearly_equal_keeps_its_digits():
     loss = fsp(shapes, shapes)(student, teacher)
     gradients = torch.autograd.grad(loss, student)
     exact = [s.detach().double().requires_grad_() for s in student]
-    flows = [(a.flatten(2) / 4) @ b.flatten(2).transpose(1, 2) for a, b in (exact, [t.double() for t in teacher])]
+    flows = [
+        (a.flatten(2) / 4) @ b.flatten(2).transpose(1, 2) for a, b in (exact, [t.double() for t in teacher])
+    ]
     expected = (flows[0] - flows[1]).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     for got, wanted in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
@@ -475,9 +479,15 @@ def test_fsp_of_wide_maps_with_few_positions_is_the_same_number():
     for apart, within in ((1.0, 1e-5), (0.03, 1e-3)):
         student = [(x + apart * torch.randn_like(x)).requires_grad_() for x in teacher]
         double = [x.detach().double().requires_grad_() for x in student]
-        flows = [[shallow.flatten(2) @ deep.flatten(2).transpose(1, 2) / deep[0, 0].numel()
-                  for shallow, deep in ((nn.functional.adaptive_avg_pool2d(a, b.shape[2:]), b) for a, b in zip(maps, maps[1:]))]
-                 for maps in (double, [x.double() for x in teacher])]
+        flows = [
+            [
+                shallow.flatten(2) @ deep.flatten(2).transpose(1, 2) / deep[0, 0].numel()
+                for shallow, deep in (
+                    (nn.functional.adaptive_avg_pool2d(a, b.shape[2:]), b) for a, b in zip(maps, maps[1:])
+                )
+            ]
+            for maps in (double, [x.double() for x in teacher])
+        ]
         expected = sum((ours - theirs).square().mean() for ours, theirs in zip(*flows))
         value = loss(student, teacher)
         assert value.item() == pytest.approx(expected.item(), rel=within)
@@ -526,7 +536,7 @@ def test_factor_trains_the_paraphraser_by_reconstruction_alone():
     fed.loss.reconstruction_weight = 0.0
     gradients = torch.autograd.grad(fed.value(), encoder + list(fed.loss.translator.parameters()))
     assert not any(gradient.any() for gradient in gradients[: len(encoder)])
-    assert all(gradient.any() for gradient in gradients[len(encoder):])
+    assert all(gradient.any() for gradient in gradients[len(encoder) :])
 
 
 def test_variational_starts_at_its_variance():

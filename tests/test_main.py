@@ -201,8 +201,16 @@ def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
             "trainer: [Errno 28] No space left on device: 'x'\n",
         ),
         (RuntimeError("operator torchvision::nms does not exist"), 2, "install a matching pair"),
-        (OverflowError("int too large"), 2, "trainer: a number is too large, or there is too little memory: int too"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "there is too little memory: Default"),
+        (
+            OverflowError("int too large"),
+            2,
+            "trainer: a number is too large, or there is too little memory: int too",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            2,
+            "there is too little memory: Default",
+        ),
     ],
 )
 def test_how_errors_end(error, status, told, say, monkeypatch, tmp_path):
@@ -232,7 +240,8 @@ sys.exit(main(sys.argv[1:]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, "run", str(recipe(tmp_path)), "--folder", str(tmp_path / "runs")],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "in fit\n" in done.stderr
@@ -251,7 +260,9 @@ def test_a_mistake_inside_a_training_is_one_line(say, monkeypatch, tmp_path):
 
 
 def test_a_batch_of_one_image_that_cannot_be_normalised():
-    error = ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 4])")
+    error = ValueError(
+        "Expected more than 1 value per channel when training, got input size torch.Size([1, 4])"
+    )
     assert isinstance(fit._of_a_batch(error, 1), Mistake)
     assert fit._of_a_batch(error, 2) is error
 
@@ -487,7 +498,9 @@ def test_inspect(student, say):
     assert out.startswith(f"{student}: {size:,} bytes: lenet5 width=2 for images 1x16x16, 10 classes\n")
     cells = [line.strip("|").split("|") for line in out.splitlines() if line.startswith("|")]
     table = [dict(zip(map(str.strip, cells[0]), map(str.strip, line), strict=True)) for line in cells[2:]]
-    assert [row["tensor"] for row in table][-1] == "file" and "conv1.weight" in {row["tensor"] for row in table}
+    assert [row["tensor"] for row in table][-1] == "file" and "conv1.weight" in {
+        row["tensor"] for row in table
+    }
     sizes = [float(row["bytes"].replace(",", "")) for row in table]
     assert sizes[-1] == size and sum(sizes[:-1]) == pytest.approx(size, abs=0.05 * len(table))
     assert out.splitlines()[-1].startswith("Masks and values of the weights: ") and " of Huffman, " in out
@@ -511,9 +524,13 @@ def test_evaluate_agrees_with_the_report(student, finished, say):
 def test_evaluating_keeps_no_views(student, finished, say, monkeypatch):
     from trainer import data
 
-    monkeypatch.setattr(data, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at"))
+    monkeypatch.setattr(
+        data, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at")
+    )
     keep = [f"data.{key}" for key in ("keep_views=true", "views=5", "augment.shift=1")]
-    status, _, err = say("evaluate", student, finished / "recipe.yaml", *(word for key in keep for word in ("--set", key)))
+    status, _, err = say(
+        "evaluate", student, finished / "recipe.yaml", *(word for key in keep for word in ("--set", key))
+    )
     assert status == 0, err
 
 

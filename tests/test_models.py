@@ -241,7 +241,7 @@ def test_both_directions_have_read_the_whole_image(function):
     images = torch.randn(1, 1, 6, 4, requires_grad=True)
     embedding = see(model, images, embedding=True).embedding
     for half in (embedding[:, :5], embedding[:, 5:]):
-        gradient, = torch.autograd.grad(half.sum(), images, retain_graph=True)
+        (gradient,) = torch.autograd.grad(half.sum(), images, retain_graph=True)
         assert (gradient.abs().sum(dim=(0, 1, 3)) > 0).all()
 
 

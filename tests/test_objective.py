@@ -598,7 +598,9 @@ def test_mistakes():
     with pytest.raises(ValueError, match=r"the student gives tuple; logits \[N, 4\] are needed"):
         Objective(nn.LSTM(SIZE, 3), [term(loss="cross_entropy")], data, prepare=lambda images: images[:, 0])
     small = nn.Sequential(nn.Flatten(), nn.Linear(9, K))
-    with pytest.raises(ValueError, match="the teacher cannot look at images of 1x16x16; resize gives .*mat1 and mat2"):
+    with pytest.raises(
+        ValueError, match="the teacher cannot look at images of 1x16x16; resize gives .*mat1 and mat2"
+    ):
         Objective(Small(), [term(loss="kl")], data, teacher_of(small))
     with pytest.raises(ValueError, match="the student cannot look at images of 1x16x16: .*mat1 and mat2"):
         Objective(small, [term(loss="cross_entropy")], data)
@@ -676,13 +678,17 @@ def two_headed(name: str) -> nn.Module:
     if name == "volo":
         from timm.models.volo import VOLO
 
-        return VOLO(layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), patch_size=4, **size)
+        return VOLO(
+            layers=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(2, 2, 2, 2), patch_size=4, **size
+        )
     from timm.models.deit import VisionTransformerDistilled
 
     return VisionTransformerDistilled(patch_size=4, embed_dim=16, depth=2, num_heads=2, **size)
 
 
-@pytest.mark.parametrize("name, told", [("volo", "logits are not what its classifier makes"), ("deit", "several classifiers")])
+@pytest.mark.parametrize(
+    "name, told", [("volo", "logits are not what its classifier makes"), ("deit", "several classifiers")]
+)
 def test_networks_of_two_classifiers_work_where_no_classifier_is_asked_for_alone(name, told, batch):
     data = some_data()
     for losses in (["kl"], ["hint", "cross_entropy"], ["relational"]):

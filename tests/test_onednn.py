@@ -59,7 +59,10 @@ def test_results_and_gradients_are_torchs(shape, bias, products):
         direction = torch.randn_like(wanted)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            torch.autograd.grad(found, tensors, direction), torch.autograd.grad(wanted, tensors, direction), rtol=1e-5, atol=1e-5
+            torch.autograd.grad(found, tensors, direction),
+            torch.autograd.grad(wanted, tensors, direction),
+            rtol=1e-5,
+            atol=1e-5,
         )
     assert len(products) == 3 * len(given)
 
@@ -96,13 +99,20 @@ def laid_out(rows, columns):
 
 
 @served
-@pytest.mark.parametrize("sizes", [(5, 8, 6), (48, 200, 64), (1, 8, 6), (5, 1, 6), (5, 8, 1), (1, 1, 1), (33, 100, 17)])
+@pytest.mark.parametrize(
+    "sizes", [(5, 8, 6), (48, 200, 64), (1, 8, 6), (5, 1, 6), (5, 8, 1), (1, 1, 1), (33, 100, 17)]
+)
 def test_strides_do_not_matter(sizes):
     torch.manual_seed(0)
     rows, inputs, outputs = sizes
     for a in laid_out(rows, inputs):
         for b in laid_out(outputs, inputs):
-            for bias in (None, torch.randn(outputs), torch.randn(1).expand(outputs), torch.randn(2 * outputs)[::2]):
+            for bias in (
+                None,
+                torch.randn(outputs),
+                torch.randn(1).expand(outputs),
+                torch.randn(2 * outputs)[::2],
+            ):
                 exact = F.linear(a.double(), b.double(), None if bias is None else bias.double())
                 scale = (a.double().abs() @ b.double().abs().T).max() + 1
                 assert (onednn._Product.apply(a, b, bias) - exact).abs().max() <= 1e-5 * scale
@@ -117,7 +127,9 @@ def test_gradients_of_gradients(products):
         (gradient,) = torch.autograd.grad(of(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), network[0].weight)[0]
 
-    torch.testing.assert_close(penalty(network), penalty(lambda x: plain(network[0], x)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        penalty(network), penalty(lambda x: plain(network[0], x)), rtol=1e-5, atol=1e-5
+    )
     assert len(products) > 3
 
 
@@ -301,7 +313,9 @@ def test_attached_all_recurrent_layers_compute_on_this_processor(kind, dtype):
     found = outputs_and_gradients(layer, x, dtype=dtype)
     with torch.autocast("cpu", dtype), torch.no_grad():
         torch.testing.assert_close(layer(x)[0], found[0], rtol=0.05, atol=0.05)
-    assert (found[0].dtype == torch.float32) == (dtype in onednn.missing_types(layer)) or kind is nn.GRU  # which gives float32 always
+    assert (found[0].dtype == torch.float32) == (
+        dtype in onednn.missing_types(layer)
+    ) or kind is nn.GRU  # which gives float32 always
     torch.testing.assert_close(found[0].float(), wanted[0], rtol=0.05, atol=0.05)
     torch.testing.assert_close(found[1], wanted[1], rtol=0.1, atol=0.2)
 
@@ -311,7 +325,9 @@ def test_the_rehearsal_leaves_the_generator_alone_and_other_layers():
     for kind in KINDS:
         onednn._missing_types.__wrapped__(kind)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(onednn.missing_types(layer) for layer in (nn.Linear(2, 2), nn.LSTMCell(2, 2), nn.Conv2d(2, 2, 2)))
+    assert not any(
+        onednn.missing_types(layer) for layer in (nn.Linear(2, 2), nn.LSTMCell(2, 2), nn.Conv2d(2, 2, 2))
+    )
 
 
 IMITATED = """

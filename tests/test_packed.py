@@ -75,7 +75,10 @@ def test_grid_steps(values, step):
 
 def test_only_vectors_of_float32_have_steps():
     vector = np.array([0.5, 1.0])
-    assert packed.grid_steps({"a": vector, "b": vector.astype(np.float16), "c": vector[None].astype(np.float32)}) == {}
+    assert (
+        packed.grid_steps({"a": vector, "b": vector.astype(np.float16), "c": vector[None].astype(np.float32)})
+        == {}
+    )
 
 
 def test_biases_on_a_grid_take_few_bytes():

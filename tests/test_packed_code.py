@@ -96,6 +96,8 @@ def test_a_few_bytes_do_not_announce_millions_of_positions(shape, monkeypatch):
 def test_settings_of_timm_that_would_read_files_are_refused():
     with pytest.raises(ValueError, match="options holds checkpoint_path"):
         teacher.build({"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, (1, 32, 32), 2)
-    data = codec.encode({"net": {"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, **FACTS}, {})
+    data = codec.encode(
+        {"net": {"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, **FACTS}, {}
+    )
     with pytest.raises(ValueError, match="options holds checkpoint_path"):
         packed.decode(data)

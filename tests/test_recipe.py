@@ -152,7 +152,10 @@ BAD = {
     ),
     "epochs beyond all": (
         changed("epochs: 1, lr", "epochs: 3000000000, batch_size: 1" + "0" * 400 + ", lr"),
-        ["8: stages[1].training.epochs: got 3000000000; it should be less than 2147483648", "8: stages[1].training.batch_size: got 1"],
+        [
+            "8: stages[1].training.epochs: got 3000000000; it should be less than 2147483648",
+            "8: stages[1].training.batch_size: got 1",
+        ],
     ),
     "half an epoch": (
         changed("epochs: 1, lr", "epochs: 1.5, lr"),
@@ -400,7 +403,10 @@ BAD = {
     ),
     "weights of 0": (
         changed("temperature: 2", "temperature: 2, weight: 0").replace("loss: hint", "loss: hint, weight: 0"),
-        ["9: stages[1].losses: have no effect: all weights are 0", "12: stages[2].losses: have no effect: all weights are 0"],
+        [
+            "9: stages[1].losses: have no effect: all weights are 0",
+            "12: stages[2].losses: have no effect: all weights are 0",
+        ],
     ),
     "taught too late": (
         without("  - {stage: train") + "  - {stage: train, who: teacher, training: {epochs: 1}}\n",

@@ -180,13 +180,25 @@ def test_byte_table():
     text, _, told = report.byte_table(account).rpartition("\n\n")
     table = cells(text)
     assert table[0][:4] == ["tensor", "weights", "non-zero", "clusters"]
-    assert table[0][4:] == ["mask", "values", "codebook", "other", "bytes", "i.i.d.", "Huffman", "dense Huffman", "zlib"]
+    assert table[0][4:] == [
+        "mask",
+        "values",
+        "codebook",
+        "other",
+        "bytes",
+        "i.i.d.",
+        "Huffman",
+        "dense Huffman",
+        "zlib",
+    ]
     nothing = report.NOTHING
     assert table[2] == ["(frame)", *[nothing] * 6, "7.0", "7.0", *[nothing] * 4]
     assert table[3][:4] == ["fc.weight", "1,200", "100", "4"]
     assert table[3][4:] == ["20.2", "10.0", "4.0", "0.5", "34.8", "60.5", "121.0", "60.5", "242.0"]
     assert table[-1][0] == "file" and table[-1][8] == "50.0", "the last row is the whole file"
-    assert told.startswith("Masks and values of the weights: 30 bytes, 0.500 of i.i.d., 0.250 of Huffman, 0.500 of dense")
+    assert told.startswith(
+        "Masks and values of the weights: 30 bytes, 0.500 of i.i.d., 0.250 of Huffman, 0.500 of dense"
+    )
     assert "Masks" not in report.byte_table([account[0], account[-1]])
 
 

@@ -71,7 +71,10 @@ def write(folder, text, name="given.yaml"):
 
 
 def rows_of(result):
-    return [{k: v for k, v in row.items() if "second" not in k and k != "teacher_images"} for row in result["rows"]]
+    return [
+        {k: v for k, v in row.items() if "second" not in k and k != "teacher_images"}
+        for row in result["rows"]
+    ]
 
 
 # the folder of a run
@@ -109,13 +112,19 @@ def test_the_recipe_is_kept_as_it_was_run(tmp_path):
     changes = {"name": "other", "stages.1.bits": 1}
     result = runner.run(write(tmp_path, text), changes, folder=tmp_path)
     kept = yaml.safe_load((tmp_path / "other" / "recipe.yaml").read_text())
-    assert kept == yaml.safe_load(ALONE) | {"name": "other"} | {"stages": kept["stages"]} and kept["stages"][1]["bits"] == 1
+    assert (
+        kept == yaml.safe_load(ALONE) | {"name": "other"} | {"stages": kept["stages"]}
+        and kept["stages"][1]["bits"] == 1
+    )
     assert result["recipe"] == kept
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     path = write(tmp_path, ALONE)
-    with checkpoint.lock(tmp_path / "alone"), pytest.raises(ValueError, match="another run is working in this folder"):
+    with (
+        checkpoint.lock(tmp_path / "alone"),
+        pytest.raises(ValueError, match="another run is working in this folder"),
+    ):
         runner.run(path, folder=tmp_path)
 
 
@@ -188,7 +197,9 @@ def test_a_teacher_that_only_guesses_is_refused(tmp_path):
     torch.manual_seed(0)
     checkpoint.save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
     path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(tmp_path / "x.safetensors")))
-    with pytest.raises(ValueError, match=r"the teacher has \d+\.\d\d % of the validation images right, and guessing 10.00 %"):
+    with pytest.raises(
+        ValueError, match=r"the teacher has \d+\.\d\d % of the validation images right, and guessing 10.00 %"
+    ):
         runner.run(path, folder=tmp_path)
 
 
@@ -239,7 +250,9 @@ def killed_in_the_first_stage(patch, path, folder):
             runner.run(path, folder=folder)
 
 
-def test_a_teacher_that_was_exchanged_in_the_middle_of_the_first_stage_is_refused(tmp_path, teacher_file, monkeypatch):
+def test_a_teacher_that_was_exchanged_in_the_middle_of_the_first_stage_is_refused(
+    tmp_path, teacher_file, monkeypatch
+):
     mine = tmp_path / "mine.safetensors"
     state = checkpoint.load_file(teacher_file)
     checkpoint.save_file(mine, state)
@@ -261,16 +274,21 @@ def test_images_that_changed_meanwhile_are_refused(tmp_path, monkeypatch):
             place = tmp_path / "images" / part / "ab"[number % 2] / f"{number}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.new("L", (8, 8), number * 10).save(place)
-    path = write(tmp_path, f"""
+    path = write(
+        tmp_path,
+        f"""
 name: pictures
 data: {{dataset: image_folder, folder: {tmp_path / "images"}, size: 8, workers: 0}}
 student: {{model: lenet300, hidden: [4]}}
 stages: [{{stage: train, training: {{epochs: 2, batch_size: 8}}}}]
-""")
+""",
+    )
     killed_in_the_first_stage(monkeypatch, path, tmp_path)
     for number in range(20, 30):
         Image.new("L", (8, 8), 200).save(tmp_path / "images" / "train" / "a" / f"{number}.png")
-    with pytest.raises(ValueError, match="pictures: the training images are not those that this run began with"):
+    with pytest.raises(
+        ValueError, match="pictures: the training images are not those that this run began with"
+    ):
         runner.run(path, folder=tmp_path)
 
 
@@ -285,7 +303,11 @@ def test_a_finished_run_without_its_checkpoints_answers_for_its_own_recipe_only(
 
 def test_runs_of_two_precisions_in_one_process(tmp_path):
     for precision in ("no", "bf16", "no"):
-        runner.run(write(tmp_path, ALONE + f"precision: '{precision}'\n"), {"name": precision}, folder=tmp_path / str(precision))
+        runner.run(
+            write(tmp_path, ALONE + f"precision: '{precision}'\n"),
+            {"name": precision},
+            folder=tmp_path / str(precision),
+        )
 
 
 def test_a_recipe_that_can_be_read_only_once(tmp_path):
@@ -306,7 +328,10 @@ def test_a_file_is_evaluated_where_a_trainer_of_another_kind_lies(tmp_path, monk
 
 
 def test_several_teachers_are_each_taught_and_counted_together(tmp_path):
-    result = runner.run(write(tmp_path, """
+    result = runner.run(
+        write(
+            tmp_path,
+            """
 name: several
 data: {dataset: digits, subset: 60, validation: 60}
 teachers: [{model: lenet5, width: 2}, {model: lenet5, width: 3}]
@@ -314,7 +339,10 @@ student: {model: lenet5, width: 2}
 stages:
   - {stage: train, who: teacher, training: {epochs: 1, batch_size: 20}}
   - {stage: distill, training: {epochs: 1, batch_size: 20}, losses: [{loss: kl}]}
-"""), folder=tmp_path)
+""",
+        ),
+        folder=tmp_path,
+    )
     row = result["rows"][0]
     nets = [lenet5((1, 8, 8), 10, width=width) for width in (2, 3)]
     assert (row["epochs"], row["steps"]) == (2, 6)
@@ -331,9 +359,17 @@ stages:
         ({}, 1, False),  # python -m trainer
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, 2, False),  # torchrun
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, 1, True),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x", "ACCELERATE_MIXED_PRECISION": "no"}, 2, False),  # accelerate --multi_gpu
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "x", "ACCELERATE_MIXED_PRECISION": "no"},
+            2,
+            False,
+        ),  # accelerate --multi_gpu
         ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, False),  # accelerate, one process
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, 1, True),  # accelerate --cpu --num_processes 2
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            1,
+            True,
+        ),  # accelerate --cpu --num_processes 2
         ({"MASTER_ADDR": "127.0.0.1"}, 1, False),  # some cluster's habit
     ],
 )
@@ -349,7 +385,9 @@ def test_more_processes_than_started_is_an_error_that_names_commands(tmp_path, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(RecipeError, match="asked for more processes than the 1 it got; .*torchrun --nproc_per_node N"):
+    with pytest.raises(
+        RecipeError, match="asked for more processes than the 1 it got; .*torchrun --nproc_per_node N"
+    ):
         runner.run(write(tmp_path, ALONE), folder=tmp_path)
     assert not (tmp_path / "alone").exists()
 
@@ -402,9 +440,19 @@ def eight_threads(monkeypatch):
 
 @pytest.mark.parametrize(
     ("allowed", "num_processes", "local", "threads"),
-    [(8, 1, None, 4), (3, 1, None, 3), (8, 2, None, 2), (8, 4, "2", 2), (8, 3, "3", 1), (8, 16, "16", 1), (8, 1, "2", 4)],
+    [
+        (8, 1, None, 4),
+        (3, 1, None, 3),
+        (8, 2, None, 2),
+        (8, 4, "2", 2),
+        (8, 3, "3", 1),
+        (8, 16, "16", 1),
+        (8, 1, "2", 4),
+    ],
 )
-def test_physical_cores_are_divided_among_the_processes_of_a_machine(monkeypatch, allowed, num_processes, local, threads):
+def test_physical_cores_are_divided_among_the_processes_of_a_machine(
+    monkeypatch, allowed, num_processes, local, threads
+):
     FourCores(monkeypatch, allowed)
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
@@ -458,7 +506,9 @@ def test_one_line_tells_how_a_launch_uses_all_cores(tmp_path, monkeypatch, capsy
 
 def test_the_fresh_process_computes_with_as_many_threads(tmp_path, monkeypatch):
     asked, start = [], pack.subprocess.run
-    monkeypatch.setattr(pack.subprocess, "run", lambda command, **rest: [asked.append(command), start(command, **rest)][1])
+    monkeypatch.setattr(
+        pack.subprocess, "run", lambda command, **rest: [asked.append(command), start(command, **rest)][1]
+    )
     text = ALONE.replace("{stage: share, bits: 2}", "{stage: pack}")
     runner.run(write(tmp_path, text), folder=tmp_path, threads=2)
     assert asked[0][-2:] == ["--threads", "2"]
@@ -469,7 +519,9 @@ def test_layers_that_a_processor_has_in_float32_only_are_told_once_and_trained(t
     AcceleratorState._reset_state(reset_partial_state=True)
     seen = []
     real = onednn._recurrent
-    monkeypatch.setattr(onednn, "_recurrent", lambda *given: [real(*given), seen.append(torch.is_autocast_enabled("cpu"))][0])
+    monkeypatch.setattr(
+        onednn, "_recurrent", lambda *given: [real(*given), seen.append(torch.is_autocast_enabled("cpu"))][0]
+    )
     text = ALONE.replace("{model: lenet5, width: 2}", "{model: lstm, hidden: 4}") + "precision: bf16\n"
     try:
         runner.run(write(tmp_path, text), folder=tmp_path)

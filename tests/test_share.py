@@ -38,8 +38,17 @@ def make_run(tmp_path):
             for place in compress.weights(student).values():
                 compress.set_mask(place, place.value.abs() > place.value.abs().quantile(sparsity))
         return Run(
-            name="x", folder=folder, seed=3, accelerator=Accelerator(cpu=True), data=data, student=student,
-            student_spec=dict(spec), teacher=None, log=logs[-1], recipe_path=Path("x.yaml"), stage_name="share",
+            name="x",
+            folder=folder,
+            seed=3,
+            accelerator=Accelerator(cpu=True),
+            data=data,
+            student=student,
+            student_spec=dict(spec),
+            teacher=None,
+            log=logs[-1],
+            recipe_path=Path("x.yaml"),
+            stage_name="share",
         )
 
     yield make
@@ -52,7 +61,9 @@ def training(**settings):
 
 
 def codes_of(run):
-    return {name: place.parametrization.codes.clone() for name, place in compress.weights(run.student).items()}
+    return {
+        name: place.parametrization.codes.clone() for name, place in compress.weights(run.student).items()
+    }
 
 
 def bits_a_weight(run):
@@ -167,7 +178,11 @@ def test_soft_entropy_is_finite_where_values_are_unused_or_coincide(values):
 def test_no_weight_decay_on_what_is_shared(optimizer):
     model, _, _, _ = opened()
     settings = Training(epochs=1, optimizer=optimizer, weight_decay=0.1)
-    decays = {id(p): g["weight_decay"] for g in fitting.make_optimizer(model, settings).param_groups for p in g["params"]}
+    decays = {
+        id(p): g["weight_decay"]
+        for g in fitting.make_optimizer(model, settings).param_groups
+        for p in g["params"]
+    }
     own = model[0].parametrizations.weight
     assert decays == {id(own.original): 0.0, id(own[0].centroids): 0.0, id(model[0].bias): 0.1}
 
@@ -322,8 +337,13 @@ def test_bits_of_codes_count_in_trained_assignments(make_run):
 
 
 def test_an_interrupted_training_of_assignments_goes_on_bit_for_bit(make_run, tmp_path, monkeypatch):
-    settings = {"bits": 2, "assign": "trained", "entropy": 0.1, "code_cost": 0.02,
-                "training": training(optimizer="adamw", weight_decay=0.01, ema=0.9)}
+    settings = {
+        "bits": 2,
+        "assign": "trained",
+        "entropy": 0.1,
+        "code_cost": 0.02,
+        "training": training(optimizer="adamw", weight_decay=0.01, ema=0.9),
+    }
     whole = make_run()
     share(whole, **settings)
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1.0)
@@ -368,7 +388,7 @@ def test_importance_by_fisher_is_the_mean_squared_gradient(make_run):
     images, labels, _ = run.data.train.__getitems__(torch.arange(16))
     logits = run.student((images.float() / 255 - run.data.mean[0]) / run.data.std[0])
     nn.functional.cross_entropy(logits, labels).backward()
-    expected = run.student.fc2.parametrizations.weight.original.grad ** 2
+    expected = run.student.fc2.parametrizations.weight.original.grad**2
     torch.testing.assert_close(found["fc2"], expected)
     assert not found["fc2"][~places["fc2"].mask].any()
     share(make_run(), bits=2, weighting="fisher")
@@ -376,7 +396,13 @@ def test_importance_by_fisher_is_the_mean_squared_gradient(make_run):
 
 def test_biases_and_the_rest_are_rounded_before_they_are_measured(make_run):
     sizes = []
-    for settings in ({}, {"biases": 5}, {"biases": 5, "codebook": 4}, {"keep": ["fc3"]}, {"keep": ["fc3"], "rest": "float16"}):
+    for settings in (
+        {},
+        {"biases": 5},
+        {"biases": 5, "codebook": 4},
+        {"keep": ["fc3"]},
+        {"keep": ["fc3"], "rest": "float16"},
+    ):
         run = make_run()
         share(run, bits=2, **settings)
         sizes.append(run.rows[-1]["file_bytes"])
@@ -404,7 +430,14 @@ def test_dead_units_go_before_their_biases_are_rounded(make_run):
 def test_a_codebook_a_layer_a_channel_or_a_group(make_run, per):
     run = make_run()
     groups = {"groups": 2} if per == "group" else {}
-    share(run, values={"fc1": 3, "fc2": 2, "fc3": 2}, per=per, **groups, assign="trained", training=training(epochs=1))
+    share(
+        run,
+        values={"fc1": 3, "fc2": 2, "fc3": 2},
+        per=per,
+        **groups,
+        assign="trained",
+        training=training(epochs=1),
+    )
     expected = {"layer": 1, "channel": 16, "group": 2}[per]
     assert run.layers["fc1"]["groups"] == expected and run.layers["fc1"]["clusters"] == 3
     for rows in run.student.fc1.weight.chunk(expected):
@@ -508,11 +541,15 @@ def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, mon
     recipe = tmp_path / "folded.yaml"
     recipe.write_text(RECIPE)
     # Not in a fresh process, which is tested elsewhere: here it is to be quick.
-    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path))
+    monkeypatch.setattr(
+        pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path)
+    )
     whole = runner.run(recipe, folder=tmp_path / "whole")
     rows = {row["stage"]: row for row in whole["rows"]}
     assert rows["folded"]["top1"] == rows["pruned"]["top1"] and rows["folded"]["max_difference"] < 1e-4
-    assert rows["decoded"]["num_changed"] == 0 and rows["decoded"]["file_bytes"] < rows["shared"]["file_bytes"]
+    assert (
+        rows["decoded"]["num_changed"] == 0 and rows["decoded"]["file_bytes"] < rows["shared"]["file_bytes"]
+    )
     assert rows["decoded"]["num_dropped"] > 0
 
     def stop(*_):

@@ -34,12 +34,32 @@ stages:
 """
 
 ROW_KEYS = {
-    "stage", "index", "top1", "top1_validation", "agreement", "num_weights", "num_nonzero", "sparsity", "file_bytes",
-    "ratio_student", "ratio_teacher", "seconds",
+    "stage",
+    "index",
+    "top1",
+    "top1_validation",
+    "agreement",
+    "num_weights",
+    "num_nonzero",
+    "sparsity",
+    "file_bytes",
+    "ratio_student",
+    "ratio_teacher",
+    "seconds",
 }
 LAYER_KEYS = {
-    "layer", "shape", "num_weights", "num_nonzero", "sparsity", "thresholds", "clusters", "bits", "ratio_sharing", "file_bytes",
-    "csr_bytes", "csc_bytes",
+    "layer",
+    "shape",
+    "num_weights",
+    "num_nonzero",
+    "sparsity",
+    "thresholds",
+    "clusters",
+    "bits",
+    "ratio_sharing",
+    "file_bytes",
+    "csr_bytes",
+    "csc_bytes",
 }
 
 
@@ -55,7 +75,9 @@ def run(folder, text, **changes):
 
 def left_by(folder, name, stage):
     """The student, as the checkpoint of a stage has it, and the facts beside it."""
-    [place] = (Path(folder) / "runs" / name / "checkpoints").glob(f"*-{stage}" if isinstance(stage, str) else f"{stage:02d}-*")
+    [place] = (Path(folder) / "runs" / name / "checkpoints").glob(
+        f"*-{stage}" if isinstance(stage, str) else f"{stage:02d}-*"
+    )
     tensors, facts = checkpoint.load(place)
     student = net()
     compress.restore(student, tensors["student"])
@@ -79,7 +101,13 @@ def no_plots(monkeypatch):
 def test_every_step_has_its_row(main):
     _, result = main
     assert [(row["stage"], row["index"]) for row in result["rows"]] == [
-        ("teacher", 0), ("distilled", 1), ("pruned", 2), ("recovered", 2), ("clustered", 3), ("shared", 3), ("decoded", 4),
+        ("teacher", 0),
+        ("distilled", 1),
+        ("pruned", 2),
+        ("recovered", 2),
+        ("clustered", 3),
+        ("shared", 3),
+        ("decoded", 4),
     ]
 
 
@@ -88,7 +116,9 @@ def test_the_report_has_the_structure_that_programs_read(main):
     text = (folder / "runs" / "main" / "report.json").read_text()
     found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     assert {"name", "recipe", "versions", "hardware", "seconds", "rows", "layers"} <= set(found)
-    assert found["name"] == "main" and found["recipe"]["stages"][4] == {"stage": "pack"} and found["seed"] == 1
+    assert (
+        found["name"] == "main" and found["recipe"]["stages"][4] == {"stage": "pack"} and found["seed"] == 1
+    )
     assert found["rows"] == json.loads(json.dumps(result["rows"]))
     for row in found["rows"]:
         assert set(row) >= ROW_KEYS, row["stage"]
@@ -100,8 +130,14 @@ def test_the_report_has_the_structure_that_programs_read(main):
             assert row["ratio_student"] == pytest.approx(found["student_bytes"] / row["file_bytes"])
     student, teacher = net(), net(4)
     assert found["student_bytes"] == 4 * sum(p.numel() for p in student.parameters())
-    assert found["teacher_bytes"] == found["rows"][0]["file_bytes"] == 4 * sum(p.numel() for p in teacher.parameters())
-    trained = [row for row in found["rows"] if row["stage"] in ("teacher", "distilled", "recovered", "shared")]
+    assert (
+        found["teacher_bytes"]
+        == found["rows"][0]["file_bytes"]
+        == 4 * sum(p.numel() for p in teacher.parameters())
+    )
+    trained = [
+        row for row in found["rows"] if row["stage"] in ("teacher", "distilled", "recovered", "shared")
+    ]
     assert [(row["epochs"], row["steps"]) for row in trained] == [(6, 42), (6, 78), (1, 7), (1, 7)]
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in trained)
     assert found["seconds"] >= sum(row["seconds"] for row in found["rows"])
@@ -128,7 +164,10 @@ def test_the_report_is_there_for_people_too(main):
     folder, _ = main
     here = folder / "runs" / "main"
     text = (here / "report.md").read_text()
-    assert all(f"| {stage} " in text for stage in ("teacher", "distilled", "pruned", "recovered", "clustered", "shared", "decoded"))
+    assert all(
+        f"| {stage} " in text
+        for stage in ("teacher", "distilled", "pruned", "recovered", "clustered", "shared", "decoded")
+    )
     assert all(f"| {layer} " in text for layer in LAYERS)
     plots = sorted(here.glob("*.png"))
     assert "accuracy_bytes.png" in [plot.name for plot in plots] and len(plots) >= 2
@@ -153,7 +192,10 @@ def test_zeros_are_exactly_as_many_as_asked_for_and_stay(main):
     zeros = sum(round(0.6 * t.numel()) for t in pruned.values())
     sparsities = {row["stage"]: row["sparsity"] for row in result["rows"]}
     assert sparsities["teacher"] == sparsities["distilled"] == 0
-    assert all(sparsities[stage] == pytest.approx(zeros / total) for stage in ("pruned", "recovered", "clustered", "shared", "decoded"))
+    assert all(
+        sparsities[stage] == pytest.approx(zeros / total)
+        for stage in ("pruned", "recovered", "clustered", "shared", "decoded")
+    )
 
 
 def test_shared_values_are_few_and_fit_float16(main):
@@ -181,7 +223,12 @@ def test_the_decoded_file_is_the_network_that_was_measured(main):
     assert decoded["digest"] == checkpoint.digest(expected)
     assert decoded["file_bytes"] == (here / "student.tiny").stat().st_size
     found = runner.evaluate_file(here / "student.tiny", here / "recipe.yaml")
-    assert found == {"top1": decoded["top1"], "images": 360, "digest": decoded["digest"], "file_bytes": decoded["file_bytes"]}
+    assert found == {
+        "top1": decoded["top1"],
+        "images": 360,
+        "digest": decoded["digest"],
+        "file_bytes": decoded["file_bytes"],
+    }
 
 
 def test_each_stage_leaves_a_checkpoint_without_pickles(main):
@@ -200,7 +247,9 @@ def test_the_log_has_every_loss_and_every_row(main):
     folder, result = main
     lines = [json.loads(line) for line in (folder / "runs" / "main" / "log.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"numbers", "row", "summary"}
-    assert [line["stage"] for line in lines if line["kind"] == "row"] == [row["stage"] for row in result["rows"]]
+    assert [line["stage"] for line in lines if line["kind"] == "row"] == [
+        row["stage"] for row in result["rows"]
+    ]
     terms = {"loss", "cross_entropy", "kl", "hint/conv1", "hint/conv2", "lr"}
     for stage, steps in (("distill", [13, 26, 39, 50, 52, 65, 78]), ("prune", [7]), ("share", [7])):
         told = [line for line in lines if line.get("stage") == stage and "loss" in line]
@@ -261,7 +310,9 @@ def test_prune_each_layer_by_its_own_sensitivity(tmp_path, no_plots):
         if name == "fc3":
             assert torch.equal(place.value, before[name])
         else:
-            assert torch.equal(place.value != 0, before[name].abs() > own[name] * before[name].double().std(correction=0))
+            assert torch.equal(
+                place.value != 0, before[name].abs() > own[name] * before[name].double().std(correction=0)
+            )
     assert [layer["thresholds"] is None for layer in result["layers"]] == [False] * 4 + [True]
 
 
@@ -295,7 +346,8 @@ def compress_scores(weight, settings):
 
 def test_prune_gradually_ends_at_its_target_and_recovers(tmp_path, no_plots):
     result, before, after = pruned_by(
-        tmp_path, "method: magnitude, sparsity: 0.9, schedule: cubic, every: 2, training: {epochs: 3, batch_size: 32, keep: best}"
+        tmp_path,
+        "method: magnitude, sparsity: 0.9, schedule: cubic, every: 2, training: {epochs: 3, batch_size: 32, keep: best}",
     )
     assert [row["stage"] for row in result["rows"]] == ["trained", "recovered"]
     for name, place in after.items():
@@ -305,13 +357,17 @@ def test_prune_gradually_ends_at_its_target_and_recovers(tmp_path, no_plots):
 
 
 def test_the_shortest_gradual_pruning_reaches_its_target(tmp_path, no_plots):
-    _, before, after = pruned_by(tmp_path, "method: magnitude, sparsity: 0.5, schedule: cubic, training: {epochs: 1, batch_size: 200}")
+    _, before, after = pruned_by(
+        tmp_path, "method: magnitude, sparsity: 0.5, schedule: cubic, training: {epochs: 1, batch_size: 200}"
+    )
     assert {n: int((p.value == 0).sum()) for n, p in after.items()} == rounded_share(before, 0.5)
 
 
 def test_pruning_twice_keeps_the_first_zeros(tmp_path, no_plots):
     before = "  - {stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}\n"
-    _, first, after = pruned_by(tmp_path, "method: magnitude, sparsity: 0.7, training: {epochs: 1, batch_size: 32}", before)
+    _, first, after = pruned_by(
+        tmp_path, "method: magnitude, sparsity: 0.7, training: {epochs: 1, batch_size: 32}", before
+    )
     for name, place in after.items():
         assert int((place.value == 0).sum()) == round(0.7 * first[name].numel())
         assert not place.value[first[name] == 0].any()
@@ -357,7 +413,9 @@ def test_share_by_layer(tmp_path, no_plots, settings, limits):
         return
     result, before, after = shared_by(tmp_path, settings)
     trained = "training" in settings
-    assert [row["stage"] for row in result["rows"]] == ["trained", "pruned", "clustered"] + ["shared"] * trained
+    assert [row["stage"] for row in result["rows"]] == ["trained", "pruned", "clustered"] + [
+        "shared"
+    ] * trained
     for limit, layer, place in zip(limits, result["layers"], after.values(), strict=True):
         assert num_values(place.value) == limit  # there are more different weights than that
         assert (layer["clusters"], layer["bits"]) == (limit, math.ceil(math.log2(limit)))
@@ -375,7 +433,9 @@ def test_share_by_channel(tmp_path, no_plots):
 
 
 def test_share_by_groups(tmp_path, no_plots):
-    _, _, after = shared_by(tmp_path, "bits: 2, per: group, groups: 2, keep: [conv1, fc3], training: {epochs: 1, batch_size: 32}")
+    _, _, after = shared_by(
+        tmp_path, "bits: 2, per: group, groups: 2, keep: [conv1, fc3], training: {epochs: 1, batch_size: 32}"
+    )
     for name in ("conv2", "fc1", "fc2"):
         halves = after[name].value.chunk(2)
         assert [num_values(half) for half in halves] == [4, 4]
@@ -394,15 +454,20 @@ def test_share_without_pruning(tmp_path, no_plots):
 
 def test_a_recipe_without_a_teacher_packs_what_it_trains(tmp_path, no_plots, monkeypatch):
     # The main job above has used a fresh process.
-    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path))
-    result = run(tmp_path, f"""
+    monkeypatch.setattr(
+        pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path)
+    )
+    result = run(
+        tmp_path,
+        f"""
 name: alone
 data: {DATA}
 student: {{model: lenet5, width: 3}}
 stages:
   - {{stage: train, training: {{epochs: 1, batch_size: 32}}}}
   - {{stage: pack, file: dense.tiny}}
-""")
+""",
+    )
     trained, decoded = result["rows"]
     assert (trained["stage"], decoded["stage"]) == ("trained", "decoded")
     for row in result["rows"]:
@@ -424,21 +489,28 @@ stages:
     row = run(tmp_path, text.replace("AT_LEAST", "10"))["rows"][0]
     distilled = main[1]["rows"][1]
     assert (row["top1"], row["top1_validation"]) == (distilled["top1"], distilled["top1_validation"])
-    with pytest.raises(ValueError, match=r"the student has \d+\.\d+ % of the validation images right; at_least asks for 99.9"):
+    with pytest.raises(
+        ValueError, match=r"the student has \d+\.\d+ % of the validation images right; at_least asks for 99.9"
+    ):
         run(tmp_path, text.replace("AT_LEAST", "99.9").replace("loaded", "strict"))
 
 
 def test_pack_removes_a_file_that_decodes_to_another_network(tmp_path, no_plots, monkeypatch):
-    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: {"digest": "0" * 64, "top1": 0.0, "seconds": 1.0})
+    monkeypatch.setattr(
+        pack, "_in_fresh_process", lambda run, path: {"digest": "0" * 64, "top1": 0.0, "seconds": 1.0}
+    )
     with pytest.raises(RuntimeError, match="decoded to another network"):
-        run(tmp_path, f"""
+        run(
+            tmp_path,
+            f"""
 name: wrong
 data: {DATA}
 student: {{model: lenet5, width: 3}}
 stages:
   - {{stage: train, training: {{epochs: 1, batch_size: 32}}}}
   - {{stage: pack}}
-""")
+""",
+        )
     assert not (tmp_path / "runs" / "wrong" / "student.tiny").exists()
 
 

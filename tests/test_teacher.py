@@ -90,7 +90,9 @@ def test_a_run_starts_the_student_from_its_teacher(tmp_path, taught, monkeypatch
     student = "student: {model: lenet5, width: 2, from_teacher: copy}"
     text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {taught}}}\n{student}\n{DISTILL}\n"
     with runner.begun(written(tmp_path, text), 0, folder=tmp_path) as run:
-        assert checkpoint.digest(run.student.state_dict()) == checkpoint.digest(run.teacher.network.state_dict())
+        assert checkpoint.digest(run.student.state_dict()) == checkpoint.digest(
+            run.teacher.network.state_dict()
+        )
     assert len(seen) == 1
     nothing = text.replace("{model: lenet5, width: 2, from", "{model: lstm, hidden: 4, from").replace(
         "name: a", "name: b"
@@ -252,10 +254,15 @@ def test_a_teacher_that_is_asked_is_laid_out_and_answers_the_same():
         wanted = network((images - 0.5) / 0.5)
     assert network[3].weight.is_contiguous()
     answers = guide.see(images, ["3"])
-    assert network[3].weight.is_contiguous(memory_format=torch.channels_last) and not network[3].weight.is_contiguous()
+    assert (
+        network[3].weight.is_contiguous(memory_format=torch.channels_last)
+        and not network[3].weight.is_contiguous()
+    )
     torch.testing.assert_close(answers.logits, wanted, rtol=1e-5, atol=1e-6)
     assert guide.fingerprint() == before
-    network[3].weight = nn.Parameter(torch.randn(6, 5, 3, 3), requires_grad=False)  # as if it had been taught on
+    network[3].weight = nn.Parameter(
+        torch.randn(6, 5, 3, 3), requires_grad=False
+    )  # as if it had been taught on
     guide.version += 1
     with torch.no_grad():
         wanted = network((images - 0.5) / 0.5)
@@ -263,7 +270,9 @@ def test_a_teacher_that_is_asked_is_laid_out_and_answers_the_same():
     assert not network[3].weight.is_contiguous()
 
 
-@pytest.mark.parametrize("options", [{"norm_layer": "foo"}, {"block": 3}, {"layers": [1]}, {"output_stride": 3}])
+@pytest.mark.parametrize(
+    "options", [{"norm_layer": "foo"}, {"block": 3}, {"layers": [1]}, {"output_stride": 3}]
+)
 def test_options_that_timm_trips_over_are_the_users(options):
     with pytest.raises(ValueError, match="model 'timm/resnet18' cannot be built for images"):
         teacher.build({"model": "timm/resnet18", "options": options}, (1, 32, 32), 3)

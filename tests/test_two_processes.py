@@ -112,13 +112,28 @@ accelerator.end_training()
 
 
 def environment(folder, **more):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_"))}
-    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "no-configuration")} | more
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_"))
+    }
+    return (
+        clean
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "no-configuration")}
+        | more
+    )
 
 
 def start(command, environment):
-    return subprocess.Popen([sys.executable, "-m", *map(str, command)], env=environment, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, command)],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def free_port():
@@ -156,12 +171,33 @@ def launched(tmp_path_factory):
 
     commands = {
         "torchrun": (
-            ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, top / "driver.py", recipe, top / "torchrun"],
+            [
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                2,
+                top / "driver.py",
+                recipe,
+                top / "torchrun",
+            ],
             {"CUDA_VISIBLE_DEVICES": ""},
         ),
         "accelerate": (
-            [*ACCELERATE, "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
-             "no", "--main_process_port", free_port(), *trainer("accelerate")],
+            [
+                *ACCELERATE,
+                "--multi_gpu",
+                "--num_processes",
+                2,
+                "--num_machines",
+                1,
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+                "--main_process_port",
+                free_port(),
+                *trainer("accelerate"),
+            ],
             {"CUDA_VISIBLE_DEVICES": ""},
         ),
         "flags": ([*ACCELERATE, "--cpu", "--num_processes=2", *trainer("flags")], {}),
@@ -232,7 +268,14 @@ def test_weights_masks_projectors_and_rows_are_equal_on_both(ranks):
     main = [{k: v for k, v in row.items() if k != "digest"} for row in without_time(one["rows"])]
     side = [{k: v for k, v in row.items() if k != "digest"} for row in without_time(other["rows"])]
     assert main == side
-    assert [row["stage"] for row in main] == ["teacher", "distilled", "recovered", "clustered", "shared", "decoded"]
+    assert [row["stage"] for row in main] == [
+        "teacher",
+        "distilled",
+        "recovered",
+        "clustered",
+        "shared",
+        "decoded",
+    ]
     assert main[2]["sparsity"] == main[-1]["sparsity"] == pytest.approx(0.6, abs=0.01)
 
 

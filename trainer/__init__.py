@@ -8,7 +8,13 @@ import importlib
 from typing import Any
 
 # Imported when first asked for: torch and what stands on it take seconds.
-_WHERE = {"run": "trainer.runner", "prune": "trainer.api", "share": "trainer.api", "pack": "trainer.api", "load": "trainer.packed"}
+_WHERE = {
+    "run": "trainer.runner",
+    "prune": "trainer.api",
+    "share": "trainer.api",
+    "pack": "trainer.api",
+    "load": "trainer.packed",
+}
 __all__ = ["load", "pack", "prune", "run", "share"]
 
 

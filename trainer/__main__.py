@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
     recipe_options(pairs, of_a_run=False)
-    scan = command(_scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage.")
+    scan = command(
+        _scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage."
+    )
     recipe_options(scan, of_a_run=True)
     scan.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
     scan.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
@@ -158,7 +160,9 @@ def _numbers(kind: type) -> Callable[[str], list]:
         try:
             return [kind(word) for word in words.split(",")]
         except ValueError:
-            raise argparse.ArgumentTypeError(f"got {words!r}; numbers with commas between them are allowed") from None
+            raise argparse.ArgumentTypeError(
+                f"got {words!r}; numbers with commas between them are allowed"
+            ) from None
 
     return read
 

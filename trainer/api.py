@@ -46,7 +46,9 @@ def prune(
         masks = compress.score_masks(scores, alive, target, together=False, parts=parts)
         for name, (mask, _) in masks.items():
             if not mask.any():
-                raise Mistake(f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights")
+                raise Mistake(
+                    f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights"
+                )
     for name, (mask, _) in masks.items():
         compress.set_mask(places[name], mask)
     return {name: 1 - mask.double().mean().item() for name, (mask, _) in masks.items()}
@@ -75,15 +77,23 @@ def share(
             shared[name] = codes, compress.round_codebook(centroids, codebook)
         except Mistake as error:
             raise Mistake(f"layer {name!r}: {error}") from None
-    for name, (codes, centroids) in shared.items():  # all or none: a layer that cannot be shared was found above
+    for name, (
+        codes,
+        centroids,
+    ) in shared.items():  # all or none: a layer that cannot be shared was found above
         compress.set_codebook(places[name], codes, centroids)
-    return {name: len(centroids[codes[codes != 0].unique() - 1].unique()) for name, (codes, centroids) in shared.items()}
+    return {
+        name: len(centroids[codes[codes != 0].unique() - 1].unique())
+        for name, (codes, centroids) in shared.items()
+    }
 
 
 def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, compress.Place]:
     places = compress.choose(compress.weights(model), keep)
     if not places:
-        raise Mistake("there are no weights to work on: the network has none of two dimensions or more, or keep names all")
+        raise Mistake(
+            "there are no weights to work on: the network has none of two dimensions or more, or keep names all"
+        )
     return places
 
 
@@ -112,7 +122,9 @@ def pack(
     whoever predicts with the file.
     """
     if spec is not None and len(shape) != 3:
-        raise Mistake(f"shape: got {tuple(shape)}; with a spec the images' (channels, height, width) are needed")
+        raise Mistake(
+            f"shape: got {tuple(shape)}; with a spec the images' (channels, height, width) are needed"
+        )
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise Mistake(f"classes: got {classes!r}; a list of names is allowed")
     facts = {"shape": list(shape), "mean": list(mean), "std": list(std), "classes": list(classes)}

@@ -32,7 +32,9 @@ from trainer.teacher import Teacher
 
 FORMAT = 1
 LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
-TOLERANCE = 1e-2  # between a kept and a live answer, relative to 1 + the greatest logit: devices round differently
+TOLERANCE = (
+    1e-2  # between a kept and a live answer, relative to 1 + the greatest logit: devices round differently
+)
 HALF_TOLERANCE = 5e-2  # the same where the teacher computes in half precision
 
 _PRIME = 2**31 - 1
@@ -77,7 +79,9 @@ class ViewCache:
         keys = keys or CacheKeys()
         augmented = data.augment != Augment()
         if augmented and data.views is None:
-            raise Mistake("the teacher's answers to endless views cannot be kept: data needs views, their number")
+            raise Mistake(
+                "the teacher's answers to endless views cannot be kept: data needs views, their number"
+            )
         self.teacher, self.data, self.keys = guide, data, keys
         self.layers = list(layers) if keys.maps else []
         self.embeddings = keys.embeddings
@@ -107,16 +111,29 @@ class ViewCache:
 
     def describe(self) -> str:
         """What is kept, where, and how much of it is there, for the user."""
-        what = f"{self.num_classes} logits" if self.keys.top is None else f"the {self.keys.top} highest of {self.num_classes} logits"
-        what += " and embedding" * self.embeddings + f" and maps of {', '.join(self.layers)}" * bool(self.layers)
-        text = (f"{self._num_views} view{'s' * (self._num_views > 1)} x {self.data.num_samples:,} samples, {what} each, "
-                f"{self.keys.type}, {_size(self.num_bytes)}")
+        what = (
+            f"{self.num_classes} logits"
+            if self.keys.top is None
+            else f"the {self.keys.top} highest of {self.num_classes} logits"
+        )
+        what += " and embedding" * self.embeddings + f" and maps of {', '.join(self.layers)}" * bool(
+            self.layers
+        )
+        text = (
+            f"{self._num_views} view{'s' * (self._num_views > 1)} x {self.data.num_samples:,} samples, {what} each, "
+            f"{self.keys.type}, {_size(self.num_bytes)}"
+        )
         return f"{text}, in {self.path} ({int((self._sums != 0).sum()):,} there already{self.told})"
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the cache: its settings, size, place, and what its records lose (see `measure`)."""
-        return {**self.keys.model_dump(), "views": self._num_views, "num_bytes": self.num_bytes, "error": self.error,
-                "folder": str(self.path) if self.keys.where == "disk" else None}
+        return {
+            **self.keys.model_dump(),
+            "views": self._num_views,
+            "num_bytes": self.num_bytes,
+            "error": self.error,
+            "folder": str(self.path) if self.keys.where == "disk" else None,
+        }
 
     def keeps(self, layers: Sequence[str], embedding: bool) -> bool:
         """Whether the cache can answer what is asked."""
@@ -188,7 +205,10 @@ class ViewCache:
         index = self._ids[:count]
         live = self.teacher.see(self._images(index, 0), self.layers, self.embeddings)
         packed = self._pack(live)
-        full, kept = live.logits.double(), self._restore({n: packed[n] for n in self._logit_fields()}).double()
+        full, kept = (
+            live.logits.double(),
+            self._restore({n: packed[n] for n in self._logit_fields()}).double(),
+        )
 
         def divergence(temperature: float) -> float:
             p, q = (full / temperature).log_softmax(1), (kept / temperature).log_softmax(1)
@@ -196,7 +216,9 @@ class ViewCache:
 
         differences, _ = self._differences(packed, live)
         self.error = {
-            "kl_1": divergence(1.0), "kl_4": divergence(4.0), "largest": max(differences),
+            "kl_1": divergence(1.0),
+            "kl_4": divergence(4.0),
+            "largest": max(differences),
             "agreement": (full.argmax(1) == kept.argmax(1)).double().mean().item() * 100,
         }
         self.keep(live, index, 0)
@@ -217,10 +239,16 @@ class ViewCache:
         layout = {name: (shape, kind) for name, shape in self._shapes.items()}
         if self.keys.top is not None:
             if self.keys.top > self.num_classes - 2:
-                raise Mistake(f"top {self.keys.top} of {self.num_classes} classes saves nothing; leave top out")
+                raise Mistake(
+                    f"top {self.keys.top} of {self.num_classes} classes saves nothing; leave top out"
+                )
             del layout["logits"]
             small = torch.int16 if self.num_classes <= 2**15 else torch.int32
-            layout |= {"values": ((self.keys.top,), kind), "classes": ((self.keys.top,), small), "rest": ((1,), torch.float32)}
+            layout |= {
+                "values": ((self.keys.top,), kind),
+                "classes": ((self.keys.top,), small),
+                "rest": ((1,), torch.float32),
+            }
         return layout
 
     def _logit_fields(self) -> list[str]:
@@ -228,7 +256,9 @@ class ViewCache:
 
     def _pack(self, seen: Seen) -> dict[str, Tensor]:
         """What is written for a batch of answers: {field: [N, ...]}."""
-        found = {"logits": seen.logits, "embedding": seen.embedding} | {f"map/{n}": m for n, m in seen.maps.items()}
+        found = {"logits": seen.logits, "embedding": seen.embedding} | {
+            f"map/{n}": m for n, m in seen.maps.items()
+        }
         if self.keys.top is not None:
             logits = found.pop("logits").float()
             values, classes = logits.topk(self.keys.top, dim=1)
@@ -314,7 +344,11 @@ class ViewCache:
             return self._table[name].index_select(0, index)
 
         logits = self._restore({name: of(name) for name in self._logit_fields()})
-        return Seen(logits, of("embedding").float() if embedding else None, {n: of(f"map/{n}").float() for n in layers})
+        return Seen(
+            logits,
+            of("embedding").float() if embedding else None,
+            {n: of(f"map/{n}").float() for n in layers},
+        )
 
     # Checksums.
 
@@ -332,13 +366,21 @@ class ViewCache:
             valid = torch.zeros_like(written)
             if written.any():
                 some = where[written]
-                right = self._checksums(view, some, {n: f[view][some] for n, f in self._fields.items()}) == sums[written]
+                right = (
+                    self._checksums(view, some, {n: f[view][some] for n, f in self._fields.items()})
+                    == sums[written]
+                )
                 valid[written] = right
                 damaged += int((~right).sum())
             parts.append(valid)
         if damaged and not self._told_of_damage:
             self._told_of_damage = True
-            logger.warning("%s: %d damaged records in view %d; damaged records are computed again", self.path, damaged, view)
+            logger.warning(
+                "%s: %d damaged records in view %d; damaged records are computed again",
+                self.path,
+                damaged,
+                view,
+            )
         return torch.cat(parts)
 
     def _checksums(self, view: int, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
@@ -371,7 +413,10 @@ class ViewCache:
             "augment": self.data.augment.model_dump() if augmented else None,
             "seed": self.data.seed if augmented else None,
             "views": self._num_views,
-            "record": {name: [list(shape), str(kind).removeprefix("torch.")] for name, (shape, kind) in self._layout.items()},
+            "record": {
+                name: [list(shape), str(kind).removeprefix("torch.")]
+                for name, (shape, kind) in self._layout.items()
+            },
         }
 
     def _open(self, parent: Path, precision: str) -> Path:
@@ -390,7 +435,12 @@ class ViewCache:
                     _same_facts(folder, facts)
                 if not path.is_file() or path.stat().st_size != size:
                     if path.is_file():
-                        logger.warning("%s: is damaged (%d bytes where %d belong); it is made anew", path, path.stat().st_size, size)
+                        logger.warning(
+                            "%s: is damaged (%d bytes where %d belong); it is made anew",
+                            path,
+                            path.stat().st_size,
+                            size,
+                        )
                     self.told = _others(parent, folder, facts)
                     _make(path, size)
                     files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
@@ -407,7 +457,9 @@ class ViewCache:
         for name, (start, count, extent, kind) in regions.items():
             self._fields[name] = content[start : start + count].view(kind).view(*shape, *extent)
         self._sums = self._fields.pop("")
-        raw = np.random.PCG64(0x7EAC4E12).random_raw(sum(math.prod(s) * k.itemsize // 2 for s, k in self._layout.values()) + 1)
+        raw = np.random.PCG64(0x7EAC4E12).random_raw(
+            sum(math.prod(s) * k.itemsize // 2 for s, k in self._layout.values()) + 1
+        )
         self._multipliers = (raw % (_PRIME - 1) + 1).astype(np.int64)
         return folder
 
@@ -421,7 +473,9 @@ class ViewCache:
         return regions, start
 
 
-_SMALLER = "type float16, top, fewer views, no maps or where: disk make it smaller or move it; limit_gib allows more"
+_SMALLER = (
+    "type float16, top, fewer views, no maps or where: disk make it smaller or move it; limit_gib allows more"
+)
 
 
 def _size(num_bytes: int) -> str:
@@ -430,7 +484,9 @@ def _size(num_bytes: int) -> str:
 
 def _refuse_above(num_bytes: int, limit_gib: float) -> None:
     if num_bytes > limit_gib * _GIB:
-        raise Mistake(f"the teacher's answers take {_size(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}")
+        raise Mistake(
+            f"the teacher's answers take {_size(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}"
+        )
 
 
 def _make(path: Path, size: int) -> None:

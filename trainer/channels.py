@@ -63,9 +63,7 @@ def resize(model: nn.Module, wanted: Mapping[str, Any]) -> None:
             if 1 < module.groups == module.in_channels:
                 module.groups = inputs
             if inputs % module.groups or outputs % module.groups:
-                raise Mistake(
-                    f"sizes of layer {name!r}: {size} do not split into its {module.groups} groups"
-                )
+                raise Mistake(f"sizes of layer {name!r}: {size} do not split into its {module.groups} groups")
             first, second = (inputs, outputs) if isinstance(module, _ConvTransposeNd) else (outputs, inputs)
             _cut(module, "weight", first, second // module.groups)
             _cut(module, "bias", outputs)

@@ -77,7 +77,8 @@ def save(
     content |= {f"{_checked(name)}.pt": _pickled(state) for name, state in states.items()}
     content["facts.json"] = _json(facts)
     sums = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in content.items()
     }
     content["manifest.json"] = _json({"files": sums})
 

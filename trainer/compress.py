@@ -74,7 +74,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (codes,) = ctx.saved_tensors
-        return torch.where(codes != 0, gradient, 0.0), _sum_by_code(gradient, codes, ctx.length).to(ctx.dtype), None
+        return (
+            torch.where(codes != 0, gradient, 0.0),
+            _sum_by_code(gradient, codes, ctx.length).to(ctx.dtype),
+            None,
+        )
 
 
 def _sum_by_code(gradient: Tensor, codes: Tensor, length: int) -> Tensor:
@@ -153,7 +157,12 @@ class TrainedCodebook(nn.Module):
 
     @torch.no_grad()
     def count_bits(self, codes: Tensor) -> None:
-        used = torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(self.bits.shape) + 0.5
+        used = (
+            torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(
+                self.bits.shape
+            )
+            + 0.5
+        )
         self.bits.copy_(torch.log2(used.sum(1, keepdim=True) / used))
 
     def entropy(self, latent: Tensor) -> Tensor:
@@ -165,15 +174,24 @@ class TrainedCodebook(nn.Module):
         """
         centroids = self.centroids.detach()
         used = centroids != 0
-        least, most = torch.where(used, centroids, torch.inf).amin(1), torch.where(used, centroids, -torch.inf).amax(1)
+        least, most = (
+            torch.where(used, centroids, torch.inf).amin(1),
+            torch.where(used, centroids, -torch.inf).amax(1),
+        )
         width = (SOFTNESS * (most - least) / (used.sum(1) - 1).clamp_min(1)).clamp_min(1e-8)
         scale = (-0.5 / width.square())[:, None]
         closed = torch.where(used, 0.0, -torch.inf)
         distance = (latent.reshape(-1)[self.positions, None] - self._of(self.group, centroids)).square()
         shares = (distance * self._of(self.group, scale) + self._of(self.group, closed)).softmax(1)
         many = len(centroids) > 1
-        sums = torch.zeros_like(centroids).index_add(0, self.group, shares) if many else shares.sum(0, keepdim=True)
-        return (sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())).sum()
+        sums = (
+            torch.zeros_like(centroids).index_add(0, self.group, shares)
+            if many
+            else shares.sum(0, keepdim=True)
+        )
+        return (
+            sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())
+        ).sum()
 
 
 _OURS = Mask | Codebook | TrainedCodebook
@@ -227,12 +245,18 @@ class Place:
     def parts(self) -> int:
         """How many stacked matrices the weight is (along its first axis): gates of a LSTM or GRU; query, key, value."""
         module, attribute = self.places[0]
-        if isinstance(module, nn.LSTM | nn.LSTMCell) and attribute.startswith("weight_") and "hr" not in attribute:
+        if (
+            isinstance(module, nn.LSTM | nn.LSTMCell)
+            and attribute.startswith("weight_")
+            and "hr" not in attribute
+        ):
             return 4
         if isinstance(module, nn.GRU | nn.GRUCell) and attribute.startswith("weight_"):
             return 3
         if attribute == "in_proj_weight" or self.name.split(".")[-1] == "qkv":
-            return 3 if len(self.value) % 3 == 0 else 1  # a qkv of fewer keys than queries has no equal thirds
+            return (
+                3 if len(self.value) % 3 == 0 else 1
+            )  # a qkv of fewer keys than queries has no equal thirds
         return 1
 
     @property
@@ -257,7 +281,9 @@ def weights(model: nn.Module) -> dict[str, Place]:
         inner = getattr(module, "parametrizations", {})
         own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
         own |= {name: getattr(inner[name], "original", inner[name]) for name in inner}
-        for attribute in sorted(own):  # a parametrized weight has left its place in the module: keep one order
+        for attribute in sorted(
+            own
+        ):  # a parametrized weight has left its place in the module: keep one order
             key = id(own[attribute])
             if "weight" not in attribute:
                 others.append((key, module, attribute))
@@ -265,7 +291,9 @@ def weights(model: nn.Module) -> dict[str, Place]:
             if getattr(module, attribute).dim() < 2:
                 continue
             name = path if attribute == "weight" and path else f"{path}.{attribute}".lstrip(".")
-            if attribute in inner and not (len(inner[attribute]) == 1 and isinstance(inner[attribute][0], _OURS)):
+            if attribute in inner and not (
+                len(inner[attribute]) == 1 and isinstance(inner[attribute][0], _OURS)
+            ):
                 raise Mistake(
                     f"layer {name!r} is parametrized by {type(inner[attribute][0]).__name__.lstrip('_')} already: make it plain first, "
                     "by torch.nn.utils.parametrize.remove_parametrizations"
@@ -295,7 +323,9 @@ def choose(places: Mapping[str, Place], keep: Iterable[str] = ()) -> dict[str, P
             left.pop(name, None)
     for name, place in left.items():
         if not place.trainable:
-            raise Mistake(f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone")
+            raise Mistake(
+                f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone"
+            )
         if not torch.isfinite(place.value).all():
             raise Mistake(f"layer {name!r} has weights that are not finite")
     return left
@@ -323,7 +353,9 @@ def per_layer(places: Mapping[str, Place], setting, what: str) -> dict:
     return {name: values[name] for name in places}
 
 
-def std_masks(places: Mapping[str, Place], sensitivity: Mapping[str, float]) -> dict[str, tuple[Tensor, list[float]]]:
+def std_masks(
+    places: Mapping[str, Place], sensitivity: Mapping[str, float]
+) -> dict[str, tuple[Tensor, list[float]]]:
     """Masks by threshold = sensitivity x standard deviation of the layer's surviving weights (Han et al. 2015).
 
     Returns {layer: (mask, thresholds)}; the gates of a recurrent layer and query, key and value of attention have a
@@ -386,7 +418,9 @@ def score_masks(
     for name, score in flat.items():
         num_parts = parts[name] if parts else 1
         zeros = [round(sparsity[name] * len(score) * i / num_parts) for i in range(num_parts + 1)]
-        found = [_keep_highest(part, zeros[i + 1] - zeros[i]) for i, part in enumerate(score.chunk(num_parts))]
+        found = [
+            _keep_highest(part, zeros[i + 1] - zeros[i]) for i, part in enumerate(score.chunk(num_parts))
+        ]
         mask = torch.cat([part_mask for part_mask, _ in found])
         result[name] = (mask.reshape(scores[name].shape), [threshold for _, threshold in found])
     return result
@@ -426,7 +460,9 @@ def geometric(final: float, progress: float, initial: float = 0.0) -> float:
 def refuse_shared(place: Place) -> None:
     """Raises Mistake for a weight that shares its values: it can be pruned no more."""
     if isinstance(place.parametrization, Codebook | TrainedCodebook):
-        raise Mistake(f"layer {place.name!r} shares its weights already: prune before sharing, or name it in keep")
+        raise Mistake(
+            f"layer {place.name!r} shares its weights already: prune before sharing, or name it in keep"
+        )
 
 
 def set_mask(place: Place, mask: Tensor) -> None:
@@ -520,7 +556,9 @@ def _own_class(place: Place) -> None:
     for module, _ in place.places:
         if parametrize.is_parametrized(module):
             shared = type(module)
-            body = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+            body = {
+                name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")
+            }
             module.__class__ = type(shared.__name__, shared.__bases__, body)
 
 
@@ -655,7 +693,9 @@ def cluster(
             continue
         settings = {} if weight is None else {"weights": weight[alive].numpy()}
         cost = code_cost * float(np.mean(survivors.astype(np.float64) ** 2 * settings.get("weights", 1.0)))
-        found = (method or kmeans.kmeans_optimal)(survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {}))
+        found = (method or kmeans.kmeans_optimal)(
+            survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {})
+        )
         chosen = kmeans.assign(survivors, found)
         for _ in range(10 if code_cost else 0):
             before, bits = chosen, kmeans.code_lengths(chosen, len(found))
@@ -671,11 +711,15 @@ def _damped(place: Place, importance: Tensor) -> Tensor:
     """Importance with a thousandth of its mean added: a weight that a few batches did not need is not worth nothing."""
     importance = importance.detach().cpu().double()
     if not importance.any():
-        raise Mistake(f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others")
+        raise Mistake(
+            f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others"
+        )
     return importance + 1e-3 * importance.mean()
 
 
-def _cheapest(values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+def _cheapest(
+    values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None
+) -> np.ndarray:
     """The code of the least weight x squared distance + price, for each value."""
     from trainer import kmeans
 
@@ -693,7 +737,9 @@ def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable tensors of all shared weights, centroids and latent weights: they take no weight decay."""
     found = {}
     for module in model.modules():
-        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Codebook | TrainedCodebook):
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(
+            module[0], Codebook | TrainedCodebook
+        ):
             for parameter in module.parameters():
                 found[id(parameter)] = parameter
     return list(found.values())
@@ -750,7 +796,10 @@ def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "flo
     Without `biases` they are among the rest. Raises Mistake, naming the tensor, where one is not finite then.
     """
     shared = {id(parameter) for parameter in centroid_parameters(model)}
-    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]
+    tensors = [
+        *model.named_parameters(),
+        *((n, b) for n, b in model.named_buffers() if b.is_floating_point()),
+    ]
     for name, tensor in tensors:
         if id(tensor) in shared or not tensor.numel():
             continue
@@ -758,6 +807,8 @@ def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "flo
             raise Mistake(f"{name} has values that are not finite")
         is_bias = tensor.dim() == 1 and "bias" in name.rpartition(".")[2]
         try:
-            tensor.copy_(to_grid(tensor, biases) if biases is not None and is_bias else round_to(tensor, rest))
+            tensor.copy_(
+                to_grid(tensor, biases) if biases is not None and is_bias else round_to(tensor, rest)
+            )
         except Mistake as error:
             raise Mistake(f"{name}: {error}") from None

@@ -28,13 +28,23 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
-    kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device) if keys.keep_views else None
+    kept = (
+        KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
+        if keys.keep_views
+        else None
+    )
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
-        raise Mistake(f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels")
+        raise Mistake(
+            f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels"
+        )
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
     # All images where they are at hand, some where they must be read first.
-    some = source.train.images if isinstance(source.train, InMemory) else source.train.__getitems__(order[:256].tolist())[0]
+    some = (
+        source.train.images
+        if isinstance(source.train, InMemory)
+        else source.train.__getitems__(order[:256].tolist())[0]
+    )
     digest.update(some.contiguous().numpy())
     train, test = source.train, source.test
     if isinstance(train, InMemory) and device.type != "cpu":
@@ -67,7 +77,9 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
 
 
-def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int) -> list[Tensor]:
+def epoch_order(
+    num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int
+) -> list[Tensor]:
     """Positions of this process's share of every batch of an epoch: a function of (seed, epoch) alone.
 
     batch_size counts the images of all processes together; the last batch may be smaller. With several processes
@@ -82,7 +94,9 @@ def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int, rank: i
     return [batch[rank::num_processes] for batch in batches]
 
 
-def batches(part: Part, order: list[Tensor], workers: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(
+    part: Part, order: list[Tensor], workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """images uint8 [N, C, H, W], labels [N] and index [N], on the device, for each batch of positions."""
     if isinstance(part.images, InMemory):
         for positions in order:
@@ -130,9 +144,13 @@ class KeptViews:
     sizes, when there is not so much memory.
     """
 
-    def __init__(self, views: int, num_samples: int, ids: Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self, views: int, num_samples: int, ids: Tensor, shape: tuple[int, int, int], device: torch.device
+    ) -> None:
         needed = views * len(ids) * math.prod(shape) * 4
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
         if needed > free:
             raise Mistake(
                 f"data: keep_views: {views} views of {len(ids):,} images take {needed / 2**30:,.2f} GiB of memory and "
@@ -146,7 +164,9 @@ class KeptViews:
 
     def new(self, view: int, index: Tensor) -> Tensor:
         """Positions in `index` of the images that are not kept yet."""
-        return index[:0] if view in self._whole else (~self._known[view][self._row[index]]).nonzero().flatten()
+        return (
+            index[:0] if view in self._whole else (~self._known[view][self._row[index]]).nonzero().flatten()
+        )
 
     def write(self, view: int, index: Tensor, images: Tensor) -> None:
         row = self._row[index]
@@ -185,12 +205,16 @@ class Views:
 
     def _made(self, images: Tensor, index: Tensor, view: int) -> Tensor:
         if self._view != view:
-            self._table = draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(images.device)
+            self._table = draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(
+                images.device
+            )
             self._view = view
         return apply(self.data.augment, images, self._table[index])
 
 
-def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+def mix(
+    images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float
+) -> tuple[Tensor, Tensor]:
     """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself reversed; labels become [N, K].
 
     With both given one of them is chosen for each batch, evenly. Draws from torch's global generator.
@@ -207,7 +231,9 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: 
         top = min(max(int(centre[0] * height) - cut_h // 2, 0), height - cut_h)
         left = min(max(int(centre[1] * width) - cut_w // 2, 0), width - cut_w)
         mixed = images.clone()
-        mixed[:, :, top : top + cut_h, left : left + cut_w] = images.flip(0)[:, :, top : top + cut_h, left : left + cut_w]
+        mixed[:, :, top : top + cut_h, left : left + cut_w] = images.flip(0)[
+            :, :, top : top + cut_h, left : left + cut_w
+        ]
         share = 1 - cut_h * cut_w / (height * width)
     else:
         mixed = images * share + images.flip(0) * (1 - share)

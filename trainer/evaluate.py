@@ -23,7 +23,9 @@ def predict(run: Run, network: Callable[[Tensor], Tensor], part: Part) -> Tensor
     size = 1000 if isinstance(part.images, InMemory) and run.data.shape[1] <= 64 else 128
     order = list(torch.arange(len(part)).split(size))[accelerator.process_index :: accelerator.num_processes]
     answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
-    for positions, (images, _, _) in zip(order, batches(part, order, run.data.workers, accelerator.device), strict=True):
+    for positions, (images, _, _) in zip(
+        order, batches(part, order, run.data.workers, accelerator.device), strict=True
+    ):
         answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
     return summed(answers)
 
@@ -43,7 +45,9 @@ def teacher_answers(run: Run, part_name: str) -> Tensor | None:
         return None
     key = (part_name, run.teacher.version)
     if key not in run.answers:
-        run.answers[key] = predict(run, lambda images: run.teacher.see(images).logits, getattr(run.data, part_name))
+        run.answers[key] = predict(
+            run, lambda images: run.teacher.see(images).logits, getattr(run.data, part_name)
+        )
     return run.answers[key]
 
 
@@ -65,7 +69,9 @@ def logits(run: Run, most: int | None = None) -> Tensor:
     part, device = run.data.validation, run.accelerator.device
     view = student_view(run, run.student.eval())
     order = list(torch.arange(len(part))[:most].split(500))
-    return torch.cat([view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)])
+    return torch.cat(
+        [view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)]
+    )
 
 
 def apart(before: Tensor, after: Tensor) -> dict[str, float]:
@@ -132,8 +138,11 @@ def add_row(run: Run, row: dict) -> dict:
     run.log.row(row)
     if run.accelerator.is_main_process:
         agreement = "" if row.get("agreement") is None else f"  agreement {row['agreement']:.2f} %"
-        print(f"== {row['stage']}: top-1 {row['top1']:.2f} %{agreement}  "
-              f"sparsity {row['sparsity'] * 100:.2f} %  {row['file_bytes']:,} bytes", flush=True)
+        print(
+            f"== {row['stage']}: top-1 {row['top1']:.2f} %{agreement}  "
+            f"sparsity {row['sparsity'] * 100:.2f} %  {row['file_bytes']:,} bytes",
+            flush=True,
+        )
     return row
 
 

@@ -89,7 +89,9 @@ class Staged(nn.Module):
             x = stage(x)
         return x
 
-    def forward_intermediates(self, x: Tensor, indices: Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """The last stage's output, and the maps of the stages in `indices` (all of them for None)."""
         maps = []
         for number, (_, stage) in enumerate(self.stages()):
@@ -179,14 +181,18 @@ def head(model: nn.Module) -> nn.Module:
 def _last_linear(model: nn.Module) -> nn.Linear:
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears:
-        raise Mistake(f"{type(model).__name__} has no Linear layer, so it has no embedding before a classifier")
+        raise Mistake(
+            f"{type(model).__name__} has no Linear layer, so it has no embedding before a classifier"
+        )
     return linears[-1]
 
 
 def _watch(model: nn.Module, layer: str, seen: dict[str, Tensor]):
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
-        raise Mistake(f"there is no layer {layer!r}; there are {', '.join(stage_names(model) or list(modules)[1:])}")
+        raise Mistake(
+            f"there is no layer {layer!r}; there are {', '.join(stage_names(model) or list(modules)[1:])}"
+        )
 
     def keep(_module: nn.Module, _inputs, output) -> None:
         seen[layer] = as_map(output[0] if isinstance(output, tuple) else output)
@@ -228,6 +234,7 @@ def _children_with_maps(model: nn.Module, images: Tensor) -> list[str]:
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, Tensor) and output.dim() in (2, 3, 4) and name not in found:
                 found.append(name)
+
         return hook
 
     handles = [child.register_forward_hook(keep(name)) for name, child in model.named_children()]
@@ -251,7 +258,9 @@ def pair(student: Sequence[Layer], teacher: Sequence[Layer], image_size: int) ->
     if not student or not teacher:
         return []
     if _shrinks(student) and _shrinks(teacher):
-        by_stride = {_octave(layer, image_size): layer for layer in teacher}  # a later layer replaces an earlier
+        by_stride = {
+            _octave(layer, image_size): layer for layer in teacher
+        }  # a later layer replaces an earlier
         students = {_octave(layer, image_size): layer for layer in student}
         pairs = []
         for octave, layer in sorted(students.items()):

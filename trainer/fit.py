@@ -62,7 +62,9 @@ def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimiz
         raise Mistake("there is nothing to train: all parameters are frozen")
     if training.optimizer == "sgd":
         momentum = 0.0 if training.momentum is None else training.momentum
-        return torch.optim.SGD(groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True)
+        return torch.optim.SGD(
+            groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True
+        )
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=training.lr, fused=True)
 
@@ -132,7 +134,9 @@ def fit(
     run.num_fits += 1
     folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{number}"
     if training.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
-        raise Mistake(f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another")
+        raise Mistake(
+            f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another"
+        )
     objective.recall(run.learned)
     objective.train()
     if training.channels_last:
@@ -141,9 +145,13 @@ def fit(
     mixed = data.mixup > 0 or data.cutmix > 0
     unused: list[nn.Parameter] = []
     if num_processes > 1:
-        mine = torch.arange(2 * rank, 2 * rank + 2) % len(data.train)  # own ones: the teacher is asked once for each
+        mine = torch.arange(2 * rank, 2 * rank + 2) % len(
+            data.train
+        )  # own ones: the teacher is asked once for each
         images, labels, index = next(batches(data.train, [mine], 0, device))
-        unused = freeze_unused(objective, (views.augmented(images, index, 0), labels, index, None if mixed else 0))
+        unused = freeze_unused(
+            objective, (views.augmented(images, index, 0), labels, index, None if mixed else 0)
+        )
     optimizer = make_optimizer(objective, training)
     averaged = Averaged(objective, training.ema) if training.ema else None
     wrapped, scaled = accelerator.prepare(objective, optimizer)
@@ -162,21 +170,35 @@ def fit(
     step, tally = progress.load()
     done = tally["finished"]
     window = _Window(run)
-    bar = tqdm(total=num_steps, initial=step, desc=run.stage_name, unit="step", leave=False, dynamic_ncols=True,
-               disable=None if accelerator.is_main_process else True)
+    bar = tqdm(
+        total=num_steps,
+        initial=step,
+        desc=run.stage_name,
+        unit="step",
+        leave=False,
+        dynamic_ncols=True,
+        disable=None if accelerator.is_main_process else True,
+    )
     clock = last_saved = time.monotonic()
 
     epoch = step // steps_per_epoch
     while epoch < training.epochs and not done:
         view = views.number(epoch, run.stage)
         order = epoch_order(
-            len(data.train), training.batch_size, seed_of(run.seed, run.stage, number), epoch, rank, num_processes
+            len(data.train),
+            training.batch_size,
+            seed_of(run.seed, run.stage, number),
+            epoch,
+            rank,
+            num_processes,
         )
         sizes = [len(positions) for positions in order]
         skipped = step % steps_per_epoch * accumulate
         images_before, seconds_before = tally["images"], tally["seconds"]
         changing = False
-        for place, (images, labels, index) in enumerate(batches(data.train, order[skipped:], data.workers, device), skipped):
+        for place, (images, labels, index) in enumerate(
+            batches(data.train, order[skipped:], data.workers, device), skipped
+        ):
             first = place - place % accumulate
             last = min(first + accumulate, num_batches) - 1
             if place == first:
@@ -234,12 +256,20 @@ def fit(
                     progress.remember_best()
             if training.patience and tally["best_epoch"] is not None:
                 done = epoch - tally["best_epoch"] >= training.patience
-        run.log.numbers(run.stage_name, step, epoch=epoch, images_per_second=speed, **found, **objective.counted())
+        run.log.numbers(
+            run.stage_name, step, epoch=epoch, images_per_second=speed, **found, **objective.counted()
+        )
         if accelerator.is_main_process and bar.disable:
             told = f"  validation {found['validation']:.2f} %" if found else ""
-            print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  {speed:,.0f} images/s",
-                  flush=True)
-        if not done and epoch < training.epochs and agreed(time.monotonic() - last_saved > CHECKPOINT_SECONDS, device):
+            print(
+                f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  {speed:,.0f} images/s",
+                flush=True,
+            )
+        if (
+            not done
+            and epoch < training.epochs
+            and agreed(time.monotonic() - last_saved > CHECKPOINT_SECONDS, device)
+        ):
             last_saved = time.monotonic()
             progress.save(step, tally)
         clock = time.monotonic()  # validation and checkpoint are not training
@@ -267,14 +297,20 @@ def fit(
         "steps": step,
         "train_seconds": tally["seconds"],
         "images_per_second": tally["images"] / tally["seconds"],
-        **({"best_validation": tally["best"], "best_epoch": tally["best_epoch"]} if training.keep == "best" else {}),
+        **(
+            {"best_validation": tally["best"], "best_epoch": tally["best_epoch"]}
+            if training.keep == "best"
+            else {}
+        ),
     }
 
 
 def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
     """The error of a forward pass; a mistake where a batch of one image is normalised over nothing."""
     if num_images == 1 and "more than 1 value per channel" in str(error):
-        return Mistake(f"batch_size leaves a batch of one image, which the network cannot learn from: {error}")
+        return Mistake(
+            f"batch_size leaves a batch of one image, which the network cannot learn from: {error}"
+        )
     return error
 
 
@@ -299,7 +335,11 @@ class _Window:
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             row = bad[0, 0].item()
-            broken = [n for n, v in zip(self._names, values[row], strict=True) if n != "loss" and not math.isfinite(v)]
+            broken = [
+                n
+                for n, v in zip(self._names, values[row], strict=True)
+                if n != "loss" and not math.isfinite(v)
+            ]
             epoch, at = self._where[row]
             raise FloatingPointError(
                 f"stage {self.run.stage_name!r}, epoch {epoch + 1}, step {at + 1}: "
@@ -315,7 +355,12 @@ class _Progress:
     """What a training needs to go on after a kill: parameters, buffers, optimizer, average, best weights, position."""
 
     def __init__(
-        self, run: Run, folder: Path, objective: Objective, optimizer: torch.optim.Optimizer, averaged: Averaged | None
+        self,
+        run: Run,
+        folder: Path,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        averaged: Averaged | None,
     ) -> None:
         self.run, self.folder, self.objective = run, folder, objective
         self.optimizer, self.averaged = optimizer, averaged

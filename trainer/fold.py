@@ -23,7 +23,9 @@ def can_fold(model: nn.Module) -> list[tuple[str, str]]:
     """The (layer, norm) pairs that `fold` would fold. Raises Mistake where there are none, or the weights are shared."""
     pairs = norms(model)
     if not pairs:
-        raise Mistake("the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do")
+        raise Mistake(
+            "the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do"
+        )
     places = compress.weights(model)
     for layer, _ in pairs:
         if places[layer].mask is not None and not isinstance(places[layer].parametrization, Mask):
@@ -58,7 +60,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
         bias = shift + (before - norm.running_mean.double()) * scale
         weight = _tensors(places[layer])[0]
         shape = (-1,) + (1,) * (weight.dim() - 1)
-        weight.copy_(weight.double() * scale.reshape(shape) + 0.0)  # + 0.0: a scale below zero must leave no -0.0
+        weight.copy_(
+            weight.double() * scale.reshape(shape) + 0.0
+        )  # + 0.0: a scale below zero must leave no -0.0
         module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
         owner, _, name = norm_name.rpartition(".")
         setattr(model.get_submodule(owner), name, nn.Identity())
@@ -97,11 +101,15 @@ class _Link(NamedTuple):
 def can_tidy(model: nn.Module) -> None:
     """Raises Mistake for a network that `tidy` cannot put in order: one that is no chain of layers, or not folded."""
     if not (isinstance(model, Staged) and model.chain()):
-        raise Mistake("the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
-                         "separable (residual: false) are")
+        raise Mistake(
+            "the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
+            "separable (residual: false) are"
+        )
     for _, norm in norms(model):
-        raise Mistake(f"{norm!r} stands between layers whose units could be moved: fold it away first (stage fold, "
-                         "before share)")
+        raise Mistake(
+            f"{norm!r} stands between layers whose units could be moved: fold it away first (stage fold, "
+            "before share)"
+        )
 
 
 def _links(model: nn.Module) -> Iterator[_Link]:

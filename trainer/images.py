@@ -23,7 +23,9 @@ def open_image(path: str | Path, mode: str) -> Image.Image:
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise Mistake(f"{path}: is no image that can be read: {error}") from None
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 2**16:
-        raise Mistake(f"{path}: has pixels of {values.dtype} up to {values.max():g}; 8 and 16 bits are allowed")
+        raise Mistake(
+            f"{path}: has pixels of {values.dtype} up to {values.max():g}; 8 and 16 bits are allowed"
+        )
     return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert(mode)
 
 

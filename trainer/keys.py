@@ -168,9 +168,7 @@ class WeightSchedule(bind.Entry):
     @model_validator(mode="after")
     def _has_effect(self) -> "WeightSchedule":
         if self.to is not None and self.schedule in ("constant", "warm_up"):
-            raise Mistake(
-                f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it"
-            )
+            raise Mistake(f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it")
         if self.epochs is not None and self.schedule == "constant":
             raise Mistake("epochs has no effect with schedule 'constant'")
         if self.schedule != "constant" and self.value == (self.to or 0.0):
@@ -245,11 +243,15 @@ class Training(bind.Entry):
     @model_validator(mode="after")
     def _has_effect(self) -> "Training":
         if self.optimizer != "sgd" and (self.momentum is not None or self.nesterov):
-            raise Mistake(f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them")
+            raise Mistake(
+                f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them"
+            )
         if self.nesterov and not self.momentum:
             raise Mistake("nesterov has no effect without momentum")
         if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
-            raise Mistake(f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them")
+            raise Mistake(
+                f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them"
+            )
         if self.schedule == "step" and not self.milestones:
             raise Mistake("schedule 'step' needs milestones, the epochs at which the rate falls")
         if self.schedule == "one_cycle" and self.warmup:

@@ -185,7 +185,9 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
     drawing.calm(axes)
     rows = found["points"]
     front = sorted((row["file_bytes"], row["error"]) for row in rows if row["front"])
-    axes.plot([x for x, _ in front], [y for _, y in front], color=drawing.BLUE, linewidth=1.2, alpha=0.5, zorder=2)
+    axes.plot(
+        [x for x, _ in front], [y for _, y in front], color=drawing.BLUE, linewidth=1.2, alpha=0.5, zorder=2
+    )
     for row in rows:
         style = (
             {"color": drawing.BLUE, "markersize": 7, "zorder": 4}

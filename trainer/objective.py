@@ -518,16 +518,12 @@ def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[
         for net in (student, teacher)
     )
     if not mine or not theirs:
-        raise Mistake(
-            f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more"
-        )
+        raise Mistake(f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more")
 
     def choose(name: Name, known: list[Layer], who: str) -> Layer:
         if isinstance(name, int):
             if not -len(known) <= name < len(known):
-                raise Mistake(
-                    f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0"
-                )
+                raise Mistake(f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0")
             return known[name]
         found = [layer for layer in known if layer.name == name]
         if not found:

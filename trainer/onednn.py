@@ -74,13 +74,20 @@ def _missing_types(kind: type[nn.RNNBase]) -> frozenset[torch.dtype]:
 
 def _computes(kind: type[nn.RNNBase], dtype: torch.dtype) -> bool:
     """A tiny rehearsal, forward and backward: what a processor has is not told by its name."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         layer, x = kind(1, 1), torch.zeros(1, 1, 1)  # float32, as autocast finds them
         try:
             with torch.autocast("cpu", dtype):
                 outputs = layer(x)[0]
             outputs.float().sum().backward()
-        except RuntimeError:  # oneDNN's "could not create a primitive", or "not implemented for" of torch itself
+        except (
+            RuntimeError
+        ):  # oneDNN's "could not create a primitive", or "not implemented for" of torch itself
             return False
     return True
 
@@ -96,7 +103,9 @@ def _recurrent(layer: nn.RNNBase, lacking: frozenset[torch.dtype], *given: Any, 
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") not in lacking:
         return forward(layer, *given, **named)
     with torch.autocast("cpu", enabled=False):
-        return forward(layer, *map(_in_float32, given), **{name: _in_float32(value) for name, value in named.items()})
+        return forward(
+            layer, *map(_in_float32, given), **{name: _in_float32(value) for name, value in named.items()}
+        )
 
 
 def _in_float32(value: Any) -> Any:

@@ -20,7 +20,12 @@ MAX_CLASSES = 2**20  # of classes that only count: names that are written cost t
 
 def facts(data: Data) -> dict[str, Any]:
     """What a packed file must know of the images: shape (C, H, W), mean and std per channel, class names."""
-    return {"shape": list(data.shape), "mean": list(data.mean), "std": list(data.std), "classes": list(data.classes)}
+    return {
+        "shape": list(data.shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": list(data.classes),
+    }
 
 
 def _compact(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,9 +52,12 @@ def rebuilds(header: Mapping[str, Any]) -> bool:
 
 def _check(header: Any) -> None:
     """Raises Mistake unless a header that was read holds what `encode` writes: its file may have been made by anyone."""
+
     def numbers(key: str, kind: type) -> bool:
         values = header.get(key)
-        return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+        return isinstance(values, list | tuple) and all(
+            isinstance(v, kind) and not isinstance(v, bool) for v in values
+        )
 
     if not isinstance(header, Mapping):
         raise Mistake("its header is not that of a packed network: it is no dict")
@@ -63,7 +71,10 @@ def _check(header: Any) -> None:
         wrong.append("shape is missing")
     if not (numbers("mean", Real) and numbers("std", Real)):
         wrong.append("mean and std are not numbers")
-    elif not all(math.isfinite(v) for v in (*header["mean"], *header["std"])) or min(header["std"], default=1) <= 0:
+    elif (
+        not all(math.isfinite(v) for v in (*header["mean"], *header["std"]))
+        or min(header["std"], default=1) <= 0
+    ):
         wrong.append("mean and std are not finite, or a std is not above 0")
     elif not wrong and {len(header["mean"]), len(header["std"])} - {0} not in (set(), {*header["shape"][:1]}):
         wrong.append("mean and std have not one value for each channel")
@@ -93,9 +104,13 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     """
     tensors = {}
     for name, tensor in compress.dense_state(model).items():
-        kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
+        kind = (
+            str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
+        )
         if kind not in codec.DTYPES:
-            raise Mistake(f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can")
+            raise Mistake(
+                f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can"
+            )
         tensors[name] = tensor.detach().cpu().numpy()
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
     _check(header)
@@ -105,7 +120,9 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     order = layout(header)
     if set(order) != set(tensors):
         odd = sorted(set(order) ^ set(tensors))
-        raise Mistake(f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only")
+        raise Mistake(
+            f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only"
+        )
     # A masked weight has left its place among its module's parameters: the spec's order is what a reader knows.
     return codec.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
 
@@ -141,7 +158,9 @@ def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[st
     header = _read_header(data, name)
     _, arrays = codec.decode(data, name, layout=layout if rebuilds(header) else None)
     # ascontiguousarray makes a vector of a scalar
-    return {key: torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape)) for key, a in arrays.items()}, _full(header)
+    return {
+        key: torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape)) for key, a in arrays.items()
+    }, _full(header)
 
 
 def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]]:
@@ -150,7 +169,9 @@ def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]
     return codec.account(data, name, layout=layout if rebuilds(header) else None), _full(header)
 
 
-def decode(data: bytes, name: str = "file", into: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def decode(
+    data: bytes, name: str = "file", into: nn.Module | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a packed file, in evaluation mode, and its facts.
 
     into: a network to fill, for files of networks that are on no shelf; it stays as it was when it does not fit. Raises

@@ -537,7 +537,10 @@ def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
     elif data.keep_views and data.views is None and (data.mixup or data.cutmix):
         yield ("data", "keep_views"), "has no effect with mixup or cutmix: mixed images are never seen twice"
     elif data.keep_views and data.views is None:
-        yield ("data", "keep_views"), "has no effect on endless views: give data.views, how many there are before they repeat"
+        yield (
+            ("data", "keep_views"),
+            "has no effect on endless views: give data.views, how many there are before they repeat",
+        )
     if data.views is not None and (data.mixup or data.cutmix):
         yield (
             ("data", "views"),

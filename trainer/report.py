@@ -39,7 +39,10 @@ NOTHING = "–"
 # Of an account's rows: what is counted, and the bytes that mask and values would take by other means.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
 OTHERWISE = {
-    "iid_bytes": "i.i.d.", "huffman_bytes": "Huffman", "dense_huffman_bytes": "dense Huffman", "zlib_bytes": "zlib"
+    "iid_bytes": "i.i.d.",
+    "huffman_bytes": "Huffman",
+    "dense_huffman_bytes": "dense Huffman",
+    "zlib_bytes": "zlib",
 }
 
 STUDENT, TEACHER = drawing.BLUE, "#8a8f94"
@@ -70,7 +73,9 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
     for name, figure in plots.items():
         files.write_bytes(folder / name, drawing.png(figure))
     files.write_bytes(folder / "report.md", _markdown(report, list(plots)).encode())
-    data = json.dumps(files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False)
+    data = json.dumps(
+        files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False
+    )
     files.write_bytes(folder / "report.json", data.encode())
 
 
@@ -230,7 +235,9 @@ def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], 
     """A Markdown table, its columns padded to one width; the first num_text are text, the others numbers."""
     cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
     sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
-    return tabulate(cells, list(columns), tablefmt="pipe", colalign=sides if cells else None, disable_numparse=True)
+    return tabulate(
+        cells, list(columns), tablefmt="pipe", colalign=sides if cells else None, disable_numparse=True
+    )
 
 
 def _decimals(value: float | None, digits: int, times: float = 1) -> str:

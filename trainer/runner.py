@@ -41,7 +41,10 @@ WORKING_LAUNCHES = (
 
 
 def run(
-    path: str | Path, changes: dict[str, Any] | None = None, folder: str | Path = "runs", threads: int | None = None
+    path: str | Path,
+    changes: dict[str, Any] | None = None,
+    folder: str | Path = "runs",
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe and returns its report; goes on where an earlier, interrupted run of the same recipe stopped.
 
@@ -206,7 +209,9 @@ def _write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: bo
 def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
     found = report.read(here)
     if accelerator.is_main_process:
-        print(f"{here}: this recipe has run already; its report:\n\n{report.table(found['rows'])}", flush=True)
+        print(
+            f"{here}: this recipe has run already; its report:\n\n{report.table(found['rows'])}", flush=True
+        )
     return found
 
 
@@ -224,8 +229,11 @@ def _run(
             shutil.rmtree(views)
         report.write(here, result, run.histograms)
         files.write_bytes(here / "done", b"")
-        print(f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
-              f"{here / 'report.md'}  ({result['seconds']:.0f} s)", flush=True)
+        print(
+            f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
+            f"{here / 'report.md'}  ({result['seconds']:.0f} s)",
+            flush=True,
+        )
     log.table(run.rows)
     log.summary({k: v for k, v in run.rows[-1].items() if isinstance(v, (int, float))})
     return result
@@ -236,8 +244,15 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
         data = make_data(recipe.data, accelerator.device)
         guide = make_teacher(recipe, data)
     run = Run(
-        name=recipe.name, folder=here, seed=recipe.seed, accelerator=accelerator, data=data,
-        student=None, student_spec=teacher.spec(recipe.student), teacher=guide, log=log,
+        name=recipe.name,
+        folder=here,
+        seed=recipe.seed,
+        accelerator=accelerator,
+        data=data,
+        student=None,
+        student_spec=teacher.spec(recipe.student),
+        teacher=guide,
+        log=log,
         recipe_path=here / "recipe.yaml",
     )
     torch.manual_seed(recipe.seed * 2 + 1)
@@ -256,16 +271,28 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
 
 def _tell_float32(run: Run, recipe: Recipe) -> None:
     """Says what the recipe's precision does not reach, because this machine has it in float32 only."""
-    if recipe.precision == "no" or run.accelerator.device.type != "cpu" or not run.accelerator.is_main_process:
+    if (
+        recipe.precision == "no"
+        or run.accelerator.device.type != "cpu"
+        or not run.accelerator.is_main_process
+    ):
         return
     if not run.accelerator.native_amp:
-        print(f"precision {recipe.precision}: Accelerate has it on GPUs only: all is computed in float32 here", flush=True)
+        print(
+            f"precision {recipe.precision}: Accelerate has it on GPUs only: all is computed in float32 here",
+            flush=True,
+        )
         return
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    kinds = onednn.kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
+    kinds = onednn.kinds_in_float32(
+        [run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype
+    )
     if kinds:
-        print(f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "
-              "these layers compute in float32", flush=True)
+        print(
+            f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "
+            "these layers compute in float32",
+            flush=True,
+        )
 
 
 def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> float:
@@ -288,11 +315,15 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
             print(f"\n[{number + 1}/{len(stages)}] {stage.stage}", flush=True)
         if run.teacher is not None and number >= kept_from and not asked_for_cache:
             run.teacher.cache, asked_for_cache = _keep_answers(run, recipe, recipe.stages[kept_from:]), True
-        torch.manual_seed(seed_of(recipe.seed, number))  # of what the stage makes new, so that a resumed one makes the same
+        torch.manual_seed(
+            seed_of(recipe.seed, number)
+        )  # of what the stage makes new, so that a resumed one makes the same
         function(run, **bind.own_settings(stage, StageKeys))
         before, proof = proof, run.teacher.fingerprint() if run.teacher is not None else None
         if proof != before and not _taught_here([stage]):
-            raise RuntimeError(f"stage {stage.stage!r} changed the teacher's weights or statistics: this run proves nothing")
+            raise RuntimeError(
+                f"stage {stage.stage!r} changed the teacher's weights or statistics: this run proves nothing"
+            )
         _finish_stage(run, proof, time.time() - started)
     return started
 
@@ -318,7 +349,11 @@ def _same_beginning(run: Run, recipe: Recipe) -> None:
 def _facts_of_beginning(here: Path) -> dict[str, Any]:
     """What a run that goes on began with; nothing where there is nothing to go on from."""
     path = here / "begun.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (here / "checkpoints").exists() else {}
+    return (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file() and (here / "checkpoints").exists()
+        else {}
+    )
 
 
 def _taught_here(stages: list) -> bool:
@@ -371,7 +406,9 @@ def _guard_teacher(run: Run) -> None:
     record_teacher(run, "teacher")
 
 
-def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher | None, device: torch.device | str) -> None:
+def check_layers(
+    recipe: Recipe, student: nn.Module, data: Data, guide: Teacher | None, device: torch.device | str
+) -> None:
     """What only the networks know, checked before the first step of training: layers, pairs, what losses can be fed.
 
     Raises RecipeError with all faults.
@@ -381,7 +418,9 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
     seen = set()
     for number, stage in enumerate(recipe.stages):
         if stage.stage in ("prune", "share"):
-            faults += [recipe.fault(("stages", number, *below), told) for below, told in _layer_faults(stage, places)]
+            faults += [
+                recipe.fault(("stages", number, *below), told) for below, told in _layer_faults(stage, places)
+            ]
         check_student = getattr(inspect.getmodule(bind.find("stage", stage.stage)), "check_student", None)
         if check_student is not None and not any(f"stages[{number}]" in fault for fault in faults):
             try:
@@ -409,7 +448,11 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
 
 def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterator[tuple[tuple, str]]:
     """Layers that a stage names and the student has not, or that it should name and does not."""
-    settings = {key: getattr(stage, key) for key in ("keep", "sensitivity", "sparsity", "bits", "values") if hasattr(stage, key)}
+    settings = {
+        key: getattr(stage, key)
+        for key in ("keep", "sensitivity", "sparsity", "bits", "values")
+        if hasattr(stage, key)
+    }
     unknown = False
     for key, setting in settings.items():
         for number, name in enumerate(setting) if isinstance(setting, (list, dict)) else ():
@@ -441,7 +484,10 @@ def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterat
     groups = getattr(stage, "groups", None)
     for name, place in chosen.items() if groups else ():
         if len(place.value) % groups:
-            yield ("groups",), f"got {groups}; the {len(place.value)} rows of layer {name!r} do not split into so many"
+            yield (
+                ("groups",),
+                f"got {groups}; the {len(place.value)} rows of layer {name!r} do not split into so many",
+            )
 
 
 def _stage_folder(run: Run, number: int, name: str) -> Path:
@@ -457,9 +503,15 @@ def _finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> 
             tensors |= {f"teacher-{i}": n.state_dict() for i, n in enumerate(run.teacher.networks)}
         for moment, layers in run.histograms.items():
             tensors[f"weights-{moment}"] = {name: torch.from_numpy(array) for name, array in layers.items()}
-        facts = {"step": 0, "rows": run.rows, "layers": run.layers, "seconds": seconds, "teacher": teacher_fingerprint,
-                 "student_spec": run.student_spec,
-                 "teacher_version": run.teacher.version if run.teacher is not None else 0}
+        facts = {
+            "step": 0,
+            "rows": run.rows,
+            "layers": run.layers,
+            "seconds": seconds,
+            "teacher": teacher_fingerprint,
+            "student_spec": run.student_spec,
+            "teacher_version": run.teacher.version if run.teacher is not None else 0,
+        }
         checkpoint.save(folder, tensors, facts, keep=1)
         for training in folder.glob("fit-*"):
             shutil.rmtree(training)
@@ -475,7 +527,9 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
         if found is None:
             continue
         tensors, facts = found
-        if facts["student_spec"] != json.loads(json.dumps(run.student_spec)):  # a stage has made it another network: folded it, or removed channels
+        if facts["student_spec"] != json.loads(
+            json.dumps(run.student_spec)
+        ):  # a stage has made it another network: folded it, or removed channels
             run.student_spec = facts["student_spec"]
             run.student = teacher.build(run.student_spec, run.data.shape, len(run.data.classes))
         compress.restore(run.student, tensors["student"])
@@ -487,12 +541,20 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
         if run.teacher is not None:
             run.teacher.version = facts["teacher_version"]
             if run.teacher.fingerprint() != facts["teacher"]:
-                raise Mistake(f"{run.folder}: the teacher is not the one that this run began with: give it another folder")
+                raise Mistake(
+                    f"{run.folder}: the teacher is not the one that this run began with: give it another folder"
+                )
         run.rows, run.layers = facts["rows"], facts["layers"]
-        run.histograms = {key.removeprefix("weights-"): {n: t.numpy() for n, t in layers.items()}
-                          for key, layers in tensors.items() if key.startswith("weights-")}
+        run.histograms = {
+            key.removeprefix("weights-"): {n: t.numpy() for n, t in layers.items()}
+            for key, layers in tensors.items()
+            if key.startswith("weights-")
+        }
         if run.accelerator.is_main_process:
-            print(f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({stages[number].stage})", flush=True)
+            print(
+                f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({stages[number].stage})",
+                flush=True,
+            )
         return number + 1, facts["seconds"]
     return 0, 0.0
 
@@ -501,8 +563,11 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
     """Opens the cache of the teacher's answers for the stages to come: as the recipe says, or, where it says nothing, in
     memory, with what the most stages need that fits. Raises RecipeError when what the recipe says cannot be done.
     """
-    teaching = [stage for stage in stages
-                if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])]
+    teaching = [
+        stage
+        for stage in stages
+        if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])
+    ]
     asked = [asked_of_teacher(stage.losses) for stage in teaching]
     data, accelerator = run.data, run.accelerator
     if recipe.cache == "off" or not asked:
@@ -511,11 +576,19 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
         wishes = [recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys(where=recipe.cache)]
     elif data.mixup or data.cutmix or (data.augment != Augment() and data.views is None):
         wishes = []
-        refused = "mixed images are never seen twice" if data.mixup or data.cutmix else "data.views does not limit the views"
+        refused = (
+            "mixed images are never seen twice"
+            if data.mixup or data.cutmix
+            else "data.views does not limit the views"
+        )
     else:
         embeddings, maps = (any(kind in kinds for kinds in asked) for kind in ("embedding", "maps"))
         combinations = dict.fromkeys([(embeddings, maps), (embeddings, False), (False, False)])
-        wishes = [keys for e, m in combinations if any((keys := CacheKeys(embeddings=e, maps=m)).serve(k) for k in asked)]
+        wishes = [
+            keys
+            for e, m in combinations
+            if any((keys := CacheKeys(embeddings=e, maps=m)).serve(k) for k in asked)
+        ]
         refused = "every loss asks for more than logits"
     for keys in wishes:
         layers: dict[str, None] = {}
@@ -525,7 +598,13 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
         folder = (cache_folder() if keys.where == "disk" else run.folder) / "views"
         try:
             cache = ViewCache(
-                run.teacher, data, folder, keys, layers=list(layers), device=accelerator.device, precision=recipe.precision
+                run.teacher,
+                data,
+                folder,
+                keys,
+                layers=list(layers),
+                device=accelerator.device,
+                precision=recipe.precision,
             )
             with accelerator.autocast():
                 cache.check()
@@ -552,20 +631,39 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
         told = run.layers.get(name, {})
         num_weights, num_nonzero = weight.size, int((weight != 0).sum())
         k = told.get("clusters")
-        layers.append({
-            "layer": name, "shape": list(weight.shape), "num_weights": num_weights, "num_nonzero": num_nonzero,
-            "sparsity": 1 - num_nonzero / num_weights, "thresholds": told.get("thresholds"), "clusters": k,
-            "bits": told.get("bits"),
-            "ratio_sharing": None if k is None or not num_nonzero else report.sharing_ratio(num_nonzero, 32, k * told.get("groups", 1)),
-            "file_bytes": told.get("file_bytes"), "csr_bytes": report.csr_bytes(weight), "csc_bytes": report.csc_bytes(weight),
-        })
+        layers.append(
+            {
+                "layer": name,
+                "shape": list(weight.shape),
+                "num_weights": num_weights,
+                "num_nonzero": num_nonzero,
+                "sparsity": 1 - num_nonzero / num_weights,
+                "thresholds": told.get("thresholds"),
+                "clusters": k,
+                "bits": told.get("bits"),
+                "ratio_sharing": None
+                if k is None or not num_nonzero
+                else report.sharing_ratio(num_nonzero, 32, k * told.get("groups", 1)),
+                "file_bytes": told.get("file_bytes"),
+                "csr_bytes": report.csr_bytes(weight),
+                "csc_bytes": report.csc_bytes(weight),
+            }
+        )
     return {
-        "name": recipe.name, "recipe": plain, "seed": recipe.seed, "versions": report.versions(), "hardware": report.hardware(),
-        "seconds": seconds, "command": report.command(),
+        "name": recipe.name,
+        "recipe": plain,
+        "seed": recipe.seed,
+        "versions": report.versions(),
+        "hardware": report.hardware(),
+        "seconds": seconds,
+        "command": report.command(),
         "student_bytes": run.student_bytes,
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
-        "rows": run.rows, "layers": layers,
-        "cache": run.teacher.cache.facts() if run.teacher is not None and run.teacher.cache is not None else None,
+        "rows": run.rows,
+        "layers": layers,
+        "cache": run.teacher.cache.facts()
+        if run.teacher is not None and run.teacher.cache is not None
+        else None,
     }
 
 
@@ -589,7 +687,22 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     if packed.facts(data) != {key: header[key] for key in packed.facts(data)}:
         raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
     model.to(accelerator.device)
-    run = Run(name=recipe.name, folder=Path(), seed=0, accelerator=accelerator, data=data, student=model, student_spec={},
-              teacher=None, log=None, recipe_path=path)
+    run = Run(
+        name=recipe.name,
+        folder=Path(),
+        seed=0,
+        accelerator=accelerator,
+        data=data,
+        student=model,
+        student_spec={},
+        teacher=None,
+        log=None,
+        recipe_path=path,
+    )
     top1 = percent_right(predict(run, student_view(run, model), data.test), data.test.labels)
-    return {"top1": top1, "images": len(data.test), "digest": checkpoint.digest(model.state_dict()), "file_bytes": len(content)}
+    return {
+        "top1": top1,
+        "images": len(data.test),
+        "digest": checkpoint.digest(model.state_dict()),
+        "file_bytes": len(content),
+    }

@@ -232,7 +232,9 @@ def _points(cost: float) -> str:
 
 def _yaml(suggestion: Mapping[str, Any]) -> str:
     """The keys in one line, for a stage's braces."""
-    return yaml.safe_dump(dict(suggestion), default_flow_style=True, sort_keys=False, width=math.inf).strip()[1:-1]
+    return yaml.safe_dump(dict(suggestion), default_flow_style=True, sort_keys=False, width=math.inf).strip()[
+        1:-1
+    ]
 
 
 def _figure(found: Mapping[str, Any]) -> "Figure":

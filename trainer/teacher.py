@@ -19,7 +19,9 @@ def spec(keys: ModelKeys) -> dict[str, Any]:
     """What rebuilds the network: the model's name and those settings that differ from their defaults."""
     settings = bind.own_settings(keys, _base(keys))
     fields = type(keys).model_fields
-    return {"model": keys.model} | {n: v for n, v in settings.items() if v != fields[n].default and n != "pretrained"}
+    return {"model": keys.model} | {
+        n: v for n, v in settings.items() if v != fields[n].default and n != "pretrained"
+    }
 
 
 def _base(keys: ModelKeys) -> type[ModelKeys]:
@@ -39,9 +41,18 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     except Mistake:
         raise
     except (
-        ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError, AssertionError, ArithmeticError
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
     ) as error:
-        told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
+        told = (
+            f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
+        )
         raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
     channels.resize(model, spec.get("resized", {}))
     return model
@@ -122,12 +133,17 @@ class Teacher:
 
     def _state(self) -> list:
         """What changes when another copy is needed of the networks that are not asked themselves."""
-        copied = [network for network, ready in zip(self.networks, self._ready, strict=True) if ready is not network]
+        copied = [
+            network for network, ready in zip(self.networks, self._ready, strict=True) if ready is not network
+        ]
         tensors = [tensor for network in copied for tensor in (*network.parameters(), *network.buffers())]
         return [self.version, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
     def fingerprint(self) -> str:
-        facts = [(checkpoint.digest(n.state_dict()), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
+        facts = [
+            (checkpoint.digest(n.state_dict()), k.resize, k.mean, k.std, k.share)
+            for n, k in zip(self.networks, self.keys, strict=True)
+        ]
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
 
     def prepare(self, images: Tensor, number: int = 0) -> Tensor:
@@ -165,11 +181,15 @@ class Teacher:
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
     if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        raise Mistake(f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels")
+        raise Mistake(
+            f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels"
+        )
     if len(mean) == 1:
         return (images - mean[0]) * (1 / std[0])
     like = {"device": images.device, "dtype": images.dtype}
-    return (images - torch.tensor(mean, **like)[:, None, None]) * (1 / torch.tensor(std, **like)[:, None, None])
+    return (images - torch.tensor(mean, **like)[:, None, None]) * (
+        1 / torch.tensor(std, **like)[:, None, None]
+    )
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module) -> int:
@@ -190,7 +210,10 @@ def copy_layers(student: nn.Module, teacher: nn.Module) -> int:
             theirs_state = source.state_dict()
             for name, tensor in layer.state_dict().items():
                 if name in theirs_state and theirs_state[name].dim() == tensor.dim():
-                    block = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, theirs_state[name].shape, strict=True))
+                    block = tuple(
+                        slice(0, min(a, b))
+                        for a, b in zip(tensor.shape, theirs_state[name].shape, strict=True)
+                    )
                     tensor[block] = theirs_state[name][block].to(tensor)
                     copied += 1
     return copied

@@ -65,7 +65,9 @@ def image_folder(
         )
     classes = _in_order(labelled or test_names)
     if len(classes) < 2:
-        raise Mistake(f"image_folder: all images of {train_folder} are of one class, {classes[0]!r}; two or more are needed")
+        raise Mistake(
+            f"image_folder: all images of {train_folder} are of one class, {classes[0]!r}; two or more are needed"
+        )
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
     for name, file in zip(test_names, test_files, strict=True):
         if name not in number:

@@ -37,7 +37,10 @@ class factor(nn.Module):
         width = max(1, round(rate * teacher_map[1]))
         self.encoder = _encoder(teacher_map[1], width)
         self.decoder = nn.Sequential(
-            _conv(width, width), nn.LeakyReLU(0.1), _conv(width, teacher_map[1]), nn.LeakyReLU(0.1),
+            _conv(width, width),
+            nn.LeakyReLU(0.1),
+            _conv(width, teacher_map[1]),
+            nn.LeakyReLU(0.1),
             _conv(teacher_map[1], teacher_map[1]),
         )
         self.translator = _encoder(student_map[1], width)
@@ -57,8 +60,12 @@ def _conv(width: int, out_width: int) -> nn.Conv2d:
 
 def _encoder(width: int, out_width: int) -> nn.Sequential:
     return nn.Sequential(
-        _conv(width, width), nn.LeakyReLU(0.1), _conv(width, out_width), nn.LeakyReLU(0.1),
-        _conv(out_width, out_width), nn.LeakyReLU(0.1),
+        _conv(width, width),
+        nn.LeakyReLU(0.1),
+        _conv(width, out_width),
+        nn.LeakyReLU(0.1),
+        _conv(out_width, out_width),
+        nn.LeakyReLU(0.1),
     )
 
 

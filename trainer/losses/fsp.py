@@ -49,7 +49,9 @@ def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> T
             return (a @ b.transpose(1, 2) - c @ d.transpose(1, 2)).square().mean()
         # The flows, [C1, C2] each, are never made: the difference is X Y' with X = [a c] and Y = [b -d], and its
         # squares add up to the sum of (X'X)(Y'Y), which are as small as the few positions.
-        if a.shape == c.shape:  # the same difference as (a - c) b' + c (b - d)': of nearly equal flows no large numbers
+        if (
+            a.shape == c.shape
+        ):  # the same difference as (a - c) b' + c (b - d)': of nearly equal flows no large numbers
             a, d = a - c, d - b
         x, y = torch.cat([a, c], dim=2), torch.cat([b, -d], dim=2)
         square = (x.transpose(1, 2) @ x) * (y.transpose(1, 2) @ y)

@@ -34,7 +34,8 @@ class masked_generative(nn.Module):
         width = teacher_map[1]
         self.project = nn.Identity() if student_map[1] == width else MapProjector(student_map[1], width)
         self.generate = nn.Sequential(
-            nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU(),
+            nn.Conv2d(width, width, kernel_size=3, padding=1),
+            nn.ReLU(),
             nn.Conv2d(width, width, kernel_size=3, padding=1),
         )
         self.masked = masked

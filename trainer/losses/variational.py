@@ -30,8 +30,10 @@ class variational(nn.Module):
             raise Mistake(f"init_variance: got {init_variance}; it must be above {_LEAST_VARIANCE}")
         width = teacher_map[1]
         self.regressor = nn.Sequential(
-            nn.Conv2d(student_map[1], width, kernel_size=1, bias=False), nn.ReLU(),
-            nn.Conv2d(width, width, kernel_size=1, bias=False), nn.ReLU(),
+            nn.Conv2d(student_map[1], width, kernel_size=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(width, width, kernel_size=1, bias=False),
+            nn.ReLU(),
             nn.Conv2d(width, width, kernel_size=1, bias=False),
         )
         # The inverse of softplus, so that training starts at init_variance.

@@ -88,7 +88,11 @@ class _Separable(Staged):
     def chain(self):
         if any(self.get_submodule(name).residual for name in self.blocks):
             return []
-        return ["conv1", *(f"{name}.{part}" for name in self.blocks for part in ("depthwise", "pointwise")), "fc"]
+        return [
+            "conv1",
+            *(f"{name}.{part}" for name in self.blocks for part in ("depthwise", "pointwise")),
+            "fc",
+        ]
 
     def norms(self):
         return [("conv1", "norm1"), *((f"{name}.pointwise", f"{name}.norm") for name in self.blocks)]

@@ -32,9 +32,19 @@ def timm(
 
     if not name.startswith("hf-hub:") and not is_model(name.split(".")[0]):
         raise Mistake(f"timm has no model {name!r}")
-    own = {"in_chans", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    own = {
+        "in_chans",
+        "num_classes",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+    }
     if own & set(options):
-        raise Mistake(f"timm: options holds {', '.join(sorted(own & set(options)))}; the recipe's own keys say that")
+        raise Mistake(
+            f"timm: options holds {', '.join(sorted(own & set(options)))}; the recipe's own keys say that"
+        )
     settings = dict(options, in_chans=input_shape[0], num_classes=num_classes, drop_rate=drop_rate)
     if img_size is not None:
         settings["img_size"] = img_size

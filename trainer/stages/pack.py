@@ -16,7 +16,18 @@ from trainer.context import Run
 from trainer.evaluate import apart, logits, record
 
 # What a launcher tells its processes: the fresh process is no part of the launch.
-LAUNCH = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMPI_", "PMI_")
+LAUNCH = (
+    "ACCELERATE_",
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "GROUP_",
+    "ROLE_",
+    "OMPI_",
+    "PMI_",
+)
 
 
 def check_student(settings, student: nn.Module) -> None:
@@ -45,7 +56,9 @@ def pack(
         files.write_bytes(path, data)
         decoded = _in_fresh_process(run, path)
         _account(run, data, str(path))
-    row = record(run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied)
+    row = record(
+        run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied
+    )
     if run.accelerator.is_main_process:
         mine = checkpoint.digest(compress.dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
@@ -63,7 +76,9 @@ def _tidy(run: Run) -> dict[str, float]:
     dropped = fold.tidy(run.student)
     told = apart(before, logits(run))
     if not told["max_difference"] <= 1e-3 * max(1.0, before.abs().max().item()):
-        raise RuntimeError(f"tidy changed what the student says: its outputs are {told['max_difference']:.3g} apart")
+        raise RuntimeError(
+            f"tidy changed what the student says: its outputs are {told['max_difference']:.3g} apart"
+        )
     return {"num_dropped": sum(dropped.values()), **told}
 
 
@@ -85,7 +100,9 @@ def _in_fresh_process(run: Run, path) -> dict:
     if run.accelerator.device.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "1"  # the same arithmetic as here
     # This package, whatever the folder it was started in holds by that name.
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
+    )
     command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
     command += ["--threads", str(torch.get_num_threads())]  # the sums in the same order
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -262,9 +262,7 @@ def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -
             most = max((~part).double().mean().item() for part in place.mask.chunk(place.parts))
         if target[name] < most:
             where = "the layers have" if together else f"layer {name!r} has"
-            raise Mistake(
-                f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer"
-            )
+            raise Mistake(f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer")
     return found
 
 
@@ -296,7 +294,9 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
         keep=[name for name in every if name not in smaller],
         together=together,
     )
-    for tensor in run.student.state_dict().values():  # all have chosen from equal weights; the main one's word counts
+    for (
+        tensor
+    ) in run.student.state_dict().values():  # all have chosen from equal weights; the main one's word counts
         broadcast(tensor)
     for name, place in compress.weights(run.student).items():
         if name in masked:

@@ -44,7 +44,9 @@ def check(settings) -> None:
     if settings.training is None and settings.assign == "trained":
         raise Mistake("assign 'trained' has no effect without training")
     if settings.assign == "fixed" and settings.entropy:
-        raise Mistake("entropy has no effect with assign 'fixed': only assignments that are trained can follow it")
+        raise Mistake(
+            "entropy has no effect with assign 'fixed': only assignments that are trained can follow it"
+        )
 
 
 def share(
@@ -99,11 +101,15 @@ def share(
 
     if bits == "auto":
         bits = _choose_bits(run, places, cluster, codebook, biases, rest, budget_bytes)
-    wanted = compress.per_layer(places, bits if values is None else values, "bits" if values is None else "values")
+    wanted = compress.per_layer(
+        places, bits if values is None else values, "bits" if values is None else "values"
+    )
     for name, place in places.items():  # as the main process decides
         codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
         codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
-        rounded = compress.round_codebook(centroids, codebook)  # what cannot be rounded is refused before it is trained
+        rounded = compress.round_codebook(
+            centroids, codebook
+        )  # what cannot be rounded is refused before it is trained
         if training is None:
             centroids = rounded
         if assign == "trained":
@@ -118,7 +124,12 @@ def share(
     if training is None:
         return
     objective = Objective(
-        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=device,
+        run.student,
+        losses,
+        run.data,
+        run.teacher,
+        num_epochs=training.epochs,
+        device=device,
         penalties={"entropy": (entropy, lambda: compress.entropy(places.values()))} if entropy else {},
     )
     numbers = fit(run, objective, training)
@@ -184,7 +195,9 @@ def _trained(place: Place) -> Tensor:
     if place.parametrization is None:
         return getattr(module, attribute)
     if not isinstance(place.parametrization, compress.Mask):
-        raise Mistake(f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were")
+        raise Mistake(
+            f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were"
+        )
     return module.parametrizations[attribute].original
 
 
@@ -195,7 +208,9 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
         found = list(_rate_distortion(run, places, cluster, codebook, biases, rest, budget_bytes).values())
     told = broadcast(torch.tensor(found, device=run.accelerator.device)).tolist()
     if not all(told):
-        raise Mistake(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
+        raise Mistake(
+            f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer"
+        )
     return dict(zip(places, told, strict=True))
 
 
@@ -209,7 +224,9 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
     plain = teacher.build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
     plain.load_state_dict(compress.dense_state(run.student))
     _round(plain, biases, rest)
-    shared = {(name, bits): cluster(name, place, 2**bits) for name, place in places.items() for bits in AUTO_BITS}
+    shared = {
+        (name, bits): cluster(name, place, 2**bits) for name, place in places.items() for bits in AUTO_BITS
+    }
 
     def shares(choice: dict[str, int]) -> nn.Module:
         student = copy.deepcopy(plain)
@@ -253,7 +270,9 @@ def _loss(run: Run, student: nn.Module) -> float:
     labels, view = truth(run, part), student_view(run, student)
     total, number = 0.0, 0
     order = list(torch.arange(len(part)).split(500))
-    for positions, (images, _, _) in zip(order, batches(part, order, run.data.workers, run.accelerator.device), strict=True):
+    for positions, (images, _, _) in zip(
+        order, batches(part, order, run.data.workers, run.accelerator.device), strict=True
+    ):
         right = labels[positions.to(labels.device)].to(run.accelerator.device)
         known = right >= 0
         logits = view(images.float() / 255).float()

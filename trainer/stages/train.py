@@ -51,11 +51,18 @@ def train(
         prepare = (lambda images, n=number: run.teacher.prepare(images, n)) if who == "teacher" else None
         network.requires_grad_(True)
         objective = Objective(
-            network, losses, run.data, num_epochs=training.epochs, device=run.accelerator.device, prepare=prepare
+            network,
+            losses,
+            run.data,
+            num_epochs=training.epochs,
+            device=run.accelerator.device,
+            prepare=prepare,
         )
         fitted = fit(run, objective, training)
-        numbers = {k: fitted[k] + numbers.get(k, 0) if k in ("epochs", "steps", "train_seconds") else v
-                   for k, v in fitted.items()}
+        numbers = {
+            k: fitted[k] + numbers.get(k, 0) if k in ("epochs", "steps", "train_seconds") else v
+            for k, v in fitted.items()
+        }
         network.eval()
         if who == "teacher":
             network.requires_grad_(False)
