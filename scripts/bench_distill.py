@@ -48,11 +48,11 @@ from trainer import fetch
 from trainer.cache import ViewCache
 from trainer.context import Data
 from trainer.data import make_data
-from trainer.keys import DataEntry, TeacherKeys, Term, Training
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.timm import timm
 from trainer.objective import Objective
+from trainer.recipe.keys import DataEntry, TeacherKeys, Term, Training
 from trainer.teacher import Teacher
 
 TEMPERATURE, HARD = 4.0, 0.1

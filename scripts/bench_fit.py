@@ -25,10 +25,10 @@ from trainer import fetch
 from trainer.context import Data, InMemory, Part, Run
 from trainer.datasets.mnist import mnist
 from trainer.fit import fit
-from trainer.keys import Augment, TermKeys, Training
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.objective import Objective
+from trainer.recipe.keys import Augment, TermKeys, Training
 from trainer.teacher import Teacher
 from trainer.tracking import Log
 

@@ -36,9 +36,9 @@ from trainer.context import Run
 from trainer.data import batches, make_data, seed_of
 from trainer.evaluate import percent_right, predict, student_view, teacher_answers
 from trainer.fit import fit
-from trainer.keys import Augment, CacheKeys
 from trainer.objective import Objective
-from trainer.recipe import Recipe, read
+from trainer.recipe.keys import Augment, CacheKeys, Recipe
+from trainer.recipe.recipe import read
 from trainer.runner import begun
 
 RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")

@@ -16,7 +16,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from trainer.__main__ import changes_of
-from trainer.recipe import read
+from trainer.recipe.recipe import read
 from trainer.runner import run
 
 

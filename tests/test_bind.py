@@ -8,11 +8,12 @@ import pytest
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
 import trainer
-from trainer import bind
 from trainer.mistakes import nearest
+from trainer.recipe import shelves
+from trainer.recipe.faults import Entry
 
 
-class Common(bind.Entry):
+class Common(Entry):
     loss: str
     weight: float = 1.0
 
@@ -43,23 +44,23 @@ def faults(kind: type[BaseModel], given) -> list[tuple]:
 
 
 def test_the_shelves():
-    for key, folder in bind.SHELVES.items():
+    for key, folder in shelves.SHELVES.items():
         files = {
             p.stem
             for p in (Path(trainer.__file__).parent / folder).glob("*.py")
             if not p.stem.startswith("_")
         }
-        assert set(bind.names(key)) == files and bind.names(key) == sorted(files)
+        assert set(shelves.names(key)) == files and shelves.names(key) == sorted(files)
         for name in files:
-            assert bind.find(key, name).__name__ == name, f"{folder}/{name}.py defines {name}"
+            assert shelves.find(key, name).__name__ == name, f"{folder}/{name}.py defines {name}"
 
 
-@pytest.mark.parametrize("key", bind.SHELVES)
+@pytest.mark.parametrize("key", shelves.SHELVES)
 def test_every_shelf_file_has_a_manual_and_typed_settings(key):
-    for name in bind.names(key):
-        function = bind.find(key, name)
+    for name in shelves.names(key):
+        function = shelves.find(key, name)
         assert function.__doc__, f"{name} has no docstring"
-        checked = bind.checker(function, Common)
+        checked = shelves.checker(function, Common)
         parameters = inspect.signature(function).parameters.values()
         keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
         assert set(checked.model_fields) == set(Common.model_fields) | keyword_only
@@ -80,20 +81,20 @@ def test_every_shelf_file_has_a_manual_and_typed_settings(key):
     }.items(),
 )
 def test_split(value, parts):
-    assert bind.split("model", value) == parts
-    assert bind.split("loss", value) == (value, None)
+    assert shelves.split("model", value) == parts
+    assert shelves.split("loss", value) == (value, None)
 
 
 def test_find_names_the_nearest():
-    assert bind.find("loss", "kl").__name__ == "kl"
-    assert bind.find("model", "timm/resnet18").__name__ == "timm"
+    assert shelves.find("loss", "kl").__name__ == "kl"
+    assert shelves.find("model", "timm/resnet18").__name__ == "timm"
     with pytest.raises(ValueError, match=r"there is no loss 'hnit' \(did you mean 'hint'\?\)"):
-        bind.find("loss", "hnit")
+        shelves.find("loss", "hnit")
     with pytest.raises(ValueError, match="there is no stage 'zzz'; there are: distill, "):
-        bind.find("stage", "zzz")
+        shelves.find("stage", "zzz")
     for odd in ("__init__", "../kl", "kl.py", "os", ""):
         with pytest.raises(ValueError, match="there is no loss"):
-            bind.find("loss", odd)
+            shelves.find("loss", odd)
 
 
 def test_a_file_that_does_not_define_its_name(monkeypatch, tmp_path):
@@ -102,7 +103,7 @@ def test_a_file_that_does_not_define_its_name(monkeypatch, tmp_path):
     (tmp_path / "stranger.py").write_text("def other(student_logits): ...\n")
     monkeypatch.setattr(trainer.losses, "__path__", [*trainer.losses.__path__, str(tmp_path)])
     with pytest.raises(ValueError, match=r"loss 'stranger': .*stranger.py defines no 'stranger'"):
-        bind.find("loss", "stranger")
+        shelves.find("loss", "stranger")
 
 
 def test_nearest():
@@ -113,16 +114,16 @@ def test_nearest():
 
 
 def test_fed_and_built_with():
-    assert bind.fed(halves) == ["student_logits", "labels"]
-    assert bind.fed(learned) == ["student_map", "labels"]
-    assert bind.built_with(learned) == ["student_map", "num_samples"]
+    assert shelves.fed(halves) == ["student_logits", "labels"]
+    assert shelves.fed(learned) == ["student_map", "labels"]
+    assert shelves.built_with(learned) == ["student_map", "num_samples"]
 
 
 def test_checker():
-    checked = bind.checker(halves, Common)
-    assert bind.checker(halves, Common) is checked
+    checked = shelves.checker(halves, Common)
+    assert shelves.checker(halves, Common) is checked
     made = checked.model_validate({"loss": "halves", "size": 3, "rate": {"fc1": 0.1}, "sides": [1, 2]})
-    assert bind.own_settings(made, Common) == {
+    assert shelves.own_settings(made, Common) == {
         "size": 3,
         "rate": {"fc1": 0.1},
         "kind": "a",
@@ -134,7 +135,7 @@ def test_checker():
 
 
 def test_all_faults_of_a_mapping_at_once():
-    checked = bind.checker(halves, Common)
+    checked = shelves.checker(halves, Common)
     assert sorted(
         faults(
             checked, {"weight": "x", "size": 0, "rate": {"fc1": -1}, "kind": "c", "sides": [1], "sur": True}
@@ -156,13 +157,13 @@ def test_all_faults_of_a_mapping_at_once():
 
 
 def test_a_misspelt_key_is_not_missing_too():
-    assert faults(bind.checker(halves, Common), {"loss": "halves", "sise": 3}) == [
+    assert faults(shelves.checker(halves, Common), {"loss": "halves", "sise": 3}) == [
         (("sise",), "is no key here (did you mean 'size'?)")
     ]
 
 
 def test_true_is_no_number():
-    checked = bind.checker(halves, Common)
+    checked = shelves.checker(halves, Common)
     assert faults(checked, {"loss": "halves", "size": True, "weight": False, "sure": True}) == [
         (("weight",), "it should be a valid number"),
         (("size",), "it should be a valid number"),
@@ -174,7 +175,7 @@ def test_true_is_no_number():
 
 
 def test_no_infinite_numbers():
-    checked = bind.checker(halves, Common)
+    checked = shelves.checker(halves, Common)
     for bad in (float("inf"), float("nan"), "inf"):
         assert faults(checked, {"loss": "halves", "size": 1, "weight": bad}) == [
             (("weight",), "Input should be a finite number")
@@ -190,14 +191,14 @@ def test_settings_that_do_not_go_together(monkeypatch):
 
     def strange(student_logits, *, kind: Literal["a", "b"] = "a") -> float: ...
 
-    assert faults(bind.checker(strange, Common), {"loss": "strange", "kind": "b"}) == [
+    assert faults(shelves.checker(strange, Common), {"loss": "strange", "kind": "b"}) == [
         ((), "Value error, kind b is not to be")
     ]
 
 
-class Holder(bind.Entry):
-    one: bind.from_shelf("loss", Common)
-    many: Annotated[list[bind.from_shelf("loss", Common)], Field(min_length=1)] = []
+class Holder(Entry):
+    one: shelves.from_shelf("loss", Common)
+    many: Annotated[list[shelves.from_shelf("loss", Common)], Field(min_length=1)] = []
 
 
 def test_from_shelf():
@@ -207,8 +208,8 @@ def test_from_shelf():
             "many": [{"loss": "hint"}, {"loss": "attention", "power": 3}],
         }
     )
-    assert bind.own_settings(held.one, Common) == {"temperature": 2.0}
-    assert bind.own_settings(held.many[1], Common) == {"power": 3.0}
+    assert shelves.own_settings(held.one, Common) == {"temperature": 2.0}
+    assert shelves.own_settings(held.many[1], Common) == {"power": 3.0}
     assert Holder.model_validate({"one": held.one}).one is held.one
 
 

@@ -15,9 +15,10 @@ from trainer import cache as caching
 from trainer import checkpoint, runner
 from trainer.cache import ViewCache
 from trainer.data import Views, batches, epoch_order, make_data
-from trainer.keys import CacheKeys, DataEntry, TeacherKeys
 from trainer.models.lenet5 import lenet5
-from trainer.recipe import RecipeError, read
+from trainer.recipe.keys import CacheKeys, DataEntry, TeacherKeys
+from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError
 from trainer.teacher import Teacher
 
 VIEWS = {"views": 3, "augment": {"shift": 1, "rotate": 8}}

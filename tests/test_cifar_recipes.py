@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import trainer
-from trainer import recipe, teacher
+from trainer import teacher
 from trainer.context import Data, InMemory, Part
 from trainer.objective import Objective
+from trainer.recipe import recipe
+from trainer.recipe.text import value
 from trainer.teacher import Teacher
 
 PAIRS = sorted((Path(trainer.__file__).parents[1] / "recipes").glob("cifar100_*.yaml"))
@@ -54,9 +56,7 @@ def test_a_published_pair(path):
     told = re.search(r"counts are tested: ([\d,]+) and ([\d,]+)\.", text).groups()
     assert [f"{sum(p.numel() for p in net.parameters()):,}" for net in networks] == list(told)
 
-    suggested = [
-        recipe.value(losses) for losses in re.findall(r"^# \w+: +losses: (\[.*\])$", text, re.MULTILINE)
-    ]
+    suggested = [value(losses) for losses in re.findall(r"^# \w+: +losses: (\[.*\])$", text, re.MULTILINE)]
     assert len(suggested) == 4
     guide = Teacher([networks[0]], [read.teacher], data.mean, data.std)
     for losses in suggested:

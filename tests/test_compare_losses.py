@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import trainer
-from trainer import bind
+from trainer.recipe import shelves
 
 RECIPE = """
 name: digits_teacher
@@ -29,7 +29,7 @@ def script(monkeypatch):
 def test_every_row_is_of_losses_on_the_shelf(script):
     """Not the other way round: whoever drops a loss in need not know of the table."""
     compared = {term["loss"] for terms in script.TERMS.values() for term in terms}
-    assert compared <= set(bind.names("loss")) and len(compared) > 25
+    assert compared <= set(shelves.names("loss")) and len(compared) > 25
     for terms in script.TERMS.values():  # as the recipe's checker sees them
         script.recipe_of(Path(trainer.__file__).parents[1] / script.RECIPE, {}, terms)
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer import bind
 from trainer.context import InMemory, Part
 from trainer.data import Views, batches, epoch_order, make_data, mix, seed_of
-from trainer.keys import Augment, DataKeys
+from trainer.recipe import shelves
+from trainer.recipe.keys import Augment, DataKeys
 from trainer.views import apply, draw
 
 CPU = torch.device("cpu")
 
 
 def data_of(**keys):
-    kind = bind.checker(bind.find("dataset", keys.setdefault("dataset", "digits")), DataKeys)
+    kind = shelves.checker(shelves.find("dataset", keys.setdefault("dataset", "digits")), DataKeys)
     return make_data(kind.model_validate(keys), CPU)
 
 
@@ -214,7 +214,7 @@ def test_kept_views_of_a_subset_take_memory_for_it_alone():
 
 def test_a_damaged_image_found_by_a_worker_is_one_line(folder):
     part = make_data(
-        bind.checker(bind.find("dataset", "image_folder"), DataKeys).model_validate(
+        shelves.checker(shelves.find("dataset", "image_folder"), DataKeys).model_validate(
             {"dataset": "image_folder", "folder": folder, "size": 8, "workers": 1, "validation": 2}
         ),
         CPU,

@@ -16,17 +16,18 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import bind, checkpoint, compress, onednn, runner
+from trainer import checkpoint, compress, onednn, runner
 from trainer import fit as fitting
 from trainer.cache import ViewCache
 from trainer.context import Run
 from trainer.data import make_data
 from trainer.fit import Averaged, fit, freeze_unused, learning_rate, make_optimizer
-from trainer.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
 from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.objective import Objective
+from trainer.recipe import shelves
+from trainer.recipe.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
 from trainer.teacher import Teacher
 from trainer.tracking import Log
 
@@ -55,7 +56,7 @@ class Tiny(nn.Module):
 
 
 def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **data):
-    keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
+    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
     accelerator = accelerator or Accelerator(cpu=True)
     data = make_data(
         keys.model_validate({"dataset": "digits", "subset": 60, "validation": 40} | data), accelerator.device
@@ -607,7 +608,7 @@ def test_only_the_broken_terms_are_named(tmp_path):
             return super().forward(x) * math.nan
 
     run.teacher = Teacher([Mute()], [TeacherKeys(model="x")], run.data.mean, run.data.std)
-    terms = [TermKeys(loss="cross_entropy"), bind.checker(bind.find("loss", "kl"), TermKeys)(loss="kl")]
+    terms = [TermKeys(loss="cross_entropy"), shelves.checker(shelves.find("loss", "kl"), TermKeys)(loss="kl")]
     with pytest.raises(FloatingPointError, match="step 1: kl is not finite"):
         train(run, terms=terms)
 

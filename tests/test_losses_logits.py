@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from trainer import bind
 from trainer.distributed import gather_batch
 from trainer.features import head
+from trainer.recipe import shelves
 
 N, K, STUDENT_WIDTH, TEACHER_WIDTH, NUM_SAMPLES = 6, 5, 7, 11, 23
 
@@ -295,7 +295,7 @@ def feed(n=N, dtype=torch.float32, seed=0):
 
 def build(name, dtype=torch.float32, **settings):
     """The loss as a function of what it wants to be fed; a module has its own seed."""
-    function = bind.find("loss", name)
+    function = shelves.find("loss", name)
     if not inspect.isclass(function):
         return lambda *fed: function(*fed, **settings)
     torch.manual_seed(1)
@@ -305,17 +305,17 @@ def build(name, dtype=torch.float32, **settings):
         "teacher_embedding": torch.Size((N, TEACHER_WIDTH)),
         "num_classes": K,
     }
-    return function(*(given[key] for key in bind.built_with(function)), **settings).to(dtype)
+    return function(*(given[key] for key in shelves.built_with(function)), **settings).to(dtype)
 
 
 def call(name, loss, x):
     torch.manual_seed(2)  # the negatives of contrastive
-    return loss(*(x[key] for key in bind.fed(bind.find("loss", name))))
+    return loss(*(x[key] for key in shelves.fed(shelves.find("loss", name))))
 
 
 def students(name, x):
     """The tensors the student is taught by, now asking for a gradient."""
-    return [x[key].requires_grad_() for key in bind.fed(bind.find("loss", name)) if key in OF_STUDENT]
+    return [x[key].requires_grad_() for key in shelves.fed(shelves.find("loss", name)) if key in OF_STUDENT]
 
 
 def value_and_gradient(name, x, dtype=torch.float32, **settings):
@@ -613,7 +613,7 @@ def test_contrastive_keeps_the_last_of_a_sample_that_comes_twice():
 
 
 def test_contrastive_counts_its_negatives():
-    make = bind.find("loss", "contrastive")
+    make = shelves.find("loss", "contrastive")
     size = torch.Size((2, 3))
     assert make(size, size, 50).num_negatives == 49
     assert make(size, size, 20000, dim=2).num_negatives == 16384

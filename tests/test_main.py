@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from trainer import fetch, fit
 from trainer.__main__ import main
 from trainer.mistakes import Mistake
+from trainer.recipe import recipe as reading
 
 RECIPE = """\
 name: tiny
@@ -171,17 +172,17 @@ def test_faulty_command_lines(words, told, capsys):
 
 
 def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
-    import trainer.recipe
+    import trainer.recipe.text
 
     def broken(*_):
         raise RuntimeError("a fault of the program")
 
-    monkeypatch.setattr(trainer.recipe, "read", broken)
+    monkeypatch.setattr(reading, "read", broken)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         say("check", recipe(tmp_path))
     monkeypatch.undo()
     monkeypatch.setenv("TRAINER_TRACEBACK", "1")
-    with pytest.raises(trainer.recipe.RecipeError):
+    with pytest.raises(trainer.recipe.text.RecipeError):
         say("check", tmp_path / "none.yaml")
 
 
@@ -214,12 +215,10 @@ def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
     ],
 )
 def test_how_errors_end(error, status, told, say, monkeypatch, tmp_path):
-    import trainer.recipe
-
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(trainer.recipe, "read", broken)
+    monkeypatch.setattr(reading, "read", broken)
     got, _, err = say("check", recipe(tmp_path))
     assert got == status and told in err
 

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from trainer import bind, compress
+from trainer import compress
 from trainer.context import Data, InMemory, Part
 from trainer.features import Staged, head
 from trainer.fit import make_optimizer
-from trainer.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightSchedule
 from trainer.models.lenet5 import lenet5
 from trainer.objective import Objective
-from trainer.teacher import Teacher
-from trainer.terms import (
+from trainer.recipe import shelves
+from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightSchedule
+from trainer.recipe.terms import (
     EMBEDDINGS,
     MAP_LISTS,
     MAPS,
@@ -27,6 +27,7 @@ from trainer.terms import (
     needs_teacher,
     wants,
 )
+from trainer.teacher import Teacher
 
 N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)
 
@@ -337,7 +338,7 @@ def test_weights_arrive_in_pairs_and_as_the_network_uses_them(batch):
     compress.set_mask(place, mask)
     pruned = objective(*batch)
     pruned["loss"].backward()
-    quantiles = bind.find("loss", "weight_distribution")()
+    quantiles = shelves.find("loss", "weight_distribution")()
     assert pruned["weight_distribution/one"] == quantiles(
         torch.where(mask, place.value, 0.0), guide.network.one.weight
     )
@@ -778,7 +779,7 @@ def test_of_several_teachers_the_first_shows_its_layers(batch):
 # ---- every file of the shelf
 
 
-@pytest.mark.parametrize("loss", bind.names("loss"))
+@pytest.mark.parametrize("loss", shelves.names("loss"))
 def test_every_loss_through_the_objective(loss, batch):
     """Alone: a finite loss, gradients to the student, none to the teacher; its state survives a restart."""
     assert set(wants(TermKeys(loss=loss))) <= VOCABULARY
@@ -816,12 +817,12 @@ def test_every_loss_through_the_objective(loss, batch):
 
 
 def test_every_word_of_the_vocabulary_is_asked_for_by_some_loss():
-    asked = {word for loss in bind.names("loss") for word in wants(TermKeys(loss=loss))}
+    asked = {word for loss in shelves.names("loss") for word in wants(TermKeys(loss=loss))}
     built = {
         word
-        for loss in bind.names("loss")
-        if isinstance(bind.find("loss", loss), type)
-        for word in bind.built_with(bind.find("loss", loss))
+        for loss in shelves.names("loss")
+        if isinstance(shelves.find("loss", loss), type)
+        for word in shelves.built_with(shelves.find("loss", loss))
     }
     assert VOCABULARY - asked <= {"projected_embedding"}  # for those who write their own
     assert built <= WORDS_OF_CONSTRUCTORS and {"num_samples", "num_classes"} <= built

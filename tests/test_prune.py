@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import bind, channels, checkpoint, compress, measure, packed, report, runner, scores, teacher
+from trainer import channels, checkpoint, compress, measure, packed, report, runner, scores, teacher
 from trainer import fit as fitting
 from trainer.context import Run
 from trainer.data import make_data
-from trainer.keys import DataKeys, StageKeys, Training
-from trainer.recipe import RecipeError
+from trainer.recipe import shelves
+from trainer.recipe.keys import DataKeys, StageKeys, Training
+from trainer.recipe.text import RecipeError
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
 from trainer.tracking import Log
@@ -39,7 +40,7 @@ def closed():
 
 def make_run(folder, spec=None, accelerator=None, **data):
     """A run of a freshly built student on a few digits."""
-    keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
+    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
     data = make_data(
         keys.model_validate({"dataset": "digits", "subset": 100, "validation": 50} | data),
         torch.device("cpu"),
@@ -309,7 +310,7 @@ def test_a_later_stage_that_asks_for_fewer_zeros(tmp_path, quick, scope):
 
 
 def settings(**given):
-    return bind.checker(prune, StageKeys).model_validate({"stage": "prune"} | given)
+    return shelves.checker(prune, StageKeys).model_validate({"stage": "prune"} | given)
 
 
 @pytest.mark.parametrize(

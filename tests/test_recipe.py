@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import trainer
-from trainer import bind, recipe
-from trainer.recipe import RecipeError
+from trainer.recipe import recipe, shelves, text
+from trainer.recipe.keys import DataKeys, Recipe, StageKeys, StudentKeys, TermKeys
+from trainer.recipe.text import RecipeError, dump, parse
 
 SHIPPED = sorted((Path(trainer.__file__).parents[1] / "recipes").rglob("*.yaml"))
 GOOD = """\
@@ -78,7 +79,7 @@ def test_the_shipped_recipes_are_good(path, monkeypatch, tmp_path):
         Path(taught[0]).parent.mkdir(parents=True)
         Path(taught[0]).touch()
     read, plain = recipe.read(path)
-    assert read.name == path.stem and recipe.value(recipe.dump(plain)) == plain
+    assert read.name == path.stem and text.value(dump(plain)) == plain
 
 
 BAD = {
@@ -539,8 +540,8 @@ b: &b {x: 2, w: 2}
 c: {x: 3, <<: [*a, *b]}
 """
     path = written(tmp_path, text)
-    assert recipe.parse(path).plain == yaml.safe_load(text)
-    assert recipe.parse(path).plain["c"] == {"x": 3, "y": 1, "z": {"p": 1}, "w": 2}
+    assert parse(path).plain == yaml.safe_load(text)
+    assert parse(path).plain["c"] == {"x": 3, "y": 1, "z": {"p": 1}, "w": 2}
 
 
 @pytest.mark.parametrize(
@@ -581,8 +582,8 @@ def test_bombs_are_refused(faults):
     merges = "a0: &a0 {x: 1}\n" + "".join(
         f"{new}: &{new} {{<<: [{', '.join(['*' + old] * 9)}]}}\n" for old, new in pairwise(names)
     )
-    for text in (lists, merges):
-        assert "more than 10,000 values once its anchors are unfolded" in faults(text)[0]
+    for bomb in (lists, merges):
+        assert "more than 10,000 values once its anchors are unfolded" in faults(bomb)[0]
     assert faults("a: " + "[" * 2000) == [" is nested too deep: that is no recipe"]
     assert faults("name: " + "é" * 150_000) == [" is longer than 262,144 bytes: that is no recipe"]
 
@@ -623,9 +624,9 @@ def test_a_byte_order_mark_and_windows_lines_do_no_harm(tmp_path, faults):
     }.items(),
 )
 def test_values_are_read_as_yaml_1_2_and_written_so_that_all_read_them_the_same(text, value):
-    assert recipe.value(text) == value and type(recipe.value(text)) is type(value)
-    kept = recipe.dump({"a": value, "b": text})
-    assert recipe.value(kept) == yaml.safe_load(kept) == {"a": value, "b": text}
+    assert text.value(text) == value and type(text.value(text)) is type(value)
+    kept = dump({"a": value, "b": text})
+    assert text.value(kept) == yaml.safe_load(kept) == {"a": value, "b": text}
 
 
 def test_timm_names(faults):
@@ -697,7 +698,7 @@ def test_places_of_a_recipe_that_was_read(tmp_path):
     )
     assert read.fault(("stages", 1, "losses", 0), "at: x") == f"{path}:10: stages[1].losses[0]: at: x"
     assert read.fault(("stages", 3, "bits", "fc9"), "x") == "changes: stages[3].bits.fc9: x"
-    assert recipe.Recipe.model_construct().fault(("stages", 1), "x") == "stages[1]: x"
+    assert Recipe.model_construct().fault(("stages", 1), "x") == "stages[1]: x"
 
 
 # The schema
@@ -771,7 +772,7 @@ def schema() -> dict:
 
 def test_recipes_conform_to_the_schema(schema, tmp_path):
     for path in SHIPPED:
-        assert conforms(recipe.parse(path).plain, schema, schema), path
+        assert conforms(parse(path).plain, schema, schema), path
     assert conforms(yaml.safe_load(changed("2e-3", "0.002")), schema, schema)
 
 
@@ -804,27 +805,27 @@ def test_recipes_conform_to_the_schema(schema, tmp_path):
     ],
 )
 def test_faulty_recipes_do_not(case, schema, tmp_path):
-    assert not conforms(recipe.parse(written(tmp_path, BAD[case][0])).plain, schema, schema)
+    assert not conforms(parse(written(tmp_path, BAD[case][0])).plain, schema, schema)
 
 
 def test_the_schema_knows_every_file_and_key_of_the_shelves(schema):
     bases = {
-        "stage": recipe.StageKeys,
-        "loss": recipe.TermKeys,
-        "dataset": recipe.DataKeys,
-        "model": recipe.StudentKeys,
+        "stage": StageKeys,
+        "loss": TermKeys,
+        "dataset": DataKeys,
+        "model": StudentKeys,
     }
     for key, base in bases.items():
         alternatives = schema["$defs"][base.__name__]["oneOf"]
-        assert len(alternatives) == len(bind.names(key))
-        for name, alternative in zip(bind.names(key), alternatives, strict=True):
-            function = bind.find(key, name)
-            assert set(alternative["properties"]) == set(bind.checker(function, base).model_fields)
+        assert len(alternatives) == len(shelves.names(key))
+        for name, alternative in zip(shelves.names(key), alternatives, strict=True):
+            function = shelves.find(key, name)
+            assert set(alternative["properties"]) == set(shelves.checker(function, base).model_fields)
             assert alternative["additionalProperties"] is False and key in alternative["required"]
             assert alternative["description"].splitlines()[0] == function.__doc__.strip().splitlines()[0]
     assert (
         "const"
-        not in schema["$defs"]["TeacherKeys"]["oneOf"][bind.names("model").index("timm")]["properties"][
+        not in schema["$defs"]["TeacherKeys"]["oneOf"][shelves.names("model").index("timm")]["properties"][
             "model"
         ]
     )

@@ -15,7 +15,7 @@ from PIL import Image
 from trainer import checkpoint, compress, onednn, report, runner
 from trainer import fit as fitting
 from trainer.models.lenet5 import lenet5
-from trainer.recipe import RecipeError
+from trainer.recipe.text import RecipeError
 from trainer.stages import distill, pack, train
 
 ALONE = """
@@ -401,7 +401,7 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
         runner.evaluate_file(tmp_path / "nothing.tiny", path)
     from trainer import packed
     from trainer.data import make_data
-    from trainer.recipe import read
+    from trainer.recipe.recipe import read
 
     data = make_data(read(path, {"data.size": 16})[0].data, torch.device("cpu"))
     content = packed.encode(lenet5((1, 16, 16), 10), {"model": "lenet5"}, packed.facts(data))
@@ -411,7 +411,7 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
 
 
 def test_the_accelerator_has_the_recipes_precision(tmp_path):
-    from trainer.recipe import read
+    from trainer.recipe.recipe import read
 
     assert isinstance(accelerator := runner.make_accelerator(read(write(tmp_path, ALONE))[0]), Accelerator)
     assert accelerator.mixed_precision == "no" and accelerator.num_processes == 1

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from trainer import compress, ladder, recipe, report, runner, scan
+from trainer import compress, ladder, report, runner, scan
 from trainer.__main__ import main
-from trainer.recipe import RecipeError
+from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError, value
 
 RECIPE = """name: few
 data: {dataset: digits, subset: 300, validation: 200}
@@ -107,7 +108,7 @@ def test_scan_suggests_the_most_that_costs_no_more(folder, monkeypatch):
     )
     told = scan._yaml(found["suggestion"])
     path = write(folder, f"  - {{stage: prune, {told}, training: {{epochs: 1}}}}\n", "suggested.yaml")
-    assert recipe.read(path)[0].stages[1].sparsity == pytest.approx(chosen)
+    assert read(path)[0].stages[1].sparsity == pytest.approx(chosen)
     here = folder / "runs" / "few"
     assert json.loads((here / "scan.json").read_text()) == found
     assert told in (here / "scan.md").read_text() and "| conv1 " in (here / "scan.md").read_text()
@@ -238,7 +239,7 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
 
     # The same point as a run of its own, from the same checkpoint.
     changes = {"name": "alone", "stages.1.sparsity": 0.9, "stages.2.bits": 3, "stages.2.values": None}
-    ladder._lend(recipe.read(path)[0], 0, here, folder / "runs" / "alone")
+    ladder._lend(read(path)[0], 0, here, folder / "runs" / "alone")
     alone = runner.run(path, changes, folder / "runs")["rows"][-1]
     assert (alone["file_bytes"], 100 - alone["top1"]) == (points[3]["file_bytes"], points[3]["error"])
 
@@ -348,4 +349,4 @@ def test_both_commands(folder, monkeypatch, capsys):
 
 def test_suggestions_are_read_back_as_they_are_meant():
     suggestion = {"keep": ["0"], "sparsity": {"1": 0.99, "0.2": 0.5, "fc1": 0.25}}
-    assert recipe.value("{" + scan._yaml(suggestion) + "}") == suggestion
+    assert value("{" + scan._yaml(suggestion) + "}") == suggestion

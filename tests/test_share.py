@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import bind, compress, fold, kmeans, packed, teacher
+from trainer import compress, fold, kmeans, packed, teacher
 from trainer import fit as fitting
 from trainer.context import Run
 from trainer.data import make_data
-from trainer.keys import DataKeys, StageKeys, Training
+from trainer.recipe import shelves
+from trainer.recipe.keys import DataKeys, StageKeys, Training
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
 from trainer.tracking import Log
@@ -27,7 +28,7 @@ def make_run(tmp_path):
     logs = []
 
     def make(spec=SPEC, sparsity=0.6, folder=None):
-        keys = bind.checker(bind.find("dataset", "digits"), DataKeys)
+        keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
         settings = {"dataset": "digits", "subset": 200, "validation": 200}
         data = make_data(keys.model_validate(settings), torch.device("cpu"))
         torch.manual_seed(7)
@@ -378,7 +379,7 @@ def test_auto_bits_keep_the_budget_and_spend_it(make_run):
 
 
 def test_importance_by_fisher_is_the_mean_squared_gradient(make_run):
-    from trainer.keys import TermKeys
+    from trainer.recipe.keys import TermKeys
     from trainer.stages.share import _fisher
 
     run = make_run()
@@ -478,7 +479,7 @@ class TestBadInput:
         ],
     )
     def test_settings(self, settings, told):
-        checker = bind.checker(share, StageKeys)
+        checker = shelves.checker(share, StageKeys)
         with pytest.raises(ValidationError, match=told):
             checker.model_validate({"stage": "share"} | settings)
 
@@ -573,7 +574,7 @@ def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, mon
 )
 def test_orders_that_make_no_sense_are_seen_before_anything_is_trained(tmp_path, stages, told):
     from trainer import runner
-    from trainer.recipe import RecipeError
+    from trainer.recipe.text import RecipeError
 
     recipe = tmp_path / "x.yaml"
     recipe.write_text(RECIPE.partition("stages:")[0] + f"stages: {stages}\n")

@@ -8,7 +8,7 @@ from torch import nn
 
 from trainer import checkpoint, features, report, runner, teacher
 from trainer.models.lenet5 import lenet5
-from trainer.recipe import RecipeError
+from trainer.recipe.text import RecipeError
 
 DIGITS = "data: {dataset: digits, subset: 100, validation: 60"
 DISTILL = (

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import bind, checkpoint, compress, report
+from trainer import checkpoint, compress, report
 from trainer.data import make_data
 from trainer.evaluate import percent_right
 from trainer.models.lenet300 import lenet300
-from trainer.recipe import read
+from trainer.recipe import shelves
+from trainer.recipe.recipe import read
 from trainer.teacher import normalize
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +246,7 @@ def without_time(rows):
     return [{k: v for k, v in row.items() if "second" not in k and k != "teacher_images"} for row in rows]
 
 
-@pytest.mark.parametrize("name", bind.names("loss"))
+@pytest.mark.parametrize("name", shelves.names("loss"))
 def test_gradients_are_equal_on_both(ranks, name):
     found = [rank["gradients"][name] for rank in ranks]
     assert found[0]["apart"] == found[1]["apart"] == 0

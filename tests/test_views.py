@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional
 
-from trainer.keys import Augment
+from trainer.recipe.keys import Augment
 from trainer.views import apply, draw, num_parameters
 
 ALL_ON = Augment(

@@ -169,7 +169,7 @@ def _numbers(kind: type) -> Callable[[str], list]:
 
 def changes_of(words: list[str]) -> dict[str, Any]:
     """What ['stages.1.training.epochs=2', ...] asks for: {'stages.1.training.epochs': 2, ...}."""
-    from trainer.recipe import value
+    from trainer.recipe.text import value
 
     changes: dict[str, Any] = {}
     for word in words:
@@ -195,7 +195,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     if options.name is not None:
         changes["name"] = options.name
     elif options.seed is not None:
-        from trainer.recipe import read
+        from trainer.recipe.recipe import read
 
         changes["name"] = f"{read(options.recipe, changes)[0].name}-seed{options.seed}"
     return changes
@@ -220,7 +220,7 @@ def _ladder(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from trainer.recipe import read
+    from trainer.recipe.recipe import read
 
     recipe, _ = read(options.recipe, _changes(options))
     print(f"{options.recipe}: fine: {', '.join(stage.stage for stage in recipe.stages)}")
@@ -233,7 +233,7 @@ def _pairs(options: argparse.Namespace) -> None:
     from trainer import teacher
     from trainer.data import make_data
     from trainer.objective import Objective
-    from trainer.recipe import read
+    from trainer.recipe.recipe import read
     from trainer.runner import check_layers, make_teacher
 
     recipe, _ = read(options.recipe, _changes(options))
@@ -344,7 +344,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _schema(options: argparse.Namespace) -> None:
-    from trainer.recipe import schema
+    from trainer.recipe.recipe import schema
 
     print(json.dumps(schema(), indent=1))
 

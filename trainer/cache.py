@@ -26,8 +26,8 @@ from trainer import files, teacher
 from trainer.context import Data, InMemory
 from trainer.data import Views
 from trainer.features import Seen
-from trainer.keys import Augment, CacheKeys
 from trainer.mistakes import Mistake
+from trainer.recipe.keys import Augment, CacheKeys
 from trainer.teacher import Teacher
 
 FORMAT = 1

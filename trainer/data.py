@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer import bind
 from trainer.context import Data, InMemory, Part, Source
-from trainer.keys import Augment, DataKeys
 from trainer.mistakes import Mistake
+from trainer.recipe import shelves
+from trainer.recipe.keys import Augment, DataKeys
 from trainer.views import apply, draw
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
     """Opens the dataset, splits off the validation part and puts what is in memory on the device."""
-    source: Source = bind.find("dataset", keys.dataset)(**bind.own_settings(keys, DataKeys))
+    source: Source = shelves.find("dataset", keys.dataset)(**shelves.own_settings(keys, DataKeys))
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
     held_out = round(keys.validation * total) if isinstance(keys.validation, float) else keys.validation

@@ -21,9 +21,9 @@ from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.distributed import agreed, broadcast
 from trainer.evaluate import percent_right, predict, truth
 from trainer.features import evaluating
-from trainer.keys import Training
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
+from trainer.recipe.keys import Training
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training

@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer import bind, compress
+from trainer import compress
 from trainer.compress import Codebook, Mask, Place
 from trainer.features import Staged
 from trainer.mistakes import Mistake
+from trainer.recipe import shelves
 
 
 def norms(model: nn.Module) -> list[tuple[str, str]]:
@@ -71,7 +72,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
 
 def _without_norms(spec: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
     found = {**spec, "batch_norm": False}
-    parameters = inspect.signature(bind.find("model", spec["model"])).parameters
+    parameters = inspect.signature(shelves.find("model", spec["model"])).parameters
     if parameters["batch_norm"].default is False:
         del found["batch_norm"]
     if "resized" in found:

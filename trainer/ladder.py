@@ -12,7 +12,9 @@ from tabulate import tabulate
 
 from trainer import drawing, files
 from trainer.mistakes import Mistake
-from trainer.recipe import Recipe, RecipeError, read
+from trainer.recipe.keys import Recipe
+from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError
 from trainer.runner import begun, run
 from trainer.scan import prune_stage
 

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import bind, compress, features
+from trainer import compress, features
 from trainer.context import Data
 from trainer.distributed import summed
 from trainer.features import Layer
-from trainer.keys import At, Name, TermKeys, WeightSchedule
 from trainer.mistakes import Mistake, closest, nearest
 from trainer.projectors import EmbeddingProjector, MapProjector, same_size
+from trainer.recipe import shelves
+from trainer.recipe.keys import At, Name, TermKeys, WeightSchedule
+from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
 from trainer.teacher import Teacher, normalize
-from trainer.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
 
 
 class _Bound(nn.Module):
@@ -118,7 +119,7 @@ class Objective(nn.Module):
                 )
                 if number == 0:
                     example |= {"teacher_logits": taught.logits, "teacher_embedding": taught.embedding}
-        finishes = any(hasattr(bind.find("loss", term.loss), "finish") for term in terms)
+        finishes = any(hasattr(shelves.find("loss", term.loss), "finish") for term in terms)
         if "teacher_head" in asked or finishes:
             _check_head(self.teacher.network, self.teacher.prepare(images), "the teacher")
         if finishes:
@@ -151,8 +152,8 @@ class Objective(nn.Module):
         images: Tensor,
         data: Data,
     ) -> None:
-        function, asks = bind.find("loss", term.loss), wants(term)
-        settings = bind.own_settings(term, TermKeys)
+        function, asks = shelves.find("loss", term.loss), wants(term)
+        settings = shelves.own_settings(term, TermKeys)
         pairs: list[tuple[Layer, Layer]] = []
         if WEIGHTS & set(asks):
             pairs = weight_pairs(self.student, self.teacher.network, term.at)
@@ -166,7 +167,7 @@ class Objective(nn.Module):
                 shapes = shapes | _map_shapes(group)
             if inspect.isclass(function):
                 given = shapes | {"num_samples": len(data.train), "num_classes": len(data.classes)}
-                loss = function(*(given[word] for word in bind.built_with(function)), **settings)
+                loss = function(*(given[word] for word in shelves.built_with(function)), **settings)
             else:
                 loss = _With(function, settings)
             bound = _Bound(

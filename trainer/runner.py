@@ -19,19 +19,21 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import bind, checkpoint, compress, files, fold, onednn, packed, report, teacher
+from trainer import checkpoint, compress, files, fold, onednn, packed, report, teacher
 from trainer.cache import ViewCache
 from trainer.context import Data, Run
 from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.fetch import cache_folder
-from trainer.keys import Augment, CacheKeys, StageKeys
 from trainer.measure import dense_bytes
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
-from trainer.recipe import Recipe, RecipeError, dump, parse, read
+from trainer.recipe import shelves
+from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
+from trainer.recipe.recipe import read
+from trainer.recipe.terms import asked_of_teacher
+from trainer.recipe.text import RecipeError, dump, parse
 from trainer.teacher import Teacher
-from trainer.terms import asked_of_teacher
 from trainer.tracking import Log
 
 WORKING_LAUNCHES = (
@@ -310,7 +312,7 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
     for number in range(first, len(stages)):
         stage = stages[number]
         run.stage, run.stage_name, run.num_fits = number, stage.stage, 0
-        function = bind.find("stage", stage.stage)
+        function = shelves.find("stage", stage.stage)
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {stage.stage}", flush=True)
         if run.teacher is not None and number >= kept_from and not asked_for_cache:
@@ -318,7 +320,7 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
         torch.manual_seed(
             seed_of(recipe.seed, number)
         )  # of what the stage makes new, so that a resumed one makes the same
-        function(run, **bind.own_settings(stage, StageKeys))
+        function(run, **shelves.own_settings(stage, StageKeys))
         before, proof = proof, run.teacher.fingerprint() if run.teacher is not None else None
         if proof != before and not _taught_here([stage]):
             raise RuntimeError(
@@ -421,7 +423,7 @@ def check_layers(
             faults += [
                 recipe.fault(("stages", number, *below), told) for below, told in _layer_faults(stage, places)
             ]
-        check_student = getattr(inspect.getmodule(bind.find("stage", stage.stage)), "check_student", None)
+        check_student = getattr(inspect.getmodule(shelves.find("stage", stage.stage)), "check_student", None)
         if check_student is not None and not any(f"stages[{number}]" in fault for fault in faults):
             try:
                 check_student(stage, student)

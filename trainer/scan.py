@@ -17,9 +17,10 @@ from trainer import compress, drawing, files, scores
 from trainer.compress import Place
 from trainer.context import Run
 from trainer.evaluate import percent_right, predict, student_view, truth
-from trainer.keys import StageKeys
 from trainer.mistakes import Mistake
-from trainer.recipe import Recipe, RecipeError, read
+from trainer.recipe.keys import Recipe, StageKeys
+from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError
 from trainer.runner import begun
 
 if TYPE_CHECKING:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer import bind, channels, checkpoint, features, inference
+from trainer import channels, checkpoint, features, inference
 from trainer.features import Seen
-from trainer.keys import ModelKeys, StudentKeys, TeacherKeys
 from trainer.mistakes import Mistake
+from trainer.recipe import shelves
+from trainer.recipe.keys import ModelKeys, StudentKeys, TeacherKeys
 
 
 def spec(keys: ModelKeys) -> dict[str, Any]:
     """What rebuilds the network: the model's name and those settings that differ from their defaults."""
-    settings = bind.own_settings(keys, _base(keys))
+    settings = shelves.own_settings(keys, _base(keys))
     fields = type(keys).model_fields
     return {"model": keys.model} | {
         n: v for n, v in settings.items() if v != fields[n].default and n != "pretrained"
@@ -34,8 +35,8 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
     """
     settings = {key: value for key, value in spec.items() if key not in ("model", "resized")}
-    function = bind.find("model", spec["model"])
-    _, rest = bind.split("model", spec["model"])
+    function = shelves.find("model", spec["model"])
+    _, rest = shelves.split("model", spec["model"])
     try:
         model = function(shape, num_classes, *([rest] if rest else []), **settings)
     except Mistake:
@@ -63,7 +64,7 @@ def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn
     size = getattr(keys, "resize", None)
     if size:
         shape = (shape[0], size, size)
-    settings = {"model": keys.model} | bind.own_settings(keys, _base(keys))
+    settings = {"model": keys.model} | shelves.own_settings(keys, _base(keys))
     model = build(settings, shape, num_classes)
     if keys.checkpoint is not None:
         load_weights(model, keys.checkpoint)

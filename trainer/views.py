@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.keys import Augment
 from trainer.mistakes import Mistake
+from trainer.recipe.keys import Augment
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
 

@@ -7,10 +7,10 @@ from pydantic import Field
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import fit
-from trainer.keys import Term, Training
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
-from trainer.terms import needs_teacher
+from trainer.recipe.keys import Term, Training
+from trainer.recipe.terms import needs_teacher
 
 
 def check(settings) -> None:

@@ -13,9 +13,9 @@ from trainer.context import Run
 from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import fit
-from trainer.keys import Term, TermKeys, Training
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
+from trainer.recipe.keys import Term, TermKeys, Training
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Pattern = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]

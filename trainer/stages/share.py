@@ -15,9 +15,9 @@ from trainer.data import Views, batches, epoch_order, seed_of
 from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record, student_view, truth
 from trainer.fit import fit
-from trainer.keys import Term, TermKeys, Training
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
+from trainer.recipe.keys import Term, TermKeys, Training
 
 Bits = Annotated[int, Field(ge=1, le=16)]
 NumValues = Annotated[int, Field(ge=1, le=65536)]

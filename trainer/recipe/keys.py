@@ -15,11 +15,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     model_validator,
 )
 
-from trainer import bind
 from trainer.mistakes import Mistake
+from trainer.recipe import shelves
+from trainer.recipe.faults import Entry
+from trainer.recipe.text import Text, at_path, where
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(gt=0, lt=2**31)]
@@ -59,7 +62,7 @@ class Augment(BaseModel):
     )
 
 
-class DataKeys(bind.Entry):
+class DataKeys(Entry):
     """The data section. validation: a fraction of the training set or a number of images, held out of it.
 
     seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
@@ -85,7 +88,7 @@ class DataKeys(bind.Entry):
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
 
 
-class ModelKeys(bind.Entry):
+class ModelKeys(Entry):
     """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`.
 
     Acted on by `teacher`.
@@ -116,7 +119,7 @@ class TeacherKeys(ModelKeys):
     share: PositiveFloat = 1.0
 
 
-class CacheKeys(bind.Entry):
+class CacheKeys(Entry):
     """The teacher's kept answers. where: in `memory`, for this run (mapped to a file in its folder, so that it finds them
     again when it was interrupted; removed at its end), or on `disk`, for later runs too (in views/ in the folder of
     TRAINER_DATA, by default ~/.cache/tiny-student; never removed by the program).
@@ -151,7 +154,7 @@ At = (
 )
 
 
-class WeightSchedule(bind.Entry):
+class WeightSchedule(Entry):
     """A term's weight over the first `epochs` of its stage (all when not given); then it stays as it is.
 
     schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value`
@@ -190,7 +193,7 @@ class WeightSchedule(bind.Entry):
         return self.value + (end - self.value) * fraction
 
 
-class TermKeys(bind.Entry):
+class TermKeys(Entry):
     """One term of an objective. weight: a number or a schedule; a term of weight 0 is only logged.
 
     at: which layers look at which, for losses on layers: `auto` (when not given), `last`, the student's
@@ -204,7 +207,7 @@ class TermKeys(bind.Entry):
     at: At | None = None
 
 
-class Training(bind.Entry):
+class Training(Entry):
     """How to train. batch_size counts the images of all processes; `accumulate` batches make one step.
 
     schedule: `constant`, `cosine` to 0, `one_cycle` (up over the first 30 %, then down to 1/10000), `step` (times `gamma` at
@@ -261,7 +264,7 @@ class Training(bind.Entry):
         return self
 
 
-class StageKeys(bind.Entry):
+class StageKeys(Entry):
     """One stage of a recipe.
 
     Acted on by `runner`.
@@ -271,8 +274,52 @@ class StageKeys(bind.Entry):
 
 
 # What names a shelf's file has that file's keys too.
-DataEntry = bind.from_shelf("dataset", DataKeys)
-Student = bind.from_shelf("model", StudentKeys)
-TeacherEntry = bind.from_shelf("model", TeacherKeys)
-Term = bind.from_shelf("loss", TermKeys)
-Stage = bind.from_shelf("stage", StageKeys)
+DataEntry = shelves.from_shelf("dataset", DataKeys)
+Student = shelves.from_shelf("model", StudentKeys)
+TeacherEntry = shelves.from_shelf("model", TeacherKeys)
+Term = shelves.from_shelf("loss", TermKeys)
+Stage = shelves.from_shelf("stage", StageKeys)
+
+
+class Recipe(Entry):
+    """A recipe.
+
+    name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its
+    own). teachers: several instead of one teacher; combine says how they speak as one. cache: where the
+    teacher's answers are kept (when not given: in memory, if they are asked for again and take no more than 2
+    GiB). precision: of training. threads: of torch in each process (when not given: one for each physical core that
+    it may use, divided among the processes of a machine, and no more than OMP_NUM_THREADS says). Paths
+    (checkpoint, folder) are relative to the folder the program is started in.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataEntry
+    teacher: TeacherEntry | None = None
+    teachers: Annotated[list[TeacherEntry], Field(min_length=2)] | None = None
+    combine: Literal["logits", "probabilities", "confidence"] | None = None
+    student: Student
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    cache: Literal["off", "memory", "disk"] | CacheKeys | None = None
+    track: Literal["wandb"] | None = None
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = None
+    _text: Text | None = PrivateAttr(None)
+
+    @property
+    def teacher_entries(self) -> list[TeacherKeys]:
+        return self.teachers or ([self.teacher] if self.teacher else [])
+
+    @property
+    def written(self) -> Text:
+        """What it was read from."""
+        return self._text
+
+    def fault(self, place: tuple, message: str) -> str:
+        """A message about a place of this recipe, ('stages', 1, 'keep'), with its file and line."""
+        if self._text is None:  # not read from a file
+            return f"{where(place)}: {message}"
+        first, found, rest = message.partition(": ")
+        if found and first in at_path(self._text.plain, place):  # 'at: ...' is about the entry's own key
+            place, message = (*place, first), rest
+        return self._text.fault(place, message)

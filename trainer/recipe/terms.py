@@ -3,9 +3,9 @@
 import inspect
 from collections.abc import Sequence
 
-from trainer import bind
-from trainer.keys import TermKeys
 from trainer.mistakes import Mistake, nearest
+from trainer.recipe import shelves
+from trainer.recipe.keys import TermKeys
 
 # What a loss may ask for, by what has to be computed for it.
 MAPS = {"student_map", "teacher_map", "projected_map"}
@@ -20,9 +20,9 @@ WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
 
 def wants(term: TermKeys) -> list[str]:
     """The names that the term's loss asks to be fed. Raises Mistake for a word that nobody knows."""
-    function = bind.find("loss", term.loss)
-    asks = bind.fed(function)
-    built_with = bind.built_with(function) if inspect.isclass(function) else []
+    function = shelves.find("loss", term.loss)
+    asks = shelves.fed(function)
+    built_with = shelves.built_with(function) if inspect.isclass(function) else []
     for word, known in [(word, VOCABULARY) for word in asks] + [
         (word, WORDS_OF_CONSTRUCTORS) for word in built_with
     ]:

@@ -9,14 +9,14 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from trainer.mistakes import Mistake, closest, nearest
+from trainer.recipe.faults import fault, restated
 
 SHELVES = {"loss": "losses", "stage": "stages", "dataset": "datasets", "model": "models"}
 
@@ -93,77 +93,6 @@ def own_settings(checked: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-class Entry(BaseModel):
-    """A mapping in a recipe. Keys that are no fields are faults, as are inf, nan, and true for a number."""
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _every_fault(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
-        # By itself pydantic names no nearest key, and takes true for the number 1.
-        if not isinstance(given, dict):
-            return handler(given)
-        faults, meant = [], set()
-        for key in given.keys() - cls.model_fields.keys():
-            faults.append(fault(key, f"is no key here{nearest(str(key), cls.model_fields)}", given[key]))
-            meant.add((closest(str(key), cls.model_fields),))
-        checked = None
-        try:
-            checked = handler({key: value for key, value in given.items() if key in cls.model_fields})
-        except ValidationError as error:
-            # One slip of the pen, one message: the key that is missing is the one that was misspelt.
-            faults += [f for f in _faults(error) if f["type"].type != "missing" or f["loc"] not in meant]
-        wrong = {told["loc"][0] for told in faults if told["loc"]}
-        for name, field in cls.model_fields.items():
-            if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
-                for below, value in _booleans(given[name]):
-                    if not below or not _mentions(field.annotation, BaseModel):  # an entry looks at its own
-                        faults.append(
-                            fault(name, "it should be a valid number", value, *below, kind="bool_type")
-                        )
-        if faults:
-            raise ValidationError.from_exception_data(cls.__name__, faults)
-        return checked
-
-
-def _faults(error: ValidationError) -> list[InitErrorDetails]:
-    """pydantic's faults once more, to be raised together with others."""
-    return [
-        InitErrorDetails(
-            type=PydanticCustomError(told["type"], "{message}", {"message": told["msg"]}),
-            loc=told["loc"],
-            input=told["input"],
-        )
-        for told in error.errors(include_url=False)
-    ]
-
-
-def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") -> InitErrorDetails:
-    """One fault at `key` (and further keys below it) of the mapping that is being checked."""
-    loc = tuple(k if isinstance(k, (int, str)) else str(k) for k in (key, *below))
-    return InitErrorDetails(
-        type=PydanticCustomError(kind, "{message}", {"message": message}), loc=loc, input=given
-    )
-
-
-def _mentions(annotation: Any, *kinds: Any) -> bool:
-    """Whether one of `kinds` is named in a type hint, at any depth."""
-    if annotation in kinds:
-        return True
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return BaseModel in kinds
-    return any(_mentions(part, *kinds) for part in typing.get_args(annotation))
-
-
-def _booleans(value: Any) -> list[tuple[tuple, bool]]:
-    """Where true and false stand in a value: at its top, or one level down."""
-    if isinstance(value, bool):
-        return [((), value)]
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [((key,), item) for key, item in inner if isinstance(item, bool)]
-
-
 def from_shelf(key: str, base: type[BaseModel]) -> Any:
     """The type of a mapping whose `key` names a shelf file: keys from `base`, and those of the file."""
 
@@ -197,7 +126,7 @@ def from_shelf(key: str, base: type[BaseModel]) -> Any:
         try:
             base.model_validate(common | {key: key})
         except ValidationError as error:
-            raise ValidationError.from_exception_data(key, [told, *_faults(error)]) from None
+            raise ValidationError.from_exception_data(key, [told, *restated(error)]) from None
         raise ValidationError.from_exception_data(key, [told])
 
     return Annotated[base, BeforeValidator(check)]

@@ -1,0 +1,81 @@
+"""What is wrong with a recipe, as its author reads it: every fault at once, with the nearest valid name."""
+
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from trainer.mistakes import closest, nearest
+
+
+class Entry(BaseModel):
+    """A mapping in a recipe. Keys that are no fields are faults, as are inf, nan, and true for a number."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _every_fault(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
+        # By itself pydantic names no nearest key, and takes true for the number 1.
+        if not isinstance(given, dict):
+            return handler(given)
+        faults, meant = [], set()
+        for key in given.keys() - cls.model_fields.keys():
+            faults.append(fault(key, f"is no key here{nearest(str(key), cls.model_fields)}", given[key]))
+            meant.add((closest(str(key), cls.model_fields),))
+        checked = None
+        try:
+            checked = handler({key: value for key, value in given.items() if key in cls.model_fields})
+        except ValidationError as error:
+            # One slip of the pen, one message: the key that is missing is the one that was misspelt.
+            faults += [f for f in restated(error) if f["type"].type != "missing" or f["loc"] not in meant]
+        wrong = {told["loc"][0] for told in faults if told["loc"]}
+        for name, field in cls.model_fields.items():
+            if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
+                for below, value in _booleans(given[name]):
+                    if not below or not _mentions(field.annotation, BaseModel):  # an entry looks at its own
+                        faults.append(
+                            fault(name, "it should be a valid number", value, *below, kind="bool_type")
+                        )
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return checked
+
+
+def restated(error: ValidationError) -> list[InitErrorDetails]:
+    """pydantic's faults once more, to be raised together with others."""
+    return [
+        InitErrorDetails(
+            type=PydanticCustomError(told["type"], "{message}", {"message": told["msg"]}),
+            loc=told["loc"],
+            input=told["input"],
+        )
+        for told in error.errors(include_url=False)
+    ]
+
+
+def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") -> InitErrorDetails:
+    """One fault at `key` (and further keys below it) of the mapping that is being checked."""
+    loc = tuple(k if isinstance(k, (int, str)) else str(k) for k in (key, *below))
+    return InitErrorDetails(
+        type=PydanticCustomError(kind, "{message}", {"message": message}), loc=loc, input=given
+    )
+
+
+def _mentions(annotation: Any, *kinds: Any) -> bool:
+    """Whether one of `kinds` is named in a type hint, at any depth."""
+    if annotation in kinds:
+        return True
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return BaseModel in kinds
+    return any(_mentions(part, *kinds) for part in typing.get_args(annotation))
+
+
+def _booleans(value: Any) -> list[tuple[tuple, bool]]:
+    """Where true and false stand in a value: at its top, or one level down."""
+    if isinstance(value, bool):
+        return [((), value)]
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [((key,), item) for key, item in inner if isinstance(item, bool)]

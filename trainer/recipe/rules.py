@@ -1,0 +1,254 @@
+"""What is right by itself and wrong together: settings of a recipe that contradict each other."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.mistakes import nearest
+from trainer.recipe.keys import Augment, CacheKeys, DataKeys, Recipe, StudentKeys, TeacherKeys, TermKeys
+from trainer.recipe.shelves import find, split
+from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
+from trainer.recipe.text import at_path, short
+
+
+def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tuple, str]]:
+    """(place, message) of each. Parts of the recipe that are faulty themselves are None, and left out."""
+    several = plain.get("teachers") is not None
+    has_teacher = several or plain.get("teacher") is not None
+    if several and plain.get("teacher") is not None:
+        yield ("teachers",), "teacher and teachers are both given; one of them is allowed"
+    if recipe.combine is not None and not several:
+        yield ("combine",), "has no effect without teachers"
+    entries = [
+        (("teachers", n) if several else ("teacher",), keys)
+        for n, keys in enumerate(recipe.teacher_entries)
+        if keys
+    ]
+    for place, keys in entries:
+        yield from _teacher_faults(place, keys, recipe.combine if several else None, several)
+    if recipe.student is not None:
+        yield from _model_faults(("student",), recipe.student)
+        if recipe.student.from_teacher and not has_teacher:
+            yield ("student", "from_teacher"), "there is no teacher in this recipe"
+        for other in ("checkpoint", "pretrained"):
+            if recipe.student.from_teacher and getattr(recipe.student, other, None):
+                yield ("student", "from_teacher"), f"overwrites what {other} loads; one of them is allowed"
+    if recipe.data is not None:
+        yield from _data_faults(recipe.data, at_path(plain, ("data", "augment")))
+    yield from _stage_faults(recipe, has_teacher, entries)
+    if recipe.cache not in (None, "off"):
+        yield from _cache_faults(recipe, has_teacher)
+
+
+def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, str]]:
+    if not has_teacher:
+        yield ("cache",), "has no effect without a teacher"
+        return
+    data = recipe.data
+    if data is not None and (data.mixup or data.cutmix):
+        yield (
+            ("cache",),
+            "has no effect with mixup or cutmix: mixed images are never seen twice, "
+            "so the teacher answers them online",
+        )
+    elif data is not None and data.augment != Augment() and data.views is None:
+        yield (
+            ("cache",),
+            "has no effect on endless views: give data.views, how many there are before they repeat",
+        )
+    if None in recipe.stages:
+        return
+    asked = [asked_of_teacher(stage.losses) for stage in recipe.stages if getattr(stage, "losses", None)]
+    keys = recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys()
+    for key, kind in (("embeddings", "embedding"), ("maps", "maps")):
+        if getattr(keys, key) and not any(kind in kinds for kinds in asked):
+            yield ("cache", key), f"has no effect: no loss asks for the teacher's {key}"
+    if not any(asked):
+        yield ("cache",), "has no effect: no loss asks what the teacher sees"
+    elif not any(keys.serve(kinds) for kinds in asked):
+        yield (
+            ("cache",),
+            "has no effect: every stage asks for the teacher's embedding or maps too, "
+            "which embeddings and maps: true keep",
+        )
+
+
+def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
+    for name, amount in augment.items():
+        if isinstance(amount, bool) and Augment.model_fields[name].annotation is not bool:
+            yield ("data", "augment", name), f"got {short(amount)}; it should be a valid number"
+    if data.mean is not None and data.std is not None and len(data.mean) != len(data.std):
+        yield (
+            ("data", "std"),
+            f"got {len(data.std)} values, and mean has {len(data.mean)}: one for each channel is allowed",
+        )
+    if data.views is not None and data.augment == Augment():
+        yield ("data", "views"), "has no effect without augment: every view is the same"
+    if data.keep_views and data.augment == Augment():
+        yield ("data", "keep_views"), "has no effect without augment: images as they are need not be made"
+    elif data.keep_views and data.views is None and (data.mixup or data.cutmix):
+        yield ("data", "keep_views"), "has no effect with mixup or cutmix: mixed images are never seen twice"
+    elif data.keep_views and data.views is None:
+        yield (
+            ("data", "keep_views"),
+            "has no effect on endless views: give data.views, how many there are before they repeat",
+        )
+    if data.views is not None and (data.mixup or data.cutmix):
+        yield (
+            ("data", "views"),
+            (
+                "has no effect with mixup or cutmix: mixed images are never seen twice, "
+                "so the teacher answers them online"
+            ),
+        )
+
+
+def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tuple[tuple, str]]:
+    file, rest = split("model", keys.model)
+    if keys.checkpoint is not None:
+        if getattr(keys, "pretrained", False):
+            yield (*place, "pretrained"), "has no effect with checkpoint, which replaces all weights"
+        yield from _no_file((*place, "checkpoint"), keys.checkpoint)
+    if rest is None:
+        if file in ("timm", "python"):
+            allowed = "timm/NAME" if file == "timm" else "python:module:function"
+            yield (*place, "model"), f"got {keys.model!r}; {allowed} is allowed"
+    elif file == "python":
+        module, _, function = rest.partition(":")
+        if not function:
+            yield (*place, "model"), f"got {keys.model!r}; python:module:function is allowed"
+        elif not _is_module(module):
+            yield (*place, "model"), f"there is no module {module!r}, installed or in {Path.cwd()}"
+    elif not rest.startswith("hf-hub:"):
+        import timm  # here, since it takes seconds and most recipes have no timm network
+
+        name = rest.partition(".")[0]
+        if not timm.is_model(name):
+            yield (*place, "model"), f"timm has no model {name!r}{nearest(name, timm.list_models())}"
+        elif rest != name and rest not in timm.list_pretrained(f"{name}.*"):
+            known = timm.list_pretrained(f"{name}.*")
+            yield (*place, "model"), f"timm has no weights {rest!r}{nearest(rest, known)}"
+        elif keys.pretrained and not timm.is_model_pretrained(name):
+            yield (*place, "pretrained"), f"timm has no weights of {name!r}"
+
+
+def _is_module(name: str) -> bool:
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a package above it is missing, or the name is none
+        return False
+    finally:
+        sys.path.pop()
+
+
+def _teacher_faults(
+    place: tuple, keys: TeacherKeys, combine: str | None, several: bool
+) -> Iterator[tuple[tuple, str]]:
+    yield from _model_faults(place, keys)
+    if "share" in keys.model_fields_set and not several:
+        yield (*place, "share"), "has no effect with one teacher"
+    elif "share" in keys.model_fields_set and combine == "confidence":
+        yield (*place, "share"), "has no effect with combine: confidence, which weighs each image by itself"
+    if (keys.mean is None) != (keys.std is None):
+        yield (
+            (*place, "std" if keys.mean is None else "mean"),
+            "mean and std go together: give both or neither",
+        )
+    elif keys.mean is not None and len(keys.mean) != len(keys.std):
+        yield (
+            (*place, "std"),
+            f"got {len(keys.std)} values, and mean has {len(keys.mean)}: one for each channel is allowed",
+        )
+
+
+def _no_file(place: tuple, path: Path) -> Iterator[tuple[tuple, str]]:
+    if not path.is_file():
+        below = "" if path.is_absolute() else f" in {Path.cwd()}, the folder this was started in"
+        yield place, f"there is no file {str(path)!r}{below}"
+
+
+def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator[tuple[tuple, str]]:
+    mixed = recipe.data is not None and bool(recipe.data.mixup or recipe.data.cutmix)
+    teaching = [n for n, s in enumerate(recipe.stages) if s and s.stage == "train" and s.who == "teacher"]
+    changed = shared = packed = False
+    for number, stage in enumerate(recipe.stages):
+        if stage is None:
+            continue
+        place = ("stages", number)
+        name, losses = stage.stage, getattr(stage, "losses", None) or []
+        of_teacher = name == "train" and stage.who == "teacher"
+        changes = name in ("train", "distill", "prune", "fold", "share") and not of_teacher
+        if of_teacher and not has_teacher:
+            yield place, "trains the teacher, and there is no teacher in this recipe"
+        if name == "distill" and not has_teacher:
+            yield place, "distils from the teacher, and there is no teacher in this recipe"
+        if getattr(stage, "checkpoint", None) is not None:
+            yield from _no_file((*place, "checkpoint"), stage.checkpoint)
+            if changes and changed:
+                yield (*place, "checkpoint"), "replaces what the stages before have made of the student"
+            if of_teacher and len(recipe.teacher_entries) > 1:
+                yield (
+                    (*place, "checkpoint"),
+                    "would be loaded into every teacher; give each its own, under teachers",
+                )
+        asks_teacher = name == "distill" or any(needs_teacher(term) for term in losses)
+        if (
+            asks_teacher
+            and has_teacher
+            and teaching
+            and number < teaching[0]
+            and not all(_knows(k) for _, k in teachers)
+        ):
+            yield place, f"asks a teacher that is taught only later, in stages[{teaching[0]}]"
+        if losses and all(term.weight == 0 for term in losses):
+            yield (*place, "losses"), "have no effect: all weights are 0"
+        for n, term in enumerate(losses):
+            yield from _term_faults((*place, "losses", n), term, has_teacher or name == "distill", mixed)
+            finishes = hasattr(find("loss", term.loss), "finish")
+            if finishes and name in ("prune", "share") and "last" not in stage.keep:
+                yield (
+                    (*place, "losses", n),
+                    f"loss {term.loss!r} sets the last layer anew: not in {name} without keep: [last]",
+                )
+        if name == "prune" and shared:
+            yield place, "prunes after sharing: prune first, then share"
+        if name == "fold" and shared:
+            yield place, "folds after sharing: fold first, then share"
+        if name == "prune" and stage.method == "movement" and recipe.precision == "fp16":
+            yield (
+                (*place, "method"),
+                (
+                    "'movement' adds up gradients, and precision fp16 scales them differently from step to "
+                    "step: use bf16 or no"
+                ),
+            )
+        if changes and packed:
+            yield place, "changes the student after it was packed: the file would be another network's"
+        if name == "pack" and packed:
+            yield place, "has no effect: the student is packed already"
+        changed, shared, packed = changed or changes, shared or name == "share", packed or name == "pack"
+    if not teaching and recipe.stages and None not in recipe.stages:
+        for place, keys in teachers:
+            if not _knows(keys):
+                yield (
+                    place,
+                    "knows nothing: give it checkpoint, pretrained: true, or a stage train with who: teacher",
+                )
+
+
+def _knows(keys: TeacherKeys) -> bool:
+    return bool(keys.checkpoint or getattr(keys, "pretrained", False))
+
+
+def _term_faults(place: tuple, term: TermKeys, has_teacher: bool, mixed: bool) -> Iterator[tuple[tuple, str]]:
+    asks = set(wants(term))
+    if needs_teacher(term) and not has_teacher:
+        yield place, f"loss {term.loss!r} needs a teacher, and there is none"
+    if term.at is not None and not (MAPS | MAP_LISTS | WEIGHTS) & asks:
+        yield (*place, "at"), f"loss {term.loss!r} looks at no layers (it wants {', '.join(sorted(asks))})"
+    if mixed and "index" in asks:
+        yield place, f"loss {term.loss!r} knows samples by index: not with mixup, cutmix"

@@ -1,0 +1,274 @@
+"""A recipe as it was written: YAML to a plain mapping, with the line of each value."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.mistakes import Mistake
+
+MOST_BYTES = 2**18  # of a recipe's text, and
+MOST_VALUES = 10_000  # of what its anchors unfold to: more is a mistake or an attack
+DEEPEST = 50
+
+
+class RecipeError(Mistake):
+    """One or more faults of a recipe; the message has a line for each."""
+
+
+@dataclass
+class Text:
+    """A recipe as it was written: its plain mapping and where each place of it stands.
+
+    marks: line and column, from 1. faults: (place, message, place whose line is told) of keys that no mapping
+    can have. source: the text itself. changed: places set from outside.
+    """
+
+    path: Path
+    plain: dict[str, Any]
+    marks: dict[tuple, tuple[int, int]]
+    faults: list[tuple[tuple, str, tuple]]
+    source: str = ""
+    changed: set[tuple] = field(default_factory=set)
+
+    def mark(self, place: tuple) -> tuple[int, int]:
+        """Where a place stands, or else what holds it; (0, 0) for what was set from outside."""
+        while place not in self.marks and place not in self.changed and place:
+            place = place[:-1]
+        return (0, 0) if any(place[: len(c)] == c for c in self.changed) else self.marks.get(place, (1, 1))
+
+    def fault(self, place: tuple, message: str, near: tuple | None = None) -> str:
+        """`file:line: place: message`; the line is that of `near` where one is given."""
+        line = self.mark(place if near is None else near)[0]
+        return f"{f'{self.path}:{line}' if line else 'changes'}: {where(place)}: {message}"
+
+
+def where(place: tuple) -> str:
+    """A place as people write it: stages[1].losses[3].at."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place)
+    return text.removeprefix(".") or "recipe"
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars as in YAML 1.2, as editors read them: 2e-3 is a number, `no` and `on` are words."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes in quotes what would be read as something else, by YAML 1.1 or by 1.2."""
+
+
+_FLOAT = r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+_TAG = "tag:yaml.org,2002:"
+for _kind, _pattern, _first in (
+    ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", r"^<<$", ["<"]),
+):
+    for _either in (_Loader, _Dumper):
+        _either.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    # Not by Python's own rule for bases, to which 010 is a fault.
+    digits = loader.construct_scalar(node)
+    return int(digits, 8 if digits.startswith("0o") else 16 if digits.startswith("0x") else 10)
+
+
+_Loader.add_constructor(_TAG + "int", _whole_number)
+
+
+def value(text: str) -> Any:
+    """One value as it would be read in a recipe. Raises RecipeError when it is no YAML."""
+    return _read(Path("value"), text)[0]
+
+
+def dump(plain: dict[str, Any]) -> str:
+    """A plain mapping as YAML that reads back the same."""
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def parse(path: str | Path) -> Text:
+    """A recipe's text, unchecked but for what is no recipe at all.
+
+    Raises RecipeError for a file that cannot be read, or is no YAML, or no mapping.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise RecipeError(f"{path}: is longer than {MOST_BYTES:,} bytes: that is no recipe")
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{path}:{line}: is no text: byte {content[error.start]:#04x} is not UTF-8"
+        ) from None
+    plain, reader = _read(path, text)
+    if not isinstance(plain, dict):
+        got = "nothing" if plain is None else "a list" if isinstance(plain, list) else short(plain)
+        line, _ = reader.marks.get((), (1, 1))
+        raise RecipeError(
+            f"{path}:{line}: a recipe is a mapping (name: ..., data: ..., stages: ...); got {got}"
+        )
+    return Text(path, plain, reader.marks, reader.faults, text)
+
+
+def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
+    try:
+        loader = _Loader(text)
+        reader = _Reader(path, loader)
+        node = loader.get_single_node()
+        return None if node is None else reader.read(node, (), ()), reader
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{path}:{line}: is not YAML: character {error.character:#06x} is not allowed"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        context = f"{error.context}, " if error.problem.startswith("but ") else ""
+        problem = (context + error.problem).replace("character '\\t'", "a tab (YAML is indented by spaces)")
+        raise RecipeError(f"{path}:{mark.line + 1}: is not YAML: {problem}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: is nested too deep: that is no recipe") from None
+
+
+class _Reader:
+    """Turns YAML's nodes into plain values and keeps where each stands.
+
+    Every alias becomes a value of its own, so that a change to one place changes no other.
+    """
+
+    def __init__(self, path: Path, loader: yaml.SafeLoader) -> None:
+        self.path, self.loader = path, loader
+        self.marks: dict[tuple, tuple[int, int]] = {}
+        self.faults: list[tuple[tuple, str, tuple]] = []
+        self.num_values = 0
+
+    def read(self, node: yaml.Node, place: tuple, holders: tuple) -> Any:
+        line, _ = _mark(node)
+        self.num_values += 1
+        self.marks.setdefault(place, _mark(node))
+        if node in holders:
+            raise RecipeError(f"{self.path}:{line}: {where(place)}: the anchor holds itself")
+        if self.num_values > MOST_VALUES:
+            raise RecipeError(
+                f"{self.path}:{line}: holds more than {MOST_VALUES:,} values once its anchors are unfolded: "
+                "that is no recipe"
+            )
+        if len(holders) > DEEPEST:
+            raise RecipeError(f"{self.path}:{line}: is nested too deep: that is no recipe")
+        holders = (*holders, node)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, place)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self.read(item, (*place, number), holders) for number, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, place, holders)
+        raise RecipeError(
+            f"{self.path}:{line}: {where(place)}: the tag {node.tag.replace(_TAG, '!!')} is not known here"
+        )
+
+    def _mapping(self, node: yaml.MappingNode, place: tuple, holders: tuple) -> dict:
+        inherited: dict = {}
+        own: dict = {}
+        for key, value in node.value:
+            if key.tag == _TAG + "merge":
+                self.marks[(*place, "<<")] = _mark(key)
+                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                for source in reversed(sources):  # the first wins
+                    if isinstance(source, yaml.MappingNode):
+                        inherited |= self.read(source, place, holders)
+                    else:
+                        self._fault((*place, "<<"), "a mapping, or a list of mappings, is allowed")
+        seen = set()
+        for key, value in node.value:
+            name = "<<" if key.tag == _TAG + "merge" else self._scalar(key, place)
+            if not isinstance(name, (str, int)) or isinstance(name, bool):
+                got = short(name) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                near = (*place, _mark(key))  # it has no place of its own
+                self.marks[near] = _mark(key)
+                self._fault(place, f"got {got} as a key; a name is allowed (in quotes if need be)", near)
+                continue
+            self.marks[(*place, name)] = _mark(key)
+            if name in seen:
+                self._fault((*place, name), "is given twice")
+            seen.add(name)
+            if key.tag != _TAG + "merge":
+                own[name] = self.read(value, (*place, name), holders)
+        return inherited | own
+
+    def _scalar(self, node: yaml.Node, place: tuple) -> Any:
+        """A node's value, None where it is no scalar. Only the tags that plain values have are known."""
+        if not isinstance(node, yaml.ScalarNode):
+            return None
+        try:
+            if node.tag.removeprefix(_TAG) in ("null", "bool", "int", "float", "str"):
+                return self.loader.construct_object(node)
+        except (ValueError, KeyError):  # '!!int x', or thousands of digits
+            pass
+        told = f"{short(node.value)} is no {node.tag.replace(_TAG, '!!')}"
+        raise RecipeError(
+            f"{self.path}:{_mark(node)[0]}: {where(place)}: cannot be read: {told} that is known here"
+        )
+
+    def _fault(self, place: tuple, message: str, near: tuple | None = None) -> None:
+        self.faults.append((place, message, near or place))
+
+
+def _mark(node: yaml.Node) -> tuple[int, int]:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def change(text: Text, name: str, value: Any) -> None:
+    keys = [key for key in re.split(r"[.\[\]]+", name) if key]
+    if not keys:
+        raise RecipeError(f"changes: {name!r} is no place; 'stages.1.training.epochs' is one")
+    into: Any = text.plain
+    place: tuple = ()
+    for number, key in enumerate(keys, start=1):
+        if isinstance(into, list):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(into):
+                raise RecipeError(
+                    f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, from 0 on"
+                )
+            key = int(key)
+        elif not isinstance(into, dict):
+            raise RecipeError(f"changes: {name}: {where(place)} is {short(into)}, which holds no {key!r}")
+        place = (*place, key)
+        if number == len(keys):
+            into[key] = value
+            text.changed.add(place)
+        elif isinstance(into, dict) and into.get(key) is None:
+            into[key] = {}
+            text.changed.add(place)
+        into = into[key]
+
+
+def holds(plain: Any, key: Any) -> bool:
+    if isinstance(plain, list):
+        return isinstance(key, int) and key < len(plain)
+    return isinstance(plain, dict) and key in plain
+
+
+def at_path(plain: Any, place: tuple) -> dict | list:
+    """The mapping or list at a place, an empty one where there is none."""
+    for key in place:
+        plain = plain[key] if holds(plain, key) else None
+    return plain if isinstance(plain, (dict, list)) else {}
+
+
+def short(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
