@@ -34,7 +34,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import codec
+from trainer.compression import units
+from trainer.packing import container
 
 Tensors = dict[str, np.ndarray]
 
@@ -130,7 +131,7 @@ def ordered(tensors: Tensors) -> Tensors:
     names = [name for name, array in tensors.items() if array.ndim > 1]
     for name, following in itertools.pairwise(names):
         weight, after = tensors[name], tensors[following]
-        order = codec.unit_order(weight)
+        order = units.unit_order(weight)
         bias = name.removesuffix("weight") + "bias"
         for own in {name, bias} & set(tensors):
             tensors[own] = tensors[own][order]
@@ -175,7 +176,7 @@ def nncodec_bytes(weights: Tensors) -> int | None:
 
 def weight_bytes(tensors: Tensors, data: bytes) -> float:
     return sum(
-        row["bytes"] for row in codec.account(data) if row["tensor"] and tensors[row["tensor"]].ndim > 1
+        row["bytes"] for row in container.account(data) if row["tensor"] and tensors[row["tensor"]].ndim > 1
     )
 
 
@@ -191,9 +192,9 @@ def shared(tensors: Tensors) -> Tensors:
 def timed(tensors: Tensors) -> tuple[bytes, float, float]:
     """The file, and the CPU seconds of encoding and decoding it."""
     start = time.process_time()
-    data = codec.encode({}, tensors)
+    data = container.encode({}, tensors)
     middle = time.process_time()
-    _, decoded = codec.decode(data)
+    _, decoded = container.decode(data)
     end = time.process_time()
     if any(decoded[name].tobytes() != array.tobytes() for name, array in tensors.items()):
         raise ValueError("the file did not give the tensors back")
@@ -203,7 +204,7 @@ def timed(tensors: Tensors) -> tuple[bytes, float, float]:
 def report(name: str, tensors: Tensors, with_order: bool) -> None:
     data, encode_seconds, decode_seconds = timed(tensors)
     ours = weight_bytes(tensors, data)
-    rows = [row for row in codec.account(data) if "iid_bytes" in row]
+    rows = [row for row in container.account(data) if "iid_bytes" in row]
     books = 2 * sum(row["clusters"] for row in rows)
     others = {
         kind: sum(row[kind] for row in rows) + books
@@ -212,7 +213,7 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
     positions = sum(row["numel"] for row in rows)
     mask = sum(
         row["bytes"]
-        for row in codec.account(data)
+        for row in container.account(data)
         if row["part"] == "mask" and tensors[row["tensor"]].ndim > 1
     )
     counts = [
@@ -226,7 +227,7 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
     print(f"  {'':22}{'bytes':>11}  ours / it")
     print(f"  {'ours':22}{ours:11,.0f}")
     if with_order:
-        print(f"  {'ours, ordered':22}{weight_bytes(tensors, codec.encode({}, ordered(tensors))):11,.0f}")
+        print(f"  {'ours, ordered':22}{weight_bytes(tensors, container.encode({}, ordered(tensors))):11,.0f}")
     for label, size in (
         ("iid", others["iid_bytes"]),
         ("Huffman", others["huffman_bytes"]),
@@ -237,7 +238,7 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
     part = shared(tensors)
     rival = nncodec_bytes(part) if part else None
     if rival is not None:
-        same = sum(row["bytes"] for row in codec.account(data) if row["tensor"] in part)
+        same = sum(row["bytes"] for row in container.account(data) if row["tensor"] in part)
         print(f"  {'nncodec':22}{rival:11,.0f}  {same / rival:9.3f}")
     if mask_iid:
         print(f"  {'positions':22}{mask:11,.0f}  {mask / mask_iid:9.3f} of their iid bound")

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.kmeans import assign, inertia, kmeans_linear, kmeans_optimal
+from trainer.compression.kmeans import assign, inertia, kmeans_linear, kmeans_optimal
 
 
 def make_values(kind: str, size: int) -> np.ndarray:

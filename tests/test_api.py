@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import trainer
-from trainer import compress, packed
+from trainer.compression.weights import weights_of
+from trainer.packing import network as packed
 
 
 def network():
@@ -98,7 +99,7 @@ def test_a_layer_that_shares_already_stops_pruning_before_any_layer_is_pruned():
     trainer.share(model, bits=2, keep=["0"])
     with pytest.raises(ValueError, match="'2' shares its weights already: prune before sharing"):
         trainer.prune(model, sparsity=0.5)
-    assert compress.weights(model)["0"].mask is None
+    assert weights_of(model)["0"].mask is None
 
 
 def test_small_values_are_shared_in_float32():
@@ -215,7 +216,7 @@ def test_norms_are_no_weights_and_cells_have_gates():
             "gru": nn.GRUCell(3, 4),
         }
     )
-    parts = {name: place.parts for name, place in compress.weights(model).items()}
+    parts = {name: place.parts for name, place in weights_of(model).items()}
     assert parts == {
         "conv": 1,
         "lstm.weight_hh": 4,
@@ -243,4 +244,4 @@ def test_tied_weights_have_one_mask_and_one_codebook():
     assert int((model["out"].weight == 0).sum()) == 48
     trainer.share(model, bits=2)
     assert torch.equal(model["embed"].weight, model["out"].weight)
-    assert list(compress.weights(model)) == ["embed"] and len(model["out"].weight.unique()) == 5
+    assert list(weights_of(model)) == ["embed"] and len(model["out"].weight.unique()) == 5

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer import codec, entropy
-from trainer.codec import account, decode, encode, read_header, unit_order
+from trainer.compression.units import unit_order
+from trainer.packing import container, rivals
+from trainer.packing.coder import ONE, Decoder, Encoder
+from trainer.packing.container import account, decode, encode, read_header
+from trainer.packing.predictors import log2_table, squash_table
 
 GOLDEN = Path(__file__).parent / "data" / "golden.tiny"
 HEADER = {"model": "lenet5", "settings": {"width": 6}, "shape": [1, 28, 28], "classes": ["nought", "één"]}
@@ -250,45 +253,43 @@ def test_the_golden_file_decodes_to_the_same_values_for_ever():
 
 
 def test_tables_of_logarithms_are_exact():
-    log2 = entropy.log2_table()
+    log2 = log2_table()
     i = np.arange(1, len(log2))
     power = 256 * np.log2(i)
     assert np.all(log2[1:] <= power + 1e-9) and np.all(log2[1:] > power - 1 - 1e-9)
     assert hashlib.sha256(log2.astype("<i4").tobytes()).hexdigest()[:16] == "259bd3fe18a5d991"
-    squash = entropy.squash_table()
-    assert np.all(np.diff(squash) >= 0) and squash[len(squash) // 2] == entropy.ONE // 2
-    assert np.array_equal(squash + squash[::-1], np.full(len(squash), entropy.ONE))
+    squash = squash_table()
+    assert np.all(np.diff(squash) >= 0) and squash[len(squash) // 2] == ONE // 2
+    assert np.array_equal(squash + squash[::-1], np.full(len(squash), ONE))
     assert hashlib.sha256(squash.astype("<i4").tobytes()).hexdigest()[:16] == "aa9e5e1e9d866038"
 
 
 def test_the_coder_restores_bits_at_their_ideal_length():
     rng = np.random.default_rng(4)
     for probabilities in (
-        rng.integers(4, entropy.ONE - 3, 20000),
+        rng.integers(4, ONE - 3, 20000),
         np.full(20000, 4),
-        np.full(20000, entropy.ONE - 4),
+        np.full(20000, ONE - 4),
     ):
         for bits in (
-            rng.random(20000) < probabilities / entropy.ONE,
+            rng.random(20000) < probabilities / ONE,
             np.zeros(20000, bool),
             np.ones(20000, bool),
         ):
-            encoder = entropy.Encoder()
+            encoder = Encoder()
             encoder.code(probabilities[:9000], bits[:9000])
             assert encoder.uniform(37, 123456789012) == 123456789012
             encoder.code(probabilities[9000:], bits[9000:])
             data = encoder.finish()
-            decoder = entropy.Decoder(data)
+            decoder = Decoder(data)
             found = [decoder.code(probabilities[:9000])]
             assert decoder.uniform(37) == 123456789012
             found.append(decoder.code(probabilities[9000:]))
             assert np.array_equal(np.concatenate(found), bits)
-            ideal = (
-                -np.log2(np.where(bits, probabilities, entropy.ONE - probabilities) / entropy.ONE).sum() + 37
-            )
+            ideal = -np.log2(np.where(bits, probabilities, ONE - probabilities) / ONE).sum() + 37
             assert len(data) <= ideal * 1.0002 / 8 + 1
             followed = encoder.finish(followed=True) + rng.bytes(20)
-            assert np.array_equal(entropy.Decoder(followed).code(probabilities[:9000]), bits[:9000])
+            assert np.array_equal(Decoder(followed).code(probabilities[:9000]), bits[:9000])
 
 
 def test_the_account_adds_up():
@@ -314,8 +315,8 @@ def test_the_account_adds_up():
 
 
 def test_huffman_of_known_counts():
-    assert codec._huffman_bits(np.array([5, 0, 2, 1, 1])) == 5 + 4 + 3 + 3
-    assert codec._huffman_bits(np.array([0, 7])) == 7
+    assert rivals._huffman_bits(np.array([5, 0, 2, 1, 1])) == 5 + 4 + 3 + 3
+    assert rivals._huffman_bits(np.array([0, 7])) == 7
 
 
 def test_structure_is_found():
@@ -410,7 +411,7 @@ def test_damage_under_a_right_checksum_is_refused_or_decodes_to_the_layout():
         body = bytearray(data[:-4])
         body[int(rng.integers(3, len(body)))] ^= 1 << rng.integers(8)
         try:
-            _, found = decode(bytes(body) + codec._checksum(bytes(body)), "x.tiny", layout)
+            _, found = decode(bytes(body) + container._checksum(bytes(body)), "x.tiny", layout)
             assert layout_of(found) == layout
         except ValueError as error:
             assert str(error).startswith("x.tiny: ")
@@ -430,10 +431,10 @@ def test_other_files_are_refused():
             read_header(data, "a.tiny")
     body = b"tS\x63" + encode({}, {})[3:-4]
     with pytest.raises(ValueError, match="a.tiny: format version 99; this program reads version 1"):
-        decode(body + codec._checksum(body), "a.tiny")
+        decode(body + container._checksum(body), "a.tiny")
     body = encode({}, network(np.random.default_rng(0)))[:-4] + b"more than enough"
     with pytest.raises(ValueError, match="a.tiny: .* bytes follow the last tensor"):
-        decode(body + codec._checksum(body), "a.tiny")
+        decode(body + container._checksum(body), "a.tiny")
 
 
 def test_json_of_an_account_can_be_written():

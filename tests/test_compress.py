@@ -8,7 +8,20 @@ import timm.layers
 import torch
 from torch import nn
 
-from trainer import compress, onednn, scores
+from trainer import onednn, scores
+from trainer.compression.codebooks import cluster, set_codebook
+from trainer.compression.masks import (
+    cubic,
+    forget_movement,
+    geometric,
+    score_masks,
+    set_mask,
+    std_masks,
+    watch_movement,
+)
+from trainer.compression.rounding import round_to
+from trainer.compression.states import bake, dense_state, restore, rewind
+from trainer.compression.weights import choose, per_layer, weights_of
 from trainer.fit import Averaged
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -105,18 +118,18 @@ def train(model, x, optimizer, steps=5, accumulate=1, dtype=None):
 
 def prune(model, sparsity=0.7):
     """By magnitude, every part of a layer for itself."""
-    places = compress.weights(model)
+    places = weights_of(model)
     values = {name: scores.magnitude(place.value) for name, place in places.items()}
     alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
-    masks = compress.score_masks(values, alive, dict.fromkeys(places, sparsity), together=False, parts=parts)
+    masks = score_masks(values, alive, dict.fromkeys(places, sparsity), together=False, parts=parts)
     for name, (mask, _) in masks.items():
-        compress.set_mask(places[name], mask)
+        set_mask(places[name], mask)
     return {name: mask for name, (mask, _) in masks.items()}
 
 
 def assert_pruned(model, masks, sparsity=0.7):
     """Exactly so many zeros in all, in each part as many to within one, and where the masks say."""
-    places = compress.weights(model)
+    places = weights_of(model)
     assert set(places) == set(masks)
     for name, place in places.items():
         value = place.value.detach()
@@ -136,10 +149,10 @@ def test_pruned_weights_stay_zero(kind, optimizer):
     before = model(x).detach()
     masks = prune(model)
     assert not torch.equal(model(x), before), "the mask must reach the forward pass"
-    weights = {name: place.value.detach().clone() for name, place in compress.weights(model).items()}
+    weights = {name: place.value.detach().clone() for name, place in weights_of(model).items()}
     train(model, x, optimizer)
     assert_pruned(model, masks)
-    assert all(not torch.equal(place.value, weights[name]) for name, place in compress.weights(model).items())
+    assert all(not torch.equal(place.value, weights[name]) for name, place in weights_of(model).items())
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -160,12 +173,11 @@ def test_averaged_weights_are_zero_where_the_live_ones_are(kind):
     for _ in range(3):
         train(model, x, optimizer, steps=1)
         averaged.update()
-    live = [place.value.detach().clone() for place in compress.weights(model).values()]
+    live = [place.value.detach().clone() for place in weights_of(model).values()]
     averaged.swap()
     assert_pruned(model, masks)
     assert all(
-        not torch.equal(place.value, was)
-        for place, was in zip(compress.weights(model).values(), live, strict=True)
+        not torch.equal(place.value, was) for place, was in zip(weights_of(model).values(), live, strict=True)
     )
 
 
@@ -179,7 +191,7 @@ def test_a_resumed_training_ends_at_the_same_bits(kind):
     kept_optimizer = copy.deepcopy(optimizer.state_dict())
     train(model, x, optimizer, steps=2)
     resumed, _ = make(kind)
-    compress.restore(resumed, kept)
+    restore(resumed, kept)
     optimizer = make_optimizer(resumed, "adam")
     optimizer.load_state_dict(kept_optimizer)
     train(resumed, x, optimizer, steps=2)
@@ -195,15 +207,15 @@ def test_movement_scores_add_up_over_all_positions(kind):
     """Against the gradient that a plain copy of the pruned network has, also where it is pruned."""
     model, x = make(kind)
     masks = prune(model, 0.5)
-    places = compress.weights(model)
-    compress.watch_movement(places.values())
+    places = weights_of(model)
+    watch_movement(places.values())
     expected = {name: torch.zeros_like(mask, dtype=torch.float32) for name, mask in masks.items()}
     optimizer = make_optimizer(model, "sgd")
     for _ in range(3):
         plain, _ = make(kind)
-        plain.load_state_dict(compress.dense_state(model))
+        plain.load_state_dict(dense_state(model))
         (plain(x) - 1).square().mean().backward()
-        for name, place in compress.weights(plain).items():
+        for name, place in weights_of(plain).items():
             module, attribute = places[name].places[0]
             original = module.parametrizations[attribute].original.detach()
             expected[name] -= original * getattr(*place.places[0]).grad
@@ -213,12 +225,12 @@ def test_movement_scores_add_up_over_all_positions(kind):
         torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-6)
         assert (score[~masks[name]] != 0).any(), "pruned weights are scored too"
     fresh, _ = make(kind)
-    compress.restore(fresh, {key: tensor.clone() for key, tensor in model.state_dict().items()})
+    restore(fresh, {key: tensor.clone() for key, tensor in model.state_dict().items()})
     assert all(
         torch.equal(place.parametrization.score, places[name].parametrization.score)
-        for name, place in compress.weights(fresh).items()
+        for name, place in weights_of(fresh).items()
     )
-    compress.forget_movement(places.values())
+    forget_movement(places.values())
     assert not any("score" in key for key in model.state_dict())
     train(model, x, optimizer, steps=1)
     assert_pruned(model, masks, 0.5)
@@ -226,27 +238,27 @@ def test_movement_scores_add_up_over_all_positions(kind):
 
 def test_evaluation_adds_nothing_to_movement_scores():
     model, x = make("linear")
-    compress.watch_movement(compress.weights(model).values())
+    watch_movement(weights_of(model).values())
     with torch.no_grad():
         model(x)
-    assert all(not place.parametrization.score.any() for place in compress.weights(model).values())
+    assert all(not place.parametrization.score.any() for place in weights_of(model).values())
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_rewinding_takes_back_all_but_the_masks(kind):
     model, x = make(kind)
-    began = {key: tensor.clone() for key, tensor in compress.dense_state(model).items()}
+    began = {key: tensor.clone() for key, tensor in dense_state(model).items()}
     train(model, x, "adam")
     masks = prune(model)
     train(model, x, "adam")
-    compress.rewind(model, began)
+    rewind(model, began)
     assert_pruned(model, masks)
     plain, _ = make(kind)
     plain.load_state_dict(began)
-    for name, place in compress.weights(plain).items():
-        compress.set_mask(place, masks[name])
-    expected = compress.dense_state(plain)
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in compress.dense_state(model).items())
+    for name, place in weights_of(plain).items():
+        set_mask(place, masks[name])
+    expected = dense_state(plain)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in dense_state(model).items())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -255,12 +267,12 @@ def test_shared_weights_stay_tied(kind, optimizer):
     model, x = make(kind)
     masks = prune(model, 0.5)
     before = {}
-    for name, place in compress.weights(model).items():
-        codes, centroids = compress.cluster(place, 4)
-        compress.set_codebook(place, codes, centroids)
+    for name, place in weights_of(model).items():
+        codes, centroids = cluster(place, 4)
+        set_codebook(place, codes, centroids)
         before[name] = place.value.detach().clone()
     train(model, x, optimizer)
-    for name, place in compress.weights(model).items():
+    for name, place in weights_of(model).items():
         value = place.value.detach()
         assert len(value.unique()) <= 5
         assert torch.equal(value == 0, ~masks[name])
@@ -271,43 +283,43 @@ def test_shared_weights_stay_tied(kind, optimizer):
 def test_state_dict_round_trip_and_bake(kind):
     model, x = make(kind)
     prune(model)
-    last = list(compress.weights(model).values())[-1]
-    compress.set_codebook(last, *compress.cluster(last, 3))
+    last = list(weights_of(model).values())[-1]
+    set_codebook(last, *cluster(last, 3))
     model.eval()
     expected = model(x)
     fresh, _ = make(kind)
-    compress.restore(fresh, {k: v.clone() for k, v in model.state_dict().items()})
+    restore(fresh, {k: v.clone() for k, v in model.state_dict().items()})
     assert torch.equal(fresh.eval()(x), expected)
     assert [n for n, p in fresh.named_parameters()] == [n for n, p in model.named_parameters()]
     plain, _ = make(kind)
-    state = compress.dense_state(model)
+    state = dense_state(model)
     plain.load_state_dict(state)
     assert torch.equal(plain.eval()(x), expected)
-    compress.bake(model)
+    bake(model)
     assert set(model.state_dict()) == set(plain.state_dict())
     assert torch.equal(model.eval()(x), expected)
 
 
 def test_a_tied_weight_is_one_weight_and_stays_tied():
     model, x = make("tied")
-    assert list(compress.weights(model)) == ["embed"]
+    assert list(weights_of(model)) == ["embed"]
     prune(model, 0.5)
     train(model, x, "adam")
     assert torch.equal(model.embed.weight, model.out.weight)
-    place = compress.weights(model)["embed"]
-    compress.set_codebook(place, *compress.cluster(place, 4))
+    place = weights_of(model)["embed"]
+    set_codebook(place, *cluster(place, 4))
     train(model, x, "adam")
     assert torch.equal(model.embed.weight, model.out.weight)
-    compress.bake(model)
+    bake(model)
     assert model.embed.weight is model.out.weight
 
 
 def test_gradient_of_a_centroid_is_the_sum_over_its_weights():
     layer = nn.Linear(6, 5)
     model = nn.Sequential(layer)
-    place = compress.weights(model)["0"]
-    codes, centroids = compress.cluster(place, 3)
-    compress.set_codebook(place, codes, centroids)
+    place = weights_of(model)["0"]
+    codes, centroids = cluster(place, 3)
+    set_codebook(place, codes, centroids)
     x = torch.randn(4, 6)
     model(x).square().sum().backward()
     plain = nn.Linear(6, 5)
@@ -319,13 +331,13 @@ def test_gradient_of_a_centroid_is_the_sum_over_its_weights():
 
 def test_std_masks_by_hand():
     layer = nn.Linear(10, 10)
-    place = compress.weights(nn.Sequential(layer))["0"]
+    place = weights_of(nn.Sequential(layer))["0"]
     weight = layer.weight.detach().numpy().copy()
-    mask, (threshold,) = compress.std_masks({"0": place}, {"0": 1.2})["0"]
+    mask, (threshold,) = std_masks({"0": place}, {"0": 1.2})["0"]
     assert threshold == pytest.approx(1.2 * weight.astype(np.float64).std(), rel=1e-6)
     assert np.array_equal(mask.numpy(), np.abs(weight) > threshold)
-    compress.set_mask(place, mask)
-    again, (second,) = compress.std_masks({"0": place}, {"0": 1.2})["0"]
+    set_mask(place, mask)
+    again, (second,) = std_masks({"0": place}, {"0": 1.2})["0"]
     assert second == pytest.approx(1.2 * weight[mask.numpy()].astype(np.float64).std(), rel=1e-6)
     assert not (again & ~mask).any(), "what is pruned stays pruned"
 
@@ -333,11 +345,11 @@ def test_std_masks_by_hand():
 @pytest.mark.parametrize(("kind", "parts"), [("lstm", 4), ("gru", 3), ("attention", 3), ("fused_qkv", 3)])
 def test_gates_have_thresholds_of_their_own(kind, parts):
     model, _ = make(kind)
-    places = compress.weights(model)
+    places = weights_of(model)
     name, place = next((n, p) for n, p in places.items() if p.parts > 1)
     with torch.no_grad():
         place.value.chunk(parts)[0].mul_(10)
-    mask, thresholds = compress.std_masks({name: place}, {name: 1.0})[name]
+    mask, thresholds = std_masks({name: place}, {name: 1.0})[name]
     assert len(thresholds) == parts
     assert thresholds[0] > 5 * max(thresholds[1:])
     for block, threshold, kept in zip(place.value.chunk(parts), thresholds, mask.chunk(parts), strict=True):
@@ -347,7 +359,7 @@ def test_gates_have_thresholds_of_their_own(kind, parts):
 def test_a_qkv_without_equal_thirds_is_one_matrix():
     """Fewer keys and values than queries: nothing in the weight says where they begin."""
     model = nn.ModuleDict({"qkv": nn.Linear(8, 16), "other": nn.Linear(8, 24)})
-    assert [place.parts for place in compress.weights(model).values()] == [1, 1]
+    assert [place.parts for place in weights_of(model).values()] == [1, 1]
     masks = prune(model)
     assert_pruned(model, masks)
 
@@ -358,28 +370,26 @@ def test_masks_reach_a_network_that_only_answers(kind):
     model, x = make(kind)
     prune(model)
     plain, _ = make(kind)
-    plain.load_state_dict(compress.dense_state(model))
+    plain.load_state_dict(dense_state(model))
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), plain.eval()(x))
 
 
 def test_global_ranking_takes_exactly_the_lowest():
     scores = {"a": torch.tensor([[0.1, 0.9], [0.5, 0.3]]), "b": torch.tensor([[0.2, 0.8]])}
-    masks = compress.score_masks(scores, {"a": None, "b": None}, {"a": 0.5, "b": 0.5}, together=True)
+    masks = score_masks(scores, {"a": None, "b": None}, {"a": 0.5, "b": 0.5}, together=True)
     assert masks["a"][0].tolist() == [[False, True], [True, False]]
     assert masks["b"][0].tolist() == [[False, True]]
 
 
 def test_ties_do_not_change_the_count():
-    masks = compress.score_masks({"a": torch.ones(10, 10)}, {"a": None}, {"a": 0.37}, together=False)
+    masks = score_masks({"a": torch.ones(10, 10)}, {"a": None}, {"a": 0.37}, together=False)
     assert int((~masks["a"][0]).sum()) == 37
 
 
 def test_parts_of_a_layer_are_ranked_for_themselves():
     score = torch.arange(12.0).reshape(6, 2)
-    [mask] = [
-        m for m, _ in compress.score_masks({"a": score}, {"a": None}, {"a": 0.6}, False, {"a": 3}).values()
-    ]
+    [mask] = [m for m, _ in score_masks({"a": score}, {"a": None}, {"a": 0.6}, False, {"a": 3}).values()]
     assert [int((~part).sum()) for part in mask.chunk(3)] == [2, 3, 2]  # round(0.6 x 12) = 7 in all
     assert mask.tolist() == [
         [False, False],
@@ -393,10 +403,10 @@ def test_parts_of_a_layer_are_ranked_for_themselves():
 
 def test_what_is_pruned_stays_pruned_also_when_less_is_asked_for():
     score, alive = torch.arange(10.0), torch.arange(10) != 9
-    masks = compress.score_masks({"a": score}, {"a": alive}, {"a": 0.3}, together=False)
+    masks = score_masks({"a": score}, {"a": alive}, {"a": 0.3}, together=False)
     assert masks["a"][0].tolist() == [False, False, *[True] * 7, False]
     assert masks["a"][1] == [2.0]
-    none = compress.score_masks({"a": score}, {"a": alive}, {"a": 0.0}, together=True)
+    none = score_masks({"a": score}, {"a": alive}, {"a": 0.0}, together=True)
     assert torch.equal(none["a"][0], alive)
 
 
@@ -404,7 +414,7 @@ def test_masks_against_a_sort():
     generator = torch.Generator().manual_seed(0)
     for sparsity in (0.0, 0.01, 0.5, 0.937, 0.999):
         score = torch.randint(0, 40, (1000,), generator=generator).float()  # many ties
-        mask, _ = compress.score_masks({"a": score}, {"a": None}, {"a": sparsity}, together=False)["a"]
+        mask, _ = score_masks({"a": score}, {"a": None}, {"a": sparsity}, together=False)["a"]
         zeros = round(sparsity * 1000)
         expected = torch.ones(1000, dtype=torch.bool)
         expected[sorted(range(1000), key=lambda i: (score[i].item(), i))[:zeros]] = False
@@ -412,17 +422,17 @@ def test_masks_against_a_sort():
 
 
 def test_cubic_schedule():
-    assert compress.cubic(0.9, 0.0) == 0
-    assert compress.cubic(0.9, 0.5) == pytest.approx(0.9 * 0.875)
-    assert compress.cubic(0.9, 1.0) == 0.9
-    assert compress.cubic(0.9, 0.0, initial=0.5) == 0.5
-    assert compress.cubic(0.9, 0.5, initial=0.5) == pytest.approx(0.5 + 0.4 * 0.875)
+    assert cubic(0.9, 0.0) == 0
+    assert cubic(0.9, 0.5) == pytest.approx(0.9 * 0.875)
+    assert cubic(0.9, 1.0) == 0.9
+    assert cubic(0.9, 0.0, initial=0.5) == 0.5
+    assert cubic(0.9, 0.5, initial=0.5) == pytest.approx(0.5 + 0.4 * 0.875)
 
 
 def test_geometric_schedule_prunes_the_same_share_of_what_is_left():
-    left = [1 - compress.geometric(0.9, i / 3, initial=0.2) for i in range(4)]
+    left = [1 - geometric(0.9, i / 3, initial=0.2) for i in range(4)]
     assert left[0] == pytest.approx(0.8)
-    assert compress.geometric(0.9, 1.0, initial=0.2) == 0.9
+    assert geometric(0.9, 1.0, initial=0.2) == 0.9
     assert [b / a for a, b in zip(left, left[1:], strict=False)] == pytest.approx([0.5] * 3)
 
 
@@ -440,7 +450,7 @@ def test_geometric_schedule_prunes_the_same_share_of_what_is_left():
 )
 def test_axis_of_the_inputs(kind, axis):
     model, _ = make(kind)
-    assert {place.input_axis for place in compress.weights(model).values()} == {axis}
+    assert {place.input_axis for place in weights_of(model).values()} == {axis}
 
 
 def test_groups_have_codebooks_of_their_own():
@@ -448,48 +458,46 @@ def test_groups_have_codebooks_of_their_own():
     layer = nn.Linear(40, 8)
     with torch.no_grad():
         layer.weight[4:] += 5
-    place = compress.weights(nn.Sequential(layer))["0"]
-    codes, centroids = compress.cluster(place, 4, groups=2)
+    place = weights_of(nn.Sequential(layer))["0"]
+    codes, centroids = cluster(place, 4, groups=2)
     assert centroids.shape == (2, 4)
     assert set(codes[:4].unique().tolist()) == {1, 2, 3, 4}
     assert set(codes[4:].unique().tolist()) == {5, 6, 7, 8}
     before = layer.weight.detach().clone()
-    compress.set_codebook(place, codes, centroids)
+    set_codebook(place, codes, centroids)
     assert (layer.weight - before).abs().max() < 0.2
     with pytest.raises(ValueError, match="do not split into 3"):
-        compress.cluster(place, 4, groups=3)
+        cluster(place, 4, groups=3)
 
 
 class TestBadInput:
     def test_unknown_layer_gets_the_nearest_name(self):
         model = nn.ModuleDict({"conv1": nn.Conv2d(1, 2, 3), "fc": nn.Linear(2, 2)})
         with pytest.raises(ValueError, match="no layer 'conv3'.*did you mean 'conv1'"):
-            compress.choose(compress.weights(model), ["conv3"])
+            choose(weights_of(model), ["conv3"])
 
     def test_nothing_left(self):
-        place = compress.weights(nn.Sequential(nn.Linear(4, 4)))
+        place = weights_of(nn.Sequential(nn.Linear(4, 4)))
         with pytest.raises(ValueError, match="prunes every weight"):
-            compress.std_masks(place, {"0": 50.0})
+            std_masks(place, {"0": 50.0})
         with torch.no_grad():
             place["0"].value.zero_()
-        compress.set_mask(place["0"], torch.zeros(4, 4))
+        set_mask(place["0"], torch.zeros(4, 4))
         with pytest.raises(ValueError, match="no weights left to prune"):
-            compress.std_masks(place, {"0": 1.0})
+            std_masks(place, {"0": 1.0})
         with pytest.raises(ValueError, match="no weights left to share"):
-            compress.cluster(place["0"], 4)
+            cluster(place["0"], 4)
 
     def test_a_layer_of_zeros_or_of_one_value_has_no_threshold(self):
         layer = nn.Linear(4, 4)
-        place = compress.weights(nn.Sequential(layer))
+        place = weights_of(nn.Sequential(layer))
         nn.init.zeros_(layer.weight)
         with pytest.raises(ValueError, match="'0' has no weights left to prune: all are zero"):
-            compress.std_masks(place, {"0": 1.0})
+            std_masks(place, {"0": 1.0})
         nn.init.constant_(layer.weight, 0.1)
         with pytest.raises(ValueError, match="'0': all weights left are 0.1, so .* name the layer in keep"):
-            compress.std_masks(place, {"0": 1.0})
-        [(mask, _)] = compress.score_masks(
-            {"0": layer.weight}, {"0": None}, {"0": 0.5}, together=False
-        ).values()
+            std_masks(place, {"0": 1.0})
+        [(mask, _)] = score_masks({"0": layer.weight}, {"0": None}, {"0": 0.5}, together=False).values()
         assert int(mask.sum()) == 8, "by rank the count is exact all the same"
 
     def test_weights_that_are_not_finite(self):
@@ -497,40 +505,40 @@ class TestBadInput:
         with torch.no_grad():
             model[0].weight[0, 0] = float("nan")
         with pytest.raises(ValueError, match="'0'.*not finite"):
-            compress.choose(compress.weights(model))
+            choose(weights_of(model))
 
     def test_a_frozen_layer_must_be_kept(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         model[0].weight.requires_grad_(False)
         with pytest.raises(ValueError, match="'0' is frozen"):
-            compress.choose(compress.weights(model))
-        assert list(compress.choose(compress.weights(model), ["first"])) == ["1"]
+            choose(weights_of(model))
+        assert list(choose(weights_of(model), ["first"])) == ["1"]
 
     def test_pruning_after_sharing(self):
-        place = compress.weights(nn.Sequential(nn.Linear(4, 4)))["0"]
-        compress.set_codebook(place, *compress.cluster(place, 2))
+        place = weights_of(nn.Sequential(nn.Linear(4, 4)))["0"]
+        set_codebook(place, *cluster(place, 2))
         with pytest.raises(ValueError, match="prune before sharing"):
-            compress.set_mask(place, torch.ones(4, 4))
+            set_mask(place, torch.ones(4, 4))
 
     def test_a_setting_must_name_every_layer(self):
-        places = compress.weights(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        places = weights_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
         with pytest.raises(ValueError, match="nothing is given for 1"):
-            compress.per_layer(places, {"0": 2.0}, "sensitivity")
+            per_layer(places, {"0": 2.0}, "sensitivity")
 
     def test_fewer_survivors_than_values_are_kept_exactly(self):
         layer = nn.Linear(4, 4)
-        place = compress.weights(nn.Sequential(layer))["0"]
+        place = weights_of(nn.Sequential(layer))["0"]
         before = layer.weight.detach().clone()
-        compress.set_codebook(place, *compress.cluster(place, 32))
+        set_codebook(place, *cluster(place, 32))
         assert torch.equal(layer.weight, before)
 
     def test_a_constant_layer(self):
         layer = nn.Linear(4, 4)
         nn.init.constant_(layer.weight, 0.25)
-        place = compress.weights(nn.Sequential(layer))["0"]
-        compress.set_codebook(place, *compress.cluster(place, 8))
+        place = weights_of(nn.Sequential(layer))["0"]
+        set_codebook(place, *cluster(place, 8))
         assert torch.equal(layer.weight, torch.full((4, 4), 0.25))
 
     def test_too_large_for_float16(self):
         with pytest.raises(ValueError, match="too large for float16"):
-            compress.round_to(torch.tensor([1e6]), "float16")
+            round_to(torch.tensor([1e6]), "float16")

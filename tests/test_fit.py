@@ -16,9 +16,11 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import checkpoint, compress, onednn, runner
+from trainer import checkpoint, onednn, runner
 from trainer import fit as fitting
 from trainer.cache import ViewCache
+from trainer.compression.codebooks import cluster, set_codebook
+from trainer.compression.weights import weights_of
 from trainer.context import Run
 from trainer.data import make_data
 from trainer.fit import Averaged, fit, freeze_unused, learning_rate, make_optimizer
@@ -203,8 +205,8 @@ def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path):
 )
 def test_centroids_take_no_weight_decay_and_frozen_parameters_are_left_out(name, kind, settings):
     model = Tiny()
-    place = compress.weights(model)["fc1"]
-    compress.set_codebook(place, *compress.cluster(place, 4))
+    place = weights_of(model)["fc1"]
+    set_codebook(place, *cluster(place, 4))
     model.fc2.bias.requires_grad_(False)
     optimizer = make_optimizer(model, Training(epochs=1, optimizer=name, weight_decay=0.1, **settings))
     assert type(optimizer) is kind
@@ -223,8 +225,8 @@ def test_nothing_to_train_is_an_error():
 
 def test_weight_decay_spares_the_centroids_in_training(tmp_path):
     run = make_run(tmp_path)
-    place = compress.weights(run.student)["fc1"]
-    compress.set_codebook(place, *compress.cluster(place, 4))
+    place = weights_of(run.student)["fc1"]
+    set_codebook(place, *cluster(place, 4))
     run.student.fc1.bias.requires_grad_(False)
     nn.init.zeros_(run.student.fc2.weight)  # then no gradient reaches fc1, and decay alone would move it
     run.student.fc2.weight.requires_grad_(False)

@@ -4,12 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import compress, fold, packed, teacher
+from trainer import teacher
+from trainer.compression import folding, units
+from trainer.compression.codebooks import cluster, open_codebook, set_codebook
+from trainer.compression.masks import set_mask
+from trainer.compression.parametrizations import Codebook
+from trainer.compression.states import dense_state, restore
+from trainer.compression.weights import weights_of
 from trainer.models.cifar_resnet import cifar_resnet
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet5_caffe import lenet5_caffe
 from trainer.models.lenet300 import lenet300
 from trainer.models.separable import separable
+from trainer.packing import network as packed
 
 SHAPE, CLASSES = (1, 16, 16), 4
 NORMED = {
@@ -30,8 +37,8 @@ def images(seed=1):
 
 def pruned(model, share=0.3):
     torch.manual_seed(2)
-    for place in compress.weights(model).values():
-        compress.set_mask(place, torch.rand_like(place.value) < share)
+    for place in weights_of(model).values():
+        set_mask(place, torch.rand_like(place.value) < share)
     return model.eval()
 
 
@@ -52,34 +59,34 @@ def with_statistics(spec):
 def test_folding_keeps_outputs_and_masks(name):
     model = pruned(with_statistics(NORMED[name]))
     expected = model(images())
-    masks = {n: p.mask.clone() for n, p in compress.weights(model).items()}
-    same, spec = fold.fold(model, NORMED[name])
+    masks = {n: p.mask.clone() for n, p in weights_of(model).items()}
+    same, spec = folding.fold(model, NORMED[name])
     assert same is model
     torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    for n, place in compress.weights(model).items():
+    for n, place in weights_of(model).items():
         assert torch.equal(place.mask, masks[n])
         zeros = place.value[~masks[n]]
         assert not zeros.any() and not torch.signbit(zeros).any()
     # the spec builds the very same network
     twin = teacher.build(spec, SHAPE, CLASSES)
-    compress.restore(twin, {k: v.clone() for k, v in model.state_dict().items()})
+    restore(twin, {k: v.clone() for k, v in model.state_dict().items()})
     assert torch.equal(twin.eval()(images()), model(images()))
 
 
 def test_the_folded_spec_names_only_what_differs_from_the_defaults():
-    assert fold.fold(with_statistics(NORMED["lenet5"]), NORMED["lenet5"])[1] == {
+    assert folding.fold(with_statistics(NORMED["lenet5"]), NORMED["lenet5"])[1] == {
         "model": "lenet5",
         "width": 3,
     }
-    assert fold.fold(with_statistics(NORMED["separable"]), NORMED["separable"])[1]["batch_norm"] is False
+    assert folding.fold(with_statistics(NORMED["separable"]), NORMED["separable"])[1]["batch_norm"] is False
 
 
 def test_folding_makes_the_file_smaller():
     spec, facts = NORMED["separable"], {"shape": SHAPE, "mean": [0.0], "std": [1.0], "classes": list("abcd")}
     model = with_statistics(spec).eval()
     before = len(packed.encode(model, spec, facts))
-    model, folded = fold.fold(model, spec)
+    model, folded = folding.fold(model, spec)
     data = packed.encode(model, folded, facts)
     assert len(data) < before
     assert torch.equal(packed.decode(data)[0](images()), model(images()))
@@ -92,21 +99,21 @@ def test_what_cannot_be_folded():
         cifar_resnet(SHAPE, CLASSES),
     ):
         with pytest.raises(ValueError, match="no BatchNorm that can be folded"):
-            fold.fold(model, {"model": "lenet5"})
+            folding.fold(model, {"model": "lenet5"})
     model = with_statistics(NORMED["lenet5"])
-    place = compress.weights(model)["conv2"]
-    compress.set_codebook(place, *compress.cluster(place, 4))
+    place = weights_of(model)["conv2"]
+    set_codebook(place, *cluster(place, 4))
     with pytest.raises(ValueError, match="'conv2' shares its weights already: fold before sharing"):
-        fold.fold(model, NORMED["lenet5"])
+        folding.fold(model, NORMED["lenet5"])
 
 
 # tidy
 
 
 def shared(model, values=4):
-    for place in compress.weights(model).values():
+    for place in weights_of(model).values():
         if place.value.any():
-            compress.set_codebook(place, *compress.cluster(place, values))
+            set_codebook(place, *cluster(place, values))
     return model
 
 
@@ -116,7 +123,7 @@ def shared(model, values=4):
 def test_tidying_keeps_outputs(name, kind, order):
     torch.manual_seed(0)
     model = CHAINS[name]()
-    for place in compress.weights(model).values():
+    for place in weights_of(model).values():
         with torch.no_grad():
             place.value.mul_(3.0)  # so that the images make a difference
     if kind != "plain":
@@ -125,15 +132,15 @@ def test_tidying_keeps_outputs(name, kind, order):
         shared(model)
     model.eval()
     expected = model(images())
-    before = {n: p.value.detach().clone() for n, p in compress.weights(model).items()}
-    fold.tidy(model, order)
+    before = {n: p.value.detach().clone() for n, p in weights_of(model).items()}
+    units.tidy(model, order)
     torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
-    moved = [n for n, p in compress.weights(model).items() if not torch.equal(p.value, before[n])]
+    moved = [n for n, p in weights_of(model).items() if not torch.equal(p.value, before[n])]
     assert moved or (kind, order) == ("plain", "count"), (
         "units are moved; where none has a zero, all count the same"
     )
     if kind == "shared":
-        assert all(isinstance(p.parametrization, compress.Codebook) for p in compress.weights(model).values())
+        assert all(isinstance(p.parametrization, Codebook) for p in weights_of(model).values())
 
 
 def dead_and_constant():
@@ -153,7 +160,7 @@ def dead_and_constant():
 def test_dead_units_are_dropped_and_constants_move_on():
     model = dead_and_constant()
     expected = model(images())
-    assert fold.drop_dead(model) == {"fc1": 4, "fc2": 1}
+    assert units.drop_dead(model) == {"fc1": 4, "fc2": 1}
     torch.testing.assert_close(model(images()), expected)
     for unit in (3, 5, 6, 8):
         assert (
@@ -162,10 +169,10 @@ def test_dead_units_are_dropped_and_constants_move_on():
             and not model.fc2.weight[:, unit].any()
         )
     assert not model.fc2.weight[2].any() and not model.fc2.bias[2]
-    before = compress.dense_state(model)
+    before = dense_state(model)
     before = {name: tensor.clone() for name, tensor in before.items()}
-    assert fold.drop_dead(model) == {"fc1": 4, "fc2": 1}, "a second time finds the same units"
-    assert all(torch.equal(before[name], tensor) for name, tensor in compress.dense_state(model).items())
+    assert units.drop_dead(model) == {"fc1": 4, "fc2": 1}, "a second time finds the same units"
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense_state(model).items())
 
 
 def test_units_without_consequences_leave_the_outputs_bit_equal():
@@ -173,7 +180,7 @@ def test_units_without_consequences_leave_the_outputs_bit_equal():
     with torch.no_grad():
         model.fc1.bias[5] = -1.0  # no constant that would have to move
     expected = model(images())
-    fold.drop_dead(model)
+    units.drop_dead(model)
     assert torch.equal(model(images()), expected)
 
 
@@ -183,7 +190,7 @@ def test_a_constant_channel_stays_before_a_padded_convolution():
             model.conv1.weight[1] = 0
             model.conv1.bias[1] = 0.5
         expected = model.eval()(images())
-        assert fold.drop_dead(model)["conv1"] == dropped
+        assert units.drop_dead(model)["conv1"] == dropped
         torch.testing.assert_close(model(images()), expected)
 
 
@@ -192,7 +199,7 @@ def test_tidying_makes_the_file_smaller():
     shared(pruned(model, 0.05))
     facts = {"shape": SHAPE, "mean": [0.0], "std": [1.0], "classes": list("abcd")}
     before = len(packed.encode(model, None, facts))
-    fold.tidy(model)
+    units.tidy(model)
     assert len(packed.encode(model, None, facts)) < before
 
 
@@ -200,14 +207,14 @@ def test_what_cannot_be_tidied():
     residual = separable(SHAPE, CLASSES, widths=(4, 4), strides=(1, 1), batch_norm=False, residual=True)
     for model in (nn.Sequential(nn.Linear(4, 4)), residual):
         with pytest.raises(ValueError, match="no chain of layers"):
-            fold.tidy(model)
+            units.tidy(model)
     with pytest.raises(ValueError, match="'norm1' stands between.*stage fold"):
-        fold.tidy(with_statistics(NORMED["lenet5"]))
+        units.tidy(with_statistics(NORMED["lenet5"]))
     model = CHAINS["lenet300"]()
-    place = compress.weights(model)["fc1"]
-    compress.open_codebook(place, *compress.cluster(place, 4))
+    place = weights_of(model)["fc1"]
+    open_codebook(place, *cluster(place, 4))
     with pytest.raises(ValueError, match="'fc1' is still deciding"):
-        fold.tidy(model)
+        units.tidy(model)
 
 
 def test_attributes_of_these_names_are_the_networks_own():
@@ -218,6 +225,6 @@ def test_attributes_of_these_names_are_the_networks_own():
             self.norms = nn.ModuleList([nn.BatchNorm1d(3)])
 
     with pytest.raises(ValueError, match="is no chain of layers"):
-        fold.can_tidy(Other())
+        units.can_tidy(Other())
     with pytest.raises(ValueError, match="has no BatchNorm that can be folded"):
-        fold.can_fold(Other())
+        folding.can_fold(Other())

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import checkpoint, compress, features, inference, teacher
+from trainer import checkpoint, features, inference, teacher
+from trainer.compression.masks import set_mask
+from trainer.compression.weights import weights_of
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.separable import separable
@@ -56,8 +58,8 @@ def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
 
 def test_pruned_and_shared_networks_are_not_folded():
     network, images = some("lenet5")
-    place = compress.weights(network)["conv2"]
-    compress.set_mask(place, place.value.abs() > place.value.abs().median())
+    place = weights_of(network)["conv2"]
+    set_mask(place, place.value.abs() > place.value.abs().median())
     with torch.no_grad():
         wanted = network(images)
         ready = inference.make_ready(network)

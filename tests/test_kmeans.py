@@ -7,8 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from trainer import kmeans
-from trainer.kmeans import assign, code_lengths, inertia, kmeans_linear, kmeans_optimal
+from trainer.compression import intervals, kmeans
+from trainer.compression.intervals import points_of
+from trainer.compression.kmeans import assign, code_lengths, inertia, kmeans_linear, kmeans_optimal
 
 
 def partitions(size, k):
@@ -126,8 +127,10 @@ def test_chunks_summed_into_points_stay_close_to_the_exact_programme(monkeypatch
     exact = inertia(values, kmeans_optimal(values, k, bins=20_000))
     sizes = {"CHUNK": 3000, "CHUNK_BINS": 1500, "NUM_POINTS": 3000, "MAX_POINTS": 4000, "DP_BINS": 512}
     for name, size in sizes.items():
-        monkeypatch.setattr(kmeans, name, size)
-    points = kmeans._points(values, None, 1500)
+        for module in (kmeans, intervals):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, size)
+    points = points_of(values, None, 1500)
     assert len(points[0]) <= sizes["MAX_POINTS"] and points[2].sum() == 20_000
     assert inertia(values, kmeans_optimal(values, k)) <= exact * 1.005
 

@@ -550,7 +550,7 @@ def test_unpack(student, finished, say, tmp_path):
 
 def test_predict(student, finished, say, tmp_path):
     from trainer.datasets.digits import digits
-    from trainer.packed import load
+    from trainer.packing.network import load
     from trainer.teacher import normalize
 
     source = digits(size=16)

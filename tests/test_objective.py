@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from trainer import compress
+from trainer.compression.masks import set_mask
+from trainer.compression.weights import weights_of
 from trainer.context import Data, InMemory, Part
 from trainer.features import Staged, head
 from trainer.fit import make_optimizer
@@ -333,9 +334,9 @@ def test_weights_arrive_in_pairs_and_as_the_network_uses_them(batch):
     objective = Objective(student, [term(loss="weight_distribution")], some_data(), guide)
     losses = objective(*batch)
     assert list(losses) == ["loss", *(f"weight_distribution/{name}" for name in ("one", "two", "fc"))]
-    place = compress.weights(student)["one"]
+    place = weights_of(student)["one"]
     mask = torch.rand_like(place.value) > 0.5
-    compress.set_mask(place, mask)
+    set_mask(place, mask)
     pruned = objective(*batch)
     pruned["loss"].backward()
     quantiles = shelves.find("loss", "weight_distribution")()
@@ -611,7 +612,7 @@ def test_mistakes():
         Objective(Small(), [term(loss="fsp", at="last")], data, guide)
     with pytest.raises(ValueError, match="reuse_classifier: the student's classifier is a Parametrized"):
         student = Small()
-        compress.set_mask(compress.weights(student)["fc"], torch.ones(K, 6, dtype=torch.bool))
+        set_mask(weights_of(student)["fc"], torch.ones(K, 6, dtype=torch.bool))
         Objective(student, [term(loss="reuse_classifier")], data, guide)
 
 

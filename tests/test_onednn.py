@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from trainer import compress, onednn
-from trainer.compress import Mask
+from trainer import onednn
+from trainer.compression.masks import set_mask
+from trainer.compression.parametrizations import Mask
+from trainer.compression.weights import weights_of
 
 WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 served = pytest.mark.skipif(not WIDE, reason="without AVX-512 nothing is attached")
@@ -185,9 +187,9 @@ def test_a_wrong_width_is_an_error(products):
 def test_masked_weights_learn_through_it(products):
     network = a_layer()
     onednn.detach(network)
-    place = compress.weights(network)["0"]
-    compress.set_mask(place, place.value.abs() > place.value.abs().median())
-    assert isinstance(compress.weights(network)["0"].parametrization, Mask)
+    place = weights_of(network)["0"]
+    set_mask(place, place.value.abs() > place.value.abs().median())
+    assert isinstance(weights_of(network)["0"].parametrization, Mask)
     x, other = torch.randn(5, 8), copy.deepcopy(network)
     onednn.attach(network, learning=True)
     for net in (network, other):
@@ -290,8 +292,8 @@ def test_packed_sequences_are_computed_in_float32_too(kind, a_poor_processor):
 
 def test_copies_masks_and_detaching_go_with_recurrent_layers(a_poor_processor):
     network, x = recurrent(nn.LSTM), torch.randn(3, 6, 4)
-    place = compress.weights(network)["0.weight_ih_l0"]
-    compress.set_mask(place, place.value > 0)
+    place = weights_of(network)["0.weight_ih_l0"]
+    set_mask(place, place.value > 0)
     other = pickle.loads(pickle.dumps(recurrent(nn.LSTM)))
     changed = copy.deepcopy(network)
     with torch.no_grad():

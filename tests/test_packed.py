@@ -9,7 +9,14 @@ import torch
 from test_codec import mutate
 from torch import nn
 
-from trainer import checkpoint, codec, compress, packed, teacher
+from trainer import checkpoint, teacher
+from trainer.compression.codebooks import cluster, set_codebook
+from trainer.compression.masks import set_mask
+from trainer.compression.rounding import round_unshared
+from trainer.compression.states import dense_state
+from trainer.compression.weights import weights_of
+from trainer.packing import container
+from trainer.packing import network as packed
 
 SPEC = {"model": "lenet300", "hidden": [12, 8]}
 FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": [str(i) for i in range(10)]}
@@ -18,17 +25,17 @@ FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": [str(i) for
 def network():
     torch.manual_seed(0)
     model = teacher.build(SPEC, (1, 8, 8), 10).eval()
-    for place in compress.weights(model).values():
-        compress.set_mask(place, torch.rand_like(place.value) < 0.4)
-        compress.set_codebook(place, *compress.cluster(place, 4))
+    for place in weights_of(model).values():
+        set_mask(place, torch.rand_like(place.value) < 0.4)
+        set_codebook(place, *cluster(place, 4))
     return model
 
 
 def test_the_decoded_network_is_the_same_bit_for_bit():
     model = network()
-    compress.round_unshared(model, biases=5)
+    round_unshared(model, biases=5)
     decoded, header = packed.decode(packed.encode(model, SPEC, FACTS))
-    assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(compress.dense_state(model))
+    assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(dense_state(model))
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(decoded(x), model(x))
     assert header["classes"] == FACTS["classes"] and header["net"] == SPEC
@@ -69,7 +76,7 @@ def test_grid_steps(values, step):
     array = np.array(values, np.float32)
     found = packed.grid_steps({"a": array})
     assert found == ({} if step is None else {"a": step})
-    decoded = codec.decode(codec.encode({}, {"a": array}, found))[1]["a"]
+    decoded = container.decode(container.encode({}, {"a": array}, found))[1]["a"]
     assert decoded.tobytes() == array.tobytes()
 
 
@@ -85,7 +92,7 @@ def test_biases_on_a_grid_take_few_bytes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 400))
     before = len(packed.encode(model, None, FACTS))
-    compress.round_unshared(model, biases=5)
+    round_unshared(model, biases=5)
     rows = packed.account(packed.encode(model, None, FACTS))[0]
     assert sum(row["bytes"] for row in rows if row["tensor"] == "0.bias") < 400 * 5 / 8 + 10
     assert len(packed.encode(model, None, FACTS)) < before - 400 * 2

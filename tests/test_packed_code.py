@@ -5,8 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import codec, packed, teacher
+from trainer import teacher
 from trainer.__main__ import main
+from trainer.packing import container
+from trainer.packing import network as packed
+from trainer.packing import tensors as packing_tensors
 
 FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": ["a", "b"]}
 
@@ -53,7 +56,7 @@ def test_a_file_that_names_code_or_a_hub_builds_nothing(net, tmp_path, monkeypat
     ],
 )
 def test_headers_that_nobody_here_wrote(change, told, tmp_path, capsys):
-    data = codec.encode(FACTS | change, {"a": np.zeros(3, np.float32)})
+    data = container.encode(FACTS | change, {"a": np.zeros(3, np.float32)})
     for read in (packed.header, packed.tensors, packed.account, packed.decode):
         with pytest.raises(ValueError, match="x.tiny: its header is not that of a packed network: .*" + told):
             read(data, "x.tiny")
@@ -65,7 +68,7 @@ def test_headers_that_nobody_here_wrote(change, told, tmp_path, capsys):
 
 @pytest.mark.parametrize("header", [{}, [1, 2], 5, None])
 def test_headers_that_are_something_else(header):
-    data = codec.encode(header, {"a": np.zeros(3, np.float32)})
+    data = container.encode(header, {"a": np.zeros(3, np.float32)})
     with pytest.raises(ValueError, match="its header is not that of a packed network"):
         packed.header(data)
 
@@ -73,9 +76,9 @@ def test_headers_that_are_something_else(header):
 def test_a_header_nested_too_deeply(monkeypatch):
     deep = "[" * 100_000
     with monkeypatch.context() as patch:
-        patch.setattr(codec.json, "dumps", lambda *a, **k: deep)
-        patch.setattr(codec.json, "loads", lambda text: None)
-        data = codec.encode({}, {"a": np.zeros(3, np.float32)})
+        patch.setattr(container.json, "dumps", lambda *a, **k: deep)
+        patch.setattr(container.json, "loads", lambda text: None)
+        data = container.encode({}, {"a": np.zeros(3, np.float32)})
     with pytest.raises(ValueError, match="x.tiny: the header is nested too deeply"):
         packed.header(data, "x.tiny")
 
@@ -85,18 +88,18 @@ def test_a_few_bytes_do_not_announce_millions_of_positions(shape, monkeypatch):
     """Files whose layout names a large tensor and whose stream ends there: refused before memory is taken for it."""
     known = {"a": (shape, "float32")}
     small = np.array([0, 1.5, 0, 2.5], np.float32)
-    data = codec.encode(FACTS, {"a": small if len(shape) == 1 else small[None]})
-    real = codec._code_layout
-    monkeypatch.setattr(codec, "_code_layout", lambda *a: real(*a) and known)
-    monkeypatch.setattr(codec, "_code_mask", lambda *a: pytest.fail("took the stream at its word"))
+    data = container.encode(FACTS, {"a": small if len(shape) == 1 else small[None]})
+    real = container._code_layout
+    monkeypatch.setattr(container, "_code_layout", lambda *a: real(*a) and known)
+    monkeypatch.setattr(packing_tensors, "code_mask", lambda *a: pytest.fail("took the stream at its word"))
     with pytest.raises(ValueError, match=f"cannot hold the {np.prod(shape):,} positions of tensor a"):
-        codec.decode(data)
+        container.decode(data)
 
 
 def test_settings_of_timm_that_would_read_files_are_refused():
     with pytest.raises(ValueError, match="options holds checkpoint_path"):
         teacher.build({"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, (1, 32, 32), 2)
-    data = codec.encode(
+    data = container.encode(
         {"net": {"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, **FACTS}, {}
     )
     with pytest.raises(ValueError, match="options holds checkpoint_path"):

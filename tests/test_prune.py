@@ -16,10 +16,17 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import channels, checkpoint, compress, measure, packed, report, runner, scores, teacher
+from trainer import checkpoint, report, runner, scores, teacher
 from trainer import fit as fitting
+from trainer.compression import channels
+from trainer.compression.codebooks import cluster, set_codebook
+from trainer.compression.masks import score_masks
+from trainer.compression.states import dense_state
+from trainer.compression.weights import counts, weights_of
 from trainer.context import Run
 from trainer.data import make_data
+from trainer.networks.sizes import resize, sizes_of
+from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys, StageKeys, Training
 from trainer.recipe.text import RecipeError
@@ -73,13 +80,13 @@ def quick(monkeypatch):
         stage,
         "record",
         lambda run, label, seconds=0.0, **numbers: run.rows.append(
-            {"stage": label, **measure.counts(run.student), **numbers}
+            {"stage": label, **counts(run.student), **numbers}
         ),
     )
 
 
 def weights(run):
-    return {name: place.value.detach().clone() for name, place in compress.weights(run.student).items()}
+    return {name: place.value.detach().clone() for name, place in weights_of(run.student).items()}
 
 
 def zeros(run):
@@ -88,7 +95,7 @@ def zeros(run):
 
 def assert_exactly(run, sparsity, together=False):
     """So many zeros, in each layer or in all, and to within one in each gate."""
-    places = compress.weights(run.student)
+    places = weights_of(run.student)
     if together:
         assert sum(zeros(run).values()) == round(sparsity * sum(p.value.numel() for p in places.values()))
         return
@@ -132,7 +139,7 @@ def test_every_method_ends_at_exactly_the_sparsity_asked_for(tmp_path, quick, mo
     prune(run, sparsity=0.63, training=TRAINING, **settings)
     assert_exactly(run, 0.63, together)
     assert run.rows[-1]["stage"] == "recovered"
-    for name, place in compress.weights(run.student).items():
+    for name, place in weights_of(run.student).items():
         assert torch.equal(place.value != 0, place.mask)
         assert not torch.equal(place.value[place.mask], before[name][place.mask]), "the survivors are trained"
         assert set(place.parametrization.state_dict()) == {"mask"}, "no scores are left behind"
@@ -165,7 +172,7 @@ def test_rewinding_takes_the_survivors_back_to_the_start_of_the_stage(tmp_path, 
         stage,
         "record",
         lambda run, label, *rest, **more: at.update(
-            {label: {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}}
+            {label: {key: tensor.clone() for key, tensor in dense_state(run.student).items()}}
         ),
     )
     prune(
@@ -188,20 +195,20 @@ def test_movement_lets_weights_come_back(tmp_path, quick):
     run = make_run(tmp_path)
     start = weights(run)
     seen = []
-    decided = compress.score_masks
+    decided = stage.score_masks
 
     def watch(*arguments):
         masks = decided(*arguments)
         seen.append(torch.cat([mask.flatten() for mask, _ in masks.values()]))
         return masks
 
-    compress.score_masks = watch
+    stage.score_masks = watch
     try:
         prune(run, method="movement", sparsity=0.6, schedule="cubic", ramp=0.9, every=1, training=TRAINING)
     finally:
-        compress.score_masks = decided
+        stage.score_masks = decided
     assert any((later & ~earlier).any() for earlier, later in zip(seen, seen[1:], strict=False))
-    kept = {name: place.mask for name, place in compress.weights(run.student).items()}
+    kept = {name: place.mask for name, place in weights_of(run.student).items()}
     largest = {
         name: start[name].abs() >= start[name].abs().flatten().kthvalue(int(0.6 * start[name].numel())).values
         for name in kept
@@ -222,7 +229,7 @@ def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path, quick):
             training=Training(epochs=3, batch_size=20),
         )
         bits[method] = sum(
-            scores.position_bits(p.mask)[p.mask].sum().item() for p in compress.weights(run.student).values()
+            scores.position_bits(p.mask)[p.mask].sum().item() for p in weights_of(run.student).values()
         )
     assert bits["rate"] < 0.99 * bits["lamp"]
 
@@ -286,12 +293,12 @@ def test_a_later_stage_starts_from_the_zeros_of_an_earlier_one(tmp_path, quick, 
     prune(run, method="magnitude", sparsity=0.5)
     dead = {name: weight == 0 for name, weight in weights(run).items()}
     least = []
-    decided = compress.score_masks
-    compress.score_masks = lambda *a: (least.append(min(a[2].values())), decided(*a))[1]
+    decided = stage.score_masks
+    stage.score_masks = lambda *a: (least.append(min(a[2].values())), decided(*a))[1]
     try:
         prune(run, method=method, sparsity=0.75, schedule="cubic", every=2, training=TRAINING)
     finally:
-        compress.score_masks = decided
+        stage.score_masks = decided
     assert min(least) == pytest.approx(0.5, abs=0.01)
     assert_exactly(run, 0.75)
     assert all(not weight[dead[name]].any() for name, weight in weights(run).items())
@@ -464,8 +471,8 @@ def test_keep(tmp_path, quick):
 
 def test_pruning_after_sharing(tmp_path, quick):
     run = make_run(tmp_path)
-    place = compress.weights(run.student)["conv2"]
-    compress.set_codebook(place, *compress.cluster(place, 4))
+    place = weights_of(run.student)["conv2"]
+    set_codebook(place, *cluster(place, 4))
     for given in ({"schedule": "cubic", "training": TRAINING}, {}):
         with pytest.raises(
             ValueError, match="layer 'conv2' shares its weights already: prune before sharing"
@@ -522,9 +529,9 @@ def test_channels_are_really_gone_and_the_file_still_loads(tmp_path, spec, sizes
     run.student_bytes = 40_000
     prune(run, method="channels", sparsity=0.5, training=TRAINING)
     assert run.student_spec == {**spec, "resized": sizes}
-    assert channels.sizes(run.student) | sizes == channels.sizes(run.student)
+    assert sizes_of(run.student) | sizes == sizes_of(run.student)
     assert labels(run) == ["pruned", "recovered"]
-    data = packed.encode(run.student, run.student_spec, packed.facts(run.data))
+    data = packed.encode(run.student, run.student_spec, packed.facts_of(run.data))
     decoded, header = packed.decode(data)
     assert header["net"] == run.student_spec
     assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(run.student.state_dict())
@@ -551,11 +558,11 @@ def test_channels_in_one_ranking_and_what_is_kept(tmp_path, quick):
         run.student.fc1.bias[:20] = 0
         run.student.fc2.weight[:, :20] *= 1e-3
     prune(run, method="channels", sparsity=0.4, scope="global")
-    assert channels.sizes(run.student)["fc1"][0] + channels.sizes(run.student)["fc2"][0] == 30
-    assert channels.sizes(run.student)["fc1"][0] <= 12
+    assert sizes_of(run.student)["fc1"][0] + sizes_of(run.student)["fc2"][0] == 30
+    assert sizes_of(run.student)["fc1"][0] <= 12
     run = make_run(tmp_path, {"model": "lenet5", "width": 4})
     prune(run, method="channels", sparsity=0.5, keep=["first", "fc2"])
-    assert channels.sizes(run.student) == {
+    assert sizes_of(run.student) == {
         "conv1": [4, 1],
         "conv2": [5, 4],
         "fc1": [40, 20],
@@ -567,10 +574,10 @@ def test_channels_in_one_ranking_and_what_is_kept(tmp_path, quick):
 def test_channels_that_hang_together_go_together(tmp_path, quick):
     run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
     prune(run, method="channels", sparsity=0.5)
-    sizes = channels.sizes(run.student)
+    sizes = sizes_of(run.student)
     assert sizes["conv1"] == [2, 1] and sizes["layer1.0.conv2"] == [2, 2] and sizes["fc"] == [10, 4]
     run = make_run(tmp_path, {"model": "cifar_resnet", "depth": 8, "channels": [4, 4, 8, 8]})
-    uneven = dict.fromkeys(compress.weights(run.student), 0.25) | {"conv1": 0.5}
+    uneven = dict.fromkeys(weights_of(run.student), 0.25) | {"conv1": 0.5}
     with pytest.raises(
         ValueError, match="channels of conv1, layer1.0.conv2 hang together, so theirs must be one number"
     ):
@@ -585,7 +592,7 @@ def test_channels_keep_the_zeros_of_an_earlier_stage_and_frozen_layers_frozen(tm
     prune(run, method="channels", sparsity=0.25, keep=["last"], training=TRAINING)
     assert run.student.fc1.weight.shape == (18, 64)
     assert 0.6 * alive < torch.count_nonzero(run.student.fc1.weight) < alive
-    assert compress.weights(run.student)["fc1"].mask is not None
+    assert weights_of(run.student)["fc1"].mask is not None
     assert not run.student.fc3.weight.requires_grad
 
 
@@ -651,7 +658,7 @@ def test_resizing_every_kind_of_layer():
     )
     net.eval()
     plain = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    channels.resize(net, {"0": [5, 2], "1": [5], "2": [5, 5], "3": [2, 5], "4": [5], "5": [3, 5]})
+    resize(net, {"0": [5, 2], "1": [5], "2": [5, 5], "3": [2, 5], "4": [5], "5": [3, 5]})
     assert net[0].weight.shape == (2, 5, 3, 3) and net[2].weight.shape == (5, 1, 3, 3) and net[2].groups == 5
     assert net[:3](torch.rand(1, 2, 4, 4)).shape == (1, 5, 4, 4)
     assert net[5](net[4](torch.rand(2, 5))).shape == (2, 3)
@@ -757,16 +764,16 @@ def trained_together(accelerator, kind, rank):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn_like(parameter))
-    places = compress.weights(model)
+    places = weights_of(model)
     score = {name: scores.magnitude(place.value) for name, place in places.items()}
     parts = {name: place.parts for name, place in places.items()}
-    masks = compress.score_masks(score, dict.fromkeys(places), dict.fromkeys(places, 0.7), False, parts)
+    masks = score_masks(score, dict.fromkeys(places), dict.fromkeys(places, 0.7), False, parts)
     for name, place in places.items():
         stage._set_mask(SimpleNamespace(accelerator=accelerator), place, masks[name][0])
     wrapped = accelerator.prepare(model)
     test_compress.train(wrapped, x.roll(rank, 0), "adamw", steps=3)
     told = {}
-    for name, place in compress.weights(model).items():
+    for name, place in weights_of(model).items():
         assert int((place.value == 0).sum()) == round(0.7 * place.value.numel()), (kind, name)
         assert torch.equal(place.value != 0, place.mask)
         told[name] = {"mask": place.mask, "value": place.value.detach()}
@@ -809,7 +816,7 @@ def every_method(rank, port, folder):
             with torch.no_grad():
                 run.student.fc1.weight[0] *= 1.5
         prune(run, training=None if number == 2 else Training(epochs=2, batch_size=20), **given)
-        masks = {name: place.mask for name, place in compress.weights(run.student).items()}
+        masks = {name: place.mask for name, place in weights_of(run.student).items()}
         found.append((run.student.state_dict(), masks))
     torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()

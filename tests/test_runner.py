@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from trainer import checkpoint, compress, onednn, report, runner
+from trainer import checkpoint, onednn, report, runner
 from trainer import fit as fitting
+from trainer.compression import codebooks
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.text import RecipeError
 from trainer.stages import distill, pack, train
@@ -154,7 +155,7 @@ def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, ALONE)
     expected = runner.run(path, {"name": "whole"}, folder=tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "cluster", interrupt)
+        patch.setattr(codebooks, "cluster", interrupt)
         with pytest.raises(KeyboardInterrupt):
             runner.run(path, folder=tmp_path)
     assert not (tmp_path / "alone" / "report.json").exists()
@@ -399,12 +400,12 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
     path = write(tmp_path, ALONE)
     with pytest.raises(ValueError, match="nothing.tiny: cannot be read"):
         runner.evaluate_file(tmp_path / "nothing.tiny", path)
-    from trainer import packed
     from trainer.data import make_data
+    from trainer.packing import network as packed
     from trainer.recipe.recipe import read
 
     data = make_data(read(path, {"data.size": 16})[0].data, torch.device("cpu"))
-    content = packed.encode(lenet5((1, 16, 16), 10), {"model": "lenet5"}, packed.facts(data))
+    content = packed.encode(lenet5((1, 16, 16), 10), {"model": "lenet5"}, packed.facts_of(data))
     (tmp_path / "other.tiny").write_bytes(content)
     with pytest.raises(ValueError, match="other.tiny: was made for other images"):
         runner.evaluate_file(tmp_path / "other.tiny", path)

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from trainer import compress, ladder, report, runner, scan
+from trainer import ladder, report, runner, scan
 from trainer.__main__ import main
+from trainer.compression.weights import weights_of
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError, value
 
@@ -150,7 +151,7 @@ def test_scan_before_a_second_pruning_starts_from_its_zeros(tmp_path, monkeypatc
 
 
 def test_weights_come_back_when_measuring_fails():
-    place = compress.weights(torch.nn.Sequential(torch.nn.Linear(4, 4)))["0"]
+    place = weights_of(torch.nn.Sequential(torch.nn.Linear(4, 4)))["0"]
     before = place.value.detach().clone()
     with (
         pytest.raises(KeyError),

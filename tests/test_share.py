@@ -10,10 +10,18 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import compress, fold, kmeans, packed, teacher
 from trainer import fit as fitting
+from trainer import teacher
+from trainer.compression import kmeans, units
+from trainer.compression.codebooks import close_codebook, cluster, code_entropy, open_codebook, set_codebook
+from trainer.compression.masks import set_mask
+from trainer.compression.parametrizations import Codebook
+from trainer.compression.rounding import round_to, round_unshared, to_grid
+from trainer.compression.states import dense_state
+from trainer.compression.weights import weights_of
 from trainer.context import Run
 from trainer.data import make_data
+from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys, StageKeys, Training
 from trainer.stages.fold import fold as fold_stage
@@ -36,8 +44,8 @@ def make_run(tmp_path):
         folder = Path(folder or tmp_path / str(len(logs)))
         logs.append(Log(folder / "log.jsonl"))
         if sparsity:
-            for place in compress.weights(student).values():
-                compress.set_mask(place, place.value.abs() > place.value.abs().quantile(sparsity))
+            for place in weights_of(student).values():
+                set_mask(place, place.value.abs() > place.value.abs().quantile(sparsity))
         return Run(
             name="x",
             folder=folder,
@@ -62,9 +70,7 @@ def training(**settings):
 
 
 def codes_of(run):
-    return {
-        name: place.parametrization.codes.clone() for name, place in compress.weights(run.student).items()
-    }
+    return {name: place.parametrization.codes.clone() for name, place in weights_of(run.student).items()}
 
 
 def bits_a_weight(run):
@@ -85,24 +91,24 @@ def opened(code_cost=0.0, groups=1, values=4, rows=6):
     torch.manual_seed(0)
     layer = nn.Linear(10, rows)
     model = nn.Sequential(layer)
-    place = compress.weights(model)["0"]
-    compress.set_mask(place, torch.rand(rows, 10) < 0.7)
+    place = weights_of(model)["0"]
+    set_mask(place, torch.rand(rows, 10) < 0.7)
     weight = place.value.detach().clone()
-    codes, centroids = compress.cluster(place, values, groups=groups, code_cost=code_cost)
-    compress.open_codebook(place, codes, centroids, code_cost)
-    return model, compress.weights(model)["0"], weight, codes
+    codes, centroids = cluster(place, values, groups=groups, code_cost=code_cost)
+    open_codebook(place, codes, centroids, code_cost)
+    return model, weights_of(model)["0"], weight, codes
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_an_open_codebook_begins_as_the_closed_one(groups):
     model, place, weight, codes = opened(groups=groups)
-    found, centroids = compress.close_codebook(place)
+    found, centroids = close_codebook(place)
     assert torch.equal(found, codes)
     value = place.value.detach().clone()
     assert torch.equal(value == 0, weight == 0) and len(value.unique()) <= 4 * groups + 1
     assert torch.equal(place.mask, weight != 0)
-    compress.set_codebook(place, found, centroids)
-    assert torch.equal(compress.weights(model)["0"].value, value)
+    set_codebook(place, found, centroids)
+    assert torch.equal(weights_of(model)["0"].value, value)
 
 
 def test_codes_are_those_of_the_nearest_value_or_the_cheapest():
@@ -153,7 +159,7 @@ def test_the_bits_of_codes_are_counted_in_training_alone():
 
 def test_soft_entropy_by_hand_and_its_gradient():
     model, place, _, _ = opened()
-    value = compress.entropy([place])
+    value = code_entropy([place])
     trained, latent = place.parametrization, model[0].parametrizations.weight.original
     centroids = trained.centroids[0].detach().sort().values
     width = (centroids[-1] - centroids[0]) / 3 / 2
@@ -170,7 +176,7 @@ def test_soft_entropy_is_finite_where_values_are_unused_or_coincide(values):
     model, place, _, _ = opened(values=values, groups=2)
     with torch.no_grad():
         place.parametrization.centroids[0].clamp_(0.01, 0.01)
-    value = compress.entropy([place])
+    value = code_entropy([place])
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(model[0].parametrizations.weight.original.grad).all()
 
@@ -192,12 +198,12 @@ def test_a_tied_weight_opens_and_closes_as_one():
     embed, out = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
     out.weight = embed.weight
     model = nn.Sequential(embed, out)
-    (place,) = compress.weights(model).values()
-    compress.open_codebook(place, *compress.cluster(place, 4))
+    (place,) = weights_of(model).values()
+    open_codebook(place, *cluster(place, 4))
     model(torch.arange(12)).square().sum().backward()
     assert torch.equal(embed.weight, out.weight)
     assert len([p for p in model.parameters() if p.requires_grad]) == 2
-    compress.set_codebook(place, *compress.close_codebook(place))
+    set_codebook(place, *close_codebook(place))
     assert torch.equal(embed.weight, out.weight) and len(embed.weight.unique()) <= 5
 
 
@@ -205,8 +211,8 @@ def test_a_tied_weight_opens_and_closes_as_one():
 def test_recurrent_weights_open(cell):
     torch.manual_seed(0)
     net = cell(6, 5, batch_first=True)
-    for place in compress.weights(net).values():
-        compress.open_codebook(place, *compress.cluster(place, 4))
+    for place in weights_of(net).values():
+        open_codebook(place, *cluster(place, 4))
     net(torch.randn(2, 3, 6))[0].sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
@@ -222,13 +228,13 @@ def naive_cost(values, weights, centroids, codes, price):
 
 def test_code_cost_lowers_entropy_and_the_whole_cost():
     torch.manual_seed(0)
-    place = compress.weights(nn.Sequential(nn.Linear(50, 40)))["0"]
+    place = weights_of(nn.Sequential(nn.Linear(50, 40)))["0"]
     nn.init.normal_(place.value)
     values = place.value.detach().numpy().ravel()
     price, weights = 0.1 * float((values.astype(float) ** 2).mean()), np.ones(len(values))
     costs, entropies = [], []
     for code_cost in (0.0, 0.1):
-        codes, centroids = compress.cluster(place, 8, code_cost=code_cost)
+        codes, centroids = cluster(place, 8, code_cost=code_cost)
         flat = codes.numpy().ravel() - 1
         counts = np.bincount(flat)
         entropies.append(-(counts / counts.sum()) @ np.log2(np.maximum(counts, 1) / counts.sum()))
@@ -239,18 +245,18 @@ def test_code_cost_lowers_entropy_and_the_whole_cost():
 def test_importance_pulls_values_to_where_it_is():
     torch.manual_seed(0)
     layer = nn.Linear(30, 30)
-    place = compress.weights(nn.Sequential(layer))["0"]
+    place = weights_of(nn.Sequential(layer))["0"]
     importance = torch.where(place.value > 0, 100.0, 0.01).detach()
 
     def error(codes, centroids):
         table = torch.cat([torch.zeros(1), centroids])
         return (importance * (table[codes.long()] - layer.weight.detach()) ** 2).sum().item()
 
-    plain, weighted = compress.cluster(place, 4), compress.cluster(place, 4, importance=importance)
+    plain, weighted = cluster(place, 4), cluster(place, 4, importance=importance)
     assert error(*weighted) < 0.6 * error(*plain)
-    assert error(*compress.cluster(place, 4, importance=importance, code_cost=0.01)) < 0.7 * error(*plain)
+    assert error(*cluster(place, 4, importance=importance, code_cost=0.01)) < 0.7 * error(*plain)
     with pytest.raises(ValueError, match="'0'.*no gradient reaches"):
-        compress.cluster(place, 4, importance=torch.zeros(30, 30))
+        cluster(place, 4, importance=torch.zeros(30, 30))
 
 
 # rounding
@@ -259,35 +265,35 @@ def test_importance_pulls_values_to_where_it_is():
 def test_a_grid_of_a_power_of_two_that_fits():
     values = torch.tensor([0.9, -0.31, 0.001, 0.0, -0.0])
     for bits in (2, 4, 8):
-        found = compress.to_grid(values, bits)
+        found = to_grid(values, bits)
         (step,) = packed.grid_steps({"a": found.numpy()}).values()
         assert (found.abs().max() / step) <= 2 ** (bits - 1) - 1
         assert (found - values).abs().max() <= 0.9 / (2 ** (bits - 1) - 1)
         assert not torch.signbit(found[found == 0]).any()
-    assert not compress.to_grid(torch.zeros(3), 4).any()
-    assert torch.isfinite(compress.to_grid(torch.tensor([1e-44, 0.0]), 8)).all()
+    assert not to_grid(torch.zeros(3), 4).any()
+    assert torch.isfinite(to_grid(torch.tensor([1e-44, 0.0]), 8)).all()
     with pytest.raises(ValueError, match=r"a value of 3.3e\+38 is too large for 2 bits"):
-        compress.to_grid(torch.tensor([1e38, -3.3e38]), 2)
+        to_grid(torch.tensor([1e38, -3.3e38]), 2)
 
 
 def test_rounding_to_bits_of_the_fraction():
     values = torch.tensor([1.3, -0.011, 700.0, 0.0, -0.0])
     for bits in (1, 4, 10):
-        found = compress.round_to(values, bits)
+        found = round_to(values, bits)
         assert ((found - values).abs() <= values.abs() * 2.0 ** -(bits + 1)).all()
         assert not torch.signbit(found[found == 0]).any()
-    torch.testing.assert_close(compress.round_to(values, 10), compress.round_to(values, "float16"))
+    torch.testing.assert_close(round_to(values, 10), round_to(values, "float16"))
 
 
 def test_round_unshared_leaves_shared_values_alone():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
-    first, last = compress.weights(model).values()
-    compress.set_codebook(first, *compress.cluster(first, 4))
-    compress.set_mask(last, torch.rand(4, 5) < 0.5)
+    first, last = weights_of(model).values()
+    set_codebook(first, *cluster(first, 4))
+    set_mask(last, torch.rand(4, 5) < 0.5)
     with torch.no_grad():
         model[0].bias.copy_(torch.randn(5))
     before = first.value.detach().clone()
-    compress.round_unshared(model, biases=4, rest="float16")
+    round_unshared(model, biases=4, rest="float16")
     assert torch.equal(first.value, before)
     assert packed.grid_steps({"a": model[0].bias.detach().numpy()})
     for tensor in (last.value, model[1].weight, model[1].running_var):
@@ -295,7 +301,7 @@ def test_round_unshared_leaves_shared_values_alone():
     with torch.no_grad():
         model[1].running_var[0] = 1e6
     with pytest.raises(ValueError, match="1.running_var.*too large for float16"):
-        compress.round_unshared(model, rest="float16")
+        round_unshared(model, rest="float16")
 
 
 # the stage
@@ -305,10 +311,10 @@ def test_trained_assignments_move_and_are_kept_as_a_plain_codebook(make_run):
     found = {}
     for assign in ("fixed", "trained"):
         run = make_run()
-        masks = {name: place.mask.clone() for name, place in compress.weights(run.student).items()}
+        masks = {name: place.mask.clone() for name, place in weights_of(run.student).items()}
         share(run, bits=2, assign=assign, training=training())
-        for name, place in compress.weights(run.student).items():
-            assert isinstance(place.parametrization, compress.Codebook)
+        for name, place in weights_of(run.student).items():
+            assert isinstance(place.parametrization, Codebook)
             assert torch.equal(place.mask, masks[name]) and len(place.value.unique()) <= 5
             centroids = place.value.unique()
             assert torch.equal(centroids, centroids.half().float())
@@ -362,7 +368,7 @@ def test_an_interrupted_training_of_assignments_goes_on_bit_for_bit(make_run, tm
     resumed = make_run(folder=tmp_path / "cut")
     share(resumed, **settings)
     assert len(calls) < 6, "it began anew"
-    mine, theirs = (compress.dense_state(run.student) for run in (whole, resumed))
+    mine, theirs = (dense_state(run.student) for run in (whole, resumed))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -384,7 +390,7 @@ def test_importance_by_fisher_is_the_mean_squared_gradient(make_run):
 
     run = make_run()
     run.data.train.ids = run.data.train.ids[:16]  # one batch
-    places = compress.weights(run.student)
+    places = weights_of(run.student)
     found = _fisher(run, places, [TermKeys(loss="cross_entropy")])
     images, labels, _ = run.data.train.__getitems__(torch.arange(16))
     logits = run.student((images.float() / 255 - run.data.mean[0]) / run.data.std[0])
@@ -407,7 +413,7 @@ def test_biases_and_the_rest_are_rounded_before_they_are_measured(make_run):
         run = make_run()
         share(run, bits=2, **settings)
         sizes.append(run.rows[-1]["file_bytes"])
-        again = packed.encode(run.student, run.student_spec, packed.facts(run.data))
+        again = packed.encode(run.student, run.student_spec, packed.facts_of(run.data))
         assert len(again) == sizes[-1], "what is measured is what is packed"
     plain, biases, books, kept, rest = sizes
     assert biases < plain - 38 * 2 and books < biases and rest < kept - 38 * 1
@@ -418,13 +424,13 @@ def test_biases_and_the_rest_are_rounded_before_they_are_measured(make_run):
 
 def test_dead_units_go_before_their_biases_are_rounded(make_run):
     run = make_run()
-    place = compress.weights(run.student)["fc1"]
-    compress.set_mask(place, place.mask & (torch.arange(16)[:, None] != 4))
+    place = weights_of(run.student)["fc1"]
+    set_mask(place, place.mask & (torch.arange(16)[:, None] != 4))
     with torch.no_grad():
         run.student.fc1.bias[4] = 0.37
     share(run, bits=2, biases=5)
     assert not run.student.fc1.bias[4] and not run.student.fc2.weight[:, 4].any()
-    assert fold.drop_dead(run.student)["fc1"] >= 1
+    assert units.drop_dead(run.student)["fc1"] >= 1
 
 
 @pytest.mark.parametrize("per", ["layer", "channel", "group"])
@@ -494,7 +500,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="'fc2'.*not finite"):
             share(run, bits=2)
         with pytest.raises(ValueError, match="'fc2'.*not finite"):
-            compress.cluster(compress.weights(run.student)["fc2"], 2)
+            cluster(weights_of(run.student)["fc2"], 2)
         run = make_run(sparsity=0)
         run.student.fc1.weight.requires_grad_(False)
         with pytest.raises(ValueError, match="'fc1' is frozen"):
@@ -505,7 +511,7 @@ class TestBadInput:
         run = make_run()
         mask = torch.zeros(12, 16, dtype=torch.bool)
         mask[0, 1] = mask[2, 3] = True
-        compress.set_mask(compress.weights(run.student)["fc2"], mask)
+        set_mask(weights_of(run.student)["fc2"], mask)
         with torch.no_grad():
             run.student.fc3.parametrizations.weight.original.fill_(0.25)
         expected = run.student.fc2.weight.detach().clone()
@@ -517,8 +523,8 @@ class TestBadInput:
     def test_a_tied_weight(self):
         embed, out = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
         out.weight = embed.weight
-        place = compress.weights(nn.Sequential(embed, out))["0"]
-        compress.set_codebook(place, *compress.cluster(place, 4, kmeans.kmeans_optimal))
+        place = weights_of(nn.Sequential(embed, out))["0"]
+        set_codebook(place, *cluster(place, 4, kmeans.kmeans_optimal))
         assert torch.equal(embed.weight, out.weight) and len(embed.weight.unique()) <= 4
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import api, checkpoint, compress, packed, report, runner
+from trainer import api, checkpoint, report, runner
+from trainer.compression.states import dense_state, restore
+from trainer.compression.weights import weights_of
 from trainer.models.lenet5 import lenet5
+from trainer.packing import network as packed
 from trainer.stages import pack
 
 DATA = "{dataset: digits, subset: 200, validation: 100}"
@@ -80,7 +83,7 @@ def left_by(folder, name, stage):
     )
     tensors, facts = checkpoint.load(place)
     student = net()
-    compress.restore(student, tensors["student"])
+    restore(student, tensors["student"])
     return student, facts, tensors
 
 
@@ -146,7 +149,7 @@ def test_the_report_has_the_structure_that_programs_read(main):
 def test_the_report_has_the_layers(main):
     folder, result = main
     assert [layer["layer"] for layer in result["layers"]] == LAYERS
-    weights = compress.weights(net())
+    weights = weights_of(net())
     for layer in result["layers"]:
         assert set(layer) == LAYER_KEYS
         size = weights[layer["layer"]].value.numel()
@@ -217,7 +220,7 @@ def test_the_decoded_file_is_the_network_that_was_measured(main):
         assert decoded[key] == shared[key]
     student, _, _ = left_by(folder, "main", "share")
     model, header = packed.decode((here / "student.tiny").read_bytes())
-    expected = compress.dense_state(student)
+    expected = dense_state(student)
     assert set(expected) == set(model.state_dict())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert decoded["digest"] == checkpoint.digest(expected)
@@ -285,7 +288,7 @@ stages:
     result = run(folder, text)
     before = left_by(folder, "pruned", 0 if not before else 1)[0]
     after = left_by(folder, "pruned", 1 if not text.count("prune,") > 1 else 2)[0]
-    return result, {n: p.value.detach() for n, p in compress.weights(before).items()}, compress.weights(after)
+    return result, {n: p.value.detach() for n, p in weights_of(before).items()}, weights_of(after)
 
 
 def rounded_share(weights, share):
@@ -386,8 +389,8 @@ stages:
 {prune}  - {{stage: share, {stage}}}
 """
     result = run(folder, text)
-    before = compress.weights(left_by(folder, "shared", 1 if prune else 0)[0])
-    after = compress.weights(left_by(folder, "shared", 2 if prune else 1)[0])
+    before = weights_of(left_by(folder, "shared", 1 if prune else 0)[0])
+    after = weights_of(left_by(folder, "shared", 2 if prune else 1)[0])
     for name, place in after.items():
         assert torch.equal(place.value == 0, before[name].value == 0)
     return result, {n: p.value.detach() for n, p in before.items()}, after
@@ -519,4 +522,4 @@ def test_the_python_calls_prune_and_share_as_the_stages_do(tmp_path, no_plots):
     model = net()
     model.load_state_dict({**model.state_dict(), **{f"{n}.weight": w for n, w in before.items()}})
     api.prune(model, sensitivity=0.8)
-    assert all(torch.equal(place.value, after[name].value) for name, place in compress.weights(model).items())
+    assert all(torch.equal(place.value, after[name].value) for name, place in weights_of(model).items())

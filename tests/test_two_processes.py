@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import checkpoint, compress, report
+from trainer import checkpoint, report
+from trainer.compression.states import restore
 from trainer.data import make_data
 from trainer.evaluate import percent_right
 from trainer.models.lenet300 import lenet300
@@ -288,7 +289,7 @@ def test_each_test_image_is_counted_once(launched, ranks):
     for stage, label in (("01-distill", "distilled"), ("03-share", "shared")):
         tensors, _ = checkpoint.load(folder / "two" / "checkpoints" / stage)
         student = lenet300((1, 8, 8), 10, hidden=(24, 16))
-        compress.restore(student, tensors["student"])
+        restore(student, tensors["student"])
         student.eval()
         [row] = [row for row in ranks[0]["rows"] if row["stage"] == label]
         for part, key in ((data.test, "top1"), (data.validation, "top1_validation")):

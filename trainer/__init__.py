@@ -13,7 +13,7 @@ _WHERE = {
     "prune": "trainer.api",
     "share": "trainer.api",
     "pack": "trainer.api",
-    "load": "trainer.packed",
+    "load": "trainer.packing.network",
 }
 __all__ = ["load", "pack", "prune", "run", "share"]
 

@@ -265,7 +265,7 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from trainer import packed
+    from trainer.packing import network as packed
 
     data = _read(options.file)
     account, header = packed.account(data, str(options.file))
@@ -294,7 +294,8 @@ def _read(path: Path) -> bytes:
 
 
 def _unpack(options: argparse.Namespace) -> None:
-    from trainer import checkpoint, packed
+    from trainer import checkpoint
+    from trainer.packing import network as packed
 
     state, _ = packed.tensors(_read(options.file), str(options.file))
     output = options.output or options.file.with_suffix(".safetensors")
@@ -307,8 +308,8 @@ def _unpack(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     import torch
 
-    from trainer import packed
     from trainer.images import read_image
+    from trainer.packing import network as packed
     from trainer.teacher import normalize
 
     model, header = packed.decode(_read(options.file), str(options.file))

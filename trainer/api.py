@@ -9,9 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trainer import compress, kmeans, packed
+from trainer.compression import kmeans
+from trainer.compression.codebooks import cluster, set_codebook
+from trainer.compression.masks import refuse_shared, score_masks, set_mask, std_masks
+from trainer.compression.rounding import round_codebook
+from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.files import write_bytes
 from trainer.mistakes import Mistake
+from trainer.packing import network as packed
 
 
 def prune(
@@ -29,13 +34,13 @@ def prune(
         raise Mistake("exactly one of sensitivity and sparsity is needed")
     places = _chosen(model, keep)
     for place in places.values():  # all or none: before any layer is pruned
-        compress.refuse_shared(place)
+        refuse_shared(place)
     if sensitivity is not None:
         factors = _numbers(places, sensitivity, "sensitivity")
         for name, factor in factors.items():
             if not 0 < factor < math.inf:
                 raise Mistake(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
-        masks = compress.std_masks(places, factors)
+        masks = std_masks(places, factors)
     else:
         target = _numbers(places, sparsity, "sparsity")
         for name, share in target.items():
@@ -43,14 +48,14 @@ def prune(
                 raise Mistake(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
         scores = {name: place.value.detach().abs() for name, place in places.items()}
         alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
-        masks = compress.score_masks(scores, alive, target, together=False, parts=parts)
+        masks = score_masks(scores, alive, target, together=False, parts=parts)
         for name, (mask, _) in masks.items():
             if not mask.any():
                 raise Mistake(
                     f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights"
                 )
     for name, (mask, _) in masks.items():
-        compress.set_mask(places[name], mask)
+        set_mask(places[name], mask)
     return {name: 1 - mask.double().mean().item() for name, (mask, _) in masks.items()}
 
 
@@ -72,24 +77,24 @@ def share(
     for name, b in _numbers(places, bits, "bits").items():
         if b not in range(1, 17):
             raise Mistake(f"bits of {name!r}: got {b}; whole numbers from 1 to 16 are allowed")
-        codes, centroids = compress.cluster(places[name], 2 ** int(b), kmeans.kmeans_optimal)
+        codes, centroids = cluster(places[name], 2 ** int(b), kmeans.kmeans_optimal)
         try:
-            shared[name] = codes, compress.round_codebook(centroids, codebook)
+            shared[name] = codes, round_codebook(centroids, codebook)
         except Mistake as error:
             raise Mistake(f"layer {name!r}: {error}") from None
     for name, (
         codes,
         centroids,
     ) in shared.items():  # all or none: a layer that cannot be shared was found above
-        compress.set_codebook(places[name], codes, centroids)
+        set_codebook(places[name], codes, centroids)
     return {
         name: len(centroids[codes[codes != 0].unique() - 1].unique())
         for name, (codes, centroids) in shared.items()
     }
 
 
-def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, compress.Place]:
-    places = compress.choose(compress.weights(model), keep)
+def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, Weight]:
+    places = choose(weights_of(model), keep)
     if not places:
         raise Mistake(
             "there are no weights to work on: the network has none of two dimensions or more, or keep names all"
@@ -97,8 +102,8 @@ def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, compress.Place]:
     return places
 
 
-def _numbers(places: Mapping[str, compress.Place], setting: Any, what: str) -> dict[str, float]:
-    found = compress.per_layer(places, setting, what)
+def _numbers(places: Mapping[str, Weight], setting: Any, what: str) -> dict[str, float]:
+    found = per_layer(places, setting, what)
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise Mistake(f"{what} of {name!r}: got {value!r}; a number is allowed")

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer import compress, measure
+from trainer.compression import weights
+from trainer.compression.states import dense_bytes
+from trainer.compression.weights import weights_of
 from trainer.context import InMemory, Part, Run
 from trainer.data import batches
 from trainer.distributed import summed
@@ -87,15 +89,15 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 
     label: what the row is called ('pruned', 'recovered'). seconds: what led to this row took. numbers: the stage's own.
     """
-    from trainer import packed  # here: a recipe is read without the coder
+    from trainer.packing import network as packed  # here: a recipe is read without the coder
 
     started = time.monotonic()
     run.student.eval()
     view = student_view(run, run.student)
     answers = predict(run, view, run.data.test)
     taught = teacher_answers(run, "test")
-    counts = measure.counts(run.student)
-    file_bytes = len(packed.encode(run.student, run.student_spec, packed.facts(run.data)))
+    counts = weights.counts(run.student)
+    file_bytes = len(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))
     row = {
         "stage": label,
         "index": run.stage,
@@ -104,7 +106,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
         "agreement": None if taught is None else (answers == taught).double().mean().item() * 100,
         **counts,
         "file_bytes": file_bytes,
-        "ratio_student": (run.student_bytes or measure.dense_bytes(run.student)) / file_bytes,
+        "ratio_student": (run.student_bytes or dense_bytes(run.student)) / file_bytes,
         "ratio_teacher": None if run.teacher is None else run.teacher.num_bytes / file_bytes,
         "seconds": seconds,
         "measure_seconds": time.monotonic() - started,
@@ -123,7 +125,7 @@ def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dic
         "top1": percent_right(test, run.data.test.labels),
         "top1_validation": percent_right(validation, run.data.validation.labels),
         "agreement": 100.0,
-        **measure.counts(networks),
+        **weights.counts(networks),
         "file_bytes": run.teacher.num_bytes,
         "ratio_student": None,
         "ratio_teacher": 1.0,
@@ -150,5 +152,5 @@ def keep_histogram(run: Run, moment: str) -> None:
     """Keeps the layers' weights for the report's histograms, as they are at this moment ('dense', 'pruned' ...)."""
     run.histograms[moment] = {
         name: place.value.detach().float().cpu().numpy().ravel().copy()
-        for name, place in compress.weights(run.student).items()
+        for name, place in weights_of(run.student).items()
     }

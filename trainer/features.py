@@ -76,7 +76,7 @@ class Staged(nn.Module):
         """Names of the learned layers where each feeds the next one only, by way of ReLU and pooling; [] elsewhere.
 
         A depthwise convolution without bias feeds the next directly. The order of the units between two such layers is
-        free, and those that are dead can be dropped: see `fold.tidy`.
+        free, and those that are dead can be dropped: see `compression.units.tidy`.
         """
         return []
 

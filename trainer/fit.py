@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trainer import checkpoint, compress, onednn
+from trainer import checkpoint, onednn
+from trainer.compression.codebooks import centroid_parameters
 from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
 from trainer.distributed import agreed, broadcast
@@ -52,7 +53,7 @@ def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
 
 def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters; centroids are in a group of their own without weight decay."""
-    free = {id(parameter) for parameter in compress.centroid_parameters(module)}
+    free = {id(parameter) for parameter in centroid_parameters(module)}
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trainable if id(p) not in free], "weight_decay": training.weight_decay}]
     if free:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from trainer import fold, onednn
+from trainer import onednn
+from trainer.compression import folding
 
 
 def make_ready(network: nn.Module) -> nn.Module:
@@ -23,6 +24,6 @@ def make_ready(network: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
     onednn.attach(network, learning=False)
-    if not fold.norms(network) or any(map(parametrize.is_parametrized, network.modules())):
+    if not folding.norms(network) or any(map(parametrize.is_parametrized, network.modules())):
         return network
-    return fold.fold_norms(copy.deepcopy(network))
+    return folding.fold_norms(copy.deepcopy(network))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import compress, features
+from trainer import features
+from trainer.compression.weights import Weight, weights_of
 from trainer.context import Data
 from trainer.distributed import summed
 from trainer.features import Layer
@@ -38,7 +39,7 @@ class _Bound(nn.Module):
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
         self.projector: nn.Module | None = None
-        self.places: tuple[compress.Place, compress.Place] | None = None  # of losses on weights
+        self.places: tuple[Weight, Weight] | None = None  # of losses on weights
 
     def weight_at(self, epoch: float, num_epochs: float) -> float:
         return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
@@ -182,8 +183,8 @@ class Objective(nn.Module):
             if WEIGHTS & set(asks):
                 ((mine, theirs),) = group
                 bound.places = (
-                    compress.weights(self.student)[mine.name],
-                    compress.weights(self.teacher.network)[theirs.name],
+                    weights_of(self.student)[mine.name],
+                    weights_of(self.teacher.network)[theirs.name],
                 )
             if hasattr(loss, "finish"):
                 # What it will refuse after the training it should refuse now.
@@ -515,7 +516,7 @@ def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[
     The shapes told are the weights'. Raises Mistake for a layer that does not exist.
     """
     mine, theirs = (
-        [Layer(name, tuple(place.value.shape)) for name, place in compress.weights(net).items()]
+        [Layer(name, tuple(place.value.shape)) for name, place in weights_of(net).items()]
         for net in (student, teacher)
     )
     if not mine or not theirs:

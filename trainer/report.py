@@ -122,7 +122,7 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
-    """Where each byte of a packed file goes (`codec.account`), a row for each tensor; the last is the file.
+    """Where each byte of a packed file goes (`container.account`), a row for each tensor; the last is the file.
 
     Beside it stands what masks and values would take otherwise: the i.i.d. entropy, Huffman-coded relative indexes
     and codes, Huffman-coded codes of all weights, and zlib.

@@ -19,15 +19,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import checkpoint, compress, files, fold, onednn, packed, report, teacher
+from trainer import checkpoint, files, onednn, report, teacher
 from trainer.cache import ViewCache
+from trainer.compression import folding
+from trainer.compression.states import dense_bytes, restore
+from trainer.compression.weights import Weight, choose, matching, weights_of
 from trainer.context import Data, Run
 from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.fetch import cache_folder
-from trainer.measure import dense_bytes
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
+from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
 from trainer.recipe.recipe import read
@@ -416,7 +419,7 @@ def check_layers(
     Raises RecipeError with all faults.
     """
     faults = []
-    places = compress.weights(student)
+    places = weights_of(student)
     seen = set()
     for number, stage in enumerate(recipe.stages):
         if stage.stage in ("prune", "share"):
@@ -431,7 +434,7 @@ def check_layers(
                 faults.append(recipe.fault(("stages", number), str(error)))
             else:
                 if stage.stage == "fold":  # what comes after it finds another network
-                    student = fold.fold(copy.deepcopy(student), teacher.spec(recipe.student))[0]
+                    student = folding.fold(copy.deepcopy(student), teacher.spec(recipe.student))[0]
         terms = getattr(stage, "losses", None) or []
         if not terms and getattr(stage, "training", None) and not data.labelled:
             told = "learns from labels where no losses are given, and the training images have none"
@@ -448,7 +451,7 @@ def check_layers(
         raise RecipeError("\n".join(faults))
 
 
-def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterator[tuple[tuple, str]]:
+def _layer_faults(stage: StageKeys, places: dict[str, Weight]) -> Iterator[tuple[tuple, str]]:
     """Layers that a stage names and the student has not, or that it should name and does not."""
     settings = {
         key: getattr(stage, key)
@@ -461,14 +464,14 @@ def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterat
             if key == "keep" and name in ("first", "last"):
                 continue
             try:
-                compress.matching(places, name)
+                matching(places, name)
             except Mistake as error:
                 unknown = True
                 yield (key, number if key == "keep" else name), str(error)
     if unknown:
         return
     try:
-        chosen = compress.choose(places, stage.keep)
+        chosen = choose(places, stage.keep)
     except Mistake as error:
         yield ("keep",), str(error)
         return
@@ -476,7 +479,7 @@ def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterat
         yield ("keep",), f"leaves no layer to {stage.stage}"
     for key, setting in settings.items():
         if isinstance(setting, dict):
-            named = {name: compress.matching(places, name) for name in setting}
+            named = {name: matching(places, name) for name in setting}
             for name, layers in named.items():
                 if not set(layers) & set(chosen):
                     yield (key, name), "has no effect: the layer is in keep"
@@ -534,7 +537,7 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
         ):  # a stage has made it another network: folded it, or removed channels
             run.student_spec = facts["student_spec"]
             run.student = teacher.build(run.student_spec, run.data.shape, len(run.data.classes))
-        compress.restore(run.student, tensors["student"])
+        restore(run.student, tensors["student"])
         run.student.to(run.accelerator.device)
         run.learned = {key: t.to(run.accelerator.device) for key, t in tensors["learned"].items()}
         for i, network in enumerate(run.teacher.networks if run.teacher is not None else []):
@@ -628,7 +631,7 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
 
 def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> dict[str, Any]:
     layers = []
-    for name, place in compress.weights(run.student).items():
+    for name, place in weights_of(run.student).items():
         weight = place.value.detach().float().cpu().numpy()
         told = run.layers.get(name, {})
         num_weights, num_nonzero = weight.size, int((weight != 0).sum())
@@ -686,7 +689,7 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     accelerator = _accelerator(mixed_precision=recipe.precision)
     recipe.data.keep_views = False  # of images that are not looked at here
     data = make_data(recipe.data, accelerator.device)
-    if packed.facts(data) != {key: header[key] for key in packed.facts(data)}:
+    if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
         raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
     model.to(accelerator.device)
     run = Run(

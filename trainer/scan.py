@@ -13,8 +13,9 @@ import yaml
 from tabulate import tabulate
 from torch import Tensor
 
-from trainer import compress, drawing, files, scores
-from trainer.compress import Place
+from trainer import drawing, files, scores
+from trainer.compression.masks import score_masks, std_masks
+from trainer.compression.weights import Weight, choose, weights_of
 from trainer.context import Run
 from trainer.evaluate import percent_right, predict, student_view, truth
 from trainer.mistakes import Mistake
@@ -93,7 +94,7 @@ def prune_stage(recipe: Recipe, number: int | None) -> int:
 @torch.no_grad()
 def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     """The scan itself, of the student as it stands."""
-    places = compress.choose(compress.weights(run.student), keys.keep)
+    places = choose(weights_of(run.student), keys.keep)
     by_std = keys.method == "std"
     run.student.to(run.accelerator.device).eval()
     view = student_view(run, run.student)
@@ -158,13 +159,13 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     }
 
 
-def _masks(place: Place, by_std: bool) -> Iterator[tuple[float, Tensor]]:
+def _masks(place: Weight, by_std: bool) -> Iterator[tuple[float, Tensor]]:
     """(setting, mask) from little to much, as long as something is left of the layer."""
     alive = {place.name: place.mask}
     if by_std:
         for sensitivity in SENSITIVITIES:
             try:
-                mask = compress.std_masks({place.name: place}, {place.name: sensitivity})[place.name][0]
+                mask = std_masks({place.name: place}, {place.name: sensitivity})[place.name][0]
             except Mistake:
                 if sensitivity == SENSITIVITIES[0]:
                     raise
@@ -177,12 +178,12 @@ def _masks(place: Place, by_std: bool) -> Iterator[tuple[float, Tensor]]:
         if dead <= sparsity and round(sparsity * place.value.numel()) < place.value.numel():
             yield (
                 sparsity,
-                compress.score_masks(score, alive, {place.name: sparsity}, False, parts)[place.name][0],
+                score_masks(score, alive, {place.name: sparsity}, False, parts)[place.name][0],
             )
 
 
 @contextlib.contextmanager
-def _pruned(masks: Mapping[str, tuple[Place, Tensor]]) -> Iterator[None]:
+def _pruned(masks: Mapping[str, tuple[Weight, Tensor]]) -> Iterator[None]:
     """The weights with zeros where the masks say, while this lasts."""
     kept = {name: place.parameter.detach().clone() for name, (place, _) in masks.items()}
     for place, mask in masks.values():

@@ -1,6 +1,6 @@
 """How much each weight of a layer is worth: pure functions, tensor in, score of the same shape out.
 
-The lowest scores are pruned first. What becomes a mask of them is decided in `compress`.
+The lowest scores are pruned first. What becomes a mask of them is decided in `compression.masks`.
 """
 
 import torch
@@ -59,7 +59,7 @@ def position_bits(mask: Tensor) -> Tensor:
     """Bits that a file spends on keeping each position of a mask rather than pruning it, 1 or more. float64.
 
     That is its value's bits, and log2((1 - p) / p) for the probability p that the file's model gives to a
-    weight there. As in `codec`, the odds start from the density of the layer and are shifted by how many more
+    weight there. As in `packing.masks`, the odds start from the density of the layer and are shifted by how many more
     weights the column and the row hold than the density says, the position itself left out. Rows are the
     first axis.
     """

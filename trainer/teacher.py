@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer import channels, checkpoint, features, inference
+from trainer import checkpoint, features, inference
 from trainer.features import Seen
 from trainer.mistakes import Mistake
+from trainer.networks.sizes import resize
 from trainer.recipe import shelves
 from trainer.recipe.keys import ModelKeys, StudentKeys, TeacherKeys
 
@@ -55,7 +56,7 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
             f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
         )
         raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
-    channels.resize(model, spec.get("resized", {}))
+    resize(model, spec.get("resized", {}))
     return model
 
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from trainer import fold as folding
+from trainer.compression import folding
 from trainer.context import Run
 from trainer.evaluate import apart, keep_histogram, logits, record
 

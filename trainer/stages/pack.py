@@ -11,7 +11,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from trainer import checkpoint, compress, files, fold
+from trainer import checkpoint, files
+from trainer.compression import units
+from trainer.compression.states import dense_state
+from trainer.compression.weights import weights_of
 from trainer.context import Run
 from trainer.evaluate import apart, logits, record
 
@@ -32,7 +35,7 @@ LAUNCH = (
 
 def check_student(settings, student: nn.Module) -> None:
     if settings.tidy:
-        fold.can_tidy(student)
+        units.can_tidy(student)
 
 
 def pack(
@@ -46,13 +49,13 @@ def pack(
     Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
     removed.
     """
-    from trainer import packed  # here: a recipe is read without the coder
+    from trainer.packing import network as packed  # here: a recipe is read without the coder
 
     path = run.folder / file
     tidied = _tidy(run) if tidy else {}
     decoded: dict = {}
     if run.accelerator.is_main_process:
-        data = packed.encode(run.student, run.student_spec, packed.facts(run.data))
+        data = packed.encode(run.student, run.student_spec, packed.facts_of(run.data))
         files.write_bytes(path, data)
         decoded = _in_fresh_process(run, path)
         _account(run, data, str(path))
@@ -60,7 +63,7 @@ def pack(
         run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied
     )
     if run.accelerator.is_main_process:
-        mine = checkpoint.digest(compress.dense_state(run.student))
+        mine = checkpoint.digest(dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
         if decoded["digest"] != mine or not same:
             path.unlink()
@@ -73,7 +76,7 @@ def pack(
 def _tidy(run: Run) -> dict[str, float]:
     """Tidies the student, in place. Raises RuntimeError where it then gives other outputs."""
     before = logits(run)
-    dropped = fold.tidy(run.student)
+    dropped = units.tidy(run.student)
     told = apart(before, logits(run))
     if not told["max_difference"] <= 1e-3 * max(1.0, before.abs().max().item()):
         raise RuntimeError(
@@ -84,9 +87,9 @@ def _tidy(run: Run) -> dict[str, float]:
 
 def _account(run: Run, data: bytes, name: str) -> None:
     """Tells the report how many bytes of the file each layer takes."""
-    from trainer import packed
+    from trainer.packing import network as packed
 
-    known = compress.weights(run.student)
+    known = weights_of(run.student)
     for name_ in known:
         run.layers.setdefault(name_, {})["file_bytes"] = 0
     for part in packed.account(data, name)[0]:

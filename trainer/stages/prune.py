@@ -7,13 +7,26 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from trainer import channels, compress, scores, teacher
-from trainer.compress import Place
+from trainer import scores, teacher
+from trainer.compression import channels, masks
+from trainer.compression.masks import (
+    cubic,
+    forget_movement,
+    geometric,
+    refuse_shared,
+    score_masks,
+    set_mask,
+    std_masks,
+    watch_movement,
+)
+from trainer.compression.states import bake, dense_state
+from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.context import Run
 from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import fit
 from trainer.mistakes import Mistake
+from trainer.networks.sizes import sizes_of
 from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
 
@@ -93,7 +106,7 @@ def check_student(settings, student: nn.Module) -> None:
     if settings.method == "channels":
         channels.check(student)
     if settings.method == "n_m":
-        for place in compress.choose(compress.weights(student), settings.keep).values():
+        for place in choose(weights_of(student), settings.keep).values():
             _n_m_mask(place, settings.pattern)
 
 
@@ -164,7 +177,7 @@ def prune(
     elif schedule == "cubic":
         for place in places.values():
             if place.mask is None:
-                compress.set_mask(place, torch.ones_like(place.value, dtype=torch.bool))
+                set_mask(place, torch.ones_like(place.value, dtype=torch.bool))
 
         def gradually(step: int, num_steps: int) -> bool:
             last = int(num_steps * (ramp or 0.6))
@@ -174,25 +187,25 @@ def prune(
 
         _recover(run, "recovered", method, training, losses, gradually)
     else:
-        began = {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}
+        began = {key: tensor.clone() for key, tensor in dense_state(run.student).items()}
         num_rounds = rounds or 3
         for number in range(1, num_rounds + 1):
             which = f" {number}/{num_rounds}" if number < num_rounds else ""
             tighten(number / num_rounds)
             if rewind:
-                compress.rewind(run.student, began)
+                masks.rewind(run.student, began)
             _told(run, "pruned" + which, method)
             _recover(run, "recovered" + which, method, training, losses)
     if method == "movement":
-        compress.forget_movement(places.values())
+        forget_movement(places.values())
 
 
-def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
-    places = compress.choose(compress.weights(run.student), keep)
+def _prunable(run: Run, keep: list[str]) -> dict[str, Weight]:
+    places = choose(weights_of(run.student), keep)
     if not places:
         raise Mistake("keep leaves no layer to prune")
     for name, place in places.items():
-        compress.refuse_shared(place)
+        refuse_shared(place)
         if not place.value.any():
             raise Mistake(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in keep to spare it)"
@@ -201,26 +214,26 @@ def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
 
 
 def _decision(
-    run: Run, places: dict[str, Place], method: str, setting, schedule: str, scope: str
+    run: Run, places: dict[str, Weight], method: str, setting, schedule: str, scope: str
 ) -> Callable[[float], dict[str, tuple[Tensor, list[float]]]]:
     """The function that gives {layer: (mask, thresholds)} at a progress (0 to 1) of the schedule."""
     if method == "n_m":
         return lambda _: {name: (_n_m_mask(place, setting), []) for name, place in places.items()}
     if method == "std":
-        sensitivity = compress.per_layer(places, setting, "sensitivity")
-        return lambda progress: compress.std_masks(
-            places, {name: compress.cubic(value, progress) for name, value in sensitivity.items()}
+        sensitivity = per_layer(places, setting, "sensitivity")
+        return lambda progress: std_masks(
+            places, {name: cubic(value, progress) for name, value in sensitivity.items()}
         )
-    target = compress.per_layer(places, setting, "sparsity")
+    target = per_layer(places, setting, "sparsity")
     together = scope == "global"
     initial = _zeros(places, target, together)
     before = {name: None if place.mask is None else place.mask.clone() for name, place in places.items()}
     parts = {name: place.parts for name, place in places.items()}
-    course = compress.geometric if schedule == "iterative" else compress.cubic
+    course = geometric if schedule == "iterative" else cubic
     if method == "movement":
-        compress.watch_movement(places.values())
+        watch_movement(places.values())
 
-    def score(place: Place) -> Tensor:
+    def score(place: Weight) -> Tensor:
         if method == "magnitude":
             return scores.magnitude(place.value)
         if method == "movement":
@@ -232,12 +245,12 @@ def _decision(
         # By movement a weight may come back, but not one that an earlier stage pruned.
         alive = before if method == "movement" else {name: place.mask for name, place in places.items()}
         wanted = {name: course(value, progress, initial[name]) for name, value in target.items()}
-        return compress.score_masks({n: score(p) for n, p in places.items()}, alive, wanted, together, parts)
+        return score_masks({n: score(p) for n, p in places.items()}, alive, wanted, together, parts)
 
     return decide
 
 
-def _n_m_mask(place: Place, pattern: str) -> Tensor:
+def _n_m_mask(place: Weight, pattern: str) -> Tensor:
     n, m = map(int, pattern.split(":"))
     try:
         mask = scores.n_m_mask(place.value, n, m, place.input_axis)
@@ -246,7 +259,7 @@ def _n_m_mask(place: Place, pattern: str) -> Tensor:
     return mask if place.mask is None else mask & place.mask
 
 
-def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -> dict[str, float]:
+def _zeros(places: dict[str, Weight], target: dict[str, float], together: bool) -> dict[str, float]:
     """The sparsity that an earlier stage left, in each layer (or in all). Raises Mistake where no more is
     asked for.
     """
@@ -266,27 +279,27 @@ def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -
     return found
 
 
-def _set_mask(run: Run, place: Place, mask: Tensor) -> None:
+def _set_mask(run: Run, place: Weight, mask: Tensor) -> None:
     mask = broadcast(mask.to(run.accelerator.device, torch.uint8)).bool()  # as the main process decides
     if not mask.any():
         raise Mistake(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
-    compress.set_mask(place, mask.to(place.value.device))
+    set_mask(place, mask.to(place.value.device))
 
 
-def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: bool) -> None:
-    every = compress.weights(run.student)
+def _remove_channels(run: Run, places: dict[str, Weight], sparsity, together: bool) -> None:
+    every = weights_of(run.student)
     masked = [name for name, place in every.items() if place.mask is not None]
     classifier = list(every)[-1]
     smaller = {name: place for name, place in places.items() if name != classifier}
     if not smaller:
         raise Mistake("keep leaves no layer whose channels can be removed (the classifier's stay)")
     if isinstance(sparsity, dict):
-        shares = compress.per_layer(places, sparsity, "sparsity")
+        shares = per_layer(places, sparsity, "sparsity")
         sparsity = {name: shares[name] for name in smaller}
     images = torch.rand(2, *run.data.shape, generator=torch.Generator().manual_seed(0)).to(
         run.accelerator.device
     )
-    compress.bake(run.student)
+    bake(run.student)
     found = channels.remove(
         run.student,
         teacher.normalize(images, run.data.mean, run.data.std),
@@ -298,13 +311,13 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
         tensor
     ) in run.student.state_dict().values():  # all have chosen from equal weights; the main one's word counts
         broadcast(tensor)
-    for name, place in compress.weights(run.student).items():
+    for name, place in weights_of(run.student).items():
         if name in masked:
-            compress.set_mask(place, place.value != 0)
+            set_mask(place, place.value != 0)
     spec = {**run.student_spec, "resized": {**run.student_spec.get("resized", {}), **found}}
     with torch.device("meta"):
         rebuilt = teacher.build(spec, run.data.shape, len(run.data.classes))
-    if channels.sizes(rebuilt) != channels.sizes(run.student):
+    if sizes_of(rebuilt) != sizes_of(run.student):
         raise Mistake("method 'channels': this network cannot be rebuilt from the sizes of its layers")
     run.student_spec = spec
 

@@ -8,8 +8,19 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import compress, fold, teacher
-from trainer.compress import Place
+from trainer import teacher
+from trainer.compression import codebooks, units
+from trainer.compression.codebooks import (
+    centroid_parameters,
+    close_codebook,
+    code_entropy,
+    open_codebook,
+    set_codebook,
+)
+from trainer.compression.parametrizations import Mask
+from trainer.compression.rounding import round_codebook, round_unshared
+from trainer.compression.states import dense_state
+from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.context import Part, Run
 from trainer.data import Views, batches, epoch_order, seed_of
 from trainer.distributed import broadcast
@@ -84,9 +95,9 @@ def share(
     two (dead units are dropped first where the network is a chain of layers). rest: the type of all else that is not
     shared. keep: layers left alone. Zeros stay zero and cost no value.
     """
-    from trainer import kmeans  # here: a recipe is read without it
+    from trainer.compression import kmeans  # here: a recipe is read without it
 
-    places = compress.choose(compress.weights(run.student), keep)
+    places = choose(weights_of(run.student), keep)
     if not places:
         raise Mistake("keep leaves no layer to share")
     device = run.accelerator.device
@@ -94,28 +105,26 @@ def share(
     losses = losses or [TermKeys(loss="cross_entropy")]
     importance = _fisher(run, places, losses) if weighting == "fisher" else {}
 
-    def cluster(name: str, place: Place, num_values: int) -> tuple[Tensor, Tensor]:
+    def cluster(name: str, place: Weight, num_values: int) -> tuple[Tensor, Tensor]:
         method = kmeans.kmeans_linear if init == "linear" else kmeans.kmeans_optimal
         num_groups = {"layer": 1, "channel": len(place.value), "group": groups}[per]
-        return compress.cluster(place, num_values, method, num_groups, importance.get(name), code_cost)
+        return codebooks.cluster(place, num_values, method, num_groups, importance.get(name), code_cost)
 
     if bits == "auto":
         bits = _choose_bits(run, places, cluster, codebook, biases, rest, budget_bytes)
-    wanted = compress.per_layer(
-        places, bits if values is None else values, "bits" if values is None else "values"
-    )
+    wanted = per_layer(places, bits if values is None else values, "bits" if values is None else "values")
     for name, place in places.items():  # as the main process decides
         codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
         codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
-        rounded = compress.round_codebook(
+        rounded = round_codebook(
             centroids, codebook
         )  # what cannot be rounded is refused before it is trained
         if training is None:
             centroids = rounded
         if assign == "trained":
-            compress.open_codebook(place, codes, centroids, code_cost)
+            open_codebook(place, codes, centroids, code_cost)
         else:
-            compress.set_codebook(place, codes, centroids)
+            set_codebook(place, codes, centroids)
         _note(run, name, centroids)
     if training is None:
         _round(run.student, biases, rest)
@@ -130,17 +139,17 @@ def share(
         run.teacher,
         num_epochs=training.epochs,
         device=device,
-        penalties={"entropy": (entropy, lambda: compress.entropy(places.values()))} if entropy else {},
+        penalties={"entropy": (entropy, lambda: code_entropy(places.values()))} if entropy else {},
     )
     numbers = fit(run, objective, training)
     objective.finish()
     for place in places.values():
         if assign == "trained":
-            codes, centroids = (broadcast(tensor.to(device)) for tensor in compress.close_codebook(place))
-            compress.set_codebook(place, codes, centroids)
+            codes, centroids = (broadcast(tensor.to(device)) for tensor in close_codebook(place))
+            set_codebook(place, codes, centroids)
     with torch.no_grad():
-        for parameter in compress.centroid_parameters(run.student):
-            parameter.copy_(compress.round_codebook(parameter, codebook))
+        for parameter in centroid_parameters(run.student):
+            parameter.copy_(round_codebook(parameter, codebook))
     _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")
@@ -157,19 +166,19 @@ def _note(run: Run, name: str, centroids: Tensor) -> None:
 def _round(student: nn.Module, biases: int | None, rest: str) -> None:
     """Rounds what is not shared, dead units dropped before: constants that go into the next biases must fit the grid."""
     if biases is not None and _is_chain(student):
-        fold.drop_dead(student)
-    compress.round_unshared(student, biases, rest)
+        units.drop_dead(student)
+    round_unshared(student, biases, rest)
 
 
 def _is_chain(student: nn.Module) -> bool:
     try:
-        fold.can_tidy(student)
+        units.can_tidy(student)
     except Mistake:
         return False
     return True
 
 
-def _fisher(run: Run, places: dict[str, Place], losses: list[TermKeys]) -> dict[str, Tensor]:
+def _fisher(run: Run, places: dict[str, Weight], losses: list[TermKeys]) -> dict[str, Tensor]:
     """Mean squared gradient of the stage's losses with respect to each weight, over small batches of training images.
 
     The same on every process: all look at the same images.
@@ -189,12 +198,12 @@ def _fisher(run: Run, places: dict[str, Place], losses: list[TermKeys]) -> dict[
     return {name: total / len(order) for name, total in sums.items()}
 
 
-def _trained(place: Place) -> Tensor:
+def _trained(place: Weight) -> Tensor:
     """The parameter behind a plain or pruned weight. Raises Mistake for one that shares its values already."""
     module, attribute = place.places[0]
     if place.parametrization is None:
         return getattr(module, attribute)
-    if not isinstance(place.parametrization, compress.Mask):
+    if not isinstance(place.parametrization, Mask):
         raise Mistake(
             f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were"
         )
@@ -217,12 +226,12 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
 @torch.no_grad()
 def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
     """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
-    from trainer import packed
+    from trainer.packing import network as packed
 
-    facts = packed.facts(run.data)
+    facts = packed.facts_of(run.data)
     # Not a deep copy: torch's copies of parametrized modules share a class, and taking one's mask would take all.
     plain = teacher.build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
-    plain.load_state_dict(compress.dense_state(run.student))
+    plain.load_state_dict(dense_state(run.student))
     _round(plain, biases, rest)
     shared = {
         (name, bits): cluster(name, place, 2**bits) for name, place in places.items() for bits in AUTO_BITS
@@ -230,10 +239,10 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
 
     def shares(choice: dict[str, int]) -> nn.Module:
         student = copy.deepcopy(plain)
-        copies = compress.weights(student)
+        copies = weights_of(student)
         for name, bits in choice.items():
             codes, centroids = shared[name, bits]
-            table = torch.cat([torch.zeros(1), compress.round_codebook(centroids, codebook).reshape(-1)])
+            table = torch.cat([torch.zeros(1), round_codebook(centroids, codebook).reshape(-1)])
             copies[name].value.copy_(table[codes.long()])
         return student.eval()
 

@@ -1,94 +1,27 @@
-"""The same function from a network that packs smaller: BatchNorm folded, dead units dropped, units put in order."""
+"""Hidden units: dead ones are dropped, the others put in an order that packs smaller."""
 
-import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer import compress
-from trainer.compress import Codebook, Mask, Place
+from trainer.compression.folding import norms, own_tensors
+from trainer.compression.weights import Weight, weights_of
 from trainer.features import Staged
 from trainer.mistakes import Mistake
-from trainer.recipe import shelves
-
-
-def norms(model: nn.Module) -> list[tuple[str, str]]:
-    """The (layer, BatchNorm after it) pairs that can be folded (`Staged.norms`), those aside that were folded already."""
-    known = model.norms() if isinstance(model, Staged) else []
-    return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
-
-
-def can_fold(model: nn.Module) -> list[tuple[str, str]]:
-    """The (layer, norm) pairs that `fold` would fold. Raises Mistake where there are none, or the weights are shared."""
-    pairs = norms(model)
-    if not pairs:
-        raise Mistake(
-            "the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do"
-        )
-    places = compress.weights(model)
-    for layer, _ in pairs:
-        if places[layer].mask is not None and not isinstance(places[layer].parametrization, Mask):
-            raise Mistake(f"layer {layer!r} shares its weights already: fold before sharing")
-    return pairs
-
-
-def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Folds BatchNorm away as `fold_norms`; returns the network and its spec, that of `batch_norm: false`.
-
-    spec: {"model": name, settings} as in a recipe.
-    """
-    folded = {norm for _, norm in norms(model)}
-    return fold_norms(model), _without_norms(spec, folded)
-
-
-@torch.no_grad()
-def fold_norms(model: nn.Module) -> nn.Module:
-    """Takes BatchNorm into the layers before it, in place; returns the network.
-
-    In evaluation mode the outputs are the same up to rounding. Each output channel is scaled, so masks stay as they are.
-    Raises Mistake for a network that has nothing to fold or whose weights are shared already.
-    """
-    pairs = can_fold(model)
-    places = compress.weights(model)
-    for layer, norm_name in pairs:
-        module, norm = model.get_submodule(layer), model.get_submodule(norm_name)
-        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        scale = gain.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
-        before = torch.zeros_like(scale) if module.bias is None else module.bias.double()
-        bias = shift + (before - norm.running_mean.double()) * scale
-        weight = _tensors(places[layer])[0]
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        weight.copy_(
-            weight.double() * scale.reshape(shape) + 0.0
-        )  # + 0.0: a scale below zero must leave no -0.0
-        module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
-        owner, _, name = norm_name.rpartition(".")
-        setattr(model.get_submodule(owner), name, nn.Identity())
-    return model
-
-
-def _without_norms(spec: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
-    found = {**spec, "batch_norm": False}
-    parameters = inspect.signature(shelves.find("model", spec["model"])).parameters
-    if parameters["batch_norm"].default is False:
-        del found["batch_norm"]
-    if "resized" in found:
-        found["resized"] = {name: size for name, size in found["resized"].items() if name not in norms}
-    return found
-
-
-# ---- units whose order is free ---------------------------------------------------------------------------------------
 
 
 class _Link(NamedTuple):
     """A hidden layer, the depthwise convolution that its units may pass through, and the layer that they feed."""
 
-    layer: Place
-    through: Place | None
-    following: Place
+    layer: Weight
+    through: Weight | None
+    following: Weight
 
     @property
     def num_units(self) -> int:
@@ -115,26 +48,13 @@ def can_tidy(model: nn.Module) -> None:
 
 def _links(model: nn.Module) -> Iterator[_Link]:
     can_tidy(model)
-    places = compress.weights(model)
+    places = weights_of(model)
     chain = model.chain()
     depthwise = {name for name in chain if getattr(model.get_submodule(name), "groups", 1) > 1}
     for number, name in enumerate(chain[:-1]):
         if name not in depthwise:
             through = places[chain[number + 1]] if chain[number + 1] in depthwise else None
             yield _Link(places[name], through, places[chain[number + 1 + (through is not None)]])
-
-
-def _tensors(place: Place) -> list[Tensor]:
-    """The tensors of a weight's own shape that make it up: itself, weight and mask, or the codes of a codebook."""
-    module, attribute = place.places[0]
-    found = place.parametrization
-    if found is None:
-        return [getattr(module, attribute)]
-    if isinstance(found, Codebook):
-        return [found.codes]
-    if isinstance(found, Mask):
-        return [module.parametrizations[attribute].original, found.mask]
-    raise Mistake(f"layer {place.name!r} is still deciding which values it shares")
 
 
 def _by_unit(tensor: Tensor, num_units: int) -> Tensor:
@@ -181,13 +101,13 @@ def _drop_units(link: _Link) -> int:
     else:
         told[:] = False
     dead = ~goes_on | silent | told
-    for tensor in _tensors(link.layer):
+    for tensor in own_tensors(link.layer):
         tensor[dead] = 0
     if link.bias is not None:
         link.bias[dead] = 0
-    for tensor in _tensors(link.through) if link.through is not None else []:
+    for tensor in own_tensors(link.through) if link.through is not None else []:
         tensor[dead] = 0
-    for tensor in _tensors(link.following):
+    for tensor in own_tensors(link.following):
         tensor.copy_(torch.where(dead[:, None], 0, _by_unit(tensor, num_units)).reshape(tensor.shape))
     return int(dead.sum())
 
@@ -201,10 +121,9 @@ def _padded(link: _Link) -> bool:
 def tidy(model: nn.Module, order: Literal["alike", "count"] = "alike") -> dict[str, int]:
     """`drop_dead`, and hidden units sorted so that the positions of their weights are cheap to code, in place.
 
-    order: `alike`, each unit followed by the one most like it (`codec.unit_order`); `count`, by their number of
+    order: `alike`, each unit followed by the one most like it (`unit_order`); `count`, by their number of
     weights. The outputs are the same up to the order in which sums are added up. Returns {layer: units dropped}.
     """
-    from trainer.codec import unit_order  # here: a recipe is read without the coder
 
     counts = drop_dead(model)
     for link in _links(model):
@@ -213,9 +132,28 @@ def tidy(model: nn.Module, order: Literal["alike", "count"] = "alike") -> dict[s
             units = torch.from_numpy(unit_order(weight.cpu().numpy())).to(weight.device)
         else:
             units = weight.reshape(len(weight), -1).ne(0).sum(1).argsort(descending=True, stable=True)
-        rows = _tensors(link.layer) + ([] if link.through is None else _tensors(link.through))
+        rows = own_tensors(link.layer) + ([] if link.through is None else own_tensors(link.through))
         for tensor in [*rows, *([] if link.bias is None else [link.bias])]:
             tensor.copy_(tensor[units].clone())
-        for tensor in _tensors(link.following):
+        for tensor in own_tensors(link.following):
             tensor.copy_(_by_unit(tensor, len(units))[:, units].reshape(tensor.shape))
     return counts
+
+
+def unit_order(weight: np.ndarray) -> np.ndarray:
+    """An order of a layer's units that makes it pack smaller: each is followed by the one most like it.
+
+    weight: [units, ...]. Where nothing depends on the order (hidden units, channels), the rows of the weight,
+    the bias and the next layer's columns, all in this order, make the same network in fewer bytes.
+    """
+    rows = weight.reshape(len(weight), math.prod(weight.shape[1:]))
+    signs = np.sign(np.nan_to_num(rows)).astype(np.float64)
+    marks = np.concatenate([10 * signs, 7 * np.abs(signs)], 1)
+    alike = marks @ marks.T
+    norm = np.sqrt(np.diag(alike)) + 1
+    alike /= norm[:, None] * norm
+    order = [int(np.abs(signs).sum(1).argmax())] if len(weight) else []
+    while len(order) < len(weight):
+        alike[:, order[-1]] = -1
+        order.append(int(alike[order[-1]].argmax()))
+    return np.array(order, np.int64)

@@ -1,4 +1,4 @@
-"""Networks as packed files: the architecture's spec and the weights, through the codec, and back."""
+"""Networks as packed files: the architecture's spec and the weights, and back."""
 
 import math
 from collections.abc import Mapping
@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainer import codec, compress
+from trainer.compression.states import bake, dense_state, plain_key
 from trainer.context import Data
 from trainer.mistakes import Mistake
+from trainer.packing import container
 from trainer.teacher import build
 
 MAX_CLASSES = 2**20  # of classes that only count: names that are written cost the file that holds them
 
 
-def facts(data: Data) -> dict[str, Any]:
+def facts_of(data: Data) -> dict[str, Any]:
     """What a packed file must know of the images: shape (C, H, W), mean and std per channel, class names."""
     return {
         "shape": list(data.shape),
@@ -88,7 +89,7 @@ def _check(header: Any) -> None:
 
 
 def _read_header(data: bytes, name: str) -> dict[str, Any]:
-    header = codec.read_header(data, name)
+    header = container.read_header(data, name)
     try:
         _check(header)
     except Mistake as error:
@@ -103,20 +104,20 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     facts: {"shape", "mean", "std", "classes"}.
     """
     tensors = {}
-    for name, tensor in compress.dense_state(model).items():
+    for name, tensor in dense_state(model).items():
         kind = (
             str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
         )
-        if kind not in codec.DTYPES:
+        if kind not in container.DTYPES:
             raise Mistake(
-                f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can"
+                f"{name!r} is of type {kind}, which cannot be packed: {', '.join(container.DTYPES)} can"
             )
         tensors[name] = tensor.detach().cpu().numpy()
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
     _check(header)
     steps = grid_steps(tensors)
     if not rebuilds(header):
-        return codec.encode(header, tensors, steps)
+        return container.encode(header, tensors, steps)
     order = layout(header)
     if set(order) != set(tensors):
         odd = sorted(set(order) ^ set(tensors))
@@ -124,11 +125,11 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
             f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only"
         )
     # A masked weight has left its place among its module's parameters: the spec's order is what a reader knows.
-    return codec.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
+    return container.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
 
 
 def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Step of each float32 vector that holds few-bit integers times a power of two, such as `compress.to_grid` leaves.
+    """Step of each float32 vector that holds few-bit integers times a power of two, such as `to_grid` leaves.
 
     The step is the largest power of two that all are multiples of; vectors that reach more than 255 of it have none.
     """
@@ -156,7 +157,7 @@ def header(data: bytes, name: str = "file") -> dict[str, Any]:
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a packed file by name, and its facts. Raises Mistake naming the file when it is damaged."""
     header = _read_header(data, name)
-    _, arrays = codec.decode(data, name, layout=layout if rebuilds(header) else None)
+    _, arrays = container.decode(data, name, layout=layout if rebuilds(header) else None)
     # ascontiguousarray makes a vector of a scalar
     return {
         key: torch.from_numpy(np.ascontiguousarray(a).reshape(a.shape)) for key, a in arrays.items()
@@ -166,7 +167,7 @@ def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[st
 def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]]:
     """Where each byte of a packed file goes, and its facts."""
     header = _read_header(data, name)
-    return codec.account(data, name, layout=layout if rebuilds(header) else None), _full(header)
+    return container.account(data, name, layout=layout if rebuilds(header) else None), _full(header)
 
 
 def decode(
@@ -187,14 +188,14 @@ def decode(
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise Mistake(f"{name}: does not fit the network: {'; '.join(wrong[:8])}{more}")
-    compress.bake(model)
+    bake(model)
     model.load_state_dict(state)
     return model.eval(), header
 
 
 def _misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Why a network could not hold exactly these tensors; nothing where it can."""
-    own = compress.dense_state(model)
+    own = dense_state(model)
     wrong = [f"{key!r} is missing from the file" for key in own if key not in state]
     wrong += [f"{key!r} is not in the network" for key in state if key not in own]
     for key in own.keys() & state.keys():
@@ -205,7 +206,7 @@ def _misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
             wrong.append(f"{key!r} is {its.dtype} in the file and {mine.dtype} in the network")
     tied: dict[int, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        key = compress.plain_key(path)
+        key = plain_key(path)
         first = tied.setdefault(id(parameter), key)
         if first in state and key in state and not torch.equal(state[first], state[key]):
             wrong.append(f"{first!r} and {key!r} are one in the network and differ in the file")

@@ -1,11 +1,7 @@
-"""Arithmetic coding with integer probabilities, and the adaptive predictors that feed it.
+"""The adaptive predictors that feed the coder: mixers, scalars, text.
 
-Everything that decides a probability is integer arithmetic, so that a stream written on one machine decodes
-on any other: the tables are computed exactly, and where a matrix product runs in float64 all its terms and
-sums are integers below 2^53, which float64 holds exactly in any order of summation.
-
-An Encoder and a Decoder answer the same calls. A call hands over bits to an Encoder and gets them back; a
-Decoder ignores what it is handed and returns what it reads. So each model is written once for both ways.
+The tables are computed exactly, and where a matrix product runs in float64 all its terms and sums are integers below
+2^53, which float64 holds exactly in any order of summation.
 """
 
 from __future__ import annotations
@@ -17,15 +13,11 @@ from functools import cache
 import numpy as np
 
 from trainer.mistakes import Mistake
+from trainer.packing.coder import LOWEST, ONE, Coder, Encoder
 
-PROBABILITY_BITS = 16
-ONE = 1 << PROBABILITY_BITS  # a probability p is the integer p * ONE
-LOWEST = 4  # every probability handed to a coder lies in LOWEST .. ONE - LOWEST
 UNIT = 256  # logarithms to base 2 are integers in units of 1 / UNIT
 LOG2_SIZE = 1 << 18
 STRETCH_LIMIT = 16 * UNIT - 1
-_SPAN = 1 << 48  # the coder's interval; it is widened by 16 bits whenever it is narrower than _NARROW
-_NARROW = 1 << 32
 
 
 @cache
@@ -72,194 +64,6 @@ def squash_table() -> np.ndarray:
 def squash(stretched: np.ndarray) -> np.ndarray:
     """The probability of log2 odds given in units of 1 / UNIT."""
     return squash_table().take(stretched + STRETCH_LIMIT, mode="clip")
-
-
-class Encoder:
-    """A range coder that collects bits and their probabilities; `finish` gives the bytes."""
-
-    writes = True
-    bits = 0.0  # not measured here: see Meter
-
-    def __init__(self) -> None:
-        self._low = 0
-        self._span = _SPAN
-        self._words: list[int] = []
-
-    def code(self, probabilities: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        """Writes bits [n] of 0 and 1; probabilities [n] are those of a 1."""
-        low, span = self._low, self._span
-        for probability, bit in zip(probabilities.tolist(), bits.tolist(), strict=True):
-            bound = (span >> PROBABILITY_BITS) * probability
-            if bit:
-                span = bound
-            else:
-                low += bound
-                span -= bound
-            if span < _NARROW:
-                self._low = low
-                self._shift()
-                low = self._low
-                span <<= 16
-        self._low, self._span = low, span
-        return bits.astype(np.int64)
-
-    def bit(self, probability: int, bit: int) -> int:
-        """Writes one bit."""
-        bound = (self._span >> PROBABILITY_BITS) * probability
-        if bit:
-            self._span = bound
-        else:
-            self._low += bound
-            self._span -= bound
-        if self._span < _NARROW:
-            self._shift()
-            self._span <<= 16
-        return bit
-
-    def uniform(self, num_bits: int, value: int) -> int:
-        """Writes 0 <= value < 2^num_bits, each as likely as any other."""
-        while num_bits:
-            take = min(16, num_bits)
-            num_bits -= take
-            self._span >>= take
-            self._low += self._span * (value >> num_bits & (1 << take) - 1)
-            while self._span < _NARROW:
-                self._shift()
-                self._span <<= 16
-        return value
-
-    def _shift(self) -> None:
-        if self._low >= _SPAN:
-            self._carry()
-        self._words.append(self._low >> 32)
-        self._low = (self._low & 0xFFFFFFFF) << 16
-
-    def _carry(self) -> None:
-        self._low -= _SPAN
-        at = len(self._words) - 1
-        while self._words[at] == 0xFFFF:
-            self._words[at] = 0
-            at -= 1
-        self._words[at] += 1
-
-    def finish(self, followed: bool = False) -> bytes:
-        """The fewest bytes from which a Decoder restores what was written.
-
-        A Decoder reads zeros past the end of its data; followed: it will find other bytes there.
-        """
-        for num_bytes in range(7):
-            step = _SPAN >> 8 * num_bytes
-            point = -(-self._low // step) * step
-            if point + (step - 1 if followed else 0) < self._low + self._span:
-                break
-        self._low = point
-        if self._low >= _SPAN:
-            self._carry()
-        return np.array(self._words, ">u2").tobytes() + self._low.to_bytes(6, "big")[:num_bytes]
-
-
-class Decoder:
-    """Reads back what an Encoder wrote. Mistake where the data cannot be an Encoder's."""
-
-    writes = False
-    bits = 0.0
-
-    def __init__(self, data: bytes) -> None:
-        self._words = np.frombuffer(data + bytes(len(data) % 2), ">u2").tolist()
-        self._at = 0
-        self._span = _SPAN
-        self._value = 0
-        for _ in range(3):
-            self._value = self._value << 16 | self._next()
-
-    def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
-        value, span = self._value, self._span
-        out = []
-        append = out.append
-        for probability in probabilities.tolist():
-            bound = (span >> PROBABILITY_BITS) * probability
-            if value < bound:
-                span = bound
-                append(1)
-            else:
-                value -= bound
-                span -= bound
-                append(0)
-            if span < _NARROW:
-                span <<= 16
-                value = value << 16 | self._next()
-        self._value, self._span = value, span
-        return np.array(out, np.int64)
-
-    def bit(self, probability: int, bit: int = 0) -> int:
-        bound = (self._span >> PROBABILITY_BITS) * probability
-        bit = int(self._value < bound)
-        if bit:
-            self._span = bound
-        else:
-            self._value -= bound
-            self._span -= bound
-        if self._span < _NARROW:
-            self._span <<= 16
-            self._value = self._value << 16 | self._next()
-        return bit
-
-    def uniform(self, num_bits: int, value: int = 0) -> int:
-        value = 0
-        while num_bits:
-            take = min(16, num_bits)
-            num_bits -= take
-            self._span >>= take
-            digit = self._value // self._span
-            if digit >> take:
-                raise Mistake("the coded stream is damaged")
-            value = value << take | digit
-            self._value -= self._span * digit
-            while self._span < _NARROW:
-                self._span <<= 16
-                self._value = self._value << 16 | self._next()
-        return value
-
-    def _next(self) -> int:
-        at = self._at
-        self._at = at + 1
-        if at < len(self._words):
-            return self._words[at]
-        if at > len(self._words) + 3:
-            raise Mistake("the coded stream ends too early")
-        return 0
-
-    def check_end(self, num_bytes: int) -> None:
-        """Raises Mistake where the data has num_bytes and an Encoder would have needed fewer."""
-        if num_bytes > 2 * self._at:
-            raise Mistake(f"{num_bytes - 2 * self._at} bytes follow the last tensor")
-
-
-class Meter:
-    """Passes every call on to a coder and adds up the ideal code length, in bits."""
-
-    def __init__(self, coder: Encoder | Decoder) -> None:
-        self._coder = coder
-        self.writes = coder.writes
-        self.bits = 0.0
-
-    def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
-        bits = self._coder.code(probabilities, bits)
-        likelihood = np.where(bits, probabilities, ONE - probabilities)
-        self.bits += PROBABILITY_BITS * bits.size - float(np.log2(likelihood).sum())
-        return bits
-
-    def bit(self, probability: int, bit: int = 0) -> int:
-        bit = self._coder.bit(probability, bit)
-        self.bits += PROBABILITY_BITS - math.log2(probability if bit else ONE - probability)
-        return bit
-
-    def uniform(self, num_bits: int, value: int = 0) -> int:
-        self.bits += num_bits
-        return self._coder.uniform(num_bits, value)
-
-
-Coder = Encoder | Decoder | Meter
 
 
 class Mixer:

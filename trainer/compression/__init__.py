@@ -1,0 +1,1 @@
+"""Masks, codebooks, folding and what they stand on: plain functions on anybody's nn.Module."""

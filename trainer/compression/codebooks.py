@@ -1,0 +1,148 @@
+"""Codebooks: a layer's weights share few values, found by k-means or trained."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from trainer.compression.parametrizations import Codebook, TrainedCodebook, bake_place, parametrize_weight
+from trainer.compression.weights import Weight
+from trainer.mistakes import Mistake
+
+
+def set_codebook(place: Weight, codes: Tensor, centroids: Tensor) -> None:
+    """Makes a weight share values, in place; a mask that was there becomes the code 0."""
+    value = place.value.detach()
+    if place.parametrization is not None:
+        bake_place(place)
+    parametrize_weight(place, Codebook(codes.to(value.device), centroids.to(value.device, value.dtype)))
+
+
+def open_codebook(place: Weight, codes: Tensor, centroids: Tensor, code_cost: float = 0.0) -> None:
+    """Makes a weight share values, in place, its codes decided anew at every step of a training (`TrainedCodebook`).
+
+    codes, centroids: those it starts with, as `cluster` gives them; the latent weights start from the weight as it is.
+    code_cost: what a bit is worth, in mean squares of the surviving weights of its group.
+    """
+    value = place.value.detach().clone()
+    if place.parametrization is not None:
+        bake_place(place)
+    centroids = torch.atleast_2d(centroids.to(value.device, value.dtype))
+    codes = codes.to(value.device)
+    blocks = [block[block != 0] for block in value.chunk(len(centroids))]
+    mean_square = torch.stack([b.square().mean() if len(b) else b.new_zeros(()) for b in blocks])[:, None]
+    trained = TrainedCodebook(codes != 0, centroids, code_cost * mean_square)
+    trained.count_bits(codes)
+    parametrize_weight(place, trained)
+
+
+def close_codebook(place: Weight) -> tuple[Tensor, Tensor]:
+    """codes and centroids of a weight's open codebook as they are now, for `set_codebook`."""
+    (module, attribute), *_ = place.places
+    trained = place.parametrization
+    centroids = trained.centroids.detach().clone()
+    codes = trained.codes(module.parametrizations[attribute].original)
+    return codes, centroids if len(centroids) > 1 else centroids[0]
+
+
+def code_entropy(places: Iterable[Weight]) -> Tensor:
+    """Mean bits of a surviving weight's code over all open codebooks, by their soft entropy, with a gradient."""
+    bits, number = 0.0, 0
+    for place in places:
+        (module, attribute), *_ = place.places
+        trained = module.parametrizations[attribute]
+        bits = bits + trained[0].entropy(trained.original)
+        number += len(trained[0].positions)
+    return bits / number
+
+
+def cluster(
+    place: Weight,
+    num_values: int,
+    method: Callable[..., np.ndarray] | None = None,
+    groups: int = 1,
+    importance: Tensor | None = None,
+    code_cost: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """codes and centroids of one weight by k-means over its surviving values: code 0 is zero, others 1 + cluster.
+
+    method: a function of `kmeans`, the exact one when not given. groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
+    squared error of each value counts (squared gradients, say: Choi et al. 2017, Towards the Limit of Network
+    Quantization). code_cost: what a bit of a code's ideal length counts, in mean squares of the survivors (about 0.05
+    at 3 bits takes as much off the entropy as it adds to the error); fewer values may then be best. A group with fewer
+    distinct survivors than `num_values` keeps them exactly; unused entries of its codebook are zero. Returns codes
+    int32 of the weight's shape, centroids [k] or [groups, k].
+    Raises Mistake for a weight whose values are all zero or not finite, and one without any importance.
+    """
+    from trainer.compression import kmeans  # here: a recipe is read without it
+
+    value = place.value.detach().cpu().float()
+    if len(value) % groups:
+        raise Mistake(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
+    if not torch.isfinite(value).all():
+        raise Mistake(f"layer {place.name!r} has weights that are not finite")
+    if not value.any():
+        raise Mistake(f"layer {place.name!r} has no weights left to share: all are zero")
+    codes = torch.zeros(value.shape, dtype=torch.int32)
+    centroids = torch.zeros(groups, num_values)
+    blocks = zip(value.chunk(groups), codes.chunk(groups), strict=True)
+    importances = _damped(place, importance).chunk(groups) if importance is not None else [None] * groups
+    for number, ((block, block_codes), weight) in enumerate(zip(blocks, importances, strict=True)):
+        alive = block != 0
+        survivors = block[alive].numpy()
+        if survivors.size == 0:
+            continue
+        settings = {} if weight is None else {"weights": weight[alive].numpy()}
+        cost = code_cost * float(np.mean(survivors.astype(np.float64) ** 2 * settings.get("weights", 1.0)))
+        found = (method or kmeans.kmeans_optimal)(
+            survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {})
+        )
+        chosen = kmeans.assign(survivors, found)
+        for _ in range(10 if code_cost else 0):
+            before, bits = chosen, kmeans.code_lengths(chosen, len(found))
+            chosen = _cheapest(survivors, found, bits * cost, settings.get("weights"))
+            if np.array_equal(before, chosen):
+                break
+        centroids[number, : len(found)] = torch.from_numpy(np.asarray(found, dtype=np.float32))
+        block_codes[alive] = torch.from_numpy(chosen.astype(np.int32)) + 1 + number * num_values
+    return codes, centroids if groups > 1 else centroids[0]
+
+
+def _damped(place: Weight, importance: Tensor) -> Tensor:
+    """Importance with a thousandth of its mean added: a weight that a few batches did not need is not worth nothing."""
+    importance = importance.detach().cpu().double()
+    if not importance.any():
+        raise Mistake(
+            f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others"
+        )
+    return importance + 1e-3 * importance.mean()
+
+
+def _cheapest(
+    values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None
+) -> np.ndarray:
+    """The code of the least weight x squared distance + price, for each value."""
+    from trainer.compression import kmeans
+
+    if weights is None:
+        return kmeans.assign(values, centroids, code_bits=prices, code_cost=1.0)
+    least, chosen = np.full(values.shape, np.inf), np.zeros(values.shape, np.int32)
+    for code, (centroid, price) in enumerate(zip(centroids.astype(np.float64), prices, strict=True)):
+        total = weights * (values - centroid) ** 2 + price
+        chosen[total < least] = code
+        least = np.minimum(least, total)
+    return chosen
+
+
+def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable tensors of all shared weights, centroids and latent weights: they take no weight decay."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(
+            module[0], Codebook | TrainedCodebook
+        ):
+            for parameter in module.parameters():
+                found[id(parameter)] = parameter
+    return list(found.values())

@@ -1,0 +1,93 @@
+"""BatchNorm folded into the layers before it: the same function from fewer tensors."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.compression.parametrizations import Codebook, Mask
+from trainer.compression.weights import Weight, weights_of
+from trainer.features import Staged
+from trainer.mistakes import Mistake
+from trainer.recipe import shelves
+
+
+def norms(model: nn.Module) -> list[tuple[str, str]]:
+    """The (layer, BatchNorm after it) pairs that can be folded (`Staged.norms`), those aside that were folded already."""
+    known = model.norms() if isinstance(model, Staged) else []
+    return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
+
+
+def can_fold(model: nn.Module) -> list[tuple[str, str]]:
+    """The (layer, norm) pairs that `fold` would fold. Raises Mistake where there are none, or the weights are shared."""
+    pairs = norms(model)
+    if not pairs:
+        raise Mistake(
+            "the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do"
+        )
+    places = weights_of(model)
+    for layer, _ in pairs:
+        if places[layer].mask is not None and not isinstance(places[layer].parametrization, Mask):
+            raise Mistake(f"layer {layer!r} shares its weights already: fold before sharing")
+    return pairs
+
+
+def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Folds BatchNorm away as `fold_norms`; returns the network and its spec, that of `batch_norm: false`.
+
+    spec: {"model": name, settings} as in a recipe.
+    """
+    folded = {norm for _, norm in norms(model)}
+    return fold_norms(model), _without_norms(spec, folded)
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Takes BatchNorm into the layers before it, in place; returns the network.
+
+    In evaluation mode the outputs are the same up to rounding. Each output channel is scaled, so masks stay as they are.
+    Raises Mistake for a network that has nothing to fold or whose weights are shared already.
+    """
+    pairs = can_fold(model)
+    places = weights_of(model)
+    for layer, norm_name in pairs:
+        module, norm = model.get_submodule(layer), model.get_submodule(norm_name)
+        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+        scale = gain.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
+        before = torch.zeros_like(scale) if module.bias is None else module.bias.double()
+        bias = shift + (before - norm.running_mean.double()) * scale
+        weight = own_tensors(places[layer])[0]
+        shape = (-1,) + (1,) * (weight.dim() - 1)
+        weight.copy_(
+            weight.double() * scale.reshape(shape) + 0.0
+        )  # + 0.0: a scale below zero must leave no -0.0
+        module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
+        owner, _, name = norm_name.rpartition(".")
+        setattr(model.get_submodule(owner), name, nn.Identity())
+    return model
+
+
+def _without_norms(spec: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
+    found = {**spec, "batch_norm": False}
+    parameters = inspect.signature(shelves.find("model", spec["model"])).parameters
+    if parameters["batch_norm"].default is False:
+        del found["batch_norm"]
+    if "resized" in found:
+        found["resized"] = {name: size for name, size in found["resized"].items() if name not in norms}
+    return found
+
+
+def own_tensors(place: Weight) -> list[Tensor]:
+    """The tensors of a weight's own shape that make it up: itself, weight and mask, or the codes of a codebook."""
+    module, attribute = place.places[0]
+    found = place.parametrization
+    if found is None:
+        return [getattr(module, attribute)]
+    if isinstance(found, Codebook):
+        return [found.codes]
+    if isinstance(found, Mask):
+        return [module.parametrizations[attribute].original, found.mask]
+    raise Mistake(f"layer {place.name!r} is still deciding which values it shares")

@@ -1,0 +1,272 @@
+"""The intervals of an optimal clustering of sorted values: points, the dynamic programme, its refinement.
+
+See `kmeans`, which says why the clusters are intervals and what makes this quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainer.mistakes import Mistake
+
+CHUNK = 1 << 18  # values in work at a time: what is allocated beside the input does not grow with it
+MAX_POINTS = 1 << 20  # points in hand before they are summed up again
+FEW_POINTS = 256  # up to here looking at every pair is quicker than divide and conquer
+WINDOW = 8  # places to either side where a refinement may move the end of an interval
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def chunks(size: int, length: int = CHUNK) -> Iterator[slice]:
+    return (slice(start, start + length) for start in range(0, size, length))
+
+
+def as_floats(chunk: np.ndarray) -> np.ndarray:
+    """The chunk as float32 or float64, whichever holds it; Mistake where a value is no usable number."""
+    if chunk.dtype.kind not in "fiub":
+        raise ValueError(f"values must be real numbers, got {chunk.dtype}")
+    chunk = chunk.astype(np.float32 if chunk.dtype in (np.float16, np.float32) else np.float64, copy=False)
+    if not (chunk.min() >= -LARGEST and chunk.max() <= LARGEST):
+        raise Mistake("values must be finite and within the range of float32, got NaN, infinity or more")
+    return chunk
+
+
+def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> tuple[np.ndarray, ...]:
+    """The values as sorted points: position, mass (sum of weights) and count (number of values), all float64.
+
+    Points are the distinct values where each chunk has at most `chunk_bins`, else means of narrow bins.
+    """
+    most = max(MAX_POINTS, 8 * chunk_bins)
+    held, num_held = [], 0
+    for part in chunks(values.size):
+        chunk = as_floats(values[part])
+        if weights is None:
+            chunk = np.sort(chunk)
+            mass = None
+        else:
+            mass = weights[part].astype(np.float64)
+            order = np.argsort(chunk)
+            order = order[mass[order] > 0]
+            chunk, mass = chunk[order], mass[order]
+        if len(chunk) == 0:
+            continue
+        held.append(binned(chunk, mass, None, chunk_bins))
+        num_held += len(held[-1][0])
+        if num_held > most:
+            held = [binned(*merged(held), most // 2)]
+            num_held = len(held[0][0])
+    return binned(*merged(held), most)
+
+
+def merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    if len(held) == 1:
+        return held[0]
+    position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
+    order = np.argsort(position, kind="stable")
+    return position[order], mass[order], count[order]
+
+
+def binned(
+    position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int
+) -> tuple[np.ndarray, ...]:
+    """Sum sorted points into at most `bins` points; equal positions become one. None stands for ones."""
+    heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1]]))
+    exact = len(heads) <= bins
+    if not exact:
+        heads = _bin_heads(position, mass, bins)
+    if count is None:
+        counts = np.diff(heads, append=len(position)).astype(np.float64)
+    else:
+        counts = np.add.reduceat(count, heads)
+    masses = counts if mass is None else np.add.reduceat(mass, heads)
+    if exact:
+        positions = position[heads].astype(np.float64)
+    else:
+        moment = position if mass is None else position * mass
+        positions = np.add.reduceat(moment, heads, dtype=np.float64) / masses
+    return positions, masses, counts
+
+
+def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.ndarray:
+    """Index of the first point of each of at most `bins` bins, spread by Panter and Dite's rule.
+
+    Between neighbouring knots of mass m and distance d the density is m / d, so the share of bins that the
+    rule gives to them is (m / d)^(1/3) * d = (m * d^2)^(1/3).
+    """
+    step = max(1, len(position) // (4 * bins))
+    knots = np.append(position[:-1:step], position[-1]).astype(np.float64)
+    share = np.diff(knots) ** 2
+    if mass is not None:
+        between = np.add.reduceat(mass, np.arange(0, len(position) - 1, step))
+        share *= between
+    share = np.cbrt(share)
+    for _ in range(30):  # an empty gap before an outlier must not swallow the bins: no gap gets over 64
+        cap = 64 * share.sum() / bins
+        if share.max() <= cap:
+            break
+        share = np.minimum(share, cap)
+    reach = np.concatenate([[0.0], np.cumsum(share)])
+    edges = np.interp(np.arange(1, bins) * (reach[-1] / bins), reach, knots)
+    heads = np.searchsorted(position, edges.astype(position.dtype))
+    heads = heads[(heads > 0) & (heads < len(position))]
+    return np.concatenate([[0], heads[np.diff(heads, prepend=0) > 0]])
+
+
+class Line:
+    """Sorted points and what an interval of them costs: up to a constant, its inertia and its codes' bits."""
+
+    def __init__(self, position: np.ndarray, mass: np.ndarray, count: np.ndarray):
+        self.position, self.mass, self.count = position, mass, count
+        self.masses, self.moments, self.counts = (
+            np.concatenate([[0.0], np.cumsum(column)]) for column in (mass, position * mass, count)
+        )
+        self.code_cost = 0.0
+
+    def cost(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Cost of the points first .. last - 1 in one cluster; infinite where there are none."""
+        empty = last <= first
+        mass = np.where(empty, 1.0, self.masses[last] - self.masses[first])
+        cost = -((self.moments[last] - self.moments[first]) ** 2) / mass
+        if self.code_cost:
+            count = np.where(empty, 1.0, self.counts[last] - self.counts[first])
+            cost -= self.code_cost * count * np.log2(count / self.counts[-1])
+        return np.where(empty, np.inf, cost)
+
+    def total_cost(self, bounds: np.ndarray) -> float:
+        return float(self.cost(bounds[:-1], bounds[1:]).sum())
+
+    def coarse(self, bins: int) -> tuple[Line, np.ndarray]:
+        """A line of at most `bins` points, and the bounds of its points among ours."""
+        if len(self.position) <= bins:
+            return self, np.arange(len(self.position) + 1)
+        heads = _bin_heads(self.position, self.mass, bins)
+        mass, count, moment = (
+            np.add.reduceat(column, heads) for column in (self.mass, self.count, self.mass * self.position)
+        )
+        line = Line(moment / mass, mass, count)
+        line.code_cost = self.code_cost
+        return line, np.append(heads, len(self.position))
+
+
+def start_of(line: Line, k: int, bins: int) -> np.ndarray:
+    """Bounds of k intervals: optimal on at most `bins` bins where these are enough, else spaced by rule."""
+    if k >= len(line.position):
+        return np.arange(len(line.position) + 1)
+    coarse, bounds = line.coarse(bins)
+    if coarse is line or 2 * k <= len(coarse.position):
+        return bounds[(all_pairs if len(coarse.position) <= FEW_POINTS else divide_and_conquer)(coarse, k)]
+    heads = _bin_heads(line.position, line.mass, k)
+    size = len(line.position)
+    while len(heads) < k:  # split the costliest intervals until there are k
+        length = np.diff(heads, append=size)
+        width = line.position[heads + length - 1] - line.position[heads]
+        cost = np.add.reduceat(line.mass, heads) * width**2
+        num_splits = min((k - len(heads) + 1) // 2, np.count_nonzero(length > 1))
+        costliest = np.argsort(-cost, kind="stable")[:num_splits]
+        heads = np.sort(np.concatenate([heads, heads[costliest] + length[costliest] // 2]))
+    return np.append(heads, size)
+
+
+def divide_and_conquer(line: Line, k: int) -> np.ndarray:
+    """Bounds of the cheapest k intervals, without cost for codes; needs at least k points.
+
+    Layer c finds the least cost of the points 0 .. j - 1 in c intervals, for every j that leaves a point
+    for each of the other k - c, from layer c - 1: the last interval starts at some i, which grows with j.
+    Indices are offsets: j = c + t and i = c - 1 + r with 0 <= r <= t <= spare.
+    """
+    masses, moments = line.masses, line.moments
+    spare = len(line.position) - k
+    offsets = np.arange(spare + 1)
+    strides = [1 << level for level in range((spare + 1).bit_length() - 1, -1, -1)]
+    levels = [(stride, np.arange(stride, spare + 2, 2 * stride)) for stride in strides]  # places are t + 1
+    best_r = np.zeros(2 * strides[0] + 1, np.int64)  # by place; place 0 and those after the last are walls
+    best_r[spare + 2 :] = spare
+    choices = np.zeros((k, spare + 1), np.int16 if spare < 1 << 15 else np.int32)
+    cost = line.cost(np.zeros(1, np.int64), offsets + 1)
+    for c in range(2, k + 1):
+        before, mass_i, moment_i = cost, masses[c - 1 : c + spare], moments[c - 1 : c + spare]
+        mass_j, moment_j = masses[c : c + spare + 1], moments[c : c + spare + 1]
+        cost = np.empty(spare + 1)
+        for stride, places in levels if c < k else [(strides[0] * 2, np.array([spare + 1]))]:
+            t = places - 1
+            low = best_r[places - stride] if c < k else np.zeros(1, np.int64)
+            high = np.minimum(best_r[np.minimum(places + stride, len(best_r) - 1)], t) if c < k else t
+            length = high - low + 1
+            start = np.cumsum(length) - length
+            r = np.arange(length.sum()) - np.repeat(start - low, length)
+            moment = np.repeat(moment_j[t], length) - moment_i[r]
+            trial = before[r] - moment * moment / (np.repeat(mass_j[t], length) - mass_i[r])
+            least = np.minimum.reduceat(trial, start)
+            hits = np.flatnonzero(trial == np.repeat(least, length))
+            chosen = r[hits[np.searchsorted(hits, start)]]
+            cost[t] = least
+            best_r[places] = chosen
+        choices[c - 1] = best_r[1 : spare + 2]
+    bounds = np.empty(k + 1, np.int64)
+    bounds[k] = len(line.position)
+    for c in range(k, 0, -1):
+        bounds[c - 1] = c - 1 + choices[c - 1, bounds[c] - c]
+    return bounds
+
+
+def all_pairs(line: Line, k: int) -> np.ndarray:
+    """Bounds of the cheapest k intervals, looking at every pair of points; of 1 to k where codes cost bits.
+
+    The cost of bits is concave in the count, so the best start of an interval need not grow with its end,
+    and divide and conquer does not hold.
+    """
+    size = len(line.position)
+    k = min(k, size)
+    first = np.arange(size + 1)
+    pair = line.cost(first[None, :], first[:, None])  # [end, start]
+    cost, choices, totals = pair[:, 0], [np.zeros(size + 1, np.int64)], [pair[-1, 0]]
+    for _ in range(1, k):
+        trial = pair + cost
+        choices.append(trial.argmin(axis=1))
+        cost = trial[first, choices[-1]]
+        totals.append(cost[-1])
+    path = [size]
+    for layer in range(int(np.argmin(totals)) if line.code_cost else k - 1, -1, -1):
+        path.append(int(choices[layer][path[-1]]))
+    return np.array(path[::-1])
+
+
+def refined(line: Line, bounds: np.ndarray) -> np.ndarray:
+    """Move all inner bounds jointly to the best of 2 * WINDOW + 1 places about each, until none moves.
+
+    Places are first far apart, then neighbouring points. Exact within the window, so never worse than the
+    start.
+    """
+    k, size = len(bounds) - 1, len(line.position)
+    if k == 1 or k == size:
+        return bounds
+    shifts = np.arange(-WINDOW, WINDOW + 1)
+    stride = 1 << max(0, (size // (WINDOW * k)).bit_length() - 1)
+    while stride:
+        for _ in range(16):
+            places = np.clip(bounds[1:-1, None] + stride * shifts, 0, size)
+            moved = np.concatenate([[0], _best_places(line, places), [size]])
+            if np.array_equal(moved, bounds):
+                break
+            bounds = moved
+        stride //= 4
+    return bounds
+
+
+def _best_places(line: Line, places: np.ndarray) -> np.ndarray:
+    """One place of each row so that the intervals between them cost least in sum."""
+    cost = line.cost(np.zeros(1, np.int64), places[0])
+    choices = []
+    for start in range(0, len(places) - 1, 512):
+        block = places[start : start + 513]
+        for pair in line.cost(block[:-1, None, :], block[1:, :, None]):  # [place, place before]
+            trial = pair + cost
+            choice = trial.argmin(axis=1)
+            choices.append(choice)
+            cost = trial[np.arange(len(choice)), choice]
+    cost = cost + line.cost(places[-1], np.full(1, len(line.position)))
+    chosen = [int(cost.argmin())]
+    for choice in reversed(choices):
+        chosen.append(int(choice[chosen[-1]]))
+    return places[np.arange(len(places)), chosen[::-1]]

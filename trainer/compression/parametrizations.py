@@ -1,0 +1,240 @@
+"""Pruned and shared weights as parametrizations of PyTorch.
+
+A pruned weight is `where(mask, weight, 0)`, a shared one `centroids[codes]` whose trainable tensor is the centroids, so
+autograd itself sums each cluster's gradient (Han et al. 2016, Deep Compression). Zeros and ties hold by construction
+under any optimizer, and the state is plain tensors in the `state_dict`.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from trainer import scores
+
+if TYPE_CHECKING:
+    from trainer.compression.weights import Weight
+
+LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in hand at a time
+SOFTNESS = 0.5  # how softly weights are shared out among centroids, in mean distances of these
+
+
+class Mask(nn.Module):
+    """Holds pruned weights at zero: `where(mask, weight, 0)`; the mask is a buffer of booleans.
+
+    score: None, or a buffer in which every backward pass adds up the movement scores of all weights, the pruned ones
+    included: the gradient of the masked weight reaches those too (see `watch_movement`).
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.to(torch.bool, copy=True))
+        self.register_buffer("score", None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # Not a product: that would give -0.0 for a negative weight and NaN for an infinite one.
+        masked = torch.where(self.mask, weight, 0.0)
+        if self.score is not None and masked.requires_grad:
+            masked.register_hook(lambda gradient: self._feed(weight, gradient))
+        return masked
+
+    @torch.no_grad()
+    def _feed(self, weight: Tensor, gradient: Tensor) -> None:
+        self.score.add_(scores.movement(weight, gradient))
+
+
+class _Lookup(torch.autograd.Function):
+    """table[codes]; the gradient of an entry is the sum over its codes, added up in float64 where the device can."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.length = len(table)
+        ctx.dtype = table.dtype
+        return table[codes]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        return _sum_by_code(gradient, codes, ctx.length).to(ctx.dtype), None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """table[codes]; the gradient of a surviving weight goes to its latent weight too, as if it were that weight."""
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.length = len(table)
+        ctx.dtype = table.dtype
+        return table[codes]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        return (
+            torch.where(codes != 0, gradient, 0.0),
+            _sum_by_code(gradient, codes, ctx.length).to(ctx.dtype),
+            None,
+        )
+
+
+def _sum_by_code(gradient: Tensor, codes: Tensor, length: int) -> Tensor:
+    weights = gradient.reshape(-1) if gradient.device.type == "mps" else gradient.reshape(-1).double()
+    return torch.bincount(codes.reshape(-1), weights, minlength=length)
+
+
+class Codebook(nn.Module):
+    """Weights that share few values: code 0 is zero and stays zero, code c >= 1 is centroids.flatten()[c - 1].
+
+    codes: integers of the weight's shape. centroids: [k], or [groups, k] when each group of rows has its own.
+    """
+
+    def __init__(self, codes: Tensor, centroids: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes.to(torch.int32, copy=True))
+        self._centroids = centroids
+
+    def right_inverse(self, _weight: Tensor) -> Tensor:
+        # Called once, on registration: what becomes the trainable tensor.
+        return self._centroids.detach().clone()
+
+    def forward(self, centroids: Tensor) -> Tensor:
+        table = torch.cat([centroids.new_zeros(1), centroids.reshape(-1)])
+        return _Lookup.apply(table, self.codes)
+
+
+class TrainedCodebook(nn.Module):
+    """A codebook that is still open: at every step each surviving weight takes the shared value that is cheapest for it.
+
+    Trained are a latent weight for each position (the tensor that is parametrized) and the centroids [groups, k]. A
+    weight is the centroid of the least (latent - centroid)^2 + cost x bits of its code; its gradient goes straight
+    through to the latent one (Bengio et al. 2013) and, summed over each code, to the centroids. Pruned weights stay
+    zero. A centroid of exactly 0 is an unused place in the codebook. Codes are a function of parameters and buffers;
+    the bits of the codes, log2(survivors / times used) with half a use added to each, are counted anew at every
+    forward in training mode. See `close_codebook`.
+
+    alive: booleans of the weight's shape. cost: [groups, 1], what a bit is worth in squared error; 0: bits are free.
+    """
+
+    def __init__(self, alive: Tensor, centroids: Tensor, cost: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("alive", alive.bool())
+        self.register_buffer("cost", cost)
+        self.register_buffer("bits", torch.zeros_like(centroids))
+        positions = self.alive.reshape(-1).nonzero().reshape(-1)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("group", positions // (alive.numel() // len(centroids)), persistent=False)
+        self.centroids = nn.Parameter(centroids.detach().clone())
+        self.counts_bits = bool(cost.any())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        codes = self.codes(latent)
+        if self.counts_bits and self.training:
+            self.count_bits(codes)
+        table = torch.cat([self.centroids.new_zeros(1), self.centroids.reshape(-1)])
+        return _StraightThrough.apply(latent, table, codes)
+
+    @torch.no_grad()
+    def codes(self, latent: Tensor) -> Tensor:
+        """The codes of the weights, as a `Codebook` has them: 0 for zero, others 1 + place in centroids.flatten()."""
+        k = self.centroids.shape[1]
+        extra = torch.where(self.centroids == 0, torch.inf, self.cost * self.bits)
+        flat = latent.reshape(-1)
+        codes = torch.zeros(flat.shape, dtype=torch.int32, device=flat.device)
+        most = max(1, LARGEST_TABLE // k)
+        for where, group in zip(self.positions.split(most), self.group.split(most), strict=True):
+            error = (flat[where, None] - self._of(group, self.centroids)).square() + self._of(group, extra)
+            codes[where] = (error.argmin(1) + group * k + 1).int()
+        return codes.reshape(latent.shape)
+
+    @staticmethod
+    def _of(group: Tensor, table: Tensor) -> Tensor:
+        """The row of a table [groups, ...] for each weight; one row for all where there is but one."""
+        return table[group] if len(table) > 1 else table
+
+    @torch.no_grad()
+    def count_bits(self, codes: Tensor) -> None:
+        used = (
+            torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(
+                self.bits.shape
+            )
+            + 0.5
+        )
+        self.bits.copy_(torch.log2(used.sum(1, keepdim=True) / used))
+
+    def entropy(self, latent: Tensor) -> Tensor:
+        """Bits of all codes together, by their entropy, were each weight shared out softly among the centroids.
+
+        Its share of a centroid falls with the squared distance, as a normal distribution's density whose deviation is
+        `SOFTNESS` times the mean distance of neighbouring centroids. The gradient goes to the latent weights alone: codes are to
+        move, not values.
+        """
+        centroids = self.centroids.detach()
+        used = centroids != 0
+        least, most = (
+            torch.where(used, centroids, torch.inf).amin(1),
+            torch.where(used, centroids, -torch.inf).amax(1),
+        )
+        width = (SOFTNESS * (most - least) / (used.sum(1) - 1).clamp_min(1)).clamp_min(1e-8)
+        scale = (-0.5 / width.square())[:, None]
+        closed = torch.where(used, 0.0, -torch.inf)
+        distance = (latent.reshape(-1)[self.positions, None] - self._of(self.group, centroids)).square()
+        shares = (distance * self._of(self.group, scale) + self._of(self.group, closed)).softmax(1)
+        many = len(centroids) > 1
+        sums = (
+            torch.zeros_like(centroids).index_add(0, self.group, shares)
+            if many
+            else shares.sum(0, keepdim=True)
+        )
+        return (
+            sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())
+        ).sum()
+
+
+OURS = Mask | Codebook | TrainedCodebook
+
+
+def _own_class(place: "Weight") -> None:
+    """Gives each parametrized module of a weight a class of its own.
+
+    torch hangs a parametrized weight on the module's class, which a copy.deepcopy of the module shares: what is done to the
+    one would be done to the other.
+    """
+    for module, _ in place.places:
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            body = {
+                name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")
+            }
+            module.__class__ = type(shared.__name__, shared.__bases__, body)
+
+
+def parametrize_weight(place: "Weight", parametrization: nn.Module) -> None:
+    _own_class(place)
+    (module, attribute), *tied = place.places
+    trainable = getattr(module, attribute).requires_grad
+    for other, name in tied:
+        # Registration changes the tensor in place, under the twin's feet: until it is tied again it gets its own.
+        setattr(other, name, nn.Parameter(getattr(module, attribute).detach().clone()))
+    parametrize.register_parametrization(module, attribute, parametrization)
+    module.parametrizations[attribute].original.requires_grad_(trainable)
+    for other, name in tied:
+        # Registering a second time would make a second trainable tensor: the tie is to one and the same list.
+        parametrize.register_parametrization(other, name, parametrization)
+        other.parametrizations[name] = module.parametrizations[attribute]
+
+
+def bake_place(place: "Weight") -> None:
+    """Turns a masked or shared weight into a plain parameter of the same values, in place."""
+    _own_class(place)
+    plain = None
+    for module, attribute in place.places:
+        if not parametrize.is_parametrized(module, attribute):
+            continue
+        if plain is None:
+            trainable = module.parametrizations[attribute].original.requires_grad
+            plain = nn.Parameter(getattr(module, attribute).detach().clone(), requires_grad=trainable)
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+        setattr(module, attribute, plain)

@@ -1,0 +1,78 @@
+"""Values rounded to what a file can hold in few bits."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from trainer.compression.codebooks import centroid_parameters
+from trainer.mistakes import Mistake
+
+
+def round_to(values: Tensor, kind: str | int) -> Tensor:
+    """Values rounded to what 'float16' can hold, to so many bits of their fraction, or for 'float32' not at all.
+
+    Raises Mistake where one is then infinite. A zero has no sign.
+    """
+    if kind == "float32":
+        return values
+    if kind == "float16":
+        rounded = values.half().to(values.dtype)
+    else:
+        fraction, exponent = torch.frexp(values)
+        rounded = torch.ldexp((fraction * 2 ** (kind + 1)).round(), exponent - (kind + 1))
+    if not torch.isfinite(rounded).all():
+        raise Mistake("a value is too large for float16: ask for float32")
+    return rounded + 0.0
+
+
+def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:
+    """Centroids by `round_to`. Raises Mistake also where they are so small that float16 has few values for them."""
+    rounded = round_to(centroids, kind)
+    if kind == "float16" and (rounded - centroids).abs().max() > 2**-8 * centroids.abs().max():
+        raise Mistake(
+            f"the largest shared value is {centroids.abs().max().item():.3g}, too small for float16: ask for float32"
+        )
+    return rounded
+
+
+def to_grid(values: Tensor, bits: int) -> Tensor:
+    """Values rounded to multiples of the smallest power of two of which none of them is more than 2^(bits-1) - 1.
+
+    A step that is a power of two can be read off the values, and costs no more for the same error: see `packing.network.grid_steps`.
+    Raises Mistake where one is then infinite.
+    """
+    largest = values.abs().max().item()
+    if largest == 0:
+        return values
+    step = 2.0 ** math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
+    rounded = (torch.round(values.double() / step) * step).to(values.dtype)
+    if not torch.isfinite(rounded).all():
+        raise Mistake(f"a value of {largest:.3g} is too large for {bits} bits")
+    return rounded + 0.0
+
+
+@torch.no_grad()
+def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "float32") -> None:
+    """Rounds what is not shared, in place: biases `to_grid` of so many bits, all other parameters and statistics `rest`.
+
+    Biases are the parameters of one dimension with 'bias' in their name, those of norms and recurrent layers included.
+    Without `biases` they are among the rest. Raises Mistake, naming the tensor, where one is not finite then.
+    """
+    shared = {id(parameter) for parameter in centroid_parameters(model)}
+    tensors = [
+        *model.named_parameters(),
+        *((n, b) for n, b in model.named_buffers() if b.is_floating_point()),
+    ]
+    for name, tensor in tensors:
+        if id(tensor) in shared or not tensor.numel():
+            continue
+        if not torch.isfinite(tensor).all():
+            raise Mistake(f"{name} has values that are not finite")
+        is_bias = tensor.dim() == 1 and "bias" in name.rpartition(".")[2]
+        try:
+            tensor.copy_(
+                to_grid(tensor, biases) if biases is not None and is_bias else round_to(tensor, rest)
+            )
+        except Mistake as error:
+            raise Mistake(f"{name}: {error}") from None

@@ -1,0 +1,95 @@
+"""The state of a pruned or shared network: as plain weights, and back from a checkpoint."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from trainer.compression.codebooks import set_codebook
+from trainer.compression.masks import set_mask, watch_movement
+from trainer.compression.parametrizations import (
+    bake_place,
+)
+from trainer.compression.weights import weights_of
+from trainer.mistakes import Mistake
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Turns all masks and codebooks of a model into plain weights of the same values, in place."""
+    for place in weights_of(model).values():
+        if place.parametrization is not None:
+            bake_place(place)
+    return model
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict the model would have without masks, codebooks and all else that parametrizes its weights.
+
+    These are as the network uses them.
+    """
+    state = {}
+    for key, tensor in model.state_dict().items():
+        head, found, tail = key.partition("parametrizations.")
+        attribute, _, part = tail.partition(".")
+        if not found:
+            state[key] = tensor
+        elif part.startswith("original"):  # of which weight_norm has two
+            module = model.get_submodule(head.rstrip("."))
+            state[head + attribute] = getattr(module, attribute).detach()
+    return state
+
+
+def plain_key(key: str) -> str:
+    """The key that a tensor of a masked or shared network has in `dense_state`."""
+    return key.replace("parametrizations.", "").removesuffix(".original")
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads a state_dict of a masked or shared model into a model, making the masks and codebooks it tells of.
+
+    Raises Mistake when keys or shapes do not fit.
+    """
+    bake(model)
+    places = weights_of(model)
+    by_key = {_key(model, *where): place for place in places.values() for where in place.places[:1]}
+    for key, tensor in state.items():
+        for ending in (".0.mask", ".0.codes"):
+            if not key.endswith(ending):
+                continue
+            weight_key = key.removesuffix(ending).replace("parametrizations.", "")
+            if weight_key not in by_key:
+                continue  # a tied twin, or a layer that is not there: load_state_dict below says so
+            place = by_key[weight_key]
+            if ending == ".0.mask":
+                set_mask(place, tensor.to(place.value.device))
+                if key.removesuffix("mask") + "score" in state:
+                    watch_movement([place])
+            else:
+                original = state[key.removesuffix(".0.codes") + ".original"]
+                set_codebook(place, tensor, original)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise Mistake(f"the weights do not fit this network: {error}") from None
+
+
+def _key(model: nn.Module, module: nn.Module, attribute: str) -> str:
+    path = next(path for path, candidate in model.named_modules() if candidate is module)
+    return f"{path}.{attribute}".lstrip(".")
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and statistics, dense, as the network holds them (float32: 4 each)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in dense_state(model).values())
+
+
+def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts parameters and statistics back to an earlier `dense_state` (its own copy), in place; the masks stay as they are.
+
+    Frankle & Carbin 2019 (The Lottery Ticket Hypothesis); Renda et al. 2020 (Comparing Rewinding and Fine-tuning).
+    """
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            plain = plain_key(key)
+            if plain in state:
+                tensor.copy_(state[plain])

@@ -1,0 +1,178 @@
+"""The weights of a network that can be pruned and shared: which there are, and which are meant.
+
+Works for Linear, Conv, Embedding, LSTM, GRU and attention weights.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from trainer.compression.parametrizations import OURS, Codebook, Mask, TrainedCodebook
+from trainer.mistakes import Mistake, nearest
+
+
+class Weight:
+    """A weight of a network: its name, and the (module, attribute) places that hold it (several when it is tied)."""
+
+    def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
+        self.name = name
+        self.places = [(module, attribute)]
+
+    @property
+    def value(self) -> Tensor:
+        """The weight as the network uses it, masked or shared."""
+        module, attribute = self.places[0]
+        return getattr(module, attribute)
+
+    @property
+    def parametrization(self) -> nn.Module | None:
+        module, attribute = self.places[0]
+        if parametrize.is_parametrized(module, attribute):
+            return module.parametrizations[attribute][0]
+        return None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which weights are alive, boolean; None for a weight that is neither pruned nor shared."""
+        found = self.parametrization
+        if isinstance(found, Mask):
+            return found.mask
+        if isinstance(found, Codebook):
+            return found.codes != 0
+        if isinstance(found, TrainedCodebook):
+            return found.alive
+        return None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is trained: the weight itself, what a mask lets through of it, or the centroids."""
+        module, attribute = self.places[0]
+        if parametrize.is_parametrized(module, attribute):
+            return module.parametrizations[attribute].original
+        return getattr(module, attribute)
+
+    @property
+    def trainable(self) -> bool:
+        return self.parameter.requires_grad
+
+    @property
+    def parts(self) -> int:
+        """How many stacked matrices the weight is (along its first axis): gates of a LSTM or GRU; query, key, value."""
+        module, attribute = self.places[0]
+        if (
+            isinstance(module, nn.LSTM | nn.LSTMCell)
+            and attribute.startswith("weight_")
+            and "hr" not in attribute
+        ):
+            return 4
+        if isinstance(module, nn.GRU | nn.GRUCell) and attribute.startswith("weight_"):
+            return 3
+        if attribute == "in_proj_weight" or self.name.split(".")[-1] == "qkv":
+            return (
+                3 if len(self.value) % 3 == 0 else 1
+            )  # a qkv of fewer keys than queries has no equal thirds
+        return 1
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of the weight that its inputs lie along (in a convolution: its input channels)."""
+        transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        return 0 if isinstance(self.places[0][0], transposed) else 1
+
+
+def weights_of(model: nn.Module) -> dict[str, Weight]:
+    """The weights that can be pruned and shared, by layer name, in the order of the network.
+
+    These are all parameters whose name holds 'weight', of two dimensions or more (no biases, no norms). `fc1.weight`
+    is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
+    Raises Mistake for a weight that something else parametrizes (`weight_norm`).
+    """
+    found: dict[int, Weight] = {}
+    others: list[tuple[int, nn.Module, str]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList | nn.LayerNorm | nn.RMSNorm):
+            continue
+        inner = getattr(module, "parametrizations", {})
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
+        own |= {name: getattr(inner[name], "original", inner[name]) for name in inner}
+        for attribute in sorted(
+            own
+        ):  # a parametrized weight has left its place in the module: keep one order
+            key = id(own[attribute])
+            if "weight" not in attribute:
+                others.append((key, module, attribute))
+                continue
+            if getattr(module, attribute).dim() < 2:
+                continue
+            name = path if attribute == "weight" and path else f"{path}.{attribute}".lstrip(".")
+            if attribute in inner and not (
+                len(inner[attribute]) == 1 and isinstance(inner[attribute][0], OURS)
+            ):
+                raise Mistake(
+                    f"layer {name!r} is parametrized by {type(inner[attribute][0]).__name__.lstrip('_')} already: make it plain first, "
+                    "by torch.nn.utils.parametrize.remove_parametrizations"
+                )
+            if key in found:
+                found[key].places.append((module, attribute))
+            else:
+                found[key] = Weight(name, module, attribute)
+    for key, module, attribute in others:  # a weight that is tied to something of another name
+        if key in found:
+            found[key].places.append((module, attribute))
+    return {place.name: place for place in found.values()}
+
+
+def choose(places: Mapping[str, Weight], keep: Iterable[str] = ()) -> dict[str, Weight]:
+    """The weights without those in `keep`: 'first', 'last', a layer's name or a module's (all weights below it).
+
+    Raises Mistake for a name that no layer has, and for a frozen weight that is not in `keep`.
+    """
+    left = dict(places)
+    order = list(places)
+    if isinstance(keep, str):
+        raise Mistake(f"keep: got {keep!r}; a list of names is allowed, such as [{keep!r}]")
+    ends = {"first": order[:1], "last": order[-1:]}
+    for word in keep:
+        for name in ends[word] if word in ends else matching(places, word):
+            left.pop(name, None)
+    for name, place in left.items():
+        if not place.trainable:
+            raise Mistake(
+                f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone"
+            )
+        if not torch.isfinite(place.value).all():
+            raise Mistake(f"layer {name!r} has weights that are not finite")
+    return left
+
+
+def matching(places: Mapping[str, Weight], word: str) -> list[str]:
+    """Names of the weights that `word` means. Raises Mistake, with the nearest name, when there are none."""
+    found = [name for name in places if name == word or name.startswith(word + ".")]
+    if not found:
+        raise Mistake(f"there is no layer {word!r}{nearest(word, places)}")
+    return found
+
+
+def per_layer(places: Mapping[str, Weight], setting, what: str) -> dict:
+    """A setting given once for all or as {layer: value} as one value a layer; every layer must then be named."""
+    if not isinstance(setting, Mapping):
+        return dict.fromkeys(places, setting)
+    values = {}
+    for word, value in setting.items():
+        for name in matching(places, word):
+            values[name] = value
+    missing = [name for name in places if name not in values]
+    if missing:
+        raise Mistake(f"{what}: nothing is given for {', '.join(missing)} (name them here or in keep)")
+    return {name: values[name] for name in places}
+
+
+def counts(model: nn.Module) -> dict[str, float]:
+    """num_weights, num_nonzero and sparsity (share of zeros) over the weights of the layers, biases and norms left out."""
+    total = nonzero = 0
+    for place in weights_of(model).values():
+        total += place.value.numel()
+        nonzero += int(torch.count_nonzero(place.value.detach()))
+    return {"num_weights": total, "num_nonzero": nonzero, "sparsity": 1 - nonzero / total if total else 0.0}

@@ -1,0 +1,71 @@
+"""One direction of coding: the coder, what it has learned so far, and what each part took."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trainer.mistakes import Mistake
+from trainer.packing.coder import Coder
+from trainer.packing.predictors import Scalars, Text
+
+# Typical headers: what a header shares with them costs next to nothing. Changing them makes a new version.
+_PRIMER = (
+    "layer4.1.bn2.running_mean\0running_var\0num_batches_tracked\0layer1.0.conv1.weight\0"
+    "block2.pointwise.weight\0depthwise.bias\0fc1.weight\0fc1.bias\0"
+    '{"net":{"model":"cifar_resnet","depth":20},"shape":[3,32,32],"mean":[0.4914,0.4822,0.4465],'
+    '"std":[0.247,0.2435,0.2616],"classes":["airplane","automobile","bird","cat","deer","dog","frog",'
+    '"horse","ship","truck"]}\0'
+    '{"net":{"model":"timm/resnet18"},"shape":[3,224,224],"mean":[0.485,0.456,0.406],"std":[0.229,0.224,'
+    '0.225],"classes":100}\0'
+    '{"net":{"model":"lenet5","width":8},"shape":[1,28,28],"mean":[0.286041],"std":[0.353024],'
+    '"classes":["T-shirt/top","Trouser","Pullover","Dress","Coat","Sandal","Shirt","Sneaker","Bag",'
+    '"Ankle boot"]}\0'
+    '{"net":{"model":"lenet5_caffe"},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}\0'
+    '{"net":{"model":"lstm","hidden":128,"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],'
+    '"std":[0.308108],"classes":10}\0'
+    '{"net":{"model":"lenet300"},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}\0'
+    '{"net":{"model":"separable","widths":[8,12,16,16],"strides":[2,1,2,1],"first_kernel":5,'
+    '"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}'
+)
+
+
+@dataclass
+class Stream:
+    """One direction of coding: the coder, what it has learned so far, and what each part took."""
+
+    coder: Coder
+    literal: bytearray  # an Encoder's: written so far, last first; a Decoder's: not yet read
+    scalars: Scalars = field(init=False)
+    text: Text = field(init=False)
+    parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
+    capacity: float = math.inf  # decisions that a Decoder's bytes can tell at the most
+    live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
+    density: tuple[int, int] = (3, 10)  # non-zeros among positions of the last masked tensor
+    ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last codes, by their depth
+
+    def __post_init__(self) -> None:
+        self.scalars = Scalars(self.coder)
+        self.scalars.expect("exponent", 8, range(116, 128))  # 0.0005 .. 2
+        self.text = Text(self.coder, _PRIMER)
+
+    def here(self) -> tuple[float, int]:
+        return self.coder.bits, len(self.literal)
+
+    def part(self, tensor: str, name: str, start: tuple[float, int]) -> None:
+        """Notes what was coded since `start`, an earlier `here()`."""
+        bits, literal = self.here()
+        self.parts.append((tensor, name, bits - start[0], abs(literal - start[1])))
+
+    def literally(self, num_bytes: int, data: bytes = b"") -> bytes:
+        """Writes or reads literal bytes."""
+        if self.coder.writes:
+            self.literal[:0] = data
+            return data
+        if num_bytes > len(self.literal):
+            raise Mistake("the literal bytes end too early")
+        data = bytes(self.literal[len(self.literal) - num_bytes :])
+        del self.literal[len(self.literal) - num_bytes :]
+        return data

@@ -1,0 +1,141 @@
+"""A tensor in the coded stream: raw, through a codebook, or as steps of a grid."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trainer.mistakes import Mistake
+from trainer.packing.grids import grid_of
+from trainer.packing.masks import code_mask
+from trainer.packing.numbers import code_drop, code_float, code_numbers, fraction_bits, patterns_of
+from trainer.packing.ranks import code_ranks
+from trainer.packing.stream import Stream
+
+MAX_CLUSTERS = 1 << 16
+_NONE, _SOME, _ALL = range(3)  # zeros of a tensor
+_RAW, _CODEBOOK, _STEPS = range(3)
+
+
+def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None = None) -> np.ndarray:
+    """A tensor; a Decoder is handed an array of the right shape and dtype."""
+    scalars, dtype, start = stream.scalars, array.dtype, stream.here()
+    patterns = patterns_of(array)
+    numel = len(patterns)
+    if numel == 0:
+        return array.copy()
+    present = patterns != 0 if stream.coder.writes else np.broadcast_to(False, numel)
+    context = (dtype.kind, array.ndim > 1)
+    form, zeros = _choose(array, patterns, present, step) if stream.coder.writes else (_RAW, _NONE)
+    form = scalars.tree(("form", *context), 2, form)
+    zeros = scalars.tree(("zeros", *context), 2, zeros)
+    if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
+        raise Mistake("the coded stream is damaged: unknown form of a tensor")
+    if zeros == _SOME and numel > stream.capacity:
+        raise Mistake(f"the coded stream is damaged: it cannot hold the {numel:,} positions of tensor {name}")
+    grid = grid_of(array.shape, stream.live)
+    matrix = (grid.rows, grid.columns)
+    mask = np.full(matrix, zeros == _NONE, np.uint8)
+    stream.part(name, "form", start)
+    if zeros == _SOME:
+        start = stream.here()
+        mask = code_mask(stream, present.reshape(matrix), grid)
+        stream.part(name, "mask", start)
+    chosen = mask.reshape(-1) > 0
+    values = patterns[chosen]
+    start = stream.here()
+    if form == _RAW:
+        values = code_numbers(stream, values, dtype)
+    else:
+        if form == _CODEBOOK:
+            codebook, highest = _code_codebook(stream, np.unique(values), dtype)
+        else:
+            codebook, highest = _code_steps(stream, array, step)
+        stream.part(name, "codebook", start)
+        start = stream.here()
+        if len(codebook) == 1:
+            values = np.repeat(codebook, len(values))
+        elif len(codebook):
+            ranks = np.zeros(matrix, np.int64)
+            if stream.coder.writes:
+                order = np.argsort(codebook, kind="stable")
+                place = order[np.searchsorted(codebook, values, sorter=order)] - highest[0]
+                ranks.reshape(-1)[chosen] = place + (place >= 0)
+            ranks = code_ranks(stream, ranks, mask, grid, highest).reshape(-1)[chosen]
+            values = codebook[ranks + highest[0] - (ranks > 0)]
+        elif len(values):
+            raise Mistake("the coded stream is damaged: an empty codebook")
+    stream.part(name, "values", start)
+    out = np.zeros(numel, patterns.dtype)
+    out[chosen] = values
+    if array.ndim > 1:
+        stream.live = mask.sum(1, dtype=np.int64)
+    return out.view(dtype).reshape(array.shape)
+
+
+def _choose(
+    array: np.ndarray, patterns: np.ndarray, present: np.ndarray, step: float | None
+) -> tuple[int, int]:
+    """The form of the fewest bytes, judged by entropy, and what is told of the zeros."""
+    numel, count = len(patterns), int(present.sum())
+    mask_bits = entropy_bits(np.array([count, numel - count]))
+    if count == 0:
+        return _RAW, _ALL
+    if array.dtype.kind != "f":
+        return _RAW, _NONE
+    if step is not None:
+        return _STEPS, _SOME if count < numel else _NONE
+    union = int(np.bitwise_or.reduce(patterns)) | 1 << fraction_bits(array.dtype)
+    number_bits = fraction_bits(array.dtype) + 4 - (union & -union).bit_length()
+    zeros = _SOME if count < numel else _NONE
+    sizes = {(_RAW, _NONE): numel * number_bits, (_RAW, zeros): mask_bits + count * number_bits}
+    values, counts = np.unique(patterns[present], return_counts=True)
+    if len(values) <= MAX_CLUSTERS:
+        sizes[_CODEBOOK, zeros] = mask_bits + entropy_bits(counts) + len(values) * (number_bits + 2)
+    return min(sizes, key=sizes.get)
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    counts = counts[counts > 0]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
+def _code_codebook(
+    stream: Stream, patterns: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Distinct values, negative ones first, the largest in magnitude at both ends; how many of each sign."""
+    sign = 8 * dtype.itemsize - 1
+    drop = code_drop(stream, patterns, dtype)
+    halves = []
+    for negative in (1, 0):
+        sizes = np.sort(patterns[patterns >> sign == negative] & (1 << sign) - 1).tolist()
+        count = stream.scalars.number("clusters", len(sizes), MAX_CLUSTERS + 1)
+        out: list[int] = []
+        # gaps between patterns are like gaps between logarithms; all of a side take about 3 octaves
+        plain = max(0, fraction_bits(dtype) - drop + 1 - count.bit_length())
+        for i in range(count):
+            size = sizes[i] if stream.coder.writes else 0
+            if not out:
+                out.append(code_float(stream, size, dtype, drop))
+                continue
+            gap = size - out[-1] - 1 >> drop
+            high = stream.scalars.number("gap", gap >> plain, 1 << sign - drop)
+            gap = high << plain | stream.coder.uniform(plain, gap & (1 << plain) - 1)
+            out.append(out[-1] + (gap + 1 << drop))
+        if out and out[-1] >> sign:
+            raise Mistake("the coded stream is damaged: a codebook overflows")
+        halves.append([size | negative << sign for size in out])
+    negative, positive = halves
+    return np.array(negative[::-1] + positive, patterns.dtype), (len(negative), len(positive))
+
+
+def _code_steps(stream: Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """The codebook of a step times all integers between the least and the greatest."""
+    pattern = int(np.float32(step or 1).view(np.uint32))
+    drop = code_drop(stream, np.array([pattern], np.uint32), np.dtype(np.float32))
+    scale = np.uint32(code_float(stream, pattern, np.dtype(np.float32), drop)).view(np.float32)
+    integers = np.rint(array.astype(np.float64) / np.float64(scale)) if stream.coder.writes else np.zeros(1)
+    most = [int(max(0, (sign * integers).max())) for sign in (-1, 1)]
+    negative, positive = (stream.scalars.number("highest", high, MAX_CLUSTERS // 2 + 1) for high in most)
+    integers = np.concatenate([np.arange(-negative, 0), np.arange(1, positive + 1)])
+    with np.errstate(all="ignore"):  # a damaged step may overflow
+        return patterns_of(scale * integers.astype(np.float32)), (negative, positive)
