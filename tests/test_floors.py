@@ -9,7 +9,7 @@ import trainer
 
 TOP = Path(trainer.__file__).parent
 FLOORS = [
-    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores", "views"],
+    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores", "shipped_recipes", "views"],
     ["codec", "compress", "losses"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
     ["models", "datasets", "inference"],

@@ -20,6 +20,7 @@ from trainer import bind
 from trainer.cache import CacheKeys
 from trainer.data import DataKeys
 from trainer.objective import MAP_LISTS, MAPS, WEIGHTS, TermKeys, asked_of_teacher, needs_teacher, wants
+from trainer.shipped_recipes import find_recipe
 from trainer.teacher import StudentKeys, TeacherKeys
 from trainer.views import Augment
 
@@ -195,12 +196,13 @@ def dump(plain: dict[str, Any]) -> str:
 
 
 def parse(path: str | Path) -> Text:
-    """A recipe's text, unchecked but for what is no recipe at all.
+    """A recipe's text, unchecked but for what is no recipe at all. path: a file's, or a shipped recipe's bare name.
 
     Raises RecipeError for a file that cannot be read, or is no YAML, or no mapping.
     """
     path = Path(path)
     try:
+        path = find_recipe(path)
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
