@@ -21,7 +21,9 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def test_names_are_those_of_the_files():
-    files = {path.relative_to(TOP / "recipes").with_suffix("").as_posix() for path in TOP.glob("recipes/**/*.yaml")}
+    files = {
+        path.relative_to(TOP / "recipes").with_suffix("").as_posix() for path in TOP.glob("recipes/**/*.yaml")
+    }
     assert set(shipped_recipes.names()) == files and {"quickstart", "records/teacher_mnist"} <= files
 
 
@@ -39,15 +41,22 @@ def test_a_file_that_exists_wins_and_a_folder_does_not(tmp_path):
     assert find_recipe("quickstart") == Path("quickstart")
 
 
-@pytest.mark.parametrize("given", ["quickstart.yaml", "./none/quickstart", "recipes/quickstart", "/none", "other/x.yml"])
+@pytest.mark.parametrize(
+    "given", ["quickstart.yaml", "./none/quickstart", "recipes/quickstart", "/none", "other/x.yml"]
+)
 def test_a_path_is_left_alone(given):
     assert find_recipe(given) == Path(given)
 
 
-@pytest.mark.parametrize(("given", "nearest"), [
-    ("quikstart", "quickstart"), ("smallest_error158", "records/smallest_error158"), ("lenet5", "lenet5_mnist"),
-    ("records/teacher_minst", "records/teacher_mnist"),
-])
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("quikstart", "quickstart"),
+        ("smallest_error158", "records/smallest_error158"),
+        ("lenet5", "lenet5_mnist"),
+        ("records/teacher_minst", "records/teacher_mnist"),
+    ],
+)
 def test_an_unknown_bare_name_says_which_there_are_nearest_first(given, nearest):
     with pytest.raises(RecipeError) as told:
         read(given)
@@ -58,9 +67,16 @@ def test_an_unknown_bare_name_says_which_there_are_nearest_first(given, nearest)
 
 def test_finding_one_imports_nothing_heavy():
     told = subprocess.run(
-        [sys.executable, "-c", "import sys, trainer.shipped_recipes as s; s.find_recipe('quickstart')\n"
-         "print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"],
-        capture_output=True, text=True, check=True, env={"PYTHONPATH": str(TOP)},
+        [
+            sys.executable,
+            "-c",
+            "import sys, trainer.shipped_recipes as s; s.find_recipe('quickstart')\n"
+            "print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(TOP)},
     )
     assert told.stdout == "[]\n"
 
@@ -79,17 +95,44 @@ def test_a_bare_name_is_found_outside_a_checkout(kind, tmp_path):
     site = next(environment.glob("lib/python3*/site-packages"))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-build-isolation",
-         "--no-index", "--ignore-installed", *kind], cwd=copy, check=True,
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--ignore-installed",
+            *kind,
+        ],
+        cwd=copy,
+        check=True,
     )
     told = subprocess.run(
-        [str(environment / "bin/trainer"), "check", "quickstart"], cwd=tmp_path, capture_output=True, text=True, check=True, env={}
+        [str(environment / "bin/trainer"), "check", "quickstart"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
     )
     assert told.stdout.startswith("quickstart: fine: train")
     where = subprocess.run(
-        [str(python), "-c", "import trainer, trainer.shipped_recipes as s, importlib.resources as r\n"
-         "print(trainer.__file__, s.folder(), r.files('trainer').joinpath('py.typed').is_file())"],
-        cwd=tmp_path, capture_output=True, text=True, check=True, env={},
+        [
+            str(python),
+            "-c",
+            "import trainer, trainer.shipped_recipes as s, importlib.resources as r\n"
+            "print(trainer.__file__, s.folder(), r.files('trainer').joinpath('py.typed').is_file())",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
     ).stdout.split()
     inside = (copy if "-e" in kind else site).resolve()
     assert all(Path(path).resolve().is_relative_to(inside) for path in where[:2]) and where[2] == "True"

@@ -41,7 +41,9 @@ def find_recipe(given: str | Path) -> Path:
     if path.exists():
         return path
     by_nearness = sorted(known, key=lambda one: -max(_likeness(name, one), _likeness(name, Path(one).name)))
-    raise FileNotFoundError(f"there is no such file, and no shipped recipe of that name; there are: {', '.join(by_nearness)}")
+    raise FileNotFoundError(
+        f"there is no such file, and no shipped recipe of that name; there are: {', '.join(by_nearness)}"
+    )
 
 
 def _likeness(one: str, other: str) -> float:
