@@ -72,7 +72,7 @@ def tiny(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
-    """A folder with what the commands name: tiny recipes under the shipped names, the scripts, an image, one finished run."""
+    """A folder with what the commands name: tiny recipes, the scripts, an image, one finished run."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "recipes").mkdir()
     for name in ("quickstart", "lenet5_mnist"):

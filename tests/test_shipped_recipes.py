@@ -84,7 +84,7 @@ def test_finding_one_imports_nothing_heavy():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [["."], ["-e", "."]], ids=["installed", "editable"])
 def test_a_bare_name_is_found_outside_a_checkout(kind, tmp_path):
-    """`pip install .` and `pip install -e .` of a copy, in an environment that borrows the packages of this one."""
+    """`pip install .` and `-e .` of a copy, in an environment that borrows the packages of this one."""
     copy, environment = tmp_path / "copy", tmp_path / "environment"
     for name in ("trainer", "recipes"):
         shutil.copytree(TOP / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))

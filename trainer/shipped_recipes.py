@@ -11,7 +11,7 @@ ENDINGS = (".yaml", ".yml")
 
 
 def folder() -> Path:
-    """The folder of the shipped recipes: recipes/ in a checkout, and inside the package where it is installed."""
+    """The folder of the shipped recipes: recipes/ of a checkout, or inside the installed package."""
     package = Path(str(importlib.resources.files("trainer")))
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -27,9 +27,9 @@ def names() -> list[str]:
 def find_recipe(given: str | Path) -> Path:
     """The file that `given` stands for: itself, or the shipped recipe of that name.
 
-    A file that exists wins. A folder does not: a run's own folder may have the recipe's name. A bare name has no ending
-    .yaml and is `NAME` or `records/NAME`; anything else is returned as it is, for the caller to open. Raises
-    FileNotFoundError for a bare name that is neither a file nor shipped, with all names, the nearest first.
+    A file that exists wins. A folder does not: a run's own folder may have the recipe's name. A bare name
+    is `NAME` or `records/NAME`, without .yaml; anything else is returned as it is, for the caller to open.
+    Raises FileNotFoundError for a bare name that is neither a file nor shipped, with all names, nearest first.
     """
     path = Path(given)
     bare = path.suffix not in ENDINGS and (len(path.parts) == 1 or path.parts[:-1] == ("records",))
