@@ -48,13 +48,12 @@ from trainer import fetch
 from trainer.cache import ViewCache
 from trainer.context import Data
 from trainer.data import make_data
-from trainer.fit import Training
+from trainer.keys import DataEntry, TeacherKeys, Term, Training
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.timm import timm
-from trainer.objective import Objective, Term
-from trainer.recipe import DataEntry
-from trainer.teacher import Teacher, TeacherKeys
+from trainer.objective import Objective
+from trainer.teacher import Teacher
 
 TEMPERATURE, HARD = 4.0, 0.1
 VIEWS = 3  # of each image

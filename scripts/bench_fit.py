@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer import fetch
 from trainer.context import Data, InMemory, Part, Run
 from trainer.datasets.mnist import mnist
-from trainer.fit import Training, fit
+from trainer.fit import fit
+from trainer.keys import Augment, TermKeys, Training
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
-from trainer.objective import Objective, TermKeys
+from trainer.objective import Objective
 from trainer.teacher import Teacher
 from trainer.tracking import Log
-from trainer.views import Augment
 
 BATCH, RATE = 128, 1e-3
 

@@ -208,7 +208,7 @@ def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> li
             f"{row}| {wall:.3f} | {processor:.3f} | {processor / ours:.1f}x "
             f"| {result['inertia'] / optimum:.6f} | {memory} | {len(result['wall'])} |"
         )
-    wall, processor = (statistics.median(column) for column in zip(*assigned))
+    wall, processor = (statistics.median(column) for column in zip(*assigned, strict=False))
     rows.append(f"{case}| assign | {wall:.3f} | {processor:.3f} | | | | {len(assigned)} |")
     return rows
 

@@ -31,15 +31,15 @@ from trials import spread
 
 from trainer import checkpoint, files, teacher
 from trainer.__main__ import changes_of
-from trainer.cache import CacheKeys, ViewCache
+from trainer.cache import ViewCache
 from trainer.context import Run
 from trainer.data import batches, make_data, seed_of
 from trainer.evaluate import percent_right, predict, student_view, teacher_answers
 from trainer.fit import fit
+from trainer.keys import Augment, CacheKeys
 from trainer.objective import Objective
 from trainer.recipe import Recipe, read
 from trainer.runner import begun
-from trainer.views import Augment
 
 RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")
 STUDENT = {"model": "lenet5"}
@@ -202,7 +202,7 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
     own.student.eval()
     view = student_view(own, own.student)
     answers = predict(own, view, own.data.test)
-    steps = [after - before for before, after in zip(moments, moments[1:])]
+    steps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
     found = {
         "name": name,
         "facts": facts,
@@ -240,7 +240,7 @@ def table(trials: dict[str, list[dict[str, Any]]]) -> str:
     lines = []
     for name, found in trials.items():
         top1 = [t["top1"] for t in found]
-        gains = [t["top1"] - b["top1"] for t, b in zip(found, base)]
+        gains = [t["top1"] - b["top1"] for t, b in zip(found, base, strict=False)]
         better = sum(gain > 0 for gain in gains)
         lines.append(
             (

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationErr
 
 import trainer
 from trainer import bind
+from trainer.mistakes import nearest
 
 
 class Common(bind.Entry):
@@ -105,10 +106,10 @@ def test_a_file_that_does_not_define_its_name(monkeypatch, tmp_path):
 
 
 def test_nearest():
-    assert bind.nearest("wieght", ["weight", "at"]) == " (did you mean 'weight'?)"
-    assert bind.nearest("x", ["weight", "at"]) == "; there are: weight, at"
-    assert bind.nearest("x", [str(i) for i in range(1000, 2000)]) == ""
-    assert bind.nearest("x", []) == ""
+    assert nearest("wieght", ["weight", "at"]) == " (did you mean 'weight'?)"
+    assert nearest("x", ["weight", "at"]) == "; there are: weight, at"
+    assert nearest("x", [str(i) for i in range(1000, 2000)]) == ""
+    assert nearest("x", []) == ""
 
 
 def test_fed_and_built_with():

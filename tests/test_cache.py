@@ -13,11 +13,12 @@ from pydantic import TypeAdapter
 
 from trainer import cache as caching
 from trainer import checkpoint, runner
-from trainer.cache import CacheKeys, ViewCache
+from trainer.cache import ViewCache
 from trainer.data import Views, batches, epoch_order, make_data
+from trainer.keys import CacheKeys, DataEntry, TeacherKeys
 from trainer.models.lenet5 import lenet5
-from trainer.recipe import DataEntry, RecipeError, read
-from trainer.teacher import Teacher, TeacherKeys
+from trainer.recipe import RecipeError, read
+from trainer.teacher import Teacher
 
 VIEWS = {"views": 3, "augment": {"shift": 1, "rotate": 8}}
 TOP = Path(__file__).parents[1]

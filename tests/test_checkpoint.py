@@ -433,7 +433,7 @@ def test_a_second_process_is_told_who_holds_the_folder_until_the_holder_is_dead(
             holder.kill()
             holder.wait()
             with checkpoint.lock(tmp_path):
-                assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+                assert json.loads((tmp_path / ".holder").read_text())["pid"] == os.getpid()
             os.kill(worker, 0)  # its forked worker lives on, without the lock
         finally:
             os.kill(worker, 9)
@@ -465,3 +465,13 @@ def test_removing_a_checkpoint_by_hand_is_no_matter(tmp_path):
     checkpoint.save(tmp_path, tensors(2), {"step": 2})
     shutil.rmtree(tmp_path / "00000002")
     assert checkpoint.load(tmp_path)[1] == {"step": 1}
+
+
+def test_the_digest_stays_what_it_was():
+    """It stands in kept runs and in reports."""
+    state = {
+        "b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3), "m": torch.tensor([True, False]),
+        "h": torch.ones(2, 2, dtype=torch.float16).T, "e": torch.zeros(0),
+    }  # fmt: skip
+    known = "f173c99d727a5044cf958b6b4f19fb8414993055f769cce19831f3f18f7c0165"
+    assert checkpoint.digest(state) == checkpoint.digest(dict(reversed(state.items()))) == known

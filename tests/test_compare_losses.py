@@ -26,9 +26,10 @@ def script(monkeypatch):
     return importlib.import_module("compare_losses")
 
 
-def test_every_loss_of_the_shelf_has_a_row(script):
+def test_every_row_is_of_losses_on_the_shelf(script):
+    """Not the other way round: whoever drops a loss in need not know of the table."""
     compared = {term["loss"] for terms in script.TERMS.values() for term in terms}
-    assert compared == set(bind.names("loss"))
+    assert compared <= set(bind.names("loss")) and len(compared) > 25
     for terms in script.TERMS.values():  # as the recipe's checker sees them
         script.recipe_of(Path(trainer.__file__).parents[1] / script.RECIPE, {}, terms)
 

@@ -9,8 +9,9 @@ from PIL import Image
 
 from trainer import bind
 from trainer.context import InMemory, Part
-from trainer.data import DataKeys, Views, batches, epoch_order, make_data, mix, seed_of
-from trainer.views import Augment, apply, draw
+from trainer.data import Views, batches, epoch_order, make_data, mix, seed_of
+from trainer.keys import Augment, DataKeys
+from trainer.views import apply, draw
 
 CPU = torch.device("cpu")
 

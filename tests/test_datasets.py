@@ -19,7 +19,6 @@ from trainer.datasets.fashion_mnist import fashion_mnist
 from trainer.datasets.image_folder import image_folder
 from trainer.datasets.mnist import mnist
 
-
 DIGITS_TEST = "3716b274d4273dd46113fc881babc4d72e53bcf7d1ba69a929d73082fb949436"
 
 

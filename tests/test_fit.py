@@ -18,14 +18,15 @@ from torch import nn
 
 from trainer import bind, compress, onednn, runner
 from trainer import fit as fitting
-from trainer.cache import CacheKeys, ViewCache
+from trainer.cache import ViewCache
 from trainer.context import Run
-from trainer.data import DataKeys, make_data
-from trainer.fit import Averaged, Training, fit, freeze_unused, learning_rate, make_optimizer
+from trainer.data import make_data
+from trainer.fit import Averaged, fit, freeze_unused, learning_rate, make_optimizer
+from trainer.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
-from trainer.objective import Objective, Term, TermKeys
-from trainer.teacher import Teacher, TeacherKeys
+from trainer.objective import Objective
+from trainer.teacher import Teacher
 from trainer.tracking import Log
 
 ROOT = Path(__file__).parents[1]

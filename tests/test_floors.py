@@ -9,8 +9,11 @@ import trainer
 
 TOP = Path(trainer.__file__).parent
 FLOORS = [
-    ["bind", "channels", "drawing", "entropy", "features", "files", "gather", "images", "kmeans", "onednn", "projectors", "scores", "shipped_recipes", "views"],
-    ["codec", "compress", "losses"],
+    ["files", "mistakes"],
+    ["bind", "channels", "drawing", "entropy", "features", "distributed", "images", "kmeans", "onednn", "projectors", "scores", "shipped_recipes"],
+    ["keys"],
+    ["terms", "views"],
+    ["codec", "compress", "losses", "recurrent"],
     ["fold", "measure", "checkpoint", "report", "tracking", "context", "fetch"],
     ["models", "datasets", "inference"],
     ["teacher", "data"],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import compress, features, inference, teacher
+from trainer import checkpoint, compress, features, inference, teacher
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.separable import separable
@@ -40,7 +40,7 @@ def seen(network, images):
 @pytest.mark.parametrize("name", BUILD)
 def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
     network, images = some(name)
-    wanted, before = seen(network, images), teacher.fingerprint(network)
+    wanted, before = seen(network, images), checkpoint.digest(network.state_dict())
     ready = inference.make_ready(network)
     answers = seen(ready, images)
     torch.testing.assert_close(answers.logits, wanted.logits, rtol=1e-4, atol=1e-5)
@@ -48,7 +48,7 @@ def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
     assert answers.maps.keys() == wanted.maps.keys() and answers.maps
     torch.testing.assert_close(answers.maps, wanted.maps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen(network, images).logits, wanted.logits, rtol=1e-4, atol=1e-5)
-    assert teacher.fingerprint(network) == before
+    assert checkpoint.digest(network.state_dict()) == before
     assert (ready is network) == (name not in ("lenet5", "separable"))
     if ready is not network:
         assert not any(isinstance(module, nn.BatchNorm2d) for module in ready.modules())

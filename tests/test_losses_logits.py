@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer import bind
+from trainer.distributed import gather_batch
 from trainer.features import head
-from trainer.gather import gather_batch
 
 N, K, STUDENT_WIDTH, TEACHER_WIDTH, NUM_SAMPLES = 6, 5, 7, 11, 23
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainer import fetch
+from trainer import fetch, fit
 from trainer.__main__ import main
+from trainer.mistakes import Mistake
 
 RECIPE = """\
 name: tiny
@@ -117,11 +118,29 @@ def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
         "scipy",
         "pandas",
         "PIL",
+        "torch._dynamo",
+        "trainer.codec",
+        "trainer.entropy",
+        "trainer.kmeans",
     }
     assert [line for line in lines if not line.startswith("import time:")] == [
         f"trainer: {path}:13: stages[3].bit: is no key here (did you mean 'bits'?)"
     ]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "lstm_mnist", "lenet5_mnist", "cifar100_resnet56_resnet20"])
+def test_reading_a_recipe_imports_nothing_heavy(name):
+    """Each stage imports what it works with when it runs: the coder, k-means, and what takes seconds."""
+    recipes = Path(__file__).parents[1] / "recipes"
+    code = f"import sys, trainer.recipe; trainer.recipe.read({str(recipes / name) + '.yaml'!r}); print(*sys.modules)"
+    told = python("-c", code)
+    heavy = {
+        "trainer.codec", "trainer.entropy", "trainer.packed", "trainer.kmeans", "trainer.runner", "trainer.report",
+        "torch._dynamo", "torch._inductor", "wandb", "accelerate", "scipy", "sklearn", "matplotlib", "timm", "torchvision", "PIL",
+    }  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert heavy & set(told.stdout.split()) == set()
 
 
 def test_a_reader_that_goes_away_is_no_error(monkeypatch, capsys):
@@ -195,6 +214,46 @@ def test_how_errors_end(error, status, told, say, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer.recipe, "read", broken)
     got, _, err = say("check", recipe(tmp_path))
     assert got == status and told in err
+
+
+def test_a_fault_inside_a_training_is_a_traceback_that_asks_for_a_report(tmp_path):
+    """It was once told as a mistake in the recipe: a ValueError of Python's own, in one line."""
+    code = """
+import sys
+import trainer.fit
+from trainer.__main__ import main
+from trainer.mistakes import Mistake
+
+def broken(*_):
+    list(zip([1], [1, 2], strict=True))
+
+trainer.fit.epoch_order = broken
+sys.exit(main(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(recipe(tmp_path)), "--folder", str(tmp_path / "runs")],
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "in fit\n" in done.stderr
+    *_, error, last = done.stderr.strip().splitlines()
+    assert error == "ValueError: zip() argument 2 is longer than argument 1"
+    assert last.startswith("trainer: this is a fault of the program") and "report it" in last
+
+
+def test_a_mistake_inside_a_training_is_one_line(say, monkeypatch, tmp_path):
+    def refused(*_):
+        raise Mistake("there is nothing to train")
+
+    monkeypatch.setattr("trainer.fit.make_optimizer", refused)
+    status, _, err = say("run", recipe(tmp_path), "--folder", tmp_path / "runs")
+    assert status == 2 and err.splitlines()[-1] == "trainer: there is nothing to train"
+
+
+def test_a_batch_of_one_image_that_cannot_be_normalised():
+    error = ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 4])")
+    assert isinstance(fit._of_a_batch(error, 1), Mistake)
+    assert fit._of_a_batch(error, 2) is error
 
 
 def test_only_the_main_process_speaks(say, monkeypatch, tmp_path):

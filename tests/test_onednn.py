@@ -1,12 +1,17 @@
 """Fully connected layers by oneDNN: what torch gives, up to rounding, and only where it is meant."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from trainer import compress, onednn
 from trainer.compress import Mask
@@ -216,3 +221,116 @@ def test_detached_it_is_as_before(products):
 def test_without_the_instructions_nothing_is_attached(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert "forward" not in vars(a_layer()[0])
+
+
+KINDS = [nn.LSTM, nn.GRU, nn.RNN]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def a_poor_processor(monkeypatch):
+    """One whose recurrent layers have no type but float32."""
+    monkeypatch.setattr(onednn, "_missing_types", lambda kind: frozenset(HALVES))
+
+
+def recurrent(kind, **settings):
+    torch.manual_seed(0)
+    network = nn.Sequential(kind(4, 5, batch_first=True, **settings))
+    onednn.attach(network, learning=True)
+    return network
+
+
+def outputs_and_gradients(layer, *given, dtype=None):
+    """Inside autocast to a type, if one is given; the backward pass is outside it, as in a training."""
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        outputs, _ = layer(*given)
+    values = outputs.data if hasattr(outputs, "batch_sizes") else outputs
+    return values, torch.autograd.grad(values.float().square().sum(), list(layer.parameters()))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_processor_lacks_is_computed_in_float32_inside_autocast(kind, dtype, a_poor_processor):
+    layer = recurrent(kind, num_layers=2, bidirectional=True)[0]
+    states = torch.randn(4, 3, 5)
+    given = (torch.randn(3, 6, 4), (states, 2 * states) if kind is nn.LSTM else states)
+    wanted = outputs_and_gradients(layer, *given)
+    found = outputs_and_gradients(layer, *given, dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        half = layer(given[0].to(dtype))[0]  # as a convolution before it leaves it
+        assert torch.is_autocast_enabled("cpu")
+    of_half = layer(given[0].to(dtype).float())[0]
+    assert found[0].dtype == half.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert torch.equal(half, of_half)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_computed_in_float32_too(kind, a_poor_processor):
+    layer = recurrent(kind)[0]
+    packed = pack_padded_sequence(torch.randn(3, 6, 4), torch.tensor([6, 3, 2]), batch_first=True)
+    wanted = outputs_and_gradients(layer, packed)
+    found = outputs_and_gradients(layer, packed, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(packed.to(torch.bfloat16))[0].data.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_copies_masks_and_detaching_go_with_recurrent_layers(a_poor_processor):
+    network, x = recurrent(nn.LSTM), torch.randn(3, 6, 4)
+    place = compress.weights(network)["0.weight_ih_l0"]
+    compress.set_mask(place, place.value > 0)
+    other = pickle.loads(pickle.dumps(recurrent(nn.LSTM)))
+    changed = copy.deepcopy(network)
+    with torch.no_grad():
+        changed[0].bias_ih_l0.add_(1)
+    for layer in (network[0], other[0], changed[0]):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = layer(x)[0]
+        assert torch.equal(found, layer(x)[0])
+    assert not torch.equal(changed[0](x)[0], network[0](x)[0])
+    onednn.detach(network)
+    assert "forward" not in vars(network[0])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_attached_all_recurrent_layers_compute_on_this_processor(kind, dtype):
+    layer, x = recurrent(kind)[0], torch.randn(3, 6, 4)
+    wanted = outputs_and_gradients(layer, x)
+    found = outputs_and_gradients(layer, x, dtype=dtype)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], found[0], rtol=0.05, atol=0.05)
+    assert (found[0].dtype == torch.float32) == (dtype in onednn.missing_types(layer)) or kind is nn.GRU  # which gives float32 always
+    torch.testing.assert_close(found[0].float(), wanted[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found[1], wanted[1], rtol=0.1, atol=0.2)
+
+
+def test_the_rehearsal_leaves_the_generator_alone_and_other_layers():
+    before = torch.get_rng_state()
+    for kind in KINDS:
+        onednn._missing_types.__wrapped__(kind)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(onednn.missing_types(layer) for layer in (nn.Linear(2, 2), nn.LSTMCell(2, 2), nn.Conv2d(2, 2, 2)))
+
+
+IMITATED = """
+import torch
+from torch import nn
+from trainer import onednn
+network = nn.Sequential(nn.LSTM(3, 4), nn.GRU(3, 4))
+assert onednn.kinds_in_float32([network], torch.bfloat16) == ["LSTM"]
+onednn.attach(network, learning=True)
+x = torch.randn(5, 2, 3)
+with torch.autocast("cpu", torch.bfloat16):
+    found = network[0](x)[0]
+found.sum().backward()
+assert torch.equal(found, network[0](x)[0])
+"""
+
+
+def test_a_processor_without_avx512_trains_an_lstm_in_bfloat16():
+    """Also where there is AVX-512: oneDNN is told to do without."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    environment["PYTHONPATH"] = str(Path(onednn.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", IMITATED], env=environment, check=True)

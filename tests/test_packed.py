@@ -9,7 +9,7 @@ import torch
 from test_codec import mutate
 from torch import nn
 
-from trainer import codec, compress, packed, teacher
+from trainer import checkpoint, codec, compress, packed, teacher
 
 SPEC = {"model": "lenet300", "hidden": [12, 8]}
 FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": [str(i) for i in range(10)]}
@@ -28,7 +28,7 @@ def test_the_decoded_network_is_the_same_bit_for_bit():
     model = network()
     compress.round_unshared(model, biases=5)
     decoded, header = packed.decode(packed.encode(model, SPEC, FACTS))
-    assert packed.digest(decoded.state_dict()) == packed.digest(compress.dense_state(model))
+    assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(compress.dense_state(model))
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(decoded(x), model(x))
     assert header["classes"] == FACTS["classes"] and header["net"] == SPEC

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
-from trainer import checkpoint, compress, report, runner
+from trainer import checkpoint, compress, onednn, report, runner
 from trainer import fit as fitting
 from trainer.models.lenet5 import lenet5
 from trainer.recipe import RecipeError
-from trainer.stages import distill, train
+from trainer.stages import distill, pack, train
 
 ALONE = """
 name: alone
@@ -376,3 +377,110 @@ def test_the_accelerator_has_the_recipes_precision(tmp_path):
 
     assert isinstance(accelerator := runner.make_accelerator(read(write(tmp_path, ALONE))[0]), Accelerator)
     assert accelerator.mixed_precision == "no" and accelerator.num_processes == 1
+
+
+class FourCores:
+    """Makes a machine of four physical cores, each of two logical ones, of which `allowed` may be used."""
+
+    def __init__(self, monkeypatch, allowed=8):
+        monkeypatch.setattr(runner.psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+        for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+            monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def eight_threads(monkeypatch):
+    """As torch would begin where nobody has set OMP_NUM_THREADS, on a machine that `FourCores` makes.
+
+    It is only told the number: on fewer cores so many threads would wait for each other.
+    """
+    told = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "num_processes", "local", "threads"),
+    [(8, 1, None, 4), (3, 1, None, 3), (8, 2, None, 2), (8, 4, "2", 2), (8, 3, "3", 1), (8, 16, "16", 1), (8, 1, "2", 4)],
+)
+def test_physical_cores_are_divided_among_the_processes_of_a_machine(monkeypatch, allowed, num_processes, local, threads):
+    FourCores(monkeypatch, allowed)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert runner.available_threads(num_processes) == threads
+
+
+@pytest.mark.parametrize(
+    ("key", "argument", "before", "threads"),
+    [("", None, 8, 4), ("", None, 2, 2), ("threads: 3", None, 8, 3), ("threads: 3", 5, 1, 5), ("", 6, 8, 6)],
+    ids=["all", "as the user set", "recipe", "command line", "more than there are"],
+)
+def test_a_run_computes_with_the_threads_that_are_asked_for(
+    tmp_path, monkeypatch, capsys, eight_threads, key, argument, before, threads
+):
+    FourCores(monkeypatch)
+    torch.set_num_threads(before)
+    found = runner.run(write(tmp_path, f"{key}\n{ALONE}"), folder=tmp_path, threads=argument)
+    assert found["hardware"]["torch_threads"] == threads
+    assert json.loads((tmp_path / "alone" / "begun.json").read_text())["threads"] == threads
+    assert torch.get_num_threads() == before
+    assert "threads" not in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(tmp_path, monkeypatch, capsys, eight_threads):
+    FourCores(monkeypatch)
+    path = write(tmp_path, ALONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(path, folder=tmp_path, threads=3)
+    assert torch.get_num_threads() == 8
+    assert "goes on with" not in capsys.readouterr().out
+    assert runner.run(path, folder=tmp_path)["hardware"]["torch_threads"] == 3
+    assert capsys.readouterr().out.startswith(
+        f"{tmp_path / 'alone'}: goes on with 3 threads, as it began (4 threads would be used now): rounding depends on the number\n"
+    )
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_one_line_tells_how_a_launch_uses_all_cores(tmp_path, monkeypatch, capsys, eight_threads, launcher):
+    FourCores(monkeypatch)
+    monkeypatch.setenv(launcher, "no")
+    torch.set_num_threads(1)  # as a launcher leaves it
+    runner.run(write(tmp_path, ALONE), folder=tmp_path)
+    told = [line for line in capsys.readouterr().out.splitlines() if "threads" in line]
+    assert len(told) == 1 and told[0].startswith("computing with 1 thread, ")
+    assert "accelerate launch --num_cpu_threads_per_process 4" in told[0]
+    runner.run(write(tmp_path, ALONE.replace("alone", "other")), folder=tmp_path, threads=1)
+    assert "threads" not in capsys.readouterr().out
+
+
+def test_the_fresh_process_computes_with_as_many_threads(tmp_path, monkeypatch):
+    asked, start = [], pack.subprocess.run
+    monkeypatch.setattr(pack.subprocess, "run", lambda command, **rest: [asked.append(command), start(command, **rest)][1])
+    text = ALONE.replace("{stage: share, bits: 2}", "{stage: pack}")
+    runner.run(write(tmp_path, text), folder=tmp_path, threads=2)
+    assert asked[0][-2:] == ["--threads", "2"]
+
+
+def test_layers_that_a_processor_has_in_float32_only_are_told_once_and_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onednn, "_missing_types", lambda kind: frozenset([torch.bfloat16, torch.float16]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seen = []
+    real = onednn._recurrent
+    monkeypatch.setattr(onednn, "_recurrent", lambda *given: [real(*given), seen.append(torch.is_autocast_enabled("cpu"))][0])
+    text = ALONE.replace("{model: lenet5, width: 2}", "{model: lstm, hidden: 4}") + "precision: bf16\n"
+    try:
+        runner.run(write(tmp_path, text), folder=tmp_path)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    told = "precision bf16: this processor does not have LSTM in it: these layers compute in float32\n"
+    assert capsys.readouterr().out.count(told) == 1
+    assert any(seen)
+
+
+def test_a_precision_that_a_cpu_has_not_got_is_told_and_trained(tmp_path, capsys):
+    runner.run(write(tmp_path, f"{ALONE}precision: fp16\n"), folder=tmp_path)
+    told = "precision fp16: Accelerate has it on GPUs only: all is computed in float32 here\n"
+    assert capsys.readouterr().out.count(told) == 1

@@ -178,7 +178,7 @@ def test_the_decoded_file_is_the_network_that_was_measured(main):
     expected = compress.dense_state(student)
     assert set(expected) == set(model.state_dict())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert decoded["digest"] == packed.digest(expected)
+    assert decoded["digest"] == checkpoint.digest(expected)
     assert decoded["file_bytes"] == (here / "student.tiny").stat().st_size
     found = runner.evaluate_file(here / "student.tiny", here / "recipe.yaml")
     assert found == {"top1": decoded["top1"], "images": 360, "digest": decoded["digest"], "file_bytes": decoded["file_bytes"]}
@@ -358,7 +358,7 @@ def test_share_by_layer(tmp_path, no_plots, settings, limits):
     result, before, after = shared_by(tmp_path, settings)
     trained = "training" in settings
     assert [row["stage"] for row in result["rows"]] == ["trained", "pruned", "clustered"] + ["shared"] * trained
-    for limit, layer, (name, place) in zip(limits, result["layers"], after.items(), strict=True):
+    for limit, layer, place in zip(limits, result["layers"], after.values(), strict=True):
         assert num_values(place.value) == limit  # there are more different weights than that
         assert (layer["clusters"], layer["bits"]) == (limit, math.ceil(math.log2(limit)))
         assert torch.equal(place.value, place.value.half().float())

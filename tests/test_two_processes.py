@@ -51,13 +51,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer import bind, compress, packed, runner
+from trainer import bind, checkpoint, compress, runner
 from trainer.context import Data, InMemory, Part
 from trainer.fit import freeze_unused
+from trainer.keys import Augment, TeacherKeys, TermKeys
 from trainer.models.lenet5 import lenet5
-from trainer.objective import Objective, TermKeys
-from trainer.teacher import Teacher, TeacherKeys
-from trainer.views import Augment
+from trainer.objective import Objective
+from trainer.teacher import Teacher
 
 kept = []
 real = runner._report
@@ -68,10 +68,10 @@ rank = torch.distributed.get_rank()
 told = {
     "rows": result["rows"],
     "layers": result["layers"],
-    "student": packed.digest(run.student.state_dict()),
-    "learned": packed.digest(run.learned),
+    "student": checkpoint.digest(run.student.state_dict()),
+    "learned": checkpoint.digest(run.learned),
     "num_learned": len(run.learned),
-    "masks": packed.digest({name: place.mask.to(torch.uint8) for name, place in compress.weights(run.student).items()}),
+    "masks": checkpoint.digest({name: place.mask.to(torch.uint8) for name, place in compress.weights(run.student).items()}),
     "teacher": run.teacher.fingerprint(),
     "gradients": {},
 }

@@ -1,6 +1,6 @@
 """The command line: `accelerate launch -m trainer run recipe.yaml`, or `python -m trainer`, or `trainer`.
 
-A user's mistake is one clear message and exit 2, never a traceback.
+A user's mistake is one clear message and exit 2, never a traceback. A fault of the program is a traceback, which asks for a report.
 """
 
 import argparse
@@ -12,7 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.mistakes import Mistake
+
 # torch, and what stands on it, takes seconds to import: each command imports what it needs.
+
+REPORT = "trainer: this is a fault of the program, not of your recipe: please report it with the lines above"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         told = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
         if told is None:
+            if not isinstance(error, (Mistake, OSError)):
+                error.add_note(REPORT)
             raise
         _say(told)
         return 2
@@ -45,10 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _mistake(error: Exception) -> str | None:
     """What to tell of an error that is the user's to mend; None for a fault of the program."""
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
-    fetch = sys.modules.get("trainer.fetch")  # what was not imported has raised nothing
-    if fetch is not None and isinstance(error, fetch.FetchError):
+    if isinstance(error, (Mistake, OSError)):
         return str(error)
     no_room = ("can't allocate memory", "Storage size calculation overflowed")
     if isinstance(error, (OverflowError, MemoryError)) or any(words in str(error) for words in no_room):
@@ -99,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
     recipe_options(run, of_a_run=True)
     run.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    run.add_argument(
+        "--threads", type=_count, help="threads of each process (those of the recipe, or all physical cores)"
+    )
     check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
     recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
@@ -134,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("file", type=Path)
     recipe_options(evaluate, of_a_run=False)
     evaluate.add_argument("--json", action="store_true", help="for programs: one line")
+    evaluate.add_argument("--threads", type=_count, help="threads to compute with")
     command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
 
@@ -164,13 +171,13 @@ def changes_of(words: list[str]) -> dict[str, Any]:
     for word in words:
         place, found, given = word.partition("=")
         if not found:
-            raise ValueError(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
+            raise Mistake(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
         if place in changes:
-            raise ValueError(f"--set {place}: is given twice")
+            raise Mistake(f"--set {place}: is given twice")
         try:
             changes[place] = value(given)
-        except ValueError as error:
-            raise ValueError(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
+        except Mistake as error:
+            raise Mistake(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
     return changes
 
 
@@ -178,7 +185,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     changes = changes_of(options.changes)
     for key in ("seed", "name"):
         if key in changes and getattr(options, key) is not None:
-            raise ValueError(f"--set {key}: --{key} gives it too")
+            raise Mistake(f"--set {key}: --{key} gives it too")
     if options.seed is not None:
         changes["seed"] = options.seed
     if options.name is not None:
@@ -193,7 +200,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> None:
     from trainer.runner import run
 
-    run(options.recipe, _changes(options), options.folder)
+    run(options.recipe, _changes(options), options.folder, options.threads)
 
 
 def _scan(options: argparse.Namespace) -> None:
@@ -279,7 +286,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _unpack(options: argparse.Namespace) -> None:
@@ -288,7 +295,7 @@ def _unpack(options: argparse.Namespace) -> None:
     state, _ = packed.tensors(_read(options.file), str(options.file))
     output = options.output or options.file.with_suffix(".safetensors")
     if output.exists():
-        raise ValueError(f"{output}: is there already; name another file")
+        raise Mistake(f"{output}: is there already; name another file")
     checkpoint.save_file(output, state)
     print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
 
@@ -302,7 +309,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     model, header = packed.decode(_read(options.file), str(options.file))
     if not header["shape"] or not header["mean"]:
-        raise ValueError(
+        raise Mistake(
             f"{options.file}: was packed without shape, mean and std: what its images are like is not known"
         )
     shape, classes = tuple(header["shape"]), header["classes"]
@@ -317,8 +324,12 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     started = time.monotonic()
+    import torch
+
     from trainer.runner import evaluate_file
 
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     result = evaluate_file(options.file, options.recipe, _changes(options))
     result["seconds"] = time.monotonic() - started
     print(

@@ -11,6 +11,7 @@ from torch import nn
 
 from trainer import compress, kmeans, packed
 from trainer.files import write_bytes
+from trainer.mistakes import Mistake
 
 
 def prune(
@@ -25,7 +26,7 @@ def prune(
     2015) and sparsity (that share of each layer's weights, the smallest, becomes zero); a number or {layer: number}.
     """
     if (sensitivity is None) == (sparsity is None):
-        raise ValueError("exactly one of sensitivity and sparsity is needed")
+        raise Mistake("exactly one of sensitivity and sparsity is needed")
     places = _chosen(model, keep)
     for place in places.values():  # all or none: before any layer is pruned
         compress.refuse_shared(place)
@@ -33,19 +34,19 @@ def prune(
         factors = _numbers(places, sensitivity, "sensitivity")
         for name, factor in factors.items():
             if not 0 < factor < math.inf:
-                raise ValueError(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
+                raise Mistake(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
         masks = compress.std_masks(places, factors)
     else:
         target = _numbers(places, sparsity, "sparsity")
         for name, share in target.items():
             if not 0 <= share < 1:
-                raise ValueError(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
+                raise Mistake(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
         scores = {name: place.value.detach().abs() for name, place in places.items()}
         alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
         masks = compress.score_masks(scores, alive, target, together=False, parts=parts)
         for name, (mask, _) in masks.items():
             if not mask.any():
-                raise ValueError(f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights")
+                raise Mistake(f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights")
     for name, (mask, _) in masks.items():
         compress.set_mask(places[name], mask)
     return {name: 1 - mask.double().mean().item() for name, (mask, _) in masks.items()}
@@ -63,17 +64,17 @@ def share(
     of values}.
     """
     if codebook not in ("float16", "float32"):
-        raise ValueError(f"codebook: got {codebook!r}; 'float16' and 'float32' are allowed")
+        raise Mistake(f"codebook: got {codebook!r}; 'float16' and 'float32' are allowed")
     places = _chosen(model, keep)
     shared = {}
     for name, b in _numbers(places, bits, "bits").items():
         if b not in range(1, 17):
-            raise ValueError(f"bits of {name!r}: got {b}; whole numbers from 1 to 16 are allowed")
+            raise Mistake(f"bits of {name!r}: got {b}; whole numbers from 1 to 16 are allowed")
         codes, centroids = compress.cluster(places[name], 2 ** int(b), kmeans.kmeans_optimal)
         try:
             shared[name] = codes, compress.round_codebook(centroids, codebook)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from None
+        except Mistake as error:
+            raise Mistake(f"layer {name!r}: {error}") from None
     for name, (codes, centroids) in shared.items():  # all or none: a layer that cannot be shared was found above
         compress.set_codebook(places[name], codes, centroids)
     return {name: len(centroids[codes[codes != 0].unique() - 1].unique()) for name, (codes, centroids) in shared.items()}
@@ -82,7 +83,7 @@ def share(
 def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, compress.Place]:
     places = compress.choose(compress.weights(model), keep)
     if not places:
-        raise ValueError("there are no weights to work on: the network has none of two dimensions or more, or keep names all")
+        raise Mistake("there are no weights to work on: the network has none of two dimensions or more, or keep names all")
     return places
 
 
@@ -90,7 +91,7 @@ def _numbers(places: Mapping[str, compress.Place], setting: Any, what: str) -> d
     found = compress.per_layer(places, setting, what)
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise ValueError(f"{what} of {name!r}: got {value!r}; a number is allowed")
+            raise Mistake(f"{what} of {name!r}: got {value!r}; a number is allowed")
     return found
 
 
@@ -111,9 +112,9 @@ def pack(
     whoever predicts with the file.
     """
     if spec is not None and len(shape) != 3:
-        raise ValueError(f"shape: got {tuple(shape)}; with a spec the images' (channels, height, width) are needed")
+        raise Mistake(f"shape: got {tuple(shape)}; with a spec the images' (channels, height, width) are needed")
     if isinstance(classes, str) or not isinstance(classes, Sequence):
-        raise ValueError(f"classes: got {classes!r}; a list of names is allowed")
+        raise Mistake(f"classes: got {classes!r}; a list of names is allowed")
     facts = {"shape": list(shape), "mean": list(mean), "std": list(std), "classes": list(classes)}
     data = packed.encode(model, spec, facts)
     write_bytes(Path(path), data)

@@ -5,20 +5,20 @@ Its keyword-only arguments are its recipe keys (type hints checked by pydantic);
 by name, what the program feeds it.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from trainer.mistakes import Mistake, closest, nearest
+
 SHELVES = {"loss": "losses", "stage": "stages", "dataset": "datasets", "model": "models"}
-MOST_NAMES = 40  # more than that are not listed in a message
 
 
 def names(key: str) -> list[str]:
@@ -39,28 +39,14 @@ def split(key: str, value: str) -> tuple[str, str | None]:
 
 
 def find(key: str, value: str) -> Callable:
-    """What the shelf file named by `value` defines. ValueError, with the nearest name, when there is none."""
+    """What the shelf file named by `value` defines. Mistake, with the nearest name, when there is none."""
     file, _ = split(key, value)
     if file not in names(key):
-        raise ValueError(f"there is no {key} {value!r}{nearest(file, names(key))}")
+        raise Mistake(f"there is no {key} {value!r}{nearest(file, names(key))}")
     module = importlib.import_module(f"trainer.{SHELVES[key]}.{file}")
     if not callable(getattr(module, file, None)):
-        raise ValueError(f"{key} {value!r}: {module.__file__} defines no {file!r}, which its name promises")
+        raise Mistake(f"{key} {value!r}: {module.__file__} defines no {file!r}, which its name promises")
     return getattr(module, file)
-
-
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` was probably meant to be, None where nothing is near."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)', or, when nothing is near, '; there are: ...' with all names if not many."""
-    known = list(known)
-    near = closest(word, known)
-    if near is not None:
-        return f" (did you mean {near!r}?)"
-    return f"; there are: {', '.join(known)}" if 0 < len(known) <= MOST_NAMES else ""
 
 
 def fed(function: Callable) -> list[str]:
@@ -92,7 +78,7 @@ def checker(function: Callable, base: type[BaseModel]) -> type[BaseModel]:
             )
             default = ... if parameter.default is parameter.empty else parameter.default
             fields[parameter.name] = (parameter.annotation, default)
-    # A shelf file may define `check(settings)`, which raises ValueError for settings that do not go together.
+    # A shelf file may define `check(settings)`, which raises Mistake for settings that do not go together.
     check = getattr(inspect.getmodule(function), "check", None)
     validators = {}
     if check is not None:
@@ -202,7 +188,7 @@ def from_shelf(key: str, base: type[BaseModel]) -> Any:
         else:
             try:
                 function = find(key, given[key])
-            except ValueError as error:
+            except Mistake as error:
                 told = fault(key, str(error), given[key])
             else:
                 return checker(function, base).model_validate(given)

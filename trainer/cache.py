@@ -15,20 +15,20 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from trainer import bind, files, teacher
+from trainer import files, teacher
 from trainer.context import Data, InMemory
 from trainer.data import Views
 from trainer.features import Seen
+from trainer.keys import Augment, CacheKeys
+from trainer.mistakes import Mistake
 from trainer.teacher import Teacher
-from trainer.views import Augment
 
 FORMAT = 1
 LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
@@ -41,30 +41,6 @@ _CHUNK = 2**16  # records verified at once
 _GIB = 2**30
 
 logger = logging.getLogger(__name__)
-
-
-class CacheKeys(bind.Entry):
-    """The teacher's kept answers. where: in `memory`, for this run (mapped to a file in its folder, so that it finds them
-    again when it was interrupted; removed at its end), or on `disk`, for later runs too (in views/ in the folder of
-    TRAINER_DATA, by default ~/.cache/tiny-student; never removed by the program).
-
-    type: `float16` halves the size; its error is measured and told. top: keep only so many of the highest logits and
-    the mass of the rest, for many classes. embeddings, maps: keep those too that the recipe's losses ask for; maps are
-    large, and stages whose losses want something that is not kept ask the teacher each time. limit_gib: the largest
-    size that is allowed (2 in memory, on disk whatever is free).
-    """
-
-    where: Literal["memory", "disk"] = "memory"
-    type: Literal["float32", "float16"] = "float32"
-    top: PositiveInt | None = None
-    embeddings: bool = False
-    maps: bool = False
-    limit_gib: PositiveFloat | None = None
-
-    def serve(self, asked: set[str]) -> bool:
-        """Whether answers kept so are all that losses need which ask for these of 'logits', 'embedding' and 'maps'."""
-        kept = {"logits": True, "embedding": self.embeddings, "maps": self.maps}
-        return bool(asked) and all(kept[kind] for kind in asked)
 
 
 class ViewCache:
@@ -83,7 +59,7 @@ class ViewCache:
     A kept answer may differ from a live one in its last bits, since how a library sums depends on the batch. A run
     that was interrupted finds its answers where it left them, and ends in the same weights.
 
-    Raises ValueError for endless views, too little room (naming sizes), a folder that cannot be written, or one whose
+    Raises Mistake for endless views, too little room (naming sizes), a folder that cannot be written, or one whose
     facts are not this run's.
     """
 
@@ -101,7 +77,7 @@ class ViewCache:
         keys = keys or CacheKeys()
         augmented = data.augment != Augment()
         if augmented and data.views is None:
-            raise ValueError("the teacher's answers to endless views cannot be kept: data needs views, their number")
+            raise Mistake("the teacher's answers to endless views cannot be kept: data needs views, their number")
         self.teacher, self.data, self.keys = guide, data, keys
         self.layers = list(layers) if keys.maps else []
         self.embeddings = keys.embeddings
@@ -161,7 +137,6 @@ class ViewCache:
                 self._write(seen, index[new])
         return self._recall(index, layers, embedding)
 
-    @torch.compiler.disable  # what is known already changes from call to call
     def keep(self, seen: Seen, index: Tensor, view: int) -> None:
         """Keeps what the teacher was asked for anyway, if it is all that a record holds."""
         if (self.embeddings and seen.embedding is None) or not set(self.layers) <= set(seen.maps):
@@ -179,7 +154,7 @@ class ViewCache:
     def check(self, count: int = 8) -> int:
         """Compares some of the kept records, taken at random, with the teacher's live answers; returns how many.
 
-        Raises ValueError, which says what to remove, where they differ by more than rounding: the network's code or
+        Raises Mistake, which says what to remove, where they differ by more than rounding: the network's code or
         the images are then not what they were, whatever the fingerprint says.
         """
         random = np.random.default_rng()
@@ -194,7 +169,7 @@ class ViewCache:
         kept = {name: field[view][index].to(self._device) for name, field in self._fields.items()}
         for record, (difference, scale) in enumerate(zip(*self._differences(kept, live), strict=True)):
             if not difference <= self._tolerance * (1 + scale):
-                raise ValueError(
+                raise Mistake(
                     f"{self.path}: the answer kept for view {view}, sample {index[record].item()} differs from the teacher's own "
                     f"by {difference:.3g} (logits up to {scale:.3g}): the network's code or the images have changed; "
                     "remove that folder, and the answers are computed anew"
@@ -242,7 +217,7 @@ class ViewCache:
         layout = {name: (shape, kind) for name, shape in self._shapes.items()}
         if self.keys.top is not None:
             if self.keys.top > self.num_classes - 2:
-                raise ValueError(f"top {self.keys.top} of {self.num_classes} classes saves nothing; leave top out")
+                raise Mistake(f"top {self.keys.top} of {self.num_classes} classes saves nothing; leave top out")
             del layout["logits"]
             small = torch.int16 if self.num_classes <= 2**15 else torch.int32
             layout |= {"values": ((self.keys.top,), kind), "classes": ((self.keys.top,), small), "rest": ((1,), torch.float32)}
@@ -422,7 +397,7 @@ class ViewCache:
                 with open(path, "r+b") as file:
                     mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
-            raise ValueError(
+            raise Mistake(
                 f"the teacher's answers cannot be kept in {folder}: {error.strerror or error}; "
                 "name another folder in the environment variable TRAINER_DATA, or keep them in memory (cache: memory)"
             ) from None
@@ -455,11 +430,11 @@ def _size(num_bytes: int) -> str:
 
 def _refuse_above(num_bytes: int, limit_gib: float) -> None:
     if num_bytes > limit_gib * _GIB:
-        raise ValueError(f"the teacher's answers take {_size(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}")
+        raise Mistake(f"the teacher's answers take {_size(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}")
 
 
 def _make(path: Path, size: int) -> None:
-    """A file of zeros whose space is really taken. Raises ValueError naming sizes when there is no room."""
+    """A file of zeros whose space is really taken. Raises Mistake naming sizes when there is no room."""
     partial = path.with_suffix(".partial")  # the caller holds the lock: one left here is a killed process's
     partial.unlink(missing_ok=True)
     if size > shutil.disk_usage(path.parent).free:
@@ -477,8 +452,8 @@ def _make(path: Path, size: int) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _full(folder: Path, size: int) -> ValueError:
-    return ValueError(
+def _full(folder: Path, size: int) -> Mistake:
+    return Mistake(
         f"the teacher's answers take {_size(size)}, and {folder} has {_size(shutil.disk_usage(folder).free)} free; {_SMALLER}, and "
         "the environment variable TRAINER_DATA names another folder"
     )
@@ -514,7 +489,7 @@ def _same_facts(folder: Path, facts: dict[str, Any]) -> None:
         files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
     elif kept != facts:
         wrong = sorted(key for key in facts.keys() | kept.keys() if facts.get(key) != kept.get(key))
-        raise ValueError(f"{folder}: its answers were kept for another {', '.join(wrong)}; remove that folder")
+        raise Mistake(f"{folder}: its answers were kept for another {', '.join(wrong)}; remove that folder")
 
 
 def _others(parent: Path, folder: Path, facts: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from trainer.mistakes import Mistake
+
 INSTALL = "method 'channels' needs the package torch-pruning: pip install 'tiny-student[channels]'"
 
 
@@ -39,29 +41,29 @@ def sizes(model: nn.Module) -> dict[str, list[int]]:
 def resize(model: nn.Module, wanted: Mapping[str, Any]) -> None:
     """Cuts layers down to the sizes wanted (see `sizes`), in place; what is left are the leading channels.
 
-    A depthwise convolution stays one. Raises ValueError for a layer that is not there, is of another kind, or
+    A depthwise convolution stays one. Raises Mistake for a layer that is not there, is of another kind, or
     is smaller than wanted.
     """
     have, modules = sizes(model), dict(model.named_modules())
     if not isinstance(wanted, Mapping):
-        raise ValueError(f"sizes of layers: got {wanted!r}; {{layer: [outputs, inputs]}} is allowed")
+        raise Mistake(f"sizes of layers: got {wanted!r}; {{layer: [outputs, inputs]}} is allowed")
     for name, size in wanted.items():
         if name not in have:
-            raise ValueError(
+            raise Mistake(
                 f"sizes of layers: the network has no convolution, linear or normalization layer {name!r}"
             )
         fits = isinstance(size, list | tuple) and len(size) == len(have[name])
         if not fits or not all(
             type(n) is int and 0 < n <= most for n, most in zip(size, have[name], strict=True)
         ):
-            raise ValueError(f"sizes of layer {name!r}: got {size!r}; at most {have[name]} is allowed")
+            raise Mistake(f"sizes of layer {name!r}: got {size!r}; at most {have[name]} is allowed")
         module = modules[name]
         if isinstance(module, _ConvNd):
             outputs, inputs = size
             if 1 < module.groups == module.in_channels:
                 module.groups = inputs
             if inputs % module.groups or outputs % module.groups:
-                raise ValueError(
+                raise Mistake(
                     f"sizes of layer {name!r}: {size} do not split into its {module.groups} groups"
                 )
             first, second = (inputs, outputs) if isinstance(module, _ConvTransposeNd) else (outputs, inputs)
@@ -105,11 +107,11 @@ def remove(
     that hang together, or {layer: share}, or with `together` of all channels in one ranking of the norms,
     each against its group's mean. A group keeps one channel at least. keep: layers whose outputs stay; the
     classifier must be one.
-    Raises ValueError for layers that it cannot make smaller, and for a network that no longer gives its
+    Raises Mistake for layers that it cannot make smaller, and for a network that no longer gives its
     outputs.
     """
     if not installed():
-        raise ValueError(INSTALL)
+        raise Mistake(INSTALL)
     check(model)
     import torch_pruning  # here, since it takes seconds to import and is an extra
 
@@ -129,7 +131,7 @@ def remove(
         norms.append(score(group).detach().cpu().double())
         roots.append((group[0].dep.target.module, group[0].dep.handler))
     if not roots:
-        raise ValueError("there is no layer whose channels can be removed")
+        raise Mistake("there is no layer whose channels can be removed")
     counts = [min(round(share * len(norm)), len(norm) - 1) for share, norm in zip(shares, norms, strict=True)]
     if together:
         counts = _counts_together(norms, sparsity)
@@ -143,9 +145,9 @@ def remove(
         with torch.no_grad():
             got = model(images).shape
     except RuntimeError as error:
-        raise ValueError(f"the network does not work without those channels: {error}") from error
+        raise Mistake(f"the network does not work without those channels: {error}") from error
     if got != expected:
-        raise ValueError(
+        raise Mistake(
             f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
             "name its classifier in keep"
         )
@@ -154,30 +156,30 @@ def remove(
 
 
 def check(model: nn.Module) -> None:
-    """Raises ValueError for what the graph cannot follow, or what cannot be rebuilt from sizes."""
+    """Raises Mistake for what the graph cannot follow, or what cannot be rebuilt from sizes."""
     for name, module in model.named_modules():
         known = isinstance(module, _ConvNd | nn.Linear | _BatchNorm | nn.LayerNorm)
         if not known and any(True for _ in module.parameters(recurse=False)):
-            raise ValueError(
+            raise Mistake(
                 "method 'channels' knows convolutions, linear layers, batch and layer normalization; "
                 f"{name or 'the network itself'} ({type(module).__name__}) has weights of another kind"
             )
         if (
             isinstance(module, _ConvNd)
-            and 1 < module.groups
+            and module.groups > 1
             and not module.groups == module.in_channels == module.out_channels
         ):
-            raise ValueError(
+            raise Mistake(
                 f"method 'channels' knows dense and depthwise convolutions; {name!r} has "
                 f"{module.groups} groups"
             )
     shared = [p for module in model.modules() for p in module.parameters(recurse=False)]
     if len({id(p) for p in shared}) < len(shared):
-        raise ValueError("method 'channels' cannot make layers smaller that share one weight")
+        raise Mistake("method 'channels' cannot make layers smaller that share one weight")
 
 
 def _share(graph, group, sparsity: float | Mapping[str, float], names: Mapping[nn.Module, str]) -> float:
-    """The share asked for of a group of layers. Raises ValueError where its layers ask for different ones."""
+    """The share asked for of a group of layers. Raises Mistake where its layers ask for different ones."""
     if not isinstance(sparsity, Mapping):
         return sparsity
     layers = [
@@ -185,7 +187,7 @@ def _share(graph, group, sparsity: float | Mapping[str, float], names: Mapping[n
     ]
     asked = {name: sparsity[name] for name in layers if name in sparsity}
     if len(set(asked.values())) > 1:
-        raise ValueError(
+        raise Mistake(
             f"sparsity: the channels of {', '.join(asked)} hang together, so theirs must be one number"
         )
     return next(iter(asked.values()), 0.0)

@@ -18,25 +18,32 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from trainer import files
+from trainer.mistakes import Mistake
 
 logger = logging.getLogger(__name__)
 
-PARTIAL = ".partial-"  # begins the name of what is being written
 ORDER = "key_order"  # in a safetensors header: the keys in order, and the mark of our own files
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
 PREFIXES = ("module.", "model.", "_orig_mod.", "state_dict.")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors: equal only for bit-equal weights. It stands in kept runs and reports: it must not change."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def save(
@@ -55,25 +62,25 @@ def save(
         raise ValueError(f"keep: got {keep}; at least 1 checkpoint is kept")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(PARTIAL + "*"):
+    for leftover in folder.glob(files.PARTIAL + "*"):
         shutil.rmtree(leftover)
     newest = max((int(path.name) for path in _checkpoints(folder)), default=-1)
     final = folder / f"{max(newest + 1, int(facts.get('step', 0))):08d}"
 
-    files = {f"{_checked(name)}.safetensors": _to_bytes(entry, name) for name, entry in tensors.items()}
-    files["facts.json"] = _json(facts)
+    content = {f"{_checked(name)}.safetensors": _to_bytes(entry, name) for name, entry in tensors.items()}
+    content["facts.json"] = _json(facts)
     sums = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()
     }
-    files["manifest.json"] = _json({"files": sums})
+    content["manifest.json"] = _json({"files": sums})
 
-    partial = folder / f"{PARTIAL}{final.name}"
+    partial = folder / f"{files.PARTIAL}{final.name}"
     partial.mkdir()
-    for name, data in files.items():
-        _write_through(partial / name, data)
-    _sync_folder(partial)
+    for name, data in content.items():
+        files.write_through(partial / name, data)
+    files.sync_folder(partial)
     os.rename(partial, final)
-    _sync_folder(folder)
+    files.sync_folder(folder)
 
     valid = 0
     for path in _checkpoints(folder):
@@ -92,14 +99,14 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
     """
     for path in _checkpoints(Path(folder)):
         try:
-            files = _verified(path)
+            content = _verified(path)
             tensors = {
                 name.removesuffix(".safetensors"): _from_bytes(data, path / name)[0]
-                for name, data in files.items()
+                for name, data in content.items()
                 if name.endswith(".safetensors")
             }
-            return tensors, json.loads(files["facts.json"])
-        except ValueError as error:
+            return tensors, json.loads(content["facts.json"])
+        except Mistake as error:
             logger.warning("skipped a damaged checkpoint: %s", error)
     return None
 
@@ -109,20 +116,7 @@ def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
     metadata: text that goes into the file's header.
     """
-    write_bytes(path, _to_bytes(tensors, path, metadata))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and force it to the disk; a file of that name is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        _write_through(partial, data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    files.write_bytes(path, _to_bytes(tensors, path, metadata))
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
@@ -130,18 +124,18 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
     Weights nested under "state_dict", "model" and the like are found, and a prefix that every key carries
     ("module.", "model.", "_orig_mod.", "state_dict.") is taken off, also several in turn; a file that
-    `save_file` wrote comes back as it was. ValueError naming the file when it is missing, damaged, holds no
+    `save_file` wrote comes back as it was. Mistake naming the file when it is missing, damaged, holds no
     weights, or is a pickle with code in it, which is never run.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise Mistake(f"{path}: there is no such file")
     if path.suffix == ".safetensors":
         tensors, ours = _from_bytes(path.read_bytes(), path)
         return tensors if ours else _without_prefixes(tensors)
     if path.suffix in PICKLES:
         return _without_prefixes(_weights_in(_unpickled(path), path))
-    raise ValueError(
+    raise Mistake(
         f"{path}: got a file ending in {path.suffix!r}; allowed: .safetensors, {', '.join(PICKLES)}"
     )
 
@@ -165,53 +159,34 @@ def optimizer_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> 
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process, so that a second run cannot write into it.
 
-    ValueError, saying who holds it and since when, if another holder is alive. The lock goes with the
-    process however it ends; the file .lock stays and means nothing by itself. Where the system has no such
-    locks (Windows, some network disks) a warning is logged and nothing is held.
+    Mistake, saying who holds it and since when, if another holder is alive. The lock goes with the
+    process however it ends, and its forked children (a data loader's workers) have no part in it; the file
+    .lock stays and means nothing by itself. Where the system has no such locks (some network disks) a warning
+    is logged and nothing is held.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+b", buffering=0) as file:
-        if fcntl is None:
-            logger.warning("%s: not locked against a second run: this system has no flock", folder)
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{folder}: another run is working in this folder ({_holder(file)})"
-                ) from None
-            except OSError as error:
-                logger.warning("%s: not locked against a second run: %s", folder, error)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.truncate(0)
-        file.write(_json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
-        _locks.add(file)
-        try:
-            yield
-        finally:
-            _locks.discard(file)
-
-
-_locks: set[BinaryIO] = set()
-
-
-def _close_locks() -> None:
-    """In a forked child (a data loader's worker), which would hold the lock after its parent was killed."""
-    for file in _locks:
-        file.close()
-    _locks.clear()
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_close_locks)
-
-
-def _holder(file: BinaryIO) -> str:
-    file.seek(0)
+    holder = folder / ".holder"
+    held = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
-        who = json.loads(file.read())
-    except ValueError:  # it has the lock but has not written its name yet
+        held.acquire()
+    except Timeout:
+        raise Mistake(f"{folder}: another run is working in this folder ({_holder(holder)})") from None
+    except OSError as error:
+        logger.warning("%s: not locked against a second run: %s", folder, error)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    files.write_bytes(holder, _json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_bytes())
+    except OSError:  # it has the lock but has not written its name yet
         return "holder unknown"
     return f"process {who['pid']} on {who['host']}, since {who['since']}"
 
@@ -223,24 +198,24 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _verified(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each with the sum its manifest says. ValueError if anything is amiss."""
+    """The files of a checkpoint, each with the sum its manifest says. Mistake if anything is amiss."""
     try:
         sums = json.loads((path / "manifest.json").read_bytes())["files"]
-        files = {name: (path / name).read_bytes() for name in sums}
-        for name, data in files.items():
+        content = {name: (path / name).read_bytes() for name in sums}
+        for name, data in content.items():
             if hashlib.sha256(data).hexdigest() != sums[name]["sha256"]:
-                raise ValueError(f"{name} is not what was written")
-        if "facts.json" not in files:
-            raise ValueError("facts.json is missing")
+                raise Mistake(f"{name} is not what was written")
+        if "facts.json" not in content:
+            raise Mistake("facts.json is missing")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
-    return files
+        raise Mistake(f"{path}: {error or type(error).__name__}") from error
+    return content
 
 
 def _is_valid(path: Path) -> bool:
     try:
         _verified(path)
-    except ValueError:
+    except Mistake:
         return False
     return True
 
@@ -269,7 +244,7 @@ def _to_bytes(
     try:
         return safetensors.torch.save(copies, {**(metadata or {}), ORDER: json.dumps(list(copies))})
     except KeyError as error:
-        raise ValueError(f"{where}: safetensors has no type {error}") from error
+        raise Mistake(f"{where}: safetensors has no type {error}") from error
 
 
 def _from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
@@ -281,7 +256,7 @@ def _from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
             return tensors, False
         return {key: tensors[key] for key in json.loads(header["__metadata__"][ORDER])}, True
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: this is no whole safetensors file ({error})") from error
+        raise Mistake(f"{where}: this is no whole safetensors file ({error})") from error
 
 
 def _unpickled(path: Path) -> Any:
@@ -292,13 +267,13 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = f"this one asks for {named[1]}" if named else "this one holds something else, or is damaged"
-        raise ValueError(
+        raise Mistake(
             f"{path}: refused: a pickle can run code, so only tensors are read, and {found}; "
             "save model.state_dict() alone, or safetensors"
         ) from error
     except Exception as error:  # whatever a damaged pickle or archive makes torch stumble over
         why = f"{type(error).__name__} {error}".strip().splitlines()[0]
-        raise ValueError(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
+        raise Mistake(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
 
 
 def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -309,9 +284,9 @@ def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
         nested = [loaded[key] for key in NESTS if isinstance(loaded.get(key), Mapping)]
         if not nested:
             found = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:8])
-            raise ValueError(f"{path}: no weights found; it holds {found or 'nothing'}; looked under {NESTS}")
+            raise Mistake(f"{path}: no weights found; it holds {found or 'nothing'}; looked under {NESTS}")
         loaded = nested[0]
-    raise ValueError(f"{path}: no weights found; it holds a {type(loaded).__name__}")
+    raise Mistake(f"{path}: no weights found; it holds a {type(loaded).__name__}")
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,22 +327,3 @@ def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_joined(item, tensors) for item in content)
     return {key: _joined(item, tensors) for key, item in content}
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    """Write the file and force it to the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the names in the folder to the disk (Windows has no such call and needs none)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -39,6 +39,7 @@ from trainer.entropy import (
     squash,
     stretch_table,
 )
+from trainer.mistakes import Mistake
 
 MAGIC = b"tS"
 VERSION = 1
@@ -105,7 +106,7 @@ class _Stream:
             self.literal[:0] = data
             return data
         if num_bytes > len(self.literal):
-            raise ValueError("the literal bytes end too early")
+            raise Mistake("the literal bytes end too early")
         data = bytes(self.literal[len(self.literal) - num_bytes :])
         del self.literal[len(self.literal) - num_bytes :]
         return data
@@ -151,7 +152,7 @@ def _code_drop(stream: _Stream, patterns: np.ndarray, dtype: np.dtype) -> int:
     union = int(np.bitwise_or.reduce(patterns, initial=0)) | 1 << _fraction_bits(dtype)
     drop = stream.scalars.tree("drop", 6, (union & -union).bit_length() - 1)
     if drop > _fraction_bits(dtype):
-        raise ValueError("the coded stream is damaged: a fraction is too short")
+        raise Mistake("the coded stream is damaged: a fraction is too short")
     return drop
 
 
@@ -183,7 +184,7 @@ def _code_planes(stream: _Stream, patterns: np.ndarray, num_bits: int) -> np.nda
             packed = stream.literally(stream.scalars.number("packed", len(packed), len(patterns)), packed)
             plane = zlib.decompressobj().decompress(packed, len(patterns))
             if len(plane) != len(patterns):
-                raise ValueError("literal bytes are damaged")
+                raise Mistake("literal bytes are damaged")
         out |= np.frombuffer(plane, np.uint8).astype(patterns.dtype) << patterns.dtype.type(shift)
     return out
 
@@ -557,9 +558,9 @@ def _code_tensor(stream: _Stream, name: str, array: np.ndarray, step: float | No
     form = scalars.tree(("form", *context), 2, form)
     zeros = scalars.tree(("zeros", *context), 2, zeros)
     if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
-        raise ValueError("the coded stream is damaged: unknown form of a tensor")
+        raise Mistake("the coded stream is damaged: unknown form of a tensor")
     if zeros == _SOME and numel > stream.capacity:
-        raise ValueError(f"the coded stream is damaged: it cannot hold the {numel:,} positions of tensor {name}")
+        raise Mistake(f"the coded stream is damaged: it cannot hold the {numel:,} positions of tensor {name}")
     grid = _grid(array.shape, stream.live)
     matrix = (grid.rows, grid.columns)
     mask = np.full(matrix, zeros == _NONE, np.uint8)
@@ -591,7 +592,7 @@ def _code_tensor(stream: _Stream, name: str, array: np.ndarray, step: float | No
             ranks = _code_ranks(stream, ranks, mask, grid, highest).reshape(-1)[chosen]
             values = codebook[ranks + highest[0] - (ranks > 0)]
         elif len(values):
-            raise ValueError("the coded stream is damaged: an empty codebook")
+            raise Mistake("the coded stream is damaged: an empty codebook")
     stream.part(name, "values", start)
     out = np.zeros(numel, patterns.dtype)
     out[chosen] = values
@@ -650,7 +651,7 @@ def _code_codebook(
             gap = high << plain | stream.coder.uniform(plain, gap & (1 << plain) - 1)
             out.append(out[-1] + (gap + 1 << drop))
         if out and out[-1] >> sign:
-            raise ValueError("the coded stream is damaged: a codebook overflows")
+            raise Mistake("the coded stream is damaged: a codebook overflows")
         halves.append([size | negative << sign for size in out])
     negative, positive = halves
     return np.array(negative[::-1] + positive, patterns.dtype), (len(negative), len(positive))
@@ -692,19 +693,19 @@ def unit_order(weight: np.ndarray) -> np.ndarray:
 
 
 def _normal(layout: Layout) -> dict[str, tuple[tuple[int, ...], str]]:
-    """A layout with plain tuples and dtype names. ValueError where it asks for too much."""
+    """A layout with plain tuples and dtype names. Mistake where it asks for too much."""
     layout = {
         str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
         for name, (shape, dtype) in layout.items()
     }
     for name, (_, dtype) in layout.items():
         if dtype not in DTYPES:
-            raise ValueError(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
+            raise Mistake(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
         if "\0" in name:
-            raise ValueError(f"tensor {name!r}: a name may not hold the byte 0")
+            raise Mistake(f"tensor {name!r}: a name may not hold the byte 0")
     total = sum(math.prod(shape) for shape, _ in layout.values())
     if total > MAX_NUMEL:
-        raise ValueError(f"{total} numbers in all tensors together; at most {MAX_NUMEL} are allowed")
+        raise Mistake(f"{total} numbers in all tensors together; at most {MAX_NUMEL} are allowed")
     return layout
 
 
@@ -716,10 +717,10 @@ def _code_layout(stream: _Stream, layout: Layout | None, stored: bool) -> Layout
     scalars = stream.scalars
     if not scalars.bit("stored", int(stored)):
         if layout is None:
-            raise ValueError("it holds no names and shapes; they must be given as a layout")
+            raise Mistake("it holds no names and shapes; they must be given as a layout")
         check = zlib.crc32(repr(list(layout.items())).encode()) & 0xFF
         if stream.coder.uniform(8, check) != check:
-            raise ValueError("the layout given is not the one that it was written with")
+            raise Mistake("the layout given is not the one that it was written with")
         return layout
     items = list(layout.items()) if stream.coder.writes else []
     found: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -744,7 +745,7 @@ def _code_header(stream: _Stream, header: dict) -> dict:
         try:
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
         except TypeError as error:
-            raise ValueError(f"the header cannot be written as JSON: {error}") from error
+            raise Mistake(f"the header cannot be written as JSON: {error}") from error
     packed = text.encode()
     # a long one (thousands of class names) is deflated: the text model takes 50 us for a byte
     if stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
@@ -756,7 +757,7 @@ def _code_header(stream: _Stream, header: dict) -> dict:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("the header is nested too deeply") from None
+        raise Mistake("the header is nested too deeply") from None
 
 
 def encode(
@@ -770,7 +771,7 @@ def encode(
     steps: of a float32 tensor that equals float32(step) times integers up to 2^15, that step.
     layout: name -> (shape, dtype), in the order of the tensors, where the reader will know it too (from the
     architecture that the header names): then neither names nor shapes are written.
-    ValueError where a tensor is of an unknown dtype, or not what steps or layout say of it.
+    Mistake where a tensor is of an unknown dtype, or not what steps or layout say of it.
     """
     arrays = {str(name): np.asarray(array) for name, array in tensors.items()}
     found = _normal({name: (array.shape, array.dtype) for name, array in arrays.items()})
@@ -817,11 +818,11 @@ def _checksum(body: bytes) -> bytes:
 
 def _open(data: bytes, name: str, measure: bool = False) -> tuple[_Stream, Decoder]:
     if data[:2] != MAGIC:
-        raise ValueError(f"{name}: not a packed network (it does not begin with {MAGIC.decode()!r})")
+        raise Mistake(f"{name}: not a packed network (it does not begin with {MAGIC.decode()!r})")
     if len(data) < 7 or _checksum(data[:-4]) != data[-4:]:
-        raise ValueError(f"{name}: damaged or cut short (its checksum does not match its {len(data)} bytes)")
+        raise Mistake(f"{name}: damaged or cut short (its checksum does not match its {len(data)} bytes)")
     if data[2] != VERSION:
-        raise ValueError(f"{name}: format version {data[2]}; this program reads version {VERSION}")
+        raise Mistake(f"{name}: format version {data[2]}; this program reads version {VERSION}")
     body = data[3:-4]
     decoder = Decoder(body)
     # A decision costs no fewer bits than one of the highest probability that there is.
@@ -830,12 +831,12 @@ def _open(data: bytes, name: str, measure: bool = False) -> tuple[_Stream, Decod
 
 
 def read_header(data: bytes, name: str = "file") -> dict:
-    """The header alone. ValueError naming `name` where the data is damaged."""
+    """The header alone. Mistake naming `name` where the data is damaged."""
     stream, _ = _open(data, name)
     try:
         return _code_header(stream, {})
     except (ValueError, zlib.error) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise Mistake(f"{name}: {error}") from error
 
 
 def _decode(
@@ -855,7 +856,7 @@ def _decode(
         }
         decoder.check_end(len(stream.literal))
     except (ValueError, zlib.error) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise Mistake(f"{name}: {error}") from error
     return header, tensors, stream
 
 
@@ -865,7 +866,7 @@ def decode(
     """The header and the tensors that `encode` was given, bit for bit.
 
     layout: needed where the file was written with one; a callable is given the header and returns the layout.
-    ValueError naming `name` where the data is damaged, or not what the layout says.
+    Mistake naming `name` where the data is damaged, or not what the layout says.
     """
     header, tensors, _ = _decode(data, name, layout)
     return header, tensors
@@ -891,7 +892,7 @@ def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> lis
     bits = np.cumsum([0.0, *(bits for _, _, bits, _ in stream.parts)])
     # multiples of 1/1024: their sum is exact
     edges = np.rint(bits / bits[-1] * coded * 1024) / 1024
-    for row, share in zip(rows[1:], np.diff(edges).tolist()):
+    for row, share in zip(rows[1:], np.diff(edges).tolist(), strict=True):
         row["bytes"] += share
         tensor = tensors.get(row["tensor"], np.zeros(0))
         if row["part"] == "values" and tensor.dtype.kind == "f" and tensor.ndim > 1:

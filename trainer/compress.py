@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer import kmeans, scores
-from trainer.bind import nearest
-
+from trainer import scores
+from trainer.mistakes import Mistake, nearest
 
 LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in hand at a time
 SOFTNESS = 0.5  # how softly weights are shared out among centroids, in mean distances of these
@@ -248,7 +247,7 @@ def weights(model: nn.Module) -> dict[str, Place]:
 
     These are all parameters whose name holds 'weight', of two dimensions or more (no biases, no norms). `fc1.weight`
     is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
-    Raises ValueError for a weight that something else parametrizes (`weight_norm`).
+    Raises Mistake for a weight that something else parametrizes (`weight_norm`).
     """
     found: dict[int, Place] = {}
     others: list[tuple[int, nn.Module, str]] = []
@@ -267,7 +266,7 @@ def weights(model: nn.Module) -> dict[str, Place]:
                 continue
             name = path if attribute == "weight" and path else f"{path}.{attribute}".lstrip(".")
             if attribute in inner and not (len(inner[attribute]) == 1 and isinstance(inner[attribute][0], _OURS)):
-                raise ValueError(
+                raise Mistake(
                     f"layer {name!r} is parametrized by {type(inner[attribute][0]).__name__.lstrip('_')} already: make it plain first, "
                     "by torch.nn.utils.parametrize.remove_parametrizations"
                 )
@@ -284,43 +283,43 @@ def weights(model: nn.Module) -> dict[str, Place]:
 def choose(places: Mapping[str, Place], keep: Iterable[str] = ()) -> dict[str, Place]:
     """The weights without those in `keep`: 'first', 'last', a layer's name or a module's (all weights below it).
 
-    Raises ValueError for a name that no layer has, and for a frozen weight that is not in `keep`.
+    Raises Mistake for a name that no layer has, and for a frozen weight that is not in `keep`.
     """
     left = dict(places)
     order = list(places)
     if isinstance(keep, str):
-        raise ValueError(f"keep: got {keep!r}; a list of names is allowed, such as [{keep!r}]")
+        raise Mistake(f"keep: got {keep!r}; a list of names is allowed, such as [{keep!r}]")
     ends = {"first": order[:1], "last": order[-1:]}
     for word in keep:
         for name in ends[word] if word in ends else matching(places, word):
             left.pop(name, None)
     for name, place in left.items():
         if not place.trainable:
-            raise ValueError(f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone")
+            raise Mistake(f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone")
         if not torch.isfinite(place.value).all():
-            raise ValueError(f"layer {name!r} has weights that are not finite")
+            raise Mistake(f"layer {name!r} has weights that are not finite")
     return left
 
 
 def matching(places: Mapping[str, Place], word: str) -> list[str]:
-    """Names of the weights that `word` means. Raises ValueError, with the nearest name, when there are none."""
+    """Names of the weights that `word` means. Raises Mistake, with the nearest name, when there are none."""
     found = [name for name in places if name == word or name.startswith(word + ".")]
     if not found:
-        raise ValueError(f"there is no layer {word!r}{nearest(word, places)}")
+        raise Mistake(f"there is no layer {word!r}{nearest(word, places)}")
     return found
 
 
 def per_layer(places: Mapping[str, Place], setting, what: str) -> dict:
     """A setting given once for all or as {layer: value} as one value a layer; every layer must then be named."""
     if not isinstance(setting, Mapping):
-        return {name: setting for name in places}
+        return dict.fromkeys(places, setting)
     values = {}
     for word, value in setting.items():
         for name in matching(places, word):
             values[name] = value
     missing = [name for name in places if name not in values]
     if missing:
-        raise ValueError(f"{what}: nothing is given for {', '.join(missing)} (name them here or in keep)")
+        raise Mistake(f"{what}: nothing is given for {', '.join(missing)} (name them here or in keep)")
     return {name: values[name] for name in places}
 
 
@@ -339,9 +338,9 @@ def std_masks(places: Mapping[str, Place], sensitivity: Mapping[str, float]) -> 
         for part, alive_part in zip(value.chunk(place.parts), alive.chunk(place.parts), strict=True):
             survivors = part[alive_part]
             if survivors.numel() == 0 or not survivors.any():
-                raise ValueError(f"layer {name!r} has no weights left to prune: all are zero")
+                raise Mistake(f"layer {name!r} has no weights left to prune: all are zero")
             if survivors.numel() > 1 and survivors.min() == survivors.max():
-                raise ValueError(
+                raise Mistake(
                     f"layer {name!r}: all weights left are {survivors[0].item():.3g}, so their standard deviation parts none "
                     "from the others: name the layer in keep"
                 )
@@ -350,7 +349,7 @@ def std_masks(places: Mapping[str, Place], sensitivity: Mapping[str, float]) -> 
             parts.append(alive_part & (part.abs() > threshold))
         mask = torch.cat(parts)
         if not mask.any():
-            raise ValueError(
+            raise Mistake(
                 f"layer {name!r}: sensitivity {sensitivity[name]} prunes every weight "
                 f"(threshold {max(thresholds):.3g}, largest weight {value.abs().max().item():.3g})"
             )
@@ -425,9 +424,9 @@ def geometric(final: float, progress: float, initial: float = 0.0) -> float:
 
 
 def refuse_shared(place: Place) -> None:
-    """Raises ValueError for a weight that shares its values: it can be pruned no more."""
+    """Raises Mistake for a weight that shares its values: it can be pruned no more."""
     if isinstance(place.parametrization, Codebook | TrainedCodebook):
-        raise ValueError(f"layer {place.name!r} shares its weights already: prune before sharing, or name it in keep")
+        raise Mistake(f"layer {place.name!r} shares its weights already: prune before sharing, or name it in keep")
 
 
 def set_mask(place: Place, mask: Tensor) -> None:
@@ -587,7 +586,7 @@ def plain_key(key: str) -> str:
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Loads a state_dict of a masked or shared model into a model, making the masks and codebooks it tells of.
 
-    Raises ValueError when keys or shapes do not fit.
+    Raises Mistake when keys or shapes do not fit.
     """
     bake(model)
     places = weights(model)
@@ -610,7 +609,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights do not fit this network: {error}") from None
+        raise Mistake(f"the weights do not fit this network: {error}") from None
 
 
 def _key(model: nn.Module, module: nn.Module, attribute: str) -> str:
@@ -621,28 +620,30 @@ def _key(model: nn.Module, module: nn.Module, attribute: str) -> str:
 def cluster(
     place: Place,
     num_values: int,
-    method: Callable[..., np.ndarray] = kmeans.kmeans_optimal,
+    method: Callable[..., np.ndarray] | None = None,
     groups: int = 1,
     importance: Tensor | None = None,
     code_cost: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """codes and centroids of one weight by k-means over its surviving values: code 0 is zero, others 1 + cluster.
 
-    groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
+    method: of `kmeans`, the exact one when not given. groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
     squared error of each value counts (squared gradients, say: Choi et al. 2017, Towards the Limit of Network
     Quantization). code_cost: what a bit of a code's ideal length counts, in mean squares of the survivors (about 0.05
     at 3 bits takes as much off the entropy as it adds to the error); fewer values may then be best. A group with fewer
     distinct survivors than `num_values` keeps them exactly; unused entries of its codebook are zero. Returns codes
     int32 of the weight's shape, centroids [k] or [groups, k].
-    Raises ValueError for a weight whose values are all zero or not finite, and one without any importance.
+    Raises Mistake for a weight whose values are all zero or not finite, and one without any importance.
     """
+    from trainer import kmeans  # here: a recipe is read without it
+
     value = place.value.detach().cpu().float()
     if len(value) % groups:
-        raise ValueError(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
+        raise Mistake(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
     if not torch.isfinite(value).all():
-        raise ValueError(f"layer {place.name!r} has weights that are not finite")
+        raise Mistake(f"layer {place.name!r} has weights that are not finite")
     if not value.any():
-        raise ValueError(f"layer {place.name!r} has no weights left to share: all are zero")
+        raise Mistake(f"layer {place.name!r} has no weights left to share: all are zero")
     codes = torch.zeros(value.shape, dtype=torch.int32)
     centroids = torch.zeros(groups, num_values)
     blocks = zip(value.chunk(groups), codes.chunk(groups), strict=True)
@@ -654,7 +655,7 @@ def cluster(
             continue
         settings = {} if weight is None else {"weights": weight[alive].numpy()}
         cost = code_cost * float(np.mean(survivors.astype(np.float64) ** 2 * settings.get("weights", 1.0)))
-        found = method(survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {}))
+        found = (method or kmeans.kmeans_optimal)(survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {}))
         chosen = kmeans.assign(survivors, found)
         for _ in range(10 if code_cost else 0):
             before, bits = chosen, kmeans.code_lengths(chosen, len(found))
@@ -670,12 +671,14 @@ def _damped(place: Place, importance: Tensor) -> Tensor:
     """Importance with a thousandth of its mean added: a weight that a few batches did not need is not worth nothing."""
     importance = importance.detach().cpu().double()
     if not importance.any():
-        raise ValueError(f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others")
+        raise Mistake(f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others")
     return importance + 1e-3 * importance.mean()
 
 
 def _cheapest(values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """The code of the least weight x squared distance + price, for each value."""
+    from trainer import kmeans
+
     if weights is None:
         return kmeans.assign(values, centroids, code_bits=prices, code_cost=1.0)
     least, chosen = np.full(values.shape, np.inf), np.zeros(values.shape, np.int32)
@@ -699,7 +702,7 @@ def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
 def round_to(values: Tensor, kind: str | int) -> Tensor:
     """Values rounded to what 'float16' can hold, to so many bits of their fraction, or for 'float32' not at all.
 
-    Raises ValueError where one is then infinite. A zero has no sign.
+    Raises Mistake where one is then infinite. A zero has no sign.
     """
     if kind == "float32":
         return values
@@ -709,15 +712,15 @@ def round_to(values: Tensor, kind: str | int) -> Tensor:
         fraction, exponent = torch.frexp(values)
         rounded = torch.ldexp((fraction * 2 ** (kind + 1)).round(), exponent - (kind + 1))
     if not torch.isfinite(rounded).all():
-        raise ValueError("a value is too large for float16: ask for float32")
+        raise Mistake("a value is too large for float16: ask for float32")
     return rounded + 0.0
 
 
 def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:
-    """Centroids by `round_to`. Raises ValueError also where they are so small that float16 has few values for them."""
+    """Centroids by `round_to`. Raises Mistake also where they are so small that float16 has few values for them."""
     rounded = round_to(centroids, kind)
     if kind == "float16" and (rounded - centroids).abs().max() > 2**-8 * centroids.abs().max():
-        raise ValueError(
+        raise Mistake(
             f"the largest shared value is {centroids.abs().max().item():.3g}, too small for float16: ask for float32"
         )
     return rounded
@@ -727,7 +730,7 @@ def to_grid(values: Tensor, bits: int) -> Tensor:
     """Values rounded to multiples of the smallest power of two of which none of them is more than 2^(bits-1) - 1.
 
     A step that is a power of two can be read off the values, and costs no more for the same error: see `packed`.
-    Raises ValueError where one is then infinite.
+    Raises Mistake where one is then infinite.
     """
     largest = values.abs().max().item()
     if largest == 0:
@@ -735,7 +738,7 @@ def to_grid(values: Tensor, bits: int) -> Tensor:
     step = 2.0 ** math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
     rounded = (torch.round(values.double() / step) * step).to(values.dtype)
     if not torch.isfinite(rounded).all():
-        raise ValueError(f"a value of {largest:.3g} is too large for {bits} bits")
+        raise Mistake(f"a value of {largest:.3g} is too large for {bits} bits")
     return rounded + 0.0
 
 
@@ -744,7 +747,7 @@ def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "flo
     """Rounds what is not shared, in place: biases `to_grid` of so many bits, all other parameters and statistics `rest`.
 
     Biases are the parameters of one dimension with 'bias' in their name, those of norms and recurrent layers included.
-    Without `biases` they are among the rest. Raises ValueError, naming the tensor, where one is not finite then.
+    Without `biases` they are among the rest. Raises Mistake, naming the tensor, where one is not finite then.
     """
     shared = {id(parameter) for parameter in centroid_parameters(model)}
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]
@@ -752,9 +755,9 @@ def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "flo
         if id(tensor) in shared or not tensor.numel():
             continue
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} has values that are not finite")
+            raise Mistake(f"{name} has values that are not finite")
         is_bias = tensor.dim() == 1 and "bias" in name.rpartition(".")[2]
         try:
             tensor.copy_(to_grid(tensor, biases) if biases is not None and is_bias else round_to(tensor, rest))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except Mistake as error:
+            raise Mistake(f"{name}: {error}") from None

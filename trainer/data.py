@@ -3,42 +3,18 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Annotated
 
 import numpy as np
 import psutil
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer import bind
 from trainer.context import Data, InMemory, Part, Source
-from trainer.views import Augment, apply, draw
-
-
-class DataKeys(bind.Entry):
-    """The data section. validation: a fraction of the training set or a number of images, held out of it.
-
-    seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
-    teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
-    keep_views: keep them in memory, as float32, once they were made: later epochs and stages need not make them again.
-    mean, std: of the normalisation, per channel, instead of the training images' own (0 and 1: images in [0, 1]).
-    subset: use only so many training images. mixup, cutmix: the alpha of their Beta distributions, 0 for off.
-    """
-
-    dataset: str
-    seed: NonNegativeInt = 0
-    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] = 0.1
-    subset: PositiveInt | None = None
-    views: PositiveInt | None = None
-    keep_views: bool = False
-    augment: Augment = Augment()
-    mixup: NonNegativeFloat = 0.0
-    cutmix: NonNegativeFloat = 0.0
-    workers: NonNegativeInt = 2
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+from trainer.keys import Augment, DataKeys
+from trainer.mistakes import Mistake
+from trainer.views import apply, draw
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
@@ -49,13 +25,13 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     held_out = round(keys.validation * total) if isinstance(keys.validation, float) else keys.validation
     size = total - held_out if keys.subset is None else keys.subset
     if held_out < 1 or size < 1 or held_out + size > total:
-        raise ValueError(
+        raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
     kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device) if keys.keep_views else None
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
-        raise ValueError(f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels")
+        raise Mistake(f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels")
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
     # All images where they are at hand, some where they must be read first.
     some = source.train.images if isinstance(source.train, InMemory) else source.train.__getitems__(order[:256].tolist())[0]
@@ -120,7 +96,7 @@ def batches(part: Part, order: list[Tensor], workers: int, device: torch.device)
         pin_memory=device.type == "cuda",
     )
     for batch in loader:
-        if isinstance(batch, ValueError):
+        if isinstance(batch, Mistake):
             raise batch
         images, labels, index = batch
         yield images.to(device, non_blocking=True), labels.to(device), index.to(device)
@@ -135,10 +111,10 @@ class _Telling:
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor] | ValueError:
+    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor] | Mistake:
         try:
             return self.part.__getitems__(positions)
-        except ValueError as error:
+        except Mistake as error:
             return error
 
 
@@ -150,7 +126,7 @@ class KeptViews:
     """The augmented images of a run's views, kept in memory from the first time that they are made.
 
     views: their number. num_samples: every index is below it. ids: int64 [N], the indices that will be asked for, which
-    alone take memory: views x N images in float32 (in each process). shape: (C, H, W). Raises ValueError, naming
+    alone take memory: views x N images in float32 (in each process). shape: (C, H, W). Raises Mistake, naming
     sizes, when there is not so much memory.
     """
 
@@ -158,7 +134,7 @@ class KeptViews:
         needed = views * len(ids) * math.prod(shape) * 4
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed > free:
-            raise ValueError(
+            raise Mistake(
                 f"data: keep_views: {views} views of {len(ids):,} images take {needed / 2**30:,.2f} GiB of memory and "
                 f"{free / 2**30:,.2f} GiB are free; fewer views take less, and keep_views: false none"
             )

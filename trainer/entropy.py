@@ -16,6 +16,8 @@ from functools import cache
 
 import numpy as np
 
+from trainer.mistakes import Mistake
+
 PROBABILITY_BITS = 16
 ONE = 1 << PROBABILITY_BITS  # a probability p is the integer p * ONE
 LOWEST = 4  # every probability handed to a coder lies in LOWEST .. ONE - LOWEST
@@ -86,7 +88,7 @@ class Encoder:
     def code(self, probabilities: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Writes bits [n] of 0 and 1; probabilities [n] are those of a 1."""
         low, span = self._low, self._span
-        for probability, bit in zip(probabilities.tolist(), bits.tolist()):
+        for probability, bit in zip(probabilities.tolist(), bits.tolist(), strict=True):
             bound = (span >> PROBABILITY_BITS) * probability
             if bit:
                 span = bound
@@ -157,7 +159,7 @@ class Encoder:
 
 
 class Decoder:
-    """Reads back what an Encoder wrote. ValueError where the data cannot be an Encoder's."""
+    """Reads back what an Encoder wrote. Mistake where the data cannot be an Encoder's."""
 
     writes = False
     bits = 0.0
@@ -210,7 +212,7 @@ class Decoder:
             self._span >>= take
             digit = self._value // self._span
             if digit >> take:
-                raise ValueError("the coded stream is damaged")
+                raise Mistake("the coded stream is damaged")
             value = value << take | digit
             self._value -= self._span * digit
             while self._span < _NARROW:
@@ -224,13 +226,13 @@ class Decoder:
         if at < len(self._words):
             return self._words[at]
         if at > len(self._words) + 3:
-            raise ValueError("the coded stream ends too early")
+            raise Mistake("the coded stream ends too early")
         return 0
 
     def check_end(self, num_bytes: int) -> None:
-        """Raises ValueError where the data has num_bytes and an Encoder would have needed fewer."""
+        """Raises Mistake where the data has num_bytes and an Encoder would have needed fewer."""
         if num_bytes > 2 * self._at:
-            raise ValueError(f"{num_bytes - 2 * self._at} bytes follow the last tensor")
+            raise Mistake(f"{num_bytes - 2 * self._at} bytes follow the last tensor")
 
 
 class Meter:
@@ -348,7 +350,7 @@ class Scalars:
         while self.bit((context, length), int(value >> length > 1)):
             length += 1
             if length > 64:
-                raise ValueError("the coded stream is damaged: a number has no end")
+                raise Mistake("the coded stream is damaged: a number has no end")
         upper = min(length, 2)
         read = 1 << upper | self.tree(
             (context, length, "bits"), upper, value >> length - upper & (1 << upper) - 1
@@ -356,7 +358,7 @@ class Scalars:
         lower = length - upper
         read = (read << lower | self.coder.uniform(lower, value & (1 << lower) - 1)) - 1
         if read >= limit:
-            raise ValueError(f"the coded stream is damaged: got {read} where less than {limit} is allowed")
+            raise Mistake(f"the coded stream is damaged: got {read} where less than {limit} is allowed")
         return read
 
 
@@ -382,7 +384,7 @@ class Text:
         return model._states, model._weights, model._past
 
     def code(self, text: str = "") -> str:
-        """Text without the byte 0, which ends it. ValueError where what is read is not UTF-8."""
+        """Text without the byte 0, which ends it. Mistake where what is read is not UTF-8."""
         data = text.encode() + b"\0"
         out = bytearray()
         while not out or out[-1]:
@@ -406,7 +408,7 @@ class Text:
             error = bit * ONE - probability
             for i, x in enumerate(inputs):
                 weights[first + i] += x * error >> 14
-            for key, state in zip(keys, found):
+            for key, state in zip(keys, found, strict=True):
                 seen = state & 255
                 p = state >> 8 if state else ONE // 2
                 p += (bit * ONE - p) * 4 // (4 * seen + 5)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from trainer import compress, measure, packed
+from trainer import compress, measure
 from trainer.context import InMemory, Part, Run
 from trainer.data import batches
+from trainer.distributed import summed
 from trainer.teacher import normalize
 
 
@@ -24,9 +25,7 @@ def predict(run: Run, network: Callable[[Tensor], Tensor], part: Part) -> Tensor
     answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
     for positions, (images, _, _) in zip(order, batches(part, order, run.data.workers, accelerator.device), strict=True):
         answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(answers)
-    return answers
+    return summed(answers)
 
 
 def percent_right(answers: Tensor, labels: Tensor) -> float:
@@ -60,11 +59,30 @@ def student_view(run: Run, network: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda images: network(normalize(images, run.data.mean, run.data.std))
 
 
+@torch.no_grad()
+def logits(run: Run, most: int | None = None) -> Tensor:
+    """The student's outputs [N, K] for the validation images, the first `most` of them."""
+    part, device = run.data.validation, run.accelerator.device
+    view = student_view(run, run.student.eval())
+    order = list(torch.arange(len(part))[:most].split(500))
+    return torch.cat([view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)])
+
+
+def apart(before: Tensor, after: Tensor) -> dict[str, float]:
+    """How far apart outputs are: max_difference of a logit, and num_changed, of how many images the prediction changed."""
+    return {
+        "max_difference": (before - after).abs().max().item(),
+        "num_changed": int((before.argmax(1) != after.argmax(1)).sum()),
+    }
+
+
 def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
     """Measures the student as it stands and adds a row to the report; the test split is read here and only here.
 
     label: what the row is called ('pruned', 'recovered'). seconds: what led to this row took. numbers: the stage's own.
     """
+    from trainer import packed  # here: a recipe is read without the coder
+
     started = time.monotonic()
     run.student.eval()
     view = student_view(run, run.student)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.mistakes import Mistake
+
 
 class Seen(NamedTuple):
     """One forward pass: logits [N, K], embedding [N, D] or None, maps {layer: [N, C, H, W]} in the order asked."""
@@ -32,14 +34,14 @@ class Layer(NamedTuple):
 def as_map(tensor: Tensor) -> Tensor:
     """Any layer's output as a map: [N, D] becomes [N, D, 1, 1], a sequence [N, T, D] becomes [N, D, T, 1]."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"a layer's output of type {type(tensor).__name__} is no feature map: a tensor is")
+        raise Mistake(f"a layer's output of type {type(tensor).__name__} is no feature map: a tensor is")
     if tensor.dim() == 4:
         return tensor
     if tensor.dim() == 2:
         return tensor[:, :, None, None]
     if tensor.dim() == 3:
         return tensor.transpose(1, 2).unsqueeze(-1)
-    raise ValueError(f"a layer's output of {tensor.dim()} dimensions is no feature map: 2, 3 or 4 are")
+    raise Mistake(f"a layer's output of {tensor.dim()} dimensions is no feature map: 2, 3 or 4 are")
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
     """Logits, and where asked the embedding and the maps of `layers`, of one forward pass.
 
     images: [N, C, H, W], normalised. layers: names of stages (`stage_names`) or dotted names of modules.
-    Raises ValueError for a layer that does not exist, or an embedding asked of a net that does not tell its head.
+    Raises Mistake for a layer that does not exist, or an embedding asked of a net that does not tell its head.
     """
     if not layers and not embedding:
         return Seen(model(images), None, {})
@@ -153,20 +155,20 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
             handle.remove()
     for layer in hooked:
         if layer not in seen:
-            raise ValueError(f"layer {layer!r} is not called in the forward pass, so it has no map")
+            raise Mistake(f"layer {layer!r} is not called in the forward pass, so it has no map")
     return Seen(logits, pooled, {layer: seen[layer] for layer in layers})
 
 
 def head(model: nn.Module) -> nn.Module:
     """The classifier: the module that maps the pooled embedding [N, D] to logits [N, K].
 
-    Raises ValueError for a net with several classifiers (DeiT-distilled, LeViT): none alone gives the logits.
+    Raises Mistake for a net with several classifiers (DeiT-distilled, LeViT): none alone gives the logits.
     """
     if not hasattr(model, "get_classifier"):
         return _last_linear(model)
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Module):
-        raise ValueError(f"{type(model).__name__} has several classifiers; none alone gives its logits")
+        raise Mistake(f"{type(model).__name__} has several classifiers; none alone gives its logits")
     # In some families it starts with the pooling, or is a 1 x 1 convolution: the embedding is pooled and flat.
     classifier = getattr(classifier, "fc", classifier)
     if isinstance(classifier, nn.Conv2d):
@@ -177,14 +179,14 @@ def head(model: nn.Module) -> nn.Module:
 def _last_linear(model: nn.Module) -> nn.Linear:
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears:
-        raise ValueError(f"{type(model).__name__} has no Linear layer, so it has no embedding before a classifier")
+        raise Mistake(f"{type(model).__name__} has no Linear layer, so it has no embedding before a classifier")
     return linears[-1]
 
 
 def _watch(model: nn.Module, layer: str, seen: dict[str, Tensor]):
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
-        raise ValueError(f"there is no layer {layer!r}; there are {', '.join(stage_names(model) or list(modules)[1:])}")
+        raise Mistake(f"there is no layer {layer!r}; there are {', '.join(stage_names(model) or list(modules)[1:])}")
 
     def keep(_module: nn.Module, _inputs, output) -> None:
         seen[layer] = as_map(output[0] if isinstance(output, tuple) else output)

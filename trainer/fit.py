@@ -9,77 +9,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trainer import bind, checkpoint, compress, onednn
+from trainer import checkpoint, compress, onednn
 from trainer.context import Run
 from trainer.data import Views, batches, epoch_order, mix, seed_of
+from trainer.distributed import agreed, broadcast
 from trainer.evaluate import percent_right, predict, truth
 from trainer.features import evaluating
+from trainer.keys import Training
+from trainer.mistakes import Mistake
 from trainer.objective import Objective
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training
-
-
-_Count = Annotated[int, Field(gt=0, lt=2**31)]
-
-
-class Training(bind.Entry):
-    """How to train. batch_size counts the images of all processes; `accumulate` batches make one step.
-
-    schedule: `constant`, `cosine` to 0, `one_cycle` (up over the first 30 %, then down to 1/10000), `step` (times `gamma` at
-    each epoch of `milestones`); `warmup`: epochs of linear rise before it. clip: largest norm of the gradient. keep: the
-    `last` weights or those of the `best` validation accuracy. patience: stop after so many epochs without a better
-    one. ema: decay of the exponential moving average of the weights, which is then what is kept. weight_decay is
-    never put on centroids. momentum and nesterov are sgd's.
-
-    How it is run, which changes results by rounding only: compile, by torch.compile (a minute more at the start; on CPUs it
-    needs a C++ compiler); channels_last, with images and convolutions in that memory layout. The recipe's `precision` is that
-    of all its stages.
-    """
-
-    epochs: _Count
-    batch_size: _Count = 128
-    lr: PositiveFloat = 1e-3
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    weight_decay: NonNegativeFloat = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    nesterov: bool = False
-    schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
-    warmup: NonNegativeFloat = 0.0
-    milestones: list[PositiveInt] | None = None
-    gamma: PositiveFloat | None = None
-    clip: PositiveFloat | None = None
-    accumulate: _Count = 1
-    keep: Literal["last", "best"] = "last"
-    patience: PositiveInt | None = None
-    validate_every: PositiveInt = 1
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    compile: bool = False
-    channels_last: bool = False
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "Training":
-        if self.optimizer != "sgd" and (self.momentum is not None or self.nesterov):
-            raise ValueError(f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them")
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov has no effect without momentum")
-        if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
-            raise ValueError(f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them")
-        if self.schedule == "step" and not self.milestones:
-            raise ValueError("schedule 'step' needs milestones, the epochs at which the rate falls")
-        if self.schedule == "one_cycle" and self.warmup:
-            raise ValueError("warmup has no effect with schedule 'one_cycle', which rises by itself")
-        if self.warmup >= self.epochs:
-            raise ValueError(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
-        return self
 
 
 def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
@@ -112,7 +59,7 @@ def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimiz
         groups.append({"params": [p for p in trainable if id(p) in free], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("there is nothing to train: all parameters are frozen")
+        raise Mistake("there is nothing to train: all parameters are frozen")
     if training.optimizer == "sgd":
         momentum = 0.0 if training.momentum is None else training.momentum
         return torch.optim.SGD(groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True)
@@ -180,12 +127,12 @@ def fit(
     accelerator, data = run.accelerator, run.data
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     if training.batch_size % num_processes:
-        raise ValueError(f"batch_size {training.batch_size} does not split over {num_processes} processes")
+        raise Mistake(f"batch_size {training.batch_size} does not split over {num_processes} processes")
     number = run.num_fits  # a stage may train several times
     run.num_fits += 1
     folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{number}"
     if training.compile and device.type == "cpu" and shutil.which(cpp_compiler()) is None:
-        raise ValueError(f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another")
+        raise Mistake(f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another")
     objective.recall(run.learned)
     objective.train()
     if training.channels_last:
@@ -203,6 +150,7 @@ def fit(
     # Accelerate's wrapper asks the file system about optional packages at each step; it is of use with a scaler only.
     take_step = optimizer.step if accelerator.scaler is None else scaled.step
     if training.compile:
+        objective.leave_out_of_compile()
         wrapped = torch.compile(wrapped)
     onednn.attach(objective, learning=True)
 
@@ -242,7 +190,10 @@ def fit(
                 images = images.contiguous(memory_format=torch.channels_last)
             # Processes exchange gradients at the last batch of a step only.
             with contextlib.nullcontext() if place == last else accelerator.no_sync(wrapped):
-                terms = wrapped(images, labels, index, None if mixed else view, step / steps_per_epoch)
+                try:
+                    terms = wrapped(images, labels, index, None if mixed else view, step / steps_per_epoch)
+                except ValueError as error:
+                    raise _of_a_batch(error, len(images)) from error
                 loss = terms["loss"]
                 if last > first:
                     loss = loss * (len(images) / sum(sizes[first : last + 1]))
@@ -266,7 +217,7 @@ def fit(
                 window.flush(step, rate)
                 bar.update(step - bar.n)
                 bar.set_postfix(loss=f"{window.loss:.4f}", refresh=False)
-                if _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
+                if agreed(time.monotonic() - last_saved > CHECKPOINT_SECONDS, device):
                     clock, last_saved = _count_seconds(tally, clock), time.monotonic()
                     progress.save(step, tally)
         epoch += 1
@@ -288,7 +239,7 @@ def fit(
             told = f"  validation {found['validation']:.2f} %" if found else ""
             print(f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {window.loss:.4f}{told}  {speed:,.0f} images/s",
                   flush=True)
-        if not done and epoch < training.epochs and _agreed(accelerator, time.monotonic() - last_saved > CHECKPOINT_SECONDS):
+        if not done and epoch < training.epochs and agreed(time.monotonic() - last_saved > CHECKPOINT_SECONDS, device):
             last_saved = time.monotonic()
             progress.save(step, tally)
         clock = time.monotonic()  # validation and checkpoint are not training
@@ -297,7 +248,7 @@ def fit(
         if averaged is not None:
             averaged.swap()
         progress.recall_best()
-        _sync_buffers(accelerator, objective)
+        _sync_buffers(objective)
         # The finished state is kept until the whole stage is over: a stage may train several times.
         progress.save(step, tally | {"finished": True})
     for parameter in unused:
@@ -318,6 +269,13 @@ def fit(
         "images_per_second": tally["images"] / tally["seconds"],
         **({"best_validation": tally["best"], "best_epoch": tally["best_epoch"]} if training.keep == "best" else {}),
     }
+
+
+def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
+    """The error of a forward pass; a mistake where a batch of one image is normalised over nothing."""
+    if num_images == 1 and "more than 1 value per channel" in str(error):
+        return Mistake(f"batch_size leaves a batch of one image, which the network cannot learn from: {error}")
+    return error
 
 
 class _Window:
@@ -453,7 +411,7 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     """
     if averaged is not None:
         averaged.swap()
-    _sync_buffers(run.accelerator, objective)
+    _sync_buffers(objective)
     with evaluating(objective):
         student = objective.finished()
         predictions = predict(run, lambda images: student(objective.prepare(images)), run.data.validation)
@@ -462,17 +420,7 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     return percent_right(predictions, truth(run, run.data.validation))
 
 
-def _sync_buffers(accelerator, module: nn.Module) -> None:
+def _sync_buffers(module: nn.Module) -> None:
     """Statistics that each process gathered by itself (BatchNorm's) become the main process's on all."""
-    if accelerator.num_processes > 1:
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
-def _agreed(accelerator, wish: bool) -> bool:
-    """The main process's wish, on all processes."""
-    if accelerator.num_processes == 1:
-        return wish
-    told = torch.tensor([int(wish)], device=accelerator.device)
-    torch.distributed.broadcast(told, src=0)
-    return bool(told.item())
+    for buffer in module.buffers():
+        broadcast(buffer)

@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer import bind, codec, compress
+from trainer import bind, compress
 from trainer.compress import Codebook, Mask, Place
 from trainer.features import Staged
+from trainer.mistakes import Mistake
 
 
 def norms(model: nn.Module) -> list[tuple[str, str]]:
@@ -19,14 +20,14 @@ def norms(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def can_fold(model: nn.Module) -> list[tuple[str, str]]:
-    """The (layer, norm) pairs that `fold` would fold. Raises ValueError where there are none, or the weights are shared."""
+    """The (layer, norm) pairs that `fold` would fold. Raises Mistake where there are none, or the weights are shared."""
     pairs = norms(model)
     if not pairs:
-        raise ValueError("the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do")
+        raise Mistake("the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do")
     places = compress.weights(model)
     for layer, _ in pairs:
         if places[layer].mask is not None and not isinstance(places[layer].parametrization, Mask):
-            raise ValueError(f"layer {layer!r} shares its weights already: fold before sharing")
+            raise Mistake(f"layer {layer!r} shares its weights already: fold before sharing")
     return pairs
 
 
@@ -44,7 +45,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """Takes BatchNorm into the layers before it, in place; returns the network.
 
     In evaluation mode the outputs are the same up to rounding. Each output channel is scaled, so masks stay as they are.
-    Raises ValueError for a network that has nothing to fold or whose weights are shared already.
+    Raises Mistake for a network that has nothing to fold or whose weights are shared already.
     """
     pairs = can_fold(model)
     places = compress.weights(model)
@@ -94,12 +95,12 @@ class _Link(NamedTuple):
 
 
 def can_tidy(model: nn.Module) -> None:
-    """Raises ValueError for a network that `tidy` cannot put in order: one that is no chain of layers, or not folded."""
+    """Raises Mistake for a network that `tidy` cannot put in order: one that is no chain of layers, or not folded."""
     if not (isinstance(model, Staged) and model.chain()):
-        raise ValueError("the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
+        raise Mistake("the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
                          "separable (residual: false) are")
     for _, norm in norms(model):
-        raise ValueError(f"{norm!r} stands between layers whose units could be moved: fold it away first (stage fold, "
+        raise Mistake(f"{norm!r} stands between layers whose units could be moved: fold it away first (stage fold, "
                          "before share)")
 
 
@@ -124,7 +125,7 @@ def _tensors(place: Place) -> list[Tensor]:
         return [found.codes]
     if isinstance(found, Mask):
         return [module.parametrizations[attribute].original, found.mask]
-    raise ValueError(f"layer {place.name!r} is still deciding which values it shares")
+    raise Mistake(f"layer {place.name!r} is still deciding which values it shares")
 
 
 def _by_unit(tensor: Tensor, num_units: int) -> Tensor:
@@ -139,7 +140,7 @@ def drop_dead(model: nn.Module) -> dict[str, int]:
     A unit of which nothing goes on is dropped: the outputs stay as they are. So is one that nothing comes into: what it
     gives, relu(bias), is the same for every image, and goes into the biases of the layer that it feeds (outputs are
     then the same up to rounding). That unit stays where it gives something to a convolution that is padded, whose
-    borders do not see it, or to a layer without bias. Raises ValueError as `can_tidy`.
+    borders do not see it, or to a layer without bias. Raises Mistake as `can_tidy`.
     """
     links = list(_links(model))
     counts: dict[str, int] = {}
@@ -194,11 +195,13 @@ def tidy(model: nn.Module, order: Literal["alike", "count"] = "alike") -> dict[s
     order: `alike`, each unit followed by the one most like it (`codec.unit_order`); `count`, by their number of
     weights. The outputs are the same up to the order in which sums are added up. Returns {layer: units dropped}.
     """
+    from trainer.codec import unit_order  # here: a recipe is read without the coder
+
     counts = drop_dead(model)
     for link in _links(model):
         weight = link.layer.value
         if order == "alike":
-            units = torch.from_numpy(codec.unit_order(weight.cpu().numpy())).to(weight.device)
+            units = torch.from_numpy(unit_order(weight.cpu().numpy())).to(weight.device)
         else:
             units = weight.reshape(len(weight), -1).ne(0).sum(1).argsort(descending=True, stable=True)
         rows = _tensors(link.layer) + ([] if link.through is None else _tensors(link.through))

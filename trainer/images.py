@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trainer.mistakes import Mistake
+
 
 def open_image(path: str | Path, mode: str) -> Image.Image:
     """An image file as grey ('L') or 'RGB', 8 bits a channel; of 16 bits the upper half.
 
-    Raises ValueError naming the file when it is no image, a damaged one, or one of other numbers (32 bits, fractions).
+    Raises Mistake naming the file when it is no image, a damaged one, or one of other numbers (32 bits, fractions).
     """
     try:
         with Image.open(path) as image:
@@ -19,20 +21,20 @@ def open_image(path: str | Path, mode: str) -> Image.Image:
                 return image.convert(mode)
             values = np.asarray(image)  # Pillow's own conversion would cut 16 bits off at 255
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise ValueError(f"{path}: is no image that can be read: {error}") from None
+        raise Mistake(f"{path}: is no image that can be read: {error}") from None
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 2**16:
-        raise ValueError(f"{path}: has pixels of {values.dtype} up to {values.max():g}; 8 and 16 bits are allowed")
+        raise Mistake(f"{path}: has pixels of {values.dtype} up to {values.max():g}; 8 and 16 bits are allowed")
     return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert(mode)
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
     """An image file as uint8 [C, H, W]: grey for one channel, RGB for three; the shorter side is fitted, the rest cut.
 
-    Raises ValueError as `open_image`.
+    Raises Mistake as `open_image`.
     """
     channels, height, width = shape
     if channels not in (1, 3):
-        raise ValueError(f"{path}: the network wants {channels} channels; images have 1 or 3")
+        raise Mistake(f"{path}: the network wants {channels} channels; images have 1 or 3")
     image = open_image(path, "L" if channels == 1 else "RGB")
     scale = max(height / image.height, width / image.width)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

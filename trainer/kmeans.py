@@ -26,6 +26,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from trainer.mistakes import Mistake
+
 CHUNK = 1 << 18  # values in work at a time: what is allocated beside the input does not grow with it
 CHUNK_BINS = 1 << 13  # points kept of each chunk at the least
 NUM_POINTS = 1 << 18  # points kept in sum at the least: as many distinct values are kept as they are
@@ -42,7 +44,7 @@ def kmeans_linear(values: np.ndarray, k: int) -> np.ndarray:
 
     The initialisation that Han et al. 2016 (Deep Compression) found best; one start, no randomness.
     Returns float32 centroids in ascending order: k of them, or the distinct values where these are fewer.
-    Raises ValueError for k < 1, no values, NaN or infinity.
+    Raises Mistake for k < 1, no values, NaN or infinity.
     """
     from sklearn.cluster import KMeans  # here: importing it takes a second
 
@@ -89,7 +91,7 @@ def kmeans_optimal(
     about 1e-8 of the range is not resolved. Takes about 40 MB beside the input at most for k <= 256 (75 MB
     where codes cost bits), however many values there are.
 
-    Raises ValueError for k < 1, bins < 1, no values, NaN or infinity, values beyond float32, a negative or
+    Raises Mistake for k < 1, bins < 1, no values, NaN or infinity, values beyond float32, a negative or
     not finite `code_cost`, and weights that are negative, not finite, all zero or of another number.
     """
     values = _checked(values, k)
@@ -133,7 +135,7 @@ def assign(
     of equal ones the cheaper code is used, then the first.
 
     Returns codes in the shape of `values`: uint8 for up to 256 centroids, int16 up to 32,768, then int32.
-    Raises ValueError for no centroids, NaN or infinity, lengths of another number or all infinite, and a
+    Raises Mistake for no centroids, NaN or infinity, lengths of another number or all infinite, and a
     `code_cost` without lengths.
     """
     values = np.asarray(values)
@@ -148,7 +150,7 @@ def assign(
 def code_lengths(codes: np.ndarray, num_codes: int) -> np.ndarray:
     """Ideal length of each code in bits, log2(number of codes / times used); infinite where it is unused.
 
-    Raises ValueError where there are no codes or one is not below `num_codes`.
+    Raises Mistake where there are no codes or one is not below `num_codes`.
     """
     used = np.bincount(np.asarray(codes).reshape(-1), minlength=num_codes)
     total = used.sum()
@@ -163,7 +165,7 @@ def code_lengths(codes: np.ndarray, num_codes: int) -> np.ndarray:
 def inertia(values: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Sum of the (weighted) squared distances of values to their nearest centroids, in double precision.
 
-    Raises ValueError as `assign` does, and for weights that are negative, not finite, all zero or of
+    Raises Mistake as `assign` does, and for weights that are negative, not finite, all zero or of
     another shape.
     """
     values = np.asarray(values).reshape(-1)
@@ -187,7 +189,7 @@ def _checked(values: np.ndarray, k: int) -> np.ndarray:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if values.size == 0:
-        raise ValueError("there are no values to cluster")
+        raise Mistake("there are no values to cluster")
     for part in _parts(values.size):
         _as_floats(values[part])
     return values
@@ -198,7 +200,7 @@ def _checked_weights(weights: np.ndarray, size: int) -> np.ndarray:
     if weights.size != size:
         raise ValueError(f"weights must be as many as the values, got {weights.size} for {size}")
     if not (weights.min() >= 0 and 0 < weights.max() <= LARGEST):
-        raise ValueError("weights must be finite, in the range of float32, none negative and not all zero")
+        raise Mistake("weights must be finite, in the range of float32, none negative and not all zero")
     return weights
 
 
@@ -207,12 +209,12 @@ def _parts(size: int, length: int = CHUNK) -> Iterator[slice]:
 
 
 def _as_floats(chunk: np.ndarray) -> np.ndarray:
-    """The chunk as float32 or float64, whichever holds it; ValueError where a value is no usable number."""
+    """The chunk as float32 or float64, whichever holds it; Mistake where a value is no usable number."""
     if chunk.dtype.kind not in "fiub":
         raise ValueError(f"values must be real numbers, got {chunk.dtype}")
     chunk = chunk.astype(np.float32 if chunk.dtype in (np.float16, np.float32) else np.float64, copy=False)
     if not (chunk.min() >= -LARGEST and chunk.max() <= LARGEST):
-        raise ValueError("values must be finite and within the range of float32, got NaN, infinity or more")
+        raise Mistake("values must be finite and within the range of float32, got NaN, infinity or more")
     return chunk
 
 
@@ -257,7 +259,7 @@ def _points(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> 
 def _merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     if len(held) == 1:
         return held[0]
-    position, mass, count = (np.concatenate(column) for column in zip(*held))
+    position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
     order = np.argsort(position, kind="stable")
     return position[order], mass[order], count[order]
 

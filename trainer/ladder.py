@@ -11,6 +11,7 @@ from accelerate import PartialState
 from tabulate import tabulate
 
 from trainer import drawing, files
+from trainer.mistakes import Mistake
 from trainer.recipe import Recipe, RecipeError, read
 from trainer.runner import begun, run
 from trainer.scan import prune_stage
@@ -47,7 +48,7 @@ def ladder(
     names = [name for name, _ in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"ladder: {', '.join(twice)} is asked for twice")
+        raise Mistake(f"ladder: {', '.join(twice)} is asked for twice")
     for name, asked in points:
         read(path, {**changes, **asked, "name": name})  # all faults before anything is trained
     with begun(path, number, changes, folder) as base:
@@ -94,7 +95,7 @@ def ladder(
 def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequence[int]) -> int | None:
     """The number of the share stage that is varied, or None. RecipeError where there is nothing to vary."""
     if not sparsity and not bits:
-        raise ValueError("a ladder needs --sparsity or --bits, such as --sparsity 0.9,0.95 --bits 3,4")
+        raise Mistake("a ladder needs --sparsity or --bits, such as --sparsity 0.9,0.95 --bits 3,4")
     method = recipe.stages[number].method
     if sparsity and recipe.stages[number].sparsity is None:
         raise RecipeError(

@@ -6,121 +6,21 @@ beside it, out of reach of DDP, optimizers, `state_dict` and `.train()`.
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from trainer import bind, compress, features
 from trainer.context import Data
+from trainer.distributed import summed
 from trainer.features import Layer
+from trainer.keys import At, Name, TermKeys, WeightSchedule
+from trainer.mistakes import Mistake, closest, nearest
 from trainer.projectors import EmbeddingProjector, MapProjector, same_size
 from trainer.teacher import Teacher, normalize
-
-# What a loss may ask for, by what has to be computed for it.
-MAPS = {"student_map", "teacher_map", "projected_map"}
-MAP_LISTS = {"student_maps", "teacher_maps"}
-EMBEDDINGS = {"student_embedding", "teacher_embedding", "projected_embedding"}
-WEIGHTS = {"student_weight", "teacher_weight"}
-OTHERS = {"student_logits", "teacher_logits", "labels", "index", "teacher_head", "epoch"}
-VOCABULARY = MAPS | MAP_LISTS | EMBEDDINGS | WEIGHTS | OTHERS
-TEACHER_WORDS = {w for w in VOCABULARY if w.startswith("teacher")} | {"projected_map", "projected_embedding"}
-
-WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
-
-# A layer: a stage's name, a module's dotted name, or a stage's number (from 0; -1 is the last).
-Name = str | int
-At = (
-    Literal["auto", "last"]
-    | Annotated[list[Name], Field(min_length=1)]
-    | Annotated[dict[Name, Name], Field(min_length=1)]
-)
-
-
-class WeightSchedule(bind.Entry):
-    """A term's weight over the first `epochs` of its stage (all when not given); then it stays as it is.
-
-    schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value`
-    to `to` (0).
-    """
-
-    value: NonNegativeFloat
-    schedule: Literal["constant", "warm_up", "linear", "cosine"]
-    epochs: PositiveFloat | None = None
-    to: NonNegativeFloat | None = None
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "WeightSchedule":
-        if self.to is not None and self.schedule in ("constant", "warm_up"):
-            raise ValueError(
-                f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it"
-            )
-        if self.epochs is not None and self.schedule == "constant":
-            raise ValueError("epochs has no effect with schedule 'constant'")
-        if self.schedule != "constant" and self.value == (self.to or 0.0):
-            raise ValueError(
-                f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.value}"
-            )
-        return self
-
-    def at(self, epoch: float, num_epochs: float) -> float:
-        """The weight when `epoch` epochs of a stage of `num_epochs` are done."""
-        if self.schedule == "constant":
-            return self.value
-        fraction = min(1.0, epoch / (self.epochs or num_epochs))
-        if self.schedule == "warm_up":
-            return self.value * fraction
-        end = 0.0 if self.to is None else self.to
-        if self.schedule == "cosine":
-            fraction = (1 - math.cos(math.pi * fraction)) / 2
-        return self.value + (end - self.value) * fraction
-
-
-class TermKeys(bind.Entry):
-    """One term of an objective. weight: a number or a schedule; a term of weight 0 is only logged.
-
-    at: which layers look at which, for losses on layers: `auto` (when not given), `last`, the student's
-    layers, or {student layer: teacher layer}.
-    """
-
-    loss: str
-    weight: NonNegativeFloat | WeightSchedule = 1.0
-    at: At | None = None
-
-
-Term = bind.from_shelf("loss", TermKeys)
-
-
-def wants(term: TermKeys) -> list[str]:
-    """The names that the term's loss asks to be fed. Raises ValueError for a word that nobody knows."""
-    function = bind.find("loss", term.loss)
-    asks = bind.fed(function)
-    built_with = bind.built_with(function) if inspect.isclass(function) else []
-    for word, known in [(word, VOCABULARY) for word in asks] + [
-        (word, WORDS_OF_CONSTRUCTORS) for word in built_with
-    ]:
-        if word not in known:
-            raise ValueError(f"loss {term.loss!r} asks for {word!r}{bind.nearest(word, sorted(known))}")
-    return asks
-
-
-def needs_teacher(term: TermKeys) -> bool:
-    """Whether the term's loss asks for anything of the teacher's, or for layers, which come in pairs."""
-    return bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
-
-
-def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
-    """What a forward pass of the teacher has to give for the terms: of 'logits', 'embedding' and 'maps'."""
-    asks = {word for term in terms for word in wants(term)}
-    kinds = {
-        "logits": {"teacher_logits"},
-        "embedding": {"teacher_embedding"},
-        "maps": {"teacher_map", "teacher_maps", "projected_map"},
-    }
-    return {kind for kind, words in kinds.items() if words & asks}
+from trainer.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
 
 
 class _Bound(nn.Module):
@@ -148,7 +48,7 @@ class Objective(nn.Module):
 
     terms: what is asked of the student. Without a teacher only losses on labels are possible. A loss on
     layers has one term a pair, and they add up; a loss on lists of maps has one for all its pairs. Raises
-    ValueError for a layer that does not exist, pairs that cannot be made, a teacher that is missing, and
+    Mistake for a layer that does not exist, pairs that cannot be made, a teacher that is missing, and
     networks that do not give one logit for each class of the data. penalties: terms on the student's weights
     alone, {name: (weight, function of nothing)}. num_epochs: of the stage, for the weights' schedules.
     prepare: what turns images in [0, 1] into what the student sees; the data's normalisation when not given.
@@ -167,10 +67,10 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         if not terms:
-            raise ValueError("losses: there are none; at least one is needed")
+            raise Mistake("losses: there are none; at least one is needed")
         for term in terms:
             if teacher is None and needs_teacher(term):
-                raise ValueError(f"loss {term.loss!r} needs a teacher, and there is none")
+                raise Mistake(f"loss {term.loss!r} needs a teacher, and there is none")
         self.student = student
         self.teacher = (
             teacher  # no nn.Module, so nothing of it is registered here: see the module's docstring
@@ -259,7 +159,7 @@ class Objective(nn.Module):
         elif (MAPS | MAP_LISTS) & set(asks):
             pairs = self._map_pairs(*known, term.at, images)
         elif term.at is not None:
-            raise ValueError(f"at: loss {term.loss!r} looks at no layers (it wants {', '.join(asks)})")
+            raise Mistake(f"at: loss {term.loss!r} looks at no layers (it wants {', '.join(asks)})")
         alone = not MAP_LISTS & set(asks)
         for group in [[pair] for pair in pairs] if pairs and alone else [pairs]:
             if group and not WEIGHTS & set(asks):
@@ -297,7 +197,7 @@ class Objective(nn.Module):
         if at is None or isinstance(at, str):
             pairs = features.pair(mine, theirs, images.shape[2])
             if not pairs:
-                raise ValueError(
+                raise Mistake(
                     "at: no layers can be paired by themselves; name them, at: {student layer: teacher layer}"
                 )
             return pairs[-1:] if at == "last" else pairs
@@ -354,12 +254,17 @@ class Objective(nn.Module):
         seen = self.teacher.see(images, *self._see_teacher)
         self._count(len(images))
         if cache is not None:
-            cache.keep(seen, index, view)  # for stages whose losses ask for less
+            self._kept(seen, index, view)  # for stages whose losses ask for less
         return seen
 
-    # What follows is left out of torch.compile, which would compile anew for each number that has changed.
+    def leave_out_of_compile(self) -> None:
+        """Leaves out of torch.compile what it would compile anew for each number that has changed.
 
-    @torch.compiler.disable
+        No decorators: they import torch._dynamo where the class is defined, which takes seconds.
+        """
+        for name in ("_recalled", "_kept", "_count"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
+
     def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:
         cache = self.teacher.cache
         before = cache.computed
@@ -367,7 +272,9 @@ class Objective(nn.Module):
         self._count(cache.computed - before)
         return seen
 
-    @torch.compiler.disable
+    def _kept(self, seen: features.Seen, index: Tensor, view: int) -> None:
+        self.teacher.cache.keep(seen, index, view)
+
     def _count(self, num_images: int) -> None:
         self._teacher_images += num_images
 
@@ -385,9 +292,7 @@ class Objective(nn.Module):
             return {}
         shown = torch.tensor(self._teacher_images, device=next(self.student.parameters()).device)
         self._teacher_images = 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(shown)
-        return {"teacher_images": int(shown)}
+        return {"teacher_images": int(summed(shown))}
 
     def _feed(
         self,
@@ -428,7 +333,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def rehearse(self, data: Data) -> None:
-        """Computes the losses of two made-up images, labelled as the data's; ValueError if that fails."""
+        """Computes the losses of two made-up images, labelled as the data's; Mistake if that fails."""
         images = example_images(data, next(self.student.parameters()).device)
         index = data.train.ids[:2].to(images.device)
         labels = data.train.labels[:2].to(images.device)
@@ -440,8 +345,8 @@ class Objective(nn.Module):
                 self(images[: len(labels)], labels, index)
         except (IndexError, RuntimeError, ValueError) as error:
             if not labelled and any("labels" in bound.asks for bound in self.bound):
-                raise ValueError("the loss asks for labels, and the training images have none") from error
-            raise ValueError(f"cannot be computed for this student and data: {error}") from error
+                raise Mistake("the loss asks for labels, and the training images have none") from error
+            raise Mistake(f"cannot be computed for this student and data: {error}") from error
 
     def pairs(self) -> list[dict[str, Any]]:
         """The table of paired layers: term, student layer and shape, teacher layer and shape, projector."""
@@ -514,35 +419,35 @@ def example_images(data: Data, device: torch.device | str) -> Tensor:
 
 @torch.no_grad()
 def _look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, who: str) -> features.Seen:
-    """What a network says to images, in evaluation mode; ValueError unless one logit for each class."""
+    """What a network says to images, in evaluation mode; Mistake unless one logit for each class."""
     try:
         with features.evaluating(network):
             seen = features.see(network, images, embedding=embedding)
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         size = "x".join(map(str, images.shape[1:]))
         cure = "; resize gives it larger ones" if who != "the student" else ""
-        raise ValueError(f"{who} cannot look at images of {size}{cure}: {error}") from error
+        raise Mistake(f"{who} cannot look at images of {size}{cure}: {error}") from error
     if not isinstance(seen.logits, Tensor) or seen.logits.dim() != 2:
         got = f"{tuple(seen.logits.shape)}" if isinstance(seen.logits, Tensor) else type(seen.logits).__name__
-        raise ValueError(f"{who} gives {got}; logits [N, {num_classes}] are needed")
+        raise Mistake(f"{who} gives {got}; logits [N, {num_classes}] are needed")
     if seen.logits.shape[1] != num_classes:
-        raise ValueError(f"{who} knows {seen.logits.shape[1]} classes and the data has {num_classes}")
+        raise Mistake(f"{who} knows {seen.logits.shape[1]} classes and the data has {num_classes}")
     if embedding and seen.embedding is None:
-        raise ValueError(f"{who} does not call the classifier its embedding would be looked for in front of")
+        raise Mistake(f"{who} does not call the classifier its embedding would be looked for in front of")
     return seen
 
 
 @torch.no_grad()
 def _check_head(network: nn.Module, images: Tensor, who: str) -> None:
-    """Raises ValueError unless the classifier alone turns the embedding into the logits (VOLO adds a second one's)."""
+    """Raises Mistake unless the classifier alone turns the embedding into the logits (VOLO adds a second one's)."""
     try:
         with features.evaluating(network):
             seen = features.see(network, images, embedding=True)
             given = features.head(network)(seen.embedding)
-    except ValueError as error:
-        raise ValueError(f"{who}: {error}") from None
+    except Mistake as error:
+        raise Mistake(f"{who}: {error}") from None
     if given.shape != seen.logits.shape or not torch.allclose(given, seen.logits, rtol=1e-3, atol=1e-3):
-        raise ValueError(
+        raise Mistake(
             f"{who}'s logits are not what its classifier makes of its embedding alone: a second classifier, a scale or "
             "a layer after it comes in, so no loss that uses the classifier by itself can be had with it"
         )
@@ -563,7 +468,7 @@ def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
     names = [mine.name for mine, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"at: names the student's layer {name!r} more than once")
+            raise Mistake(f"at: names the student's layer {name!r} more than once")
     return pairs
 
 
@@ -573,7 +478,7 @@ def choose_layer(
     """The layer that a name means: a stage's name or number, or a module of the forward pass."""
     if isinstance(name, int):
         if not -len(known) <= name < len(known):
-            raise ValueError(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
+            raise Mistake(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
         return known[name]
     for layer in known:
         if layer.name == name:
@@ -581,12 +486,12 @@ def choose_layer(
     modules = [path for path, _ in network.named_modules() if path]
     if name not in modules:
         stages = [layer.name for layer in known]
-        near = bind.closest(name, stages + modules)
-        raise ValueError(f"at: {who} has no layer {name!r}{bind.nearest(name, [near] if near else stages)}")
+        near = closest(name, stages + modules)
+        raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else stages)}")
     try:
         return features.look(network, prepared(), [name])[0]
-    except ValueError as error:
-        raise ValueError(f"at: {who}: {error}") from None
+    except Mistake as error:
+        raise Mistake(f"at: {who}: {error}") from None
 
 
 def partner(
@@ -606,28 +511,28 @@ def partner(
 def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
     """Pairs of layers whose weights are compared: as `at` names them, else by fraction of the depth.
 
-    The shapes told are the weights'. Raises ValueError for a layer that does not exist.
+    The shapes told are the weights'. Raises Mistake for a layer that does not exist.
     """
     mine, theirs = (
         [Layer(name, tuple(place.value.shape)) for name, place in compress.weights(net).items()]
         for net in (student, teacher)
     )
     if not mine or not theirs:
-        raise ValueError(
+        raise Mistake(
             f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more"
         )
 
     def choose(name: Name, known: list[Layer], who: str) -> Layer:
         if isinstance(name, int):
             if not -len(known) <= name < len(known):
-                raise ValueError(
+                raise Mistake(
                     f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0"
                 )
             return known[name]
         found = [layer for layer in known if layer.name == name]
         if not found:
-            raise ValueError(
-                f"at: {who} has no weights in {name!r}{bind.nearest(name, [layer.name for layer in known])}"
+            raise Mistake(
+                f"at: {who} has no weights in {name!r}{nearest(name, [layer.name for layer in known])}"
             )
         return found[0]
 

@@ -1,6 +1,5 @@
 """Networks as packed files: the architecture's spec and the weights, through the codec, and back."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer import codec, compress
 from trainer.context import Data
+from trainer.mistakes import Mistake
 from trainer.teacher import build
 
 MAX_CLASSES = 2**20  # of classes that only count: names that are written cost the file that holds them
@@ -46,13 +46,13 @@ def rebuilds(header: Mapping[str, Any]) -> bool:
 
 
 def _check(header: Any) -> None:
-    """Raises ValueError unless a header that was read holds what `encode` writes: its file may have been made by anyone."""
+    """Raises Mistake unless a header that was read holds what `encode` writes: its file may have been made by anyone."""
     def numbers(key: str, kind: type) -> bool:
         values = header.get(key)
         return isinstance(values, list | tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
     if not isinstance(header, Mapping):
-        raise ValueError("its header is not that of a packed network: it is no dict")
+        raise Mistake("its header is not that of a packed network: it is no dict")
     wrong = []
     net, classes = header.get("net"), header.get("classes")
     if net is not None and not (isinstance(net, Mapping) and isinstance(net.get("model"), str)):
@@ -73,15 +73,15 @@ def _check(header: Any) -> None:
     elif isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= MAX_CLASSES:
         wrong.append(f"classes are neither names nor a number up to {MAX_CLASSES:,}")
     if wrong:
-        raise ValueError(f"its header is not that of a packed network: {'; '.join(wrong)}")
+        raise Mistake(f"its header is not that of a packed network: {'; '.join(wrong)}")
 
 
 def _read_header(data: bytes, name: str) -> dict[str, Any]:
     header = codec.read_header(data, name)
     try:
         _check(header)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except Mistake as error:
+        raise Mistake(f"{name}: {error}") from None
     return header
 
 
@@ -95,7 +95,7 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     for name, tensor in compress.dense_state(model).items():
         kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
         if kind not in codec.DTYPES:
-            raise ValueError(f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can")
+            raise Mistake(f"{name!r} is of type {kind}, which cannot be packed: {', '.join(codec.DTYPES)} can")
         tensors[name] = tensor.detach().cpu().numpy()
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
     _check(header)
@@ -105,7 +105,7 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     order = layout(header)
     if set(order) != set(tensors):
         odd = sorted(set(order) ^ set(tensors))
-        raise ValueError(f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only")
+        raise Mistake(f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only")
     # A masked weight has left its place among its module's parameters: the spec's order is what a reader knows.
     return codec.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
 
@@ -132,12 +132,12 @@ def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def header(data: bytes, name: str = "file") -> dict[str, Any]:
-    """The facts of a packed file, and the spec of its network under "net". Raises ValueError naming the file."""
+    """The facts of a packed file, and the spec of its network under "net". Raises Mistake naming the file."""
     return _full(_read_header(data, name))
 
 
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a packed file by name, and its facts. Raises ValueError naming the file when it is damaged."""
+    """The tensors of a packed file by name, and its facts. Raises Mistake naming the file when it is damaged."""
     header = _read_header(data, name)
     _, arrays = codec.decode(data, name, layout=layout if rebuilds(header) else None)
     # ascontiguousarray makes a vector of a scalar
@@ -154,18 +154,18 @@ def decode(data: bytes, name: str = "file", into: nn.Module | None = None) -> tu
     """The network of a packed file, in evaluation mode, and its facts.
 
     into: a network to fill, for files of networks that are on no shelf; it stays as it was when it does not fit. Raises
-    ValueError naming the file when it is damaged, when it needs `into`, or when names, shapes, types or ties of the
+    Mistake naming the file when it is damaged, when it needs `into`, or when names, shapes, types or ties of the
     network's tensors are others than the file's.
     """
     state, header = tensors(data, name)
     if into is None and not rebuilds(header):
         told = f"{header['net']['model']!r}, which" if "net" in header else "a network that"
-        raise ValueError(f"{name}: holds the weights of {told} is on no shelf: give the network as `into`")
+        raise Mistake(f"{name}: holds the weights of {told} is on no shelf: give the network as `into`")
     model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
     wrong = _misfits(model, state)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{name}: does not fit the network: {'; '.join(wrong[:8])}{more}")
+        raise Mistake(f"{name}: does not fit the network: {'; '.join(wrong[:8])}{more}")
     compress.bake(model)
     model.load_state_dict(state)
     return model.eval(), header
@@ -200,15 +200,6 @@ def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dty
         name: (tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
         for name, tensor in model.state_dict().items()
     }
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """A digest of named tensors: equal only for bit-equal weights."""
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(name.encode())
-        found.update(state[name].detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:

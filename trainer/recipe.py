@@ -17,32 +17,30 @@ import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
 from trainer import bind
-from trainer.cache import CacheKeys
-from trainer.data import DataKeys
-from trainer.objective import MAP_LISTS, MAPS, WEIGHTS, TermKeys, asked_of_teacher, needs_teacher, wants
+from trainer.keys import (
+    Augment,
+    CacheKeys,
+    DataEntry,
+    DataKeys,
+    Stage,
+    StageKeys,
+    Student,
+    StudentKeys,
+    TeacherEntry,
+    TeacherKeys,
+    TermKeys,
+)
+from trainer.mistakes import Mistake, nearest
 from trainer.shipped_recipes import find_recipe
-from trainer.teacher import StudentKeys, TeacherKeys
-from trainer.views import Augment
+from trainer.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 
 MOST_BYTES = 2**18  # of a recipe's text, and
 MOST_VALUES = 10_000  # of what its anchors unfold to: more is a mistake or an attack
 DEEPEST = 50
 
 
-class RecipeError(ValueError):
+class RecipeError(Mistake):
     """One or more faults of a recipe; the message has a line for each."""
-
-
-class StageKeys(bind.Entry):
-    """One stage of a recipe."""
-
-    stage: str
-
-
-DataEntry = bind.from_shelf("dataset", DataKeys)
-Stage = bind.from_shelf("stage", StageKeys)
-Student = bind.from_shelf("model", StudentKeys)
-TeacherEntry = bind.from_shelf("model", TeacherKeys)
 
 
 class Recipe(bind.Entry):
@@ -51,8 +49,9 @@ class Recipe(bind.Entry):
     name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its
     own). teachers: several instead of one teacher; combine says how they speak as one. cache: where the
     teacher's answers are kept (when not given: in memory, if they are asked for again and take no more than 2
-    GiB). precision: of training. Paths (checkpoint, folder) are relative to the folder the program is started
-    in.
+    GiB). precision: of training. threads: of torch in each process (when not given: one for each physical core that
+    it may use, divided among the processes of a machine, and no more than OMP_NUM_THREADS says). Paths
+    (checkpoint, folder) are relative to the folder the program is started in.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -66,6 +65,7 @@ class Recipe(bind.Entry):
     cache: Literal["off", "memory", "disk"] | CacheKeys | None = None
     track: Literal["wandb"] | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     _text: "Text | None" = PrivateAttr(None)
 
     @property
@@ -390,7 +390,7 @@ def _told(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple
         elif first["type"] == "missing":
             message, near = "is missing, and required", place[:-1]
         elif first["type"] == "extra_forbidden":  # of the one checker that is not ours
-            message = f"is no key here{bind.nearest(str(place[-1]), Augment.model_fields)}"
+            message = f"is no key here{nearest(str(place[-1]), Augment.model_fields)}"
         elif first["type"] == "value_error":
             message = first["msg"].removeprefix("Value error, ")
             given = _at(plain, place)
@@ -571,10 +571,10 @@ def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tup
 
         name = rest.partition(".")[0]
         if not timm.is_model(name):
-            yield (*place, "model"), f"timm has no model {name!r}{bind.nearest(name, timm.list_models())}"
+            yield (*place, "model"), f"timm has no model {name!r}{nearest(name, timm.list_models())}"
         elif rest != name and rest not in timm.list_pretrained(f"{name}.*"):
             known = timm.list_pretrained(f"{name}.*")
-            yield (*place, "model"), f"timm has no weights {rest!r}{bind.nearest(rest, known)}"
+            yield (*place, "model"), f"timm has no weights {rest!r}{nearest(rest, known)}"
         elif keys.pretrained and not timm.is_model_pretrained(name):
             yield (*place, "pretrained"), f"timm has no weights of {name!r}"
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trainer import drawing
+from trainer import drawing, files
 from trainer.drawing import GRID, INK
+from trainer.mistakes import Mistake
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,19 +67,19 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
     for name, figure in _histograms(report["name"], weights):
         plots[name] = figure
     for name, figure in plots.items():
-        _write(folder / name, drawing.png(figure))
-    _write(folder / "report.md", _markdown(report, list(plots)).encode())
-    data = json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False)
-    _write(folder / "report.json", data.encode())
+        files.write_bytes(folder / name, drawing.png(figure))
+    files.write_bytes(folder / "report.md", _markdown(report, list(plots)).encode())
+    data = json.dumps(files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False)
+    files.write_bytes(folder / "report.json", data.encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the report.json of a run's folder. ValueError naming the file when it is missing or not whole."""
+    """Read the report.json of a run's folder. Mistake naming the file when it is missing or not whole."""
     path = Path(folder) / "report.json"
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise Mistake(f"{path}: cannot be read: {error}") from error
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -319,37 +320,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _plain(value: Any) -> Any:
-    """The value in JSON's types; None for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "tolist"):  # a tensor, an array, or a number of either
-        return _plain(value.tolist())
-    return str(value)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 # -- plots
 
 
 def _is_teacher(row: Mapping[str, Any]) -> bool:
-    return row.get("who") == "teacher" or "teacher" in str(row["stage"])
+    return "teacher" in str(row["stage"])
 
 
 def _place(row: Mapping[str, Any]) -> tuple[float, float] | None:

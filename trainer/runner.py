@@ -12,24 +12,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import bind, checkpoint, compress, files, fold, packed, report, teacher
-from trainer.cache import CacheKeys, ViewCache
+from trainer import bind, checkpoint, compress, files, fold, onednn, packed, report, teacher
+from trainer.cache import ViewCache
 from trainer.context import Data, Run
 from trainer.data import make_data, seed_of
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.fetch import cache_folder
+from trainer.keys import Augment, CacheKeys, StageKeys
 from trainer.measure import dense_bytes
-from trainer.objective import Objective, asked_of_teacher
-from trainer.recipe import Recipe, RecipeError, StageKeys, dump, parse, read
+from trainer.mistakes import Mistake
+from trainer.objective import Objective
+from trainer.recipe import Recipe, RecipeError, dump, parse, read
 from trainer.teacher import Teacher
+from trainer.terms import asked_of_teacher
 from trainer.tracking import Log
-from trainer.views import Augment
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "
@@ -37,12 +40,14 @@ WORKING_LAUNCHES = (
 )
 
 
-def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | Path = "runs") -> dict[str, Any]:
+def run(
+    path: str | Path, changes: dict[str, Any] | None = None, folder: str | Path = "runs", threads: int | None = None
+) -> dict[str, Any]:
     """Runs a recipe and returns its report; goes on where an earlier, interrupted run of the same recipe stopped.
 
-    changes: {'stages.1.training.epochs': 2, ...}. folder: where the run's own folder NAME is made. Raises RecipeError for
-    a faulty recipe, ValueError for what only the data and networks show, FloatingPointError for a loss that is not
-    finite.
+    changes: {'stages.1.training.epochs': 2, ...}. folder: where the run's own folder NAME is made. threads: of each process,
+    in place of the recipe's; a run that goes on keeps the number it began with. Raises RecipeError for a faulty recipe,
+    Mistake for what only the data and networks show, FloatingPointError for a loss that is not finite.
     """
     started = time.time()
     with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
@@ -50,7 +55,10 @@ def run(path: str | Path, changes: dict[str, Any] | None = None, folder: str | P
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
             _write_recipe(here, recipe, plain, bool(changes))
-        with Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log:
+        with (
+            _threads(here, threads or recipe.threads, accelerator),
+            Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log,
+        ):
             return _run(recipe, plain, here, accelerator, log, started)
 
 
@@ -66,7 +74,7 @@ def begun(
     with _folder_of(path, changes, folder) as (recipe, plain, here, accelerator):
         if accelerator.is_main_process:
             _write_recipe(here, recipe, plain, bool(changes))
-        with Log(here / "log.jsonl", accelerator) as log:
+        with _threads(here, recipe.threads, accelerator), Log(here / "log.jsonl", accelerator) as log:
             run = _make_run(recipe, here, accelerator, log)
             _run_stages(run, recipe, recipe.stages[:num_stages], started)
             yield run
@@ -91,7 +99,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerator of a run. Raises RecipeError when the launch asked for more processes than it got."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
         AcceleratorState._reset_state()  # that of an earlier run in this process, which Accelerate holds on to
-    accelerator = Accelerator(
+    accelerator = _accelerator(
         cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         log_with=recipe.track,
@@ -103,6 +111,63 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def _threads(here: Path, asked: int | None, accelerator: Accelerator) -> Iterator[None]:
+    """While this lasts torch computes with the threads that the run began with, or else those asked for, or all there are.
+
+    The order of sums depends on the number, and so do the last bits of what is learned.
+    """
+    before = torch.get_num_threads()
+    most = available_threads(accelerator.num_processes)
+    # What OMP_NUM_THREADS said, or a caller in Python, is the user's will, or a launcher's: who can tell?
+    now = asked or min(most, before)
+    begun = _facts_of_beginning(here).get("threads")
+    number = begun or now
+    told = None
+    if number != now:
+        told = (
+            f"{here}: goes on with {_counted(number)}, as it began ({_counted(now)} would be used now): "
+            "rounding depends on the number"
+        )
+    elif now < most and not asked and _launched() and accelerator.device.type == "cpu":
+        told = (
+            f"computing with {_counted(now)}, as OMP_NUM_THREADS says, which launchers set to 1 where nobody has; there are "
+            f"cores for {most}: accelerate launch --num_cpu_threads_per_process {most}, or --threads {most}, "
+            f"or threads: {most} in the recipe"
+        )
+    if told and accelerator.is_main_process:
+        print(told, flush=True)
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def available_threads(num_processes: int) -> int:
+    """One for each physical core that this process may use, divided among the processes of this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    logical = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or logical, logical)
+    return max(1, cores // min(num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))))
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread" if threads == 1 else f"{threads} threads"
+
+
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _accelerator(**settings: Any) -> Accelerator:
+    """Raises Mistake for a precision that this machine has not got."""
+    try:
+        return Accelerator(**settings)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
 
 
 def _asked_for_more(num_processes: int) -> bool:
@@ -185,7 +250,22 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
     if run.teacher is not None:
         run.teacher.to(accelerator.device)
     check_layers(recipe, run.student, data, run.teacher, accelerator.device)
+    _tell_float32(run, recipe)
     return run
+
+
+def _tell_float32(run: Run, recipe: Recipe) -> None:
+    """Says what the recipe's precision does not reach, because this machine has it in float32 only."""
+    if recipe.precision == "no" or run.accelerator.device.type != "cpu" or not run.accelerator.is_main_process:
+        return
+    if not run.accelerator.native_amp:
+        print(f"precision {recipe.precision}: Accelerate has it on GPUs only: all is computed in float32 here", flush=True)
+        return
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    kinds = onednn.kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
+    if kinds:
+        print(f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "
+              "these layers compute in float32", flush=True)
 
 
 def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> float:
@@ -218,21 +298,27 @@ def _run_stages(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
 
 
 def _same_beginning(run: Run, recipe: Recipe) -> None:
-    """Raises ValueError when a run that goes on finds other images or another teacher than it began with."""
-    path = run.folder / "begun.json"
+    """Raises Mistake when a run that goes on finds other images or another teacher than it began with."""
     told = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
     facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
     if run.teacher is not None and not _taught_here(recipe.stages):
         facts["teacher"] = run.teacher.fingerprint()
-    if path.is_file() and (run.folder / "checkpoints").exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = _facts_of_beginning(run.folder)
+    if begun:
         for what, fact in facts.items():
             if begun.get(what) != fact:
-                raise ValueError(f"{run.folder}: {told[what]} that this run began with: give it another folder")
+                raise Mistake(f"{run.folder}: {told[what]} that this run began with: give it another folder")
         return
     run.accelerator.wait_for_everyone()  # nothing is written before all have looked
     if run.accelerator.is_main_process:
-        files.write_bytes(path, json.dumps(facts, indent=1).encode())
+        facts["threads"] = torch.get_num_threads()  # of the main process
+        files.write_bytes(run.folder / "begun.json", json.dumps(facts, indent=1).encode())
+
+
+def _facts_of_beginning(here: Path) -> dict[str, Any]:
+    """What a run that goes on began with; nothing where there is nothing to go on from."""
+    path = here / "begun.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() and (here / "checkpoints").exists() else {}
 
 
 def _taught_here(stages: list) -> bool:
@@ -240,7 +326,7 @@ def _taught_here(stages: list) -> bool:
 
 
 def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
-    """The recipe's teacher, None where it has none. Raises ValueError for a head that nobody has trained."""
+    """The recipe's teacher, None where it has none. Raises Mistake for a head that nobody has trained."""
     if not recipe.teacher_entries:
         return None
     networks = []
@@ -251,7 +337,7 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
         if getattr(keys, "pretrained", False):
             known = config.get("num_classes")
             if known != len(data.classes) and not _taught_here(recipe.stages):
-                raise ValueError(
+                raise Mistake(
                     f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
                     "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
                 )
@@ -264,7 +350,7 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
 def _guard_teacher(run: Run) -> None:
     """A teacher that was not taught here is examined before it teaches, each of several by itself.
 
-    Raises ValueError when one only guesses.
+    Raises Mistake when one only guesses.
     """
     guide, part = run.teacher, run.data.validation
     several = len(guide.networks) > 1
@@ -278,7 +364,7 @@ def _guard_teacher(run: Run) -> None:
         share = percent_right(answers, part.labels) / 100
         if share < max(chance + doubt, 1.2 * chance):
             who = f"teachers[{number}]" if several else "the teacher"
-            raise ValueError(
+            raise Mistake(
                 f"{who} has {share * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: its head "
                 "is untrained, its classes are others, or its images are normalised otherwise"
             )
@@ -300,7 +386,7 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
         if check_student is not None and not any(f"stages[{number}]" in fault for fault in faults):
             try:
                 check_student(stage, student)
-            except ValueError as error:
+            except Mistake as error:
                 faults.append(recipe.fault(("stages", number), str(error)))
             else:
                 if stage.stage == "fold":  # what comes after it finds another network
@@ -315,7 +401,7 @@ def check_layers(recipe: Recipe, student: nn.Module, data: Data, guide: Teacher 
             seen.add(repr(term))
             try:
                 Objective(student, [term], data, guide, device=device).rehearse(data)
-            except ValueError as error:
+            except Mistake as error:
                 faults.append(recipe.fault(("stages", number, "losses", n), str(error)))
     if faults:
         raise RecipeError("\n".join(faults))
@@ -331,14 +417,14 @@ def _layer_faults(stage: StageKeys, places: dict[str, compress.Place]) -> Iterat
                 continue
             try:
                 compress.matching(places, name)
-            except ValueError as error:
+            except Mistake as error:
                 unknown = True
                 yield (key, number if key == "keep" else name), str(error)
     if unknown:
         return
     try:
         chosen = compress.choose(places, stage.keep)
-    except ValueError as error:
+    except Mistake as error:
         yield ("keep",), str(error)
         return
     if not chosen:
@@ -382,7 +468,7 @@ def _finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> 
 
 def _resume(run: Run, stages: list) -> tuple[int, float]:
     """Takes up what the newest finished stage left; returns the number of the first stage that is still to be run, and
-    the seconds spent before. Raises ValueError when the teacher is another than it was.
+    the seconds spent before. Raises Mistake when the teacher is another than it was.
     """
     for number in reversed(range(len(stages))):
         found = checkpoint.load(_stage_folder(run, number, stages[number].stage))
@@ -401,7 +487,7 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
         if run.teacher is not None:
             run.teacher.version = facts["teacher_version"]
             if run.teacher.fingerprint() != facts["teacher"]:
-                raise ValueError(f"{run.folder}: the teacher is not the one that this run began with: give it another folder")
+                raise Mistake(f"{run.folder}: the teacher is not the one that this run began with: give it another folder")
         run.rows, run.layers = facts["rows"], facts["layers"]
         run.histograms = {key.removeprefix("weights-"): {n: t.numpy() for n, t in layers.items()}
                           for key, layers in tensors.items() if key.startswith("weights-")}
@@ -444,7 +530,7 @@ def _keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCach
             with accelerator.autocast():
                 cache.check()
                 lost = cache.measure() if accelerator.is_main_process else {}
-        except ValueError as error:
+        except Mistake as error:
             if recipe.cache is not None:
                 raise RecipeError(recipe.fault(("cache",), str(error))) from error
             refused = str(error)
@@ -489,7 +575,7 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+        raise Mistake(f"{file}: cannot be read: {error.strerror}") from None
     header = packed.header(content, str(file))
     into = None
     if not packed.rebuilds(header) and header.get("net") == teacher.spec(recipe.student):
@@ -497,13 +583,13 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
         into = teacher.build(header["net"], tuple(header["shape"]), len(header["classes"]))
     model, header = packed.decode(content, str(file), into)
     # As in a run: the file was measured by the same arithmetic there.
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    accelerator = _accelerator(mixed_precision=recipe.precision)
     recipe.data.keep_views = False  # of images that are not looked at here
     data = make_data(recipe.data, accelerator.device)
     if packed.facts(data) != {key: header[key] for key in packed.facts(data)}:
-        raise ValueError(f"{file}: was made for other images than the data of {path}: {header}")
+        raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
     model.to(accelerator.device)
     run = Run(name=recipe.name, folder=Path(), seed=0, accelerator=accelerator, data=data, student=model, student_spec={},
               teacher=None, log=None, recipe_path=path)
     top1 = percent_right(predict(run, student_view(run, model), data.test), data.test.labels)
-    return {"top1": top1, "images": len(data.test), "digest": packed.digest(model.state_dict()), "file_bytes": len(content)}
+    return {"top1": top1, "images": len(data.test), "digest": checkpoint.digest(model.state_dict()), "file_bytes": len(content)}

@@ -17,7 +17,9 @@ from trainer import compress, drawing, files, scores
 from trainer.compress import Place
 from trainer.context import Run
 from trainer.evaluate import percent_right, predict, student_view, truth
-from trainer.recipe import Recipe, RecipeError, StageKeys, read
+from trainer.keys import StageKeys
+from trainer.mistakes import Mistake
+from trainer.recipe import Recipe, RecipeError, read
 from trainer.runner import begun
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def scan(
     scan.json holds: "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation" of the student,
     "layers" [{"layer", "num_weights", "points", "suggestion" (None: leave it alone), "sparsity"}], "together"
     (all suggestions at once), "suggestion" (keys for the recipe).
-    Raises ValueError for a recipe without such a stage, and what `runner.run` raises.
+    Raises Mistake for a recipe without such a stage, and what `runner.run` raises.
     """
     recipe, _ = read(path, dict(changes or {}))
     number = prune_stage(recipe, stage)
@@ -57,7 +59,7 @@ def scan(
             )
         )
     if not 0 < cost < math.inf:
-        raise ValueError(f"cost: got {cost}; points of accuracy above 0 are allowed")
+        raise Mistake(f"cost: got {cost}; points of accuracy above 0 are allowed")
     with begun(path, number, dict(changes or {}), folder) as run:
         found = {"name": run.name, "stage": number, "cost": cost, **measure(run, keys, cost)}
         if run.accelerator.is_main_process:
@@ -103,7 +105,7 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     layers, masks = [], {}
     for name, place in places.items():
         if not place.value.any():
-            raise ValueError(
+            raise Mistake(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's keep)"
             )
         points, good, cheap = [], None, True
@@ -162,7 +164,7 @@ def _masks(place: Place, by_std: bool) -> Iterator[tuple[float, Tensor]]:
         for sensitivity in SENSITIVITIES:
             try:
                 mask = compress.std_masks({place.name: place}, {place.name: sensitivity})[place.name][0]
-            except ValueError:
+            except Mistake:
                 if sensitivity == SENSITIVITIES[0]:
                     raise
                 return  # it would prune every weight: the curve ends here

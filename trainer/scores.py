@@ -6,6 +6,8 @@ The lowest scores are pruned first. What becomes a mask of them is decided in `c
 import torch
 from torch import Tensor
 
+from trainer.mistakes import Mistake
+
 
 def magnitude(weight: Tensor) -> Tensor:
     """The weight's size, |w| (Han et al. 2015, Learning both Weights and Connections)."""
@@ -74,14 +76,14 @@ def n_m_mask(weight: Tensor, n: int, m: int, axis: int = 1) -> Tensor:
     """Keeps the n largest of every m weights in a row along an axis.
 
     2:4 is Mishra et al. 2021 (Accelerating Sparse Deep Neural Networks), any N:M Zhou et al. 2021. axis: that
-    of the layer's inputs. Of weights of one size the first stay. Raises ValueError for an axis that does not
+    of the layer's inputs. Of weights of one size the first stay. Raises Mistake for an axis that does not
     split into groups of m.
     """
     if not 0 < n < m:
         raise ValueError(f"got {n}:{m}; N of every M weights are kept, so N is at least 1 and less than M")
     moved = weight.detach().abs().movedim(axis, -1)
     if moved.shape[-1] % m:
-        raise ValueError(f"{moved.shape[-1]} inputs do not split into groups of {m}")
+        raise Mistake(f"{moved.shape[-1]} inputs do not split into groups of {m}")
     groups = moved.reshape(-1, m)
     order = torch.argsort(groups, dim=1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)

@@ -1,40 +1,18 @@
 """Building the networks of a recipe, and the teacher as the student's lessons see it."""
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer import bind, channels, checkpoint, features, inference
 from trainer.features import Seen
-
-
-class ModelKeys(bind.Entry):
-    """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`."""
-
-    model: str
-    checkpoint: Path | None = None
-
-
-class StudentKeys(ModelKeys):
-    """The student; `from_teacher: copy` starts it from evenly spaced layers and leading channels of the teacher."""
-
-    from_teacher: Literal["copy"] | None = None
-
-
-class TeacherKeys(ModelKeys):
-    """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `share` is its say among several."""
-
-    resize: PositiveInt | None = None
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
-    share: PositiveFloat = 1.0
+from trainer.keys import ModelKeys, StudentKeys, TeacherKeys
+from trainer.mistakes import Mistake
 
 
 def spec(keys: ModelKeys) -> dict[str, Any]:
@@ -49,7 +27,7 @@ def _base(keys: ModelKeys) -> type[ModelKeys]:
 
 
 def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises ValueError when it cannot be built.
+    """The network of a spec, freshly initialised from torch's generator. Raises Mistake when it cannot be built.
 
     spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
     """
@@ -58,9 +36,13 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     _, rest = bind.split("model", spec["model"])
     try:
         model = function(shape, num_classes, *([rest] if rest else []), **settings)
-    except (TypeError, RuntimeError, ImportError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+    except Mistake:
+        raise
+    except (
+        ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError, AssertionError, ArithmeticError
+    ) as error:
         told = f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
-        raise ValueError(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
+        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
     channels.resize(model, spec.get("resized", {}))
     return model
 
@@ -78,21 +60,12 @@ def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises ValueError naming the file when it does not fit."""
+    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises Mistake naming the file when it does not fit."""
     state = checkpoint.load_file(path)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: does not fit the network: {str(error)[:600]}") from None
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of all weights and statistics of a network."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        raise Mistake(f"{path}: does not fit the network: {str(error)[:600]}") from None
 
 
 class Teacher:
@@ -119,7 +92,6 @@ class Teacher:
         self.version = 0  # counts its own trainings: answers of an earlier version are not this one's
         self._ready: list[nn.Module] = []  # what is asked in place of the networks
         self._ready_for: list = []  # and the state of the networks that it was made of
-        self.accuracy: dict[str, float] = {}
         for network in self.networks:
             network.eval().requires_grad_(False)
 
@@ -155,7 +127,7 @@ class Teacher:
         return [self.version, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
     def fingerprint(self) -> str:
-        facts = [(fingerprint(n), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
+        facts = [(checkpoint.digest(n.state_dict()), k.resize, k.mean, k.std, k.share) for n, k in zip(self.networks, self.keys, strict=True)]
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
 
     def prepare(self, images: Tensor, number: int = 0) -> Tensor:
@@ -193,7 +165,7 @@ class Teacher:
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
     if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        raise ValueError(f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels")
+        raise Mistake(f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels")
     if len(mean) == 1:
         return (images - mean[0]) * (1 / std[0])
     like = {"device": images.device, "dtype": images.dtype}
@@ -231,8 +203,3 @@ def _by_kind(model: nn.Module) -> dict[tuple, list[nn.Module]]:
         if not list(module.children()) and isinstance(weight, Tensor):
             kinds.setdefault((type(module), weight.dim(), weight.shape[2:]), []).append(module)
     return kinds
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of a network that learns nothing more."""
-    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -6,7 +6,6 @@ once, the mirror is switched off, and the run goes on.
 
 import json
 import logging
-import math
 import netrc
 import os
 import time
@@ -14,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from trainer.files import plain
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Log:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write the figures that stand for the whole run."""
         self._write({"kind": "summary", **values})
-        self._mirror(lambda: self._tracker.tracker.summary.update(_plain(values)))
+        self._mirror(lambda: self._tracker.tracker.summary.update(plain(values)))
 
     def close(self) -> None:
         """Close the file and finish the mirror; a second call does nothing."""
@@ -102,7 +103,7 @@ class Log:
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        record = _plain({"time": round(time.time(), 3), **line}, finite=True)
+        record = plain({"time": round(time.time(), 3), **line}, not_finite=str)
         data = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             while data:  # an unbuffered write may take only a part
@@ -123,7 +124,7 @@ class Log:
             options = {"name": name, "group": name, "dir": str(self.path.parent), "settings": _settings()}
             options.update({"mode": mode} if mode else {})
             try:
-                self._accelerator.init_trackers(project, _plain(config), {"wandb": options})
+                self._accelerator.init_trackers(project, plain(config), {"wandb": options})
                 self._tracker = self._accelerator.get_tracker("wandb")
             except Exception as error:
                 self._forget()
@@ -139,8 +140,8 @@ class Log:
         if chart not in self._charts:
             self._charts.add(chart)
             self._tracker.tracker.define_metric(f"{chart}/*", step_metric=f"{chart}/{along}")
-        plain = _plain(values)
-        self._tracker.log({f"{chart}/{key}": value for key, value in plain.items() if _is_number(value)})
+        numbers = plain(values)
+        self._tracker.log({f"{chart}/{key}": value for key, value in numbers.items() if _is_number(value)})
 
     def _mirror(self, call: Callable[[], object]) -> None:
         if self._tracker is None:
@@ -221,7 +222,7 @@ def _drop_torn_line(path: Path) -> None:
 
 def _columns_and_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """The rows as wandb.Table wants them: a column holds numbers only, or text only."""
-    rows = [_plain(row) for row in rows]
+    rows = [plain(row) for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         if not all(row.get(column) is None or _is_number(row[column]) for row in rows):
@@ -231,24 +232,6 @@ def _columns_and_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _plain(value: Any, finite: bool = False) -> Any:
-    """The value in JSON's types: tensors and arrays as numbers or lists, paths and what is unknown as text.
-
-    finite: write non-finite floats as text, which JSON has no numbers for.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, finite) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, finite) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) or not finite else str(float(value))
-    if hasattr(value, "tolist"):  # a tensor, an array, or a number of either
-        return _plain(value.tolist(), finite)
-    return str(value)
 
 
 def _first_line(error: Exception | None) -> str:

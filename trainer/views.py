@@ -5,49 +5,15 @@ and their samples' numbers into the images that a network sees. An image's resul
 own numbers, so whatever a teacher says about (view, index) can be kept and used again.
 """
 
-from typing import Annotated
-
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from trainer.keys import Augment
+from trainer.mistakes import Mistake
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
-
-
-class Augment(BaseModel):
-    """How the views of an image differ from it. Amounts are drawn uniformly; everything is off by default.
-
-    What comes in from outside the image is 0. Geometry is bilinear; `shift` and `flip` alone are exact.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    flip: bool = Field(False, description="mirror left and right, half of the time")
-    shift: NonNegativeInt = Field(0, description="whole pixels, up to so many in each direction")
-    rotate: Annotated[float, Field(ge=0, le=180)] = Field(
-        0.0, description="degrees, up to so many either way"
-    )
-    scale: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="0.1: between 0.9 and 1.1 times the size"
-    )
-    shear: Annotated[float, Field(ge=0, le=60)] = Field(0.0, description="degrees, up to so many either way")
-    elastic: NonNegativeFloat = Field(
-        0.0,
-        description="pixels; a smooth warp whose 4 x 4 control points move up to so many in each direction",
-    )
-    brightness: Fraction = Field(0.0, description="0.2: values times a factor between 0.8 and 1.2")
-    contrast: Fraction = Field(
-        0.0, description="0.2: distance from the image's mean times between 0.8 and 1.2"
-    )
-    erase: Fraction = Field(
-        0.0,
-        description="share of the images of which a rectangle is set to 0, of 2 to 33 % of the area "
-        "and with sides in a ratio of 0.3 to 3.3 (Zhong et al. 2020)",
-    )
 
 
 # How many random numbers each setting needs, in the order of their columns.
@@ -86,18 +52,18 @@ def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
 def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
     """The views of a batch: images uint8 [N, C, H, W] with their rows of `draw` give float32 in [0, 1].
 
-    Works on the images' device. With everything off the result is images / 255 exactly. Raises ValueError if
+    Works on the images' device. With everything off the result is images / 255 exactly. Raises Mistake if
     the parameters are not those of these settings, or a shift reaches beyond the image.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; they are uint8 [N, C, H, W]")
     if parameters.shape != (len(images), num_parameters(augment)):
-        raise ValueError(
+        raise Mistake(
             f"parameters: got {tuple(parameters.shape)} where these settings need "
             f"{(len(images), num_parameters(augment))}"
         )
     if augment.shift >= min(images.shape[2:]):
-        raise ValueError(f"shift: got {augment.shift} pixels; the images are {tuple(images.shape[2:])}")
+        raise Mistake(f"shift: got {augment.shift} pixels; the images are {tuple(images.shape[2:])}")
     on = [name for name in _NUMBERS if getattr(augment, name)]
     columns = parameters.to(images.device).split([_NUMBERS[name] for name in on], dim=1)
     number = dict(zip(on, columns, strict=True))

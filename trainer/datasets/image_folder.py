@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.context import Source
 from trainer.images import open_image
+from trainer.mistakes import Mistake
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -30,45 +31,45 @@ def image_folder(
     classes are the training's. Classes are in natural order (2 before 10), as timm has them.
     size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased).
     Normalised with ImageNet's mean and deviation, unless the data section gives its own.
-    What begins with a dot is passed over. Raises ValueError for a folder or class that is not there, a single
+    What begins with a dot is passed over. Raises Mistake for a folder or class that is not there, a single
     class and, on reading, for a damaged image file.
     """
     if not folder.is_dir():
-        raise ValueError(f"image_folder: there is no folder {folder}")
+        raise Mistake(f"image_folder: there is no folder {folder}")
     train_folder = folder / "train" if (folder / "train").is_dir() else folder
     if test_folder is None:
         if train_folder == folder:
-            raise ValueError(f"image_folder: {folder} has no subfolder 'train': give test_folder too")
+            raise Mistake(f"image_folder: {folder} has no subfolder 'train': give test_folder too")
         found = [folder / name for name in ("test", "val", "validation") if (folder / name).is_dir()]
         if not found:
-            raise ValueError(f"image_folder: {folder} has no subfolder 'test', 'val' or 'validation'")
+            raise Mistake(f"image_folder: {folder} has no subfolder 'test', 'val' or 'validation'")
         test_folder = found[0]
     places = train_folder.resolve(), test_folder.resolve()
     if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
-        raise ValueError(
+        raise Mistake(
             f"image_folder: of {train_folder} and {test_folder} (test images) one lies in the other"
         )
 
     files, names = _find(train_folder)
     test_files, test_names = _find(test_folder)
     if "" in test_names:
-        raise ValueError(
+        raise Mistake(
             f"image_folder: {test_files[test_names.index('')]} lies in no subfolder; "
             "test images need a class each"
         )
     labelled = [name for name in names if name]
     if labelled and len(labelled) < len(names):
-        raise ValueError(
+        raise Mistake(
             f"image_folder: {files[names.index('')]} lies beside the classes' subfolders; "
             "either all training images lie in one, or none does"
         )
     classes = _in_order(labelled or test_names)
     if len(classes) < 2:
-        raise ValueError(f"image_folder: all images of {train_folder} are of one class, {classes[0]!r}; two or more are needed")
+        raise Mistake(f"image_folder: all images of {train_folder} are of one class, {classes[0]!r}; two or more are needed")
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
     for name, file in zip(test_names, test_files, strict=True):
         if name not in number:
-            raise ValueError(f"image_folder: {file}: there are no training images of class {name!r}")
+            raise Mistake(f"image_folder: {file}: there are no training images of class {name!r}")
     return Source(
         train=_OnDisk(files, [number[name] for name in names], size, crop),
         test=_OnDisk(test_files, [number[name] for name in test_names], size, crop),
@@ -84,11 +85,11 @@ def _find(folder: Path) -> tuple[list[str], list[str]]:
     from timm.data.readers import create_reader  # only here: the import takes seconds
 
     if not folder.is_dir():
-        raise ValueError(f"image_folder: there is no folder {folder}")
+        raise Mistake(f"image_folder: there is no folder {folder}")
     try:
         reader = create_reader("", root=str(folder), input_key=";".join(_ENDINGS))
     except RuntimeError as fault:
-        raise ValueError(f"image_folder: no file under {folder} ends with {', '.join(_ENDINGS)}") from fault
+        raise Mistake(f"image_folder: no file under {folder} ends with {', '.join(_ENDINGS)}") from fault
     files, names = [], []
     for file, _ in reader.samples:
         *folders, name = Path(file).relative_to(folder).parts
@@ -96,7 +97,7 @@ def _find(folder: Path) -> tuple[list[str], list[str]]:
             files.append(file)
             names.append(folders[0] if folders else "")
     if not files:
-        raise ValueError(f"image_folder: there are no images under {folder}")
+        raise Mistake(f"image_folder: there are no images under {folder}")
     return files, names
 
 

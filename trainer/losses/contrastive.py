@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
+from trainer.mistakes import Mistake
 from trainer.projectors import full_precision, unit_length
 
 
@@ -18,7 +19,7 @@ class contrastive(nn.Module):
     similarity to the teacher's bank at its own index, against `num_negatives` other indices, drawn
     uniformly with replacement, and the teacher's against the student's bank; noise-contrastive estimation,
     the sum of both sides, summed over the negatives, mean over the batch, in nats. num_negatives: 16384, or
-    all others of a smaller set, where not given; ValueError where the set does not hold that many others.
+    all others of a smaller set, where not given; Mistake where the set does not hold that many others.
     temperature divides the similarities; momentum is what an entry of the bank keeps of itself when its
     sample is seen. The normalising constants are the first batch's. The banks and constants change in
     training mode only, and are buffers: 2 x num_samples x dim numbers in every checkpoint. Every process
@@ -42,11 +43,11 @@ class contrastive(nn.Module):
     ) -> None:
         super().__init__()
         if num_samples < 2:
-            raise ValueError(f"contrastive: {num_samples} training samples; at least 2 are needed")
+            raise Mistake(f"contrastive: {num_samples} training samples; at least 2 are needed")
         if num_negatives is None:
             num_negatives = min(16384, num_samples - 1)
         if num_negatives > num_samples - 1:
-            raise ValueError(
+            raise Mistake(
                 f"contrastive: num_negatives: got {num_negatives}; a training set of {num_samples} samples "
                 f"allows at most {num_samples - 1}"
             )

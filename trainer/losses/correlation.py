@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
 from trainer.projectors import full_precision, unit_length
 
 

@@ -3,6 +3,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from trainer.mistakes import Mistake
 from trainer.projectors import full_precision
 
 
@@ -19,15 +20,15 @@ def decoupled(
 
     T^2 (alpha * target + beta * non-target). target: KL(teacher || student) of (true class, any other);
     non-target: KL(teacher || student) of the softmax over the K - 1 other classes. Mean over the batch, in
-    nats. Zero where student equals teacher. labels are class ids [N]; ValueError for probabilities [N, K],
+    nats. Zero where student equals teacher. labels are class ids [N]; Mistake for probabilities [N, K],
     since a mixed image has no one true class. The paper's warm-up over 20 epochs is a weight schedule of
     the term.
     Zhao et al. 2022, "Decoupled Knowledge Distillation" (DKD).
     """
     if alpha == 0 and beta == 0:
-        raise ValueError("decoupled: alpha and beta are both 0: nothing is left of it")
+        raise Mistake("decoupled: alpha and beta are both 0: nothing is left of it")
     if labels.dim() != 1:
-        raise ValueError(f"decoupled: labels are {tuple(labels.shape)}; class ids [N] are needed (no mixup)")
+        raise Mistake(f"decoupled: labels are {tuple(labels.shape)}; class ids [N] are needed (no mixup)")
     student, student_others = _split(full_precision(student_logits) / temperature, labels)
     teacher, teacher_others = _split(full_precision(teacher_logits.detach()) / temperature, labels)
     target = F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -1,6 +1,7 @@
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from trainer.mistakes import Mistake
 from trainer.projectors import full_precision
 
 
@@ -23,7 +24,7 @@ def dist(
     Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (DIST).
     """
     if beta == 0 and gamma == 0:
-        raise ValueError("dist: beta and gamma are both 0: nothing is left of it")
+        raise Mistake("dist: beta and gamma are both 0: nothing is left of it")
     student = (full_precision(student_logits) / temperature).softmax(dim=1)
     teacher = (full_precision(teacher_logits.detach()) / temperature).softmax(dim=1)
     loss = beta * (1 - _pearson(student, teacher, over=1)).mean()

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.mistakes import Mistake
 from trainer.projectors import MapProjector, full_precision, same_size
 
 
@@ -15,14 +16,14 @@ class fsp(nn.Module):
     the student's and the teacher's flow, mean over matrix elements and batch, summed over the flows. Student
     and teacher may differ in size. Where their widths differ, a learned 1x1 convolution brings the student's
     map to the teacher's width (in the paper widths must be equal); without such a pair the loss has no
-    parameters. Needs at least two pairs of layers: ValueError otherwise.
+    parameters. Needs at least two pairs of layers: Mistake otherwise.
     Yim et al. 2017, "A Gift from Knowledge Distillation".
     """
 
     def __init__(self, student_maps: list[torch.Size], teacher_maps: list[torch.Size]) -> None:
         super().__init__()
         if len(student_maps) < 2:
-            raise ValueError(
+            raise Mistake(
                 f"fsp: got {len(student_maps)} pair of layers; a flow is between two layers, so 2 or more"
             )
         self.projectors = nn.ModuleList(

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
 from trainer.projectors import ConvNorm, full_precision, same_size
 
 

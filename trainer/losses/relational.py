@@ -3,7 +3,8 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
+from trainer.mistakes import Mistake
 from trainer.projectors import full_precision
 
 
@@ -25,7 +26,7 @@ def relational(
     Park et al. 2019, "Relational Knowledge Distillation" (RKD).
     """
     if distance == 0 and angle == 0:
-        raise ValueError("relational: distance and angle are both 0: nothing is left of it")
+        raise Mistake("relational: distance and angle are both 0: nothing is left of it")
     student, teacher = full_precision(student_embedding), full_precision(teacher_embedding.detach())
     if gather:
         student, teacher = gather_batch(student), gather_batch(teacher)

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from trainer.features import head
+from trainer.mistakes import Mistake
 from trainer.projectors import full_precision
 
 
@@ -30,23 +31,23 @@ class reuse_classifier(nn.Module):
     def finish(self, student: nn.Module, teacher_head: nn.Module) -> None:
         """Sets the student's classifier to teacher_head(projector(embedding)).
 
-        ValueError where either classifier is no Linear layer, or the student's cannot hold the result.
+        Mistake where either classifier is no Linear layer, or the student's cannot hold the result.
         """
         if not isinstance(teacher_head, nn.Linear):
-            raise ValueError(
+            raise Mistake(
                 f"reuse_classifier: the teacher's classifier is a {type(teacher_head).__name__}; only a "
                 "Linear one folds into the student's"
             )
         classifier = head(student)
         plain = isinstance(classifier, nn.Linear) and not parametrize.is_parametrized(classifier)
         if not plain or classifier.bias is None:
-            raise ValueError(
+            raise Mistake(
                 f"reuse_classifier: the student's classifier is a {type(classifier).__name__}; a plain "
                 "Linear layer with a bias is needed, neither pruned nor shared yet"
             )
         wanted = (teacher_head.out_features, self.projector.in_features)
         if tuple(classifier.weight.shape) != wanted:
-            raise ValueError(
+            raise Mistake(
                 f"reuse_classifier: the student's classifier has weights {tuple(classifier.weight.shape)}; "
                 f"the teacher's classes and the student's embedding ask for {wanted}"
             )

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from trainer.gather import gather_batch
+from trainer.distributed import gather_batch
 from trainer.projectors import full_precision, unit_length
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from trainer.mistakes import Mistake
 from trainer.projectors import full_precision, same_size
 
 _LEAST_VARIANCE = 1e-5
@@ -26,7 +27,7 @@ class variational(nn.Module):
     ) -> None:
         super().__init__()
         if init_variance <= _LEAST_VARIANCE:
-            raise ValueError(f"init_variance: got {init_variance}; it must be above {_LEAST_VARIANCE}")
+            raise Mistake(f"init_variance: got {init_variance}; it must be above {_LEAST_VARIANCE}")
         width = teacher_map[1]
         self.regressor = nn.Sequential(
             nn.Conv2d(student_map[1], width, kernel_size=1, bias=False), nn.ReLU(),

@@ -5,6 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.features import Staged
+from trainer.mistakes import Mistake
 
 
 def cifar_resnet(
@@ -23,7 +24,7 @@ def cifar_resnet(
     over positions.
     """
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"cifar_resnet: depth is {depth}; it must be 6 n + 2: 8, 14, 20, 26, 32, ...")
+        raise Mistake(f"cifar_resnet: depth is {depth}; it must be 6 n + 2: 8, 14, 20, 26, 32, ...")
     return _CifarResnet(input_shape[0], num_classes, (depth - 2) // 6, channels)
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from trainer.features import Staged, max_pool
+from trainer.mistakes import Mistake
 
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 
@@ -21,7 +22,7 @@ def cifar_vgg(
     """
     _, height, width = input_shape
     if min(height, width) < 8:
-        raise ValueError(f"cifar_vgg: images of {height} x {width} are too small; 8 x 8 is the least")
+        raise Mistake(f"cifar_vgg: images of {height} x {width} are too small; 8 x 8 is the least")
     return _CifarVgg(input_shape[0], num_classes, _CONVOLUTIONS[depth])
 
 

@@ -7,6 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.features import Staged
+from trainer.mistakes import Mistake
 
 
 def lenet300(
@@ -16,10 +17,10 @@ def lenet300(
 
     hidden: units of each hidden layer. The default on 28 x 28 x 1 and 10 classes is the classic
     784-300-100-10 with 266,610 parameters. Each hidden layer is a stage, its map [N, units, 1, 1] taken after
-    the ReLU; the last one's is the embedding. Raises ValueError without a hidden layer.
+    the ReLU; the last one's is the embedding. Raises Mistake without a hidden layer.
     """
     if not hidden:
-        raise ValueError("lenet300: hidden is empty; it lists the units of at least one hidden layer")
+        raise Mistake("lenet300: hidden is empty; it lists the units of at least one hidden layer")
     channels, height, width = input_shape
     return _Lenet300([channels * height * width, *hidden, num_classes])
 

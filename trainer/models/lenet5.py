@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.features import Staged, max_pool
+from trainer.mistakes import Mistake
 
 
 def lenet5(
@@ -26,11 +27,11 @@ def lenet5(
     the inputs of fc1, fc2 and fc3 dropped in training.
     Stages conv1, conv2 (after ReLU and pooling), fc1, fc2 (after ReLU); the embedding is fc2's. Images of
     less than 16 pixels are padded at conv2 too, so that something is left of them; under 8 pixels raises
-    ValueError.
+    Mistake.
     """
     _, height, breadth = input_shape
     if min(height, breadth) < 8:
-        raise ValueError(f"lenet5: images of {height} x {breadth} are too small; 8 x 8 is the least")
+        raise Mistake(f"lenet5: images of {height} x {breadth} are too small; 8 x 8 is the least")
     return _Lenet5(input_shape, num_classes, width, batch_norm, dropout)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.features import Staged, max_pool
+from trainer.mistakes import Mistake
 
 
 def lenet5_caffe(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -15,7 +16,7 @@ def lenet5_caffe(input_shape: tuple[int, int, int], num_classes: int) -> nn.Modu
     """
     _, height, width = input_shape
     if min(height, width) < 16:
-        raise ValueError(f"lenet5_caffe: images of {height} x {width} are too small; 16 x 16 is the least")
+        raise Mistake(f"lenet5_caffe: images of {height} x {width} are too small; 16 x 16 is the least")
     return _Lenet5Caffe(input_shape, num_classes)
 
 

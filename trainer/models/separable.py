@@ -5,6 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.features import Staged
+from trainer.mistakes import Mistake
 
 
 def separable(
@@ -32,12 +33,12 @@ def separable(
     positions.
     """
     if not widths or len(strides) != len(widths):
-        raise ValueError(
+        raise Mistake(
             f"separable: {len(widths)} widths and {len(strides)} strides; as many are needed, at least 1"
         )
     for name, side in (("first_kernel", first_kernel), ("kernel", kernel)):
         if side % 2 == 0:
-            raise ValueError(f"separable: {name} is {side}; it must be odd")
+            raise Mistake(f"separable: {name} is {side}; it must be odd")
     return _Separable(
         input_shape[0], num_classes, widths, strides, first_kernel, kernel, batch_norm, residual
     )

@@ -5,6 +5,8 @@ from typing import Any
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
+from trainer.mistakes import Mistake
+
 
 def timm(
     input_shape: tuple[int, int, int],
@@ -20,16 +22,19 @@ def timm(
     """The timm network `name` for `num_classes` classes and images of `input_shape`'s channels.
 
     pretrained: weights from the hub (needs a network). img_size: pixels, for the architectures that must know it (ViT).
-    options: passed on to `timm.create_model`. Raises ValueError for an unknown name, RuntimeError when the weights
+    options: passed on to `timm.create_model`. Raises Mistake for an unknown name, RuntimeError when the weights
     cannot be fetched.
     """
-    from timm import create_model, is_model  # imported here: it takes seconds, and most runs have no timm network
+    from timm import (  # imported here: it takes seconds, and most runs have no timm network
+        create_model,
+        is_model,
+    )
 
     if not name.startswith("hf-hub:") and not is_model(name.split(".")[0]):
-        raise ValueError(f"timm has no model {name!r}")
+        raise Mistake(f"timm has no model {name!r}")
     own = {"in_chans", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
     if own & set(options):
-        raise ValueError(f"timm: options holds {', '.join(sorted(own & set(options)))}; the recipe's own keys say that")
+        raise Mistake(f"timm: options holds {', '.join(sorted(own & set(options)))}; the recipe's own keys say that")
     settings = dict(options, in_chans=input_shape[0], num_classes=num_classes, drop_rate=drop_rate)
     if img_size is not None:
         settings["img_size"] = img_size

@@ -5,6 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.features import Staged
+from trainer.mistakes import Mistake
 
 
 def wide_resnet(
@@ -18,7 +19,7 @@ def wide_resnet(
     ReLU); the embedding is layer3's mean over positions.
     """
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f"wide_resnet: depth is {depth}; it must be 6 n + 4: 10, 16, 22, 28, 34, 40, ...")
+        raise Mistake(f"wide_resnet: depth is {depth}; it must be 6 n + 4: 10, 16, 22, 28, 34, 40, ...")
     return _WideResnet(input_shape[0], num_classes, (depth - 4) // 6, widen)
 
 

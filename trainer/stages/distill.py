@@ -6,16 +6,19 @@ from pydantic import Field
 
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
-from trainer.fit import Training, fit
-from trainer.objective import Objective, Term, needs_teacher
+from trainer.fit import fit
+from trainer.keys import Term, Training
+from trainer.mistakes import Mistake
+from trainer.objective import Objective
+from trainer.terms import needs_teacher
 
 
 def check(settings) -> None:
     if not any(needs_teacher(term) for term in settings.losses):
-        raise ValueError("no loss looks at the teacher: use stage train, or add one that does (kl, hint ...)")
+        raise Mistake("no loss looks at the teacher: use stage train, or add one that does (kl, hint ...)")
 
 
-def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> dict:
+def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> None:
     """Trains the student by `losses` with the teacher as its guide (Hinton et al. 2015; Romero et al. 2015)."""
     objective = Objective(
         run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device
@@ -24,4 +27,3 @@ def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field
     objective.finish()
     record(run, "distilled", numbers["train_seconds"], **numbers)
     keep_histogram(run, "dense")
-    return numbers

@@ -9,12 +9,11 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from trainer import compress, files, fold, packed
+from trainer import checkpoint, compress, files, fold
 from trainer.context import Run
-from trainer.data import batches
-from trainer.evaluate import record, student_view
+from trainer.evaluate import apart, logits, record
 
 # What a launcher tells its processes: the fresh process is no part of the launch.
 LAUNCH = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMPI_", "PMI_")
@@ -27,7 +26,7 @@ def check_student(settings, student: nn.Module) -> None:
 
 def pack(
     run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = "student.tiny", tidy: bool = False
-) -> dict:
+) -> None:
     """Writes runs/NAME/`file`; a fresh process decodes it and measures what it decoded.
 
     tidy: first drops dead hidden units and sorts the others, whose order is free, so that the file is smaller. The
@@ -36,6 +35,8 @@ def pack(
     Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
     removed.
     """
+    from trainer import packed  # here: a recipe is read without the coder
+
     path = run.folder / file
     tidied = _tidy(run) if tidy else {}
     decoded: dict = {}
@@ -46,7 +47,7 @@ def pack(
         _account(run, data, str(path))
     row = record(run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied)
     if run.accelerator.is_main_process:
-        mine = packed.digest(compress.dense_state(run.student))
+        mine = checkpoint.digest(compress.dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
         if decoded["digest"] != mine or not same:
             path.unlink()
@@ -54,32 +55,22 @@ def pack(
                 f"{path}: decoded to another network: digest {decoded['digest'][:12]} for {mine[:12]}, "
                 f"top-1 {decoded['top1']} % for {row['top1']} %; the file is removed"
             )
-    return {"file": file, "file_bytes": row["file_bytes"], **tidied}
 
 
 def _tidy(run: Run) -> dict[str, float]:
     """Tidies the student, in place. Raises RuntimeError where it then gives other outputs."""
-    before = _logits(run)
+    before = logits(run)
     dropped = fold.tidy(run.student)
-    after = _logits(run)
-    difference = (before - after).abs().max().item()
-    if not difference <= 1e-3 * max(1.0, before.abs().max().item()):
-        raise RuntimeError(f"tidy changed what the student says: its outputs are {difference:.3g} apart")
-    changed = int((before.argmax(1) != after.argmax(1)).sum())
-    return {"num_dropped": sum(dropped.values()), "max_difference": difference, "num_changed": changed}
-
-
-@torch.no_grad()
-def _logits(run: Run) -> Tensor:
-    """The student's outputs for the validation images."""
-    part, device = run.data.validation, run.accelerator.device
-    view = student_view(run, run.student.eval())
-    order = list(torch.arange(len(part)).split(500))
-    return torch.cat([view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)])
+    told = apart(before, logits(run))
+    if not told["max_difference"] <= 1e-3 * max(1.0, before.abs().max().item()):
+        raise RuntimeError(f"tidy changed what the student says: its outputs are {told['max_difference']:.3g} apart")
+    return {"num_dropped": sum(dropped.values()), **told}
 
 
 def _account(run: Run, data: bytes, name: str) -> None:
     """Tells the report how many bytes of the file each layer takes."""
+    from trainer import packed
+
     known = compress.weights(run.student)
     for name_ in known:
         run.layers.setdefault(name_, {})["file_bytes"] = 0
@@ -96,6 +87,7 @@ def _in_fresh_process(run: Run, path) -> dict:
     # This package, whatever the folder it was started in holds by that name.
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
+    command += ["--threads", str(torch.get_num_threads())]  # the sums in the same order
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{path}: the fresh process could not evaluate it:\n{done.stderr[-2000:]}")

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from trainer import channels, compress, scores, teacher
 from trainer.compress import Place
 from trainer.context import Run
+from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record
-from trainer.fit import Training, fit
-from trainer.objective import Objective, Term, TermKeys
+from trainer.fit import fit
+from trainer.keys import Term, TermKeys, Training
+from trainer.mistakes import Mistake
+from trainer.objective import Objective
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Pattern = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
@@ -36,12 +39,12 @@ def check(settings) -> None:
 
     def has_no_effect(key: str, why: str) -> None:
         if getattr(settings, key) not in (None, False):
-            raise ValueError(f"{key} has no effect with {why}")
+            raise Mistake(f"{key} has no effect with {why}")
 
     if method == "std":
         has_no_effect("sparsity", "method 'std'; sensitivity decides")
         if settings.sensitivity is None:
-            raise ValueError(
+            raise Mistake(
                 "method 'std' needs sensitivity (threshold = sensitivity x standard deviation of a layer)"
             )
         has_no_effect("scope", "method 'std'; its thresholds are each layer's own")
@@ -49,16 +52,16 @@ def check(settings) -> None:
         has_no_effect("sparsity", "method 'n_m'; pattern decides")
         has_no_effect("scope", "method 'n_m'; its groups are each layer's own")
         if settings.pattern is None:
-            raise ValueError("method 'n_m' needs pattern, such as '2:4': 2 of every 4 weights are kept")
+            raise Mistake("method 'n_m' needs pattern, such as '2:4': 2 of every 4 weights are kept")
         n, m = map(int, settings.pattern.split(":"))
         if not 0 < n < m:
-            raise ValueError(
+            raise Mistake(
                 f"pattern: got {settings.pattern!r}; N of every M weights are kept, so N is at least 1 and "
                 "less than M"
             )
     elif settings.sparsity is None:
         what = "channels that are removed" if method == "channels" else "weights that become zero"
-        raise ValueError(f"method {method!r} needs sparsity, the share of {what}")
+        raise Mistake(f"method {method!r} needs sparsity, the share of {what}")
     if method != "std":
         has_no_effect(
             "sensitivity", f"method {method!r}; {'pattern' if method == 'n_m' else 'sparsity'} decides"
@@ -66,13 +69,13 @@ def check(settings) -> None:
     if method != "n_m":
         has_no_effect("pattern", f"method {method!r}; 'n_m' has it")
     if isinstance(settings.sparsity, dict) and (settings.scope or _scope(method)) == "global":
-        raise ValueError("scope 'global' has one sparsity for all layers; per layer is scope 'layer'")
+        raise Mistake("scope 'global' has one sparsity for all layers; per layer is scope 'layer'")
     if schedule not in SCHEDULES[method]:
-        raise ValueError(
+        raise Mistake(
             f"method {method!r} has no schedule {schedule!r}; it has {', '.join(SCHEDULES[method])}"
         )
     if schedule != "once" and settings.training is None:
-        raise ValueError(f"schedule {schedule!r} prunes during a training: training is needed")
+        raise Mistake(f"schedule {schedule!r} prunes during a training: training is needed")
     if schedule != "cubic":
         has_no_effect("ramp", f"schedule {schedule!r}; 'cubic' has it")
         has_no_effect("every", f"schedule {schedule!r}; 'cubic' has it")
@@ -80,9 +83,9 @@ def check(settings) -> None:
         has_no_effect("rounds", f"schedule {schedule!r}; 'iterative' has it")
         has_no_effect("rewind", f"schedule {schedule!r}; 'iterative' has it")
     if settings.training is None and settings.losses:
-        raise ValueError("losses have no effect without training")
+        raise Mistake("losses have no effect without training")
     if method == "channels" and not channels.installed():
-        raise ValueError(channels.INSTALL)
+        raise Mistake(channels.INSTALL)
 
 
 def check_student(settings, student: nn.Module) -> None:
@@ -114,7 +117,7 @@ def prune(
     keep: list[str] = [],
     training: Training | None = None,
     losses: list[Term] | None = None,
-) -> dict:
+) -> None:
     """Prunes the student's weights and trains the survivors, the pruned ones held at zero.
 
     method, what goes first:
@@ -135,7 +138,7 @@ def prune(
     left and then train, with `rewind` from the weights that the stage began with (Frankle & Carbin 2019;
     Renda et al. 2020).
     keep: layers left alone ('first', 'last' or names).
-    Raises ValueError for a layer that does not exist, is frozen, has weights that are not finite or all zero,
+    Raises Mistake for a layer that does not exist, is frozen, has weights that are not finite or all zero,
     or would lose all its weights.
     """
     run.student.to(run.accelerator.device)
@@ -143,7 +146,8 @@ def prune(
     if method == "channels":
         _remove_channels(run, places, sparsity, together=scope == "global")
         _told(run, "pruned", method)
-        return _recover(run, "recovered", method, training, losses)
+        _recover(run, "recovered", method, training, losses)
+        return
     decide = _decision(
         run, places, method, sensitivity or sparsity or pattern, schedule, scope or _scope(method)
     )
@@ -153,11 +157,10 @@ def prune(
             _set_mask(run, places[name], mask)
             run.layers.setdefault(name, {})["thresholds"] = found
 
-    numbers: dict = {}
     if schedule == "once":
         tighten(1.0)
         _told(run, "pruned", method)
-        numbers = _recover(run, "recovered", method, training, losses)
+        _recover(run, "recovered", method, training, losses)
     elif schedule == "cubic":
         for place in places.values():
             if place.mask is None:
@@ -169,7 +172,7 @@ def prune(
                 tighten(step / last if last else 1.0)
             return step < last
 
-        numbers = _recover(run, "recovered", method, training, losses, gradually)
+        _recover(run, "recovered", method, training, losses, gradually)
     else:
         began = {key: tensor.clone() for key, tensor in compress.dense_state(run.student).items()}
         num_rounds = rounds or 3
@@ -179,23 +182,19 @@ def prune(
             if rewind:
                 compress.rewind(run.student, began)
             _told(run, "pruned" + which, method)
-            fitted = _recover(run, "recovered" + which, method, training, losses)
-            for key in ("epochs", "steps", "train_seconds"):
-                fitted[key] += numbers.get(key, 0)
-            numbers = fitted
+            _recover(run, "recovered" + which, method, training, losses)
     if method == "movement":
         compress.forget_movement(places.values())
-    return numbers
 
 
 def _prunable(run: Run, keep: list[str]) -> dict[str, Place]:
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
-        raise ValueError("keep leaves no layer to prune")
+        raise Mistake("keep leaves no layer to prune")
     for name, place in places.items():
         compress.refuse_shared(place)
         if not place.value.any():
-            raise ValueError(
+            raise Mistake(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in keep to spare it)"
             )
     return places
@@ -242,13 +241,13 @@ def _n_m_mask(place: Place, pattern: str) -> Tensor:
     n, m = map(int, pattern.split(":"))
     try:
         mask = scores.n_m_mask(place.value, n, m, place.input_axis)
-    except ValueError as error:
-        raise ValueError(f"layer {place.name!r}: {error}: name it in keep to leave it alone") from None
+    except Mistake as error:
+        raise Mistake(f"layer {place.name!r}: {error}: name it in keep to leave it alone") from None
     return mask if place.mask is None else mask & place.mask
 
 
 def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -> dict[str, float]:
-    """The sparsity that an earlier stage left, in each layer (or in all). Raises ValueError where no more is
+    """The sparsity that an earlier stage left, in each layer (or in all). Raises Mistake where no more is
     asked for.
     """
     dead = {name: 0.0 if place.mask is None else (~place.mask).sum().item() for name, place in places.items()}
@@ -263,19 +262,16 @@ def _zeros(places: dict[str, Place], target: dict[str, float], together: bool) -
             most = max((~part).double().mean().item() for part in place.mask.chunk(place.parts))
         if target[name] < most:
             where = "the layers have" if together else f"layer {name!r} has"
-            raise ValueError(
+            raise Mistake(
                 f"{where} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer"
             )
     return found
 
 
 def _set_mask(run: Run, place: Place, mask: Tensor) -> None:
-    if run.accelerator.num_processes > 1:  # decided on the main process
-        told = mask.to(run.accelerator.device, torch.uint8)
-        torch.distributed.broadcast(told, src=0)
-        mask = told.bool()
+    mask = broadcast(mask.to(run.accelerator.device, torch.uint8)).bool()  # as the main process decides
     if not mask.any():
-        raise ValueError(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
+        raise Mistake(f"layer {place.name!r} would lose all its weights: ask for less, or name it in keep")
     compress.set_mask(place, mask.to(place.value.device))
 
 
@@ -285,7 +281,7 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
     classifier = list(every)[-1]
     smaller = {name: place for name, place in places.items() if name != classifier}
     if not smaller:
-        raise ValueError("keep leaves no layer whose channels can be removed (the classifier's stay)")
+        raise Mistake("keep leaves no layer whose channels can be removed (the classifier's stay)")
     if isinstance(sparsity, dict):
         shares = compress.per_layer(places, sparsity, "sparsity")
         sparsity = {name: shares[name] for name in smaller}
@@ -300,9 +296,8 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
         keep=[name for name in every if name not in smaller],
         together=together,
     )
-    if run.accelerator.num_processes > 1:  # all have chosen from equal weights; the main one's word counts
-        for tensor in run.student.state_dict().values():
-            torch.distributed.broadcast(tensor, src=0)
+    for tensor in run.student.state_dict().values():  # all have chosen from equal weights; the main one's word counts
+        broadcast(tensor)
     for name, place in compress.weights(run.student).items():
         if name in masked:
             compress.set_mask(place, place.value != 0)
@@ -310,7 +305,7 @@ def _remove_channels(run: Run, places: dict[str, Place], sparsity, together: boo
     with torch.device("meta"):
         rebuilt = teacher.build(spec, run.data.shape, len(run.data.classes))
     if channels.sizes(rebuilt) != channels.sizes(run.student):
-        raise ValueError("method 'channels': this network cannot be rebuilt from the sizes of its layers")
+        raise Mistake("method 'channels': this network cannot be rebuilt from the sizes of its layers")
     run.student_spec = spec
 
 
@@ -326,9 +321,9 @@ def _recover(
     training: Training | None,
     losses: list[Term] | None,
     before_step: Callable[[int, int], bool] | None = None,
-) -> dict:
+) -> None:
     if training is None:
-        return {}
+        return
     objective = Objective(
         run.student,
         losses or [TermKeys(loss="cross_entropy")],
@@ -340,4 +335,3 @@ def _recover(
     numbers = fit(run, objective, training, before_step)
     objective.finish()
     _told(run, label, method, numbers["train_seconds"], **numbers)
-    return numbers

@@ -4,17 +4,20 @@ import copy
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import compress, fold, kmeans, packed, teacher
+from trainer import compress, fold, teacher
 from trainer.compress import Place
 from trainer.context import Part, Run
 from trainer.data import Views, batches, epoch_order, seed_of
+from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record, student_view, truth
-from trainer.fit import Training, fit
-from trainer.objective import Objective, Term, TermKeys
+from trainer.fit import fit
+from trainer.keys import Term, TermKeys, Training
+from trainer.mistakes import Mistake
+from trainer.objective import Objective
 
 Bits = Annotated[int, Field(ge=1, le=16)]
 NumValues = Annotated[int, Field(ge=1, le=65536)]
@@ -27,21 +30,21 @@ FISHER_BATCHES, FISHER_BATCH_SIZE = 64, 16
 
 def check(settings) -> None:
     if (settings.bits is None) == (settings.values is None):
-        raise ValueError("exactly one of bits and values is needed (bits: b is values: 2^b)")
+        raise Mistake("exactly one of bits and values is needed (bits: b is values: 2^b)")
     if (settings.bits == "auto") != (settings.budget_bytes is not None):
-        raise ValueError("bits 'auto' needs budget_bytes, the size that the file may have; nothing else does")
+        raise Mistake("bits 'auto' needs budget_bytes, the size that the file may have; nothing else does")
     if settings.per != "group" and settings.groups is not None:
-        raise ValueError(f"groups has no effect with per {settings.per!r}; 'group' has it")
+        raise Mistake(f"groups has no effect with per {settings.per!r}; 'group' has it")
     if settings.per == "group" and settings.groups is None:
-        raise ValueError("per 'group' needs groups, the number of codebooks a layer")
+        raise Mistake("per 'group' needs groups, the number of codebooks a layer")
     if settings.init == "linear" and (settings.weighting or settings.code_cost):
-        raise ValueError("weighting and code_cost have no effect with init 'linear'; 'optimal' has them")
+        raise Mistake("weighting and code_cost have no effect with init 'linear'; 'optimal' has them")
     if settings.training is None and settings.losses and settings.weighting is None:
-        raise ValueError("losses have no effect without training")
+        raise Mistake("losses have no effect without training")
     if settings.training is None and settings.assign == "trained":
-        raise ValueError("assign 'trained' has no effect without training")
+        raise Mistake("assign 'trained' has no effect without training")
     if settings.assign == "fixed" and settings.entropy:
-        raise ValueError("entropy has no effect with assign 'fixed': only assignments that are trained can follow it")
+        raise Mistake("entropy has no effect with assign 'fixed': only assignments that are trained can follow it")
 
 
 def share(
@@ -63,7 +66,7 @@ def share(
     keep: list[str] = [],
     training: Training | None = None,
     losses: list[Term] | None = None,
-) -> dict:
+) -> None:
     """Clusters the surviving weights of each layer into 2^bits (or `values`) shared values and trains those.
 
     bits: for all layers, {layer: bits}, or `auto` with `budget_bytes`: from 6 bits everywhere the layer whose next bit
@@ -79,10 +82,13 @@ def share(
     two (dead units are dropped first where the network is a chain of layers). rest: the type of all else that is not
     shared. keep: layers left alone. Zeros stay zero and cost no value.
     """
+    from trainer import kmeans  # here: a recipe is read without it
+
     places = compress.choose(compress.weights(run.student), keep)
     if not places:
-        raise ValueError("keep leaves no layer to share")
-    run.student.to(run.accelerator.device)
+        raise Mistake("keep leaves no layer to share")
+    device = run.accelerator.device
+    run.student.to(device)
     losses = losses or [TermKeys(loss="cross_entropy")]
     importance = _fisher(run, places, losses) if weighting == "fisher" else {}
 
@@ -94,9 +100,9 @@ def share(
     if bits == "auto":
         bits = _choose_bits(run, places, cluster, codebook, biases, rest, budget_bytes)
     wanted = compress.per_layer(places, bits if values is None else values, "bits" if values is None else "values")
-    for name, place in places.items():
+    for name, place in places.items():  # as the main process decides
         codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
-        codes, centroids = _told(run, codes), _told(run, centroids)
+        codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
         rounded = compress.round_codebook(centroids, codebook)  # what cannot be rounded is refused before it is trained
         if training is None:
             centroids = rounded
@@ -110,16 +116,16 @@ def share(
     record(run, "clustered", init=init)
     keep_histogram(run, "clustered")
     if training is None:
-        return {}
+        return
     objective = Objective(
-        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device,
+        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=device,
         penalties={"entropy": (entropy, lambda: compress.entropy(places.values()))} if entropy else {},
     )
     numbers = fit(run, objective, training)
     objective.finish()
-    for name, place in places.items():
+    for place in places.values():
         if assign == "trained":
-            codes, centroids = (_told(run, tensor) for tensor in compress.close_codebook(place))
+            codes, centroids = (broadcast(tensor.to(device)) for tensor in compress.close_codebook(place))
             compress.set_codebook(place, codes, centroids)
     with torch.no_grad():
         for parameter in compress.centroid_parameters(run.student):
@@ -127,15 +133,6 @@ def share(
     _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")
-    return numbers
-
-
-def _told(run: Run, tensor: Tensor) -> Tensor:
-    """What the main process has decided."""
-    tensor = tensor.to(run.accelerator.device)
-    if run.accelerator.num_processes > 1:
-        torch.distributed.broadcast(tensor, src=0)
-    return tensor
 
 
 def _note(run: Run, name: str, centroids: Tensor) -> None:
@@ -156,7 +153,7 @@ def _round(student: nn.Module, biases: int | None, rest: str) -> None:
 def _is_chain(student: nn.Module) -> bool:
     try:
         fold.can_tidy(student)
-    except ValueError:
+    except Mistake:
         return False
     return True
 
@@ -182,12 +179,12 @@ def _fisher(run: Run, places: dict[str, Place], losses: list[TermKeys]) -> dict[
 
 
 def _trained(place: Place) -> Tensor:
-    """The parameter behind a plain or pruned weight. Raises ValueError for one that shares its values already."""
+    """The parameter behind a plain or pruned weight. Raises Mistake for one that shares its values already."""
     module, attribute = place.places[0]
     if place.parametrization is None:
         return getattr(module, attribute)
     if not isinstance(place.parametrization, compress.Mask):
-        raise ValueError(f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were")
+        raise Mistake(f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were")
     return module.parametrizations[attribute].original
 
 
@@ -196,15 +193,17 @@ def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes
     found = [0] * len(places)
     if run.accelerator.is_main_process:
         found = list(_rate_distortion(run, places, cluster, codebook, biases, rest, budget_bytes).values())
-    told = _told(run, torch.tensor(found)).tolist()
+    told = broadcast(torch.tensor(found, device=run.accelerator.device)).tolist()
     if not all(told):
-        raise ValueError(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
+        raise Mistake(f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer")
     return dict(zip(places, told, strict=True))
 
 
 @torch.no_grad()
 def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
     """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
+    from trainer import packed
+
     facts = packed.facts(run.data)
     # Not a deep copy: torch's copies of parametrized modules share a class, and taking one's mask would take all.
     plain = teacher.build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)

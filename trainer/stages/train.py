@@ -7,21 +7,24 @@ from pydantic import Field
 
 from trainer.context import Run
 from trainer.evaluate import keep_histogram, record, record_teacher
-from trainer.fit import Training, fit
-from trainer.objective import Objective, Term, TermKeys, needs_teacher
+from trainer.fit import fit
+from trainer.keys import Term, TermKeys, Training
+from trainer.mistakes import Mistake
+from trainer.objective import Objective
 from trainer.teacher import load_weights
+from trainer.terms import needs_teacher
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 def check(settings) -> None:
     if (settings.training is None) == (settings.checkpoint is None):
-        raise ValueError("exactly one of training and checkpoint is needed")
+        raise Mistake("exactly one of training and checkpoint is needed")
     if settings.checkpoint is not None and settings.losses:
-        raise ValueError("losses have no effect with checkpoint: nothing is trained")
+        raise Mistake("losses have no effect with checkpoint: nothing is trained")
     for term in settings.losses or []:
         if needs_teacher(term):
-            raise ValueError(f"loss {term.loss!r} needs a teacher: use stage distill")
+            raise Mistake(f"loss {term.loss!r} needs a teacher: use stage distill")
 
 
 def train(
@@ -32,11 +35,11 @@ def train(
     losses: list[Term] | None = None,
     checkpoint: Path | None = None,
     at_least: Percent | None = None,
-) -> dict:
+) -> None:
     """Trains on labels (cross-entropy, or the `losses` given), or loads `checkpoint`.
 
     at_least: percent of the validation images that must then be right; fewer is an error. Of several teachers each
-    is trained. Raises ValueError when the accuracy is missed or the checkpoint does not fit.
+    is trained. Raises Mistake when the accuracy is missed or the checkpoint does not fit.
     """
     losses = losses or [TermKeys(loss="cross_entropy")]
     networks = run.teacher.networks if who == "teacher" else [run.student]
@@ -63,7 +66,6 @@ def train(
         row = record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)
         keep_histogram(run, "dense")
     if at_least is not None and not row["top1_validation"] >= at_least:
-        raise ValueError(
+        raise Mistake(
             f"the {who} has {row['top1_validation']:.2f} % of the validation images right; at_least asks for {at_least} %"
         )
-    return numbers

@@ -1,23 +1,45 @@
-"""The batches of all processes as one batch, so that a loss on pairs of samples sees every pair."""
+"""What the processes of a run tell each other; with one process, or without torch.distributed, nothing is told.
+
+Where there are several every process must make the same calls, in the same order.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+def broadcast(tensor: Tensor) -> Tensor:
+    """The main process's tensor: it is written into this one, which is returned."""
+    if _several():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def agreed(wish: bool, device: torch.device) -> bool:
+    """The main process's wish, on all processes."""
+    return bool(broadcast(torch.tensor(int(wish), device=device))) if _several() else wish
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors: it is written into this one, which is returned."""
+    if _several():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def gather_batch(tensor: Tensor) -> Tensor:
-    """The processes' tensors [N_rank, ...] joined along the first dimension, in order of rank.
+    """The processes' tensors [N_rank, ...] joined along the first dimension, in order of rank, so that a loss sees every pair.
 
     Differentiable: a process gets the sum, over all processes, of the gradients of its own rows. So where
     every process computes the same mean loss of the joined batch, and gradients are then averaged over
     processes (as DDP does), the network's gradient is that of one process holding the whole batch.
-    Processes may hold batches of different length. The tensor itself where torch.distributed is not
-    initialised or has one process; otherwise every process must call this the same number of times, in the
-    same order.
+    Processes may hold batches of different length.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    return _Gather.apply(tensor)
+    return _Gather.apply(tensor) if _several() else tensor
 
 
 class _Gather(torch.autograd.Function):
