@@ -96,7 +96,7 @@ def _folder_of(
     recipe, plain = read(path, changes)
     accelerator = make_accelerator(recipe)
     here = Path(folder) / recipe.name
-    _same_recipe(here, Path(path), plain)
+    _same_recipe(here, recipe.written.path, plain)
     accelerator.wait_for_everyone()  # nothing is written before all have looked
     # Only the main process holds the lock: the others belong to it.
     with checkpoint.lock(here) if accelerator.is_main_process else contextlib.nullcontext():

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from trainer.mistakes import Mistake
+from trainer.recipe.shipped import find_recipe
 
 MOST_BYTES = 2**18  # of a recipe's text, and
 MOST_VALUES = 10_000  # of what its anchors unfold to: more is a mistake or an attack
@@ -94,12 +95,13 @@ def dump(plain: dict[str, Any]) -> str:
 
 
 def parse(path: str | Path) -> Text:
-    """A recipe's text, unchecked but for what is no recipe at all.
+    """A recipe's text, unchecked but for what is no recipe at all. path: a file's, or a shipped recipe's bare name.
 
     Raises RecipeError for a file that cannot be read, or is no YAML, or no mapping.
     """
     path = Path(path)
     try:
+        path = find_recipe(path)
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:

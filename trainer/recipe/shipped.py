@@ -1,0 +1,50 @@
+"""Finds a recipe by its bare name: `quickstart`, `records/smallest_error158`.
+
+Imports nothing heavy: `trainer check` starts with it.
+"""
+
+import difflib
+import importlib.resources
+from pathlib import Path
+
+ENDINGS = (".yaml", ".yml")
+
+
+def folder() -> Path:
+    """The folder of the shipped recipes: recipes/ of a checkout, or inside the installed package."""
+    package = Path(str(importlib.resources.files("trainer")))
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    """The names of the shipped recipes, those of records/ last."""
+    top = folder()
+    found = [path.relative_to(top).with_suffix("") for path in top.rglob("*.yaml")]
+    return [path.as_posix() for path in sorted(found, key=lambda path: (len(path.parts), path))]
+
+
+def find_recipe(given: str | Path) -> Path:
+    """The file that `given` stands for: itself, or the shipped recipe of that name.
+
+    A file that exists wins. A folder does not: a run's own folder may have the recipe's name. A bare name
+    is `NAME` or `records/NAME`, without .yaml; anything else is returned as it is, for the caller to open.
+    Raises FileNotFoundError for a bare name that is neither a file nor shipped, with all names, nearest first.
+    """
+    path = Path(given)
+    bare = path.suffix not in ENDINGS and (len(path.parts) == 1 or path.parts[:-1] == ("records",))
+    if path.is_file() or not bare:
+        return path
+    name, known = path.as_posix(), names()
+    if name in known:
+        return folder() / f"{name}.yaml"
+    if path.exists():
+        return path
+    by_nearness = sorted(known, key=lambda one: -max(_likeness(name, one), _likeness(name, Path(one).name)))
+    raise FileNotFoundError(
+        f"there is no such file, and no shipped recipe of that name; there are: {', '.join(by_nearness)}"
+    )
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
