@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from trainer import inference
 from trainer.models.timm import timm
-from trainer.teacher import build
+from trainer.networks.build import build
 
 SHAPES = {(1, 28, 28): 128, (3, 32, 32): 64, (3, 224, 224): 4}  # and images at a time
 NAMES = ("resnet18", "mobilenetv3_small_100", "efficientnet_lite0")

@@ -29,17 +29,19 @@ import torch
 from tabulate import tabulate
 from trials import spread
 
-from trainer import checkpoint, files, teacher
 from trainer.__main__ import changes_of
 from trainer.cache import ViewCache
-from trainer.context import Run
-from trainer.data import batches, make_data, seed_of
+from trainer.data.batches import batches, make_data, seed_of
 from trainer.evaluate import percent_right, predict, student_view, teacher_answers
 from trainer.fit import fit
+from trainer.networks.build import create, spec
 from trainer.objective import Objective
 from trainer.recipe.keys import Augment, CacheKeys, Recipe
 from trainer.recipe.recipe import read
 from trainer.runner import begun
+from trainer.storage import files
+from trainer.storage.lock import lock
+from trainer.training.run import Run
 
 RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")
 STUDENT = {"model": "lenet5"}
@@ -147,7 +149,7 @@ def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
 def student_of(run: Run, recipe: Recipe) -> torch.nn.Module:
     """A student of the run's seed: the same weights for every loss."""
     torch.manual_seed(run.seed * 2 + 1)
-    return teacher.create(recipe.student, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
+    return create(recipe.student, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
 
 
 def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
         "terms": [t.model_dump(mode="json", exclude_unset=True) for t in recipe.stages[1].losses],
         "training": recipe.stages[1].training.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json"),
-        "student": teacher.spec(recipe.student),
+        "student": spec(recipe.student),
         "teacher": run.teacher.fingerprint(),
         "seed": seed,
     }
@@ -287,7 +289,7 @@ def main(arguments: list[str] | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     trials: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     started = time.time()
-    with begun(options.recipe, 1, None, options.folder) as taught, checkpoint.lock(folder):
+    with begun(options.recipe, 1, None, options.folder) as taught, lock(folder):
         data = make_data(recipes[BASE].data, taught.accelerator.device)
         run = dataclasses.replace(taught, data=data, answers={})
         keep_answers(run, list(recipes.values()), folder)

@@ -12,14 +12,16 @@ import torch
 from pydantic import TypeAdapter
 
 from trainer import cache as caching
-from trainer import checkpoint, runner
+from trainer import runner
 from trainer.cache import ViewCache
-from trainer.data import Views, batches, epoch_order, make_data
+from trainer.data.batches import batches, epoch_order, make_data
+from trainer.data.views import Views
+from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.keys import CacheKeys, DataEntry, TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
-from trainer.teacher import Teacher
+from trainer.storage import checkpoint
 
 VIEWS = {"views": 3, "augment": {"shift": 1, "rotate": 8}}
 TOP = Path(__file__).parents[1]
@@ -250,7 +252,7 @@ def test_whatever_the_answers_depend_on_has_its_own_folder(tmp_path):
 
 
 def fake(data):
-    from trainer.context import Source
+    from trainer.data.images import Source
 
     return Source(data.train.images, data.test.images, data.classes, data.mean, data.std, data.shape)
 

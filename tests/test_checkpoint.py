@@ -15,7 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from trainer import checkpoint
+from trainer.storage import checkpoint
+from trainer.storage.lock import lock
+from trainer.storage.weights_file import digest, load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,25 +225,25 @@ def test_a_killed_writer_leaves_what_it_had_saved(tmp_path):
 def test_file_round_trip_and_replacement(tmp_path):
     path = tmp_path / "new" / "net.safetensors"
     state = {"module.b": torch.randn(2), "module.a": torch.randn(3)}
-    checkpoint.save_file(path, {"old": torch.zeros(1)})
-    checkpoint.save_file(path, state, {"header": "{}"})
-    assert equal(checkpoint.load_file(path), state)  # our own files are not touched
+    save_file(path, {"old": torch.zeros(1)})
+    save_file(path, state, {"header": "{}"})
+    assert equal(load_file(path), state)  # our own files are not touched
     assert equal(dict(sorted(safetensors.torch.load_file(path).items())), dict(sorted(state.items())))
     assert names(path.parent) == ["net.safetensors"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "net.safetensors"
-    checkpoint.save_file(path, {"a": torch.ones(1)})
+    save_file(path, {"a": torch.ones(1)})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save_file(path, {"a": torch.zeros(1)})
+        save_file(path, {"a": torch.zeros(1)})
     assert names(tmp_path) == ["net.safetensors"]
-    assert equal(checkpoint.load_file(path), {"a": torch.ones(1)})
+    assert equal(load_file(path), {"a": torch.ones(1)})
 
 
 @pytest.mark.parametrize(
@@ -261,18 +263,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_nested_and_prefixed_weights_are_found(tmp_path, wrap, suffix):
     state = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict()
     torch.save(wrap(state), tmp_path / f"net{suffix}")
-    assert equal(checkpoint.load_file(tmp_path / f"net{suffix}"), dict(state))
+    assert equal(load_file(tmp_path / f"net{suffix}"), dict(state))
 
 
 def test_a_prefix_of_some_keys_stays(tmp_path):
     state = {"module.a": torch.ones(1), "b": torch.ones(2)}
     torch.save(state, tmp_path / "net.pth")
-    assert equal(checkpoint.load_file(tmp_path / "net.pth"), state)
+    assert equal(load_file(tmp_path / "net.pth"), state)
 
 
 def test_foreign_safetensors_lose_their_prefix(tmp_path):
     safetensors.torch.save_file({"module.a": torch.ones(1)}, tmp_path / "net.safetensors")
-    assert equal(checkpoint.load_file(tmp_path / "net.safetensors"), {"a": torch.ones(1)})
+    assert equal(load_file(tmp_path / "net.safetensors"), {"a": torch.ones(1)})
 
 
 class Evil:
@@ -292,7 +294,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, how):
     else:
         torch.save(thing, file, _use_new_zipfile_serialization=how == "zip")
     with pytest.raises(ValueError, match=r"evil\.pth: refused.*run code") as caught:
-        checkpoint.load_file(file)
+        load_file(file)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
 
@@ -300,7 +302,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, how):
 def test_a_pickled_module_is_refused_by_name(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"asks for torch\.nn\.modules\.linear\.Linear"):
-        checkpoint.load_file(tmp_path / "net.pt")
+        load_file(tmp_path / "net.pt")
 
 
 def test_files_without_weights(tmp_path):
@@ -312,12 +314,12 @@ def test_files_without_weights(tmp_path):
     }.items():
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=rf"{name}: no weights found"):
-            checkpoint.load_file(tmp_path / name)
+            load_file(tmp_path / name)
     with pytest.raises(ValueError, match="there is no such file"):
-        checkpoint.load_file(tmp_path / "missing.pth")
+        load_file(tmp_path / "missing.pth")
     (tmp_path / "e.onnx").write_bytes(b"")
     with pytest.raises(ValueError, match=r"allowed: \.safetensors"):
-        checkpoint.load_file(tmp_path / "e.onnx")
+        load_file(tmp_path / "e.onnx")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -329,10 +331,10 @@ def test_damaged_files_are_named(tmp_path, suffix, harm):
     if suffix == ".pth":
         torch.save({"a": torch.ones(100)}, path)
     else:
-        checkpoint.save_file(path, {"a": torch.ones(100)})
+        save_file(path, {"a": torch.ones(100)})
     path.write_bytes(harm(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"net\{suffix}: "):
-        checkpoint.load_file(path)
+        load_file(path)
 
 
 # -- optimizers
@@ -427,11 +429,11 @@ def test_a_second_process_is_told_who_holds_the_folder_until_the_holder_is_dead(
         worker = int(holder.stdout.readline())
         try:
             told = rf"process {holder.pid} on .*, since \d{{4}}-"
-            with pytest.raises(ValueError, match=told), checkpoint.lock(tmp_path):
+            with pytest.raises(ValueError, match=told), lock(tmp_path):
                 pass
             holder.kill()
             holder.wait()
-            with checkpoint.lock(tmp_path):
+            with lock(tmp_path):
                 assert json.loads((tmp_path / ".holder").read_text())["pid"] == os.getpid()
             os.kill(worker, 0)  # its forked worker lives on, without the lock
         finally:
@@ -441,10 +443,10 @@ def test_a_second_process_is_told_who_holds_the_folder_until_the_holder_is_dead(
 def test_a_lock_holds_within_one_process_and_ends_with_its_block(tmp_path):
     pytest.importorskip("fcntl")
     for _ in range(2):
-        with checkpoint.lock(tmp_path / "run"):
-            with pytest.raises(ValueError, match=f"process {os.getpid()}"), checkpoint.lock(tmp_path / "run"):
+        with lock(tmp_path / "run"):
+            with pytest.raises(ValueError, match=f"process {os.getpid()}"), lock(tmp_path / "run"):
                 pass
-            with checkpoint.lock(tmp_path / "other"):
+            with lock(tmp_path / "other"):
                 pass
 
 
@@ -455,7 +457,7 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, caplog):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with checkpoint.lock(tmp_path):
+    with lock(tmp_path):
         assert "not locked" in caplog.text
 
 
@@ -473,4 +475,4 @@ def test_the_digest_stays_what_it_was():
         "h": torch.ones(2, 2, dtype=torch.float16).T, "e": torch.zeros(0),
     }  # fmt: skip
     known = "f173c99d727a5044cf958b6b4f19fb8414993055f769cce19831f3f18f7c0165"
-    assert checkpoint.digest(state) == checkpoint.digest(dict(reversed(state.items()))) == known
+    assert digest(state) == digest(dict(reversed(state.items()))) == known

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import trainer
-from trainer import teacher
-from trainer.context import Data, InMemory, Part
+from trainer.data.images import Data, InMemory, Part
+from trainer.distillation.teacher import Teacher
+from trainer.networks.build import create
 from trainer.objective import Objective
 from trainer.recipe import recipe
 from trainer.recipe.text import value
-from trainer.teacher import Teacher
 
 PAIRS = sorted((Path(trainer.__file__).parents[1] / "recipes").glob("cifar100_*.yaml"))
 
@@ -52,7 +52,7 @@ def test_a_published_pair(path):
             None,
         )  # x 0.1
     data = photographs(read.data)
-    networks = [teacher.create(keys, data.shape, 100) for keys in (read.teacher, read.student)]
+    networks = [create(keys, data.shape, 100) for keys in (read.teacher, read.student)]
     told = re.search(r"counts are tested: ([\d,]+) and ([\d,]+)\.", text).groups()
     assert [f"{sum(p.numel() for p in net.parameters()):,}" for net in networks] == list(told)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.context import InMemory, Part
-from trainer.data import Views, batches, epoch_order, make_data, mix, seed_of
+from trainer.data.augment import apply, draw
+from trainer.data.batches import batches, epoch_order, make_data, mix, seed_of
+from trainer.data.images import InMemory, Part
+from trainer.data.views import Views
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, DataKeys
-from trainer.views import apply, draw
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from pydantic import ValidationError, validate_call
 
-from trainer import fetch as fetching
-from trainer.context import InMemory, Source
+from trainer.data import fetch
+from trainer.data.images import InMemory, Source
 from trainer.datasets.cifar10 import cifar10
 from trainer.datasets.cifar100 import cifar100
 from trainer.datasets.digits import digits
@@ -100,7 +100,7 @@ def cache(tmp_path, monkeypatch):
         for file, data in contents.items():
             (tmp_path / name / file).write_bytes(data)
         digests = {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}
-        monkeypatch.setitem(fetching.FILES, name, digests)
+        monkeypatch.setitem(fetch.FILES, name, digests)
 
     return put
 

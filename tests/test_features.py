@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.features import Layer, Staged, as_map, head, look, max_pool, pair, see, stage_names
+from trainer.distillation.pairing import pair
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.lstm import lstm
+from trainer.networks.features import Layer, head, look, see, stage_names
+from trainer.networks.staged import Staged, as_map, max_pool
 
 DIGITS = ((1, 28, 28), 10)
 

@@ -15,8 +15,9 @@ import zlib
 import numpy as np
 import pytest
 
-from trainer import fetch as fetching
-from trainer.fetch import FetchError, fetch, read_cifar, read_idx, read_lines, read_mnist
+from trainer.data import fetch as fetching
+from trainer.data.fetch import fetch
+from trainer.data.readers import FetchError, read_cifar, read_idx, read_lines, read_mnist
 
 CONTENTS = {"first": b"one" * 1000, "second": b"two" * 2000}
 DIGESTS = {file: hashlib.sha256(data).hexdigest() for file, data in CONTENTS.items()}

@@ -16,13 +16,13 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import checkpoint, onednn, runner
 from trainer import fit as fitting
+from trainer import onednn, runner
 from trainer.cache import ViewCache
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.weights import weights_of
-from trainer.context import Run
-from trainer.data import make_data
+from trainer.data.batches import make_data
+from trainer.distillation.teacher import Teacher
 from trainer.fit import Averaged, fit, freeze_unused, learning_rate, make_optimizer
 from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
@@ -30,8 +30,9 @@ from trainer.models.lenet300 import lenet300
 from trainer.objective import Objective
 from trainer.recipe import shelves
 from trainer.recipe.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
-from trainer.teacher import Teacher
-from trainer.tracking import Log
+from trainer.reporting.log import Log
+from trainer.storage import checkpoint
+from trainer.training.run import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -635,7 +636,8 @@ def kill_after(patch, events):
 
         return call
 
-    from trainer import checkpoint, evaluate, files
+    from trainer import evaluate
+    from trainer.storage import files
 
     patch.setattr(fitting, "learning_rate", watched(fitting.learning_rate))
     patch.setattr(files, "write_through", watched(files.write_through))
@@ -817,7 +819,7 @@ def result(folder, events=None):
 
 
 def comparable(folder, report):
-    from trainer import checkpoint
+    from trainer.storage import checkpoint
 
     # Seconds, and how often the teacher was asked, tell what was spent: an interrupted run spends more.
     rows = [

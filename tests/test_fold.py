@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import teacher
 from trainer.compression import folding, units
 from trainer.compression.codebooks import cluster, open_codebook, set_codebook
 from trainer.compression.masks import set_mask
@@ -16,6 +15,7 @@ from trainer.models.lenet5 import lenet5
 from trainer.models.lenet5_caffe import lenet5_caffe
 from trainer.models.lenet300 import lenet300
 from trainer.models.separable import separable
+from trainer.networks.build import build
 from trainer.packing import network as packed
 
 SHAPE, CLASSES = (1, 16, 16), 4
@@ -44,7 +44,7 @@ def pruned(model, share=0.3):
 
 def with_statistics(spec):
     torch.manual_seed(0)
-    model = teacher.build(spec, SHAPE, CLASSES)
+    model = build(spec, SHAPE, CLASSES)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)  # some are negative
@@ -69,7 +69,7 @@ def test_folding_keeps_outputs_and_masks(name):
         zeros = place.value[~masks[n]]
         assert not zeros.any() and not torch.signbit(zeros).any()
     # the spec builds the very same network
-    twin = teacher.build(spec, SHAPE, CLASSES)
+    twin = build(spec, SHAPE, CLASSES)
     restore(twin, {k: v.clone() for k, v in model.state_dict().items()})
     assert torch.equal(twin.eval()(images()), model(images()))
 

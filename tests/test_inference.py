@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import checkpoint, features, inference, teacher
+from trainer import inference
 from trainer.compression.masks import set_mask
 from trainer.compression.weights import weights_of
+from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.separable import separable
 from trainer.models.timm import timm
+from trainer.networks import features
+from trainer.recipe.keys import TeacherKeys
+from trainer.storage.weights_file import digest
 
 SHAPE = (1, 20, 20)
 BUILD = {
@@ -42,7 +46,7 @@ def seen(network, images):
 @pytest.mark.parametrize("name", BUILD)
 def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
     network, images = some(name)
-    wanted, before = seen(network, images), checkpoint.digest(network.state_dict())
+    wanted, before = seen(network, images), digest(network.state_dict())
     ready = inference.make_ready(network)
     answers = seen(ready, images)
     torch.testing.assert_close(answers.logits, wanted.logits, rtol=1e-4, atol=1e-5)
@@ -50,7 +54,7 @@ def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
     assert answers.maps.keys() == wanted.maps.keys() and answers.maps
     torch.testing.assert_close(answers.maps, wanted.maps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(seen(network, images).logits, wanted.logits, rtol=1e-4, atol=1e-5)
-    assert checkpoint.digest(network.state_dict()) == before
+    assert digest(network.state_dict()) == before
     assert (ready is network) == (name not in ("lenet5", "separable"))
     if ready is not network:
         assert not any(isinstance(module, nn.BatchNorm2d) for module in ready.modules())
@@ -90,7 +94,7 @@ def test_a_network_elsewhere_is_left_as_it_is():
 
 
 def guide(network):
-    return teacher.Teacher([network], [teacher.TeacherKeys(model="lenet5")], [0.0], [1.0])
+    return Teacher([network], [TeacherKeys(model="lenet5")], [0.0], [1.0])
 
 
 def test_a_changed_network_is_made_ready_anew():
@@ -131,8 +135,8 @@ def test_layers_that_folding_takes_away_can_still_be_seen():
 def test_several_teachers_are_all_made_ready():
     first, images = some("lenet5")
     second, _ = some("separable")
-    keys = [teacher.TeacherKeys(model="lenet5"), teacher.TeacherKeys(model="separable")]
-    both = teacher.Teacher([first, second], keys, [0.0], [1.0])
+    keys = [TeacherKeys(model="lenet5"), TeacherKeys(model="separable")]
+    both = Teacher([first, second], keys, [0.0], [1.0])
     with torch.no_grad():
         wanted = (first(images) + second(images)) / 2
     torch.testing.assert_close(both.see(images).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer.distributed import gather_batch
-from trainer.features import head
+from trainer.networks.features import head
 from trainer.recipe import shelves
 
 N, K, STUDENT_WIDTH, TEACHER_WIDTH, NUM_SAMPLES = 6, 5, 7, 11, 23

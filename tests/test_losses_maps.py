@@ -11,7 +11,8 @@ from torch import nn
 
 from trainer.losses.margin_relu import margin_relu
 from trainer.losses.similarity import similarity
-from trainer.projectors import ConvNorm, EmbeddingProjector, MapProjector, same_size, unit_length
+from trainer.projectors import ConvNorm, EmbeddingProjector, MapProjector
+from trainer.tensors import same_size, unit_length
 
 NUM_CLASSES = 4
 STUDENT, TEACHER = (3, 6, 5), (5, 4, 7)

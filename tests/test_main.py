@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainer import fetch, fit
+from trainer import fit
 from trainer.__main__ import main
+from trainer.data import fetch
+from trainer.data.readers import FetchError
 from trainer.mistakes import Mistake
 from trainer.recipe import recipe as reading
 
@@ -195,7 +197,7 @@ def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
             1,
             "trainer: stage 'train': kl is not finite\n",
         ),
-        (fetch.FetchError("mnist: no source answered"), 2, "trainer: mnist: no source answered\n"),
+        (FetchError("mnist: no source answered"), 2, "trainer: mnist: no source answered\n"),
         (
             OSError(28, "No space left on device", "x"),
             2,
@@ -479,7 +481,7 @@ def test_a_dataset_that_no_source_gives(say, monkeypatch, tmp_path):
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
 
     def nobody(*_):
-        raise fetch.FetchError("silence")
+        raise FetchError("silence")
 
     monkeypatch.setitem(fetch.SOURCES, "mnist", {"nobody": nobody})
     for words in (["fetch", "mnist"], ["run", recipe(tmp_path, changed("digits, size: 16", "mnist"))]):
@@ -521,10 +523,10 @@ def test_evaluate_agrees_with_the_report(student, finished, say):
 
 
 def test_evaluating_keeps_no_views(student, finished, say, monkeypatch):
-    from trainer import data
+    from trainer.data import views
 
     monkeypatch.setattr(
-        data, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at")
+        views, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at")
     )
     keep = [f"data.{key}" for key in ("keep_views=true", "views=5", "augment.shift=1")]
     status, _, err = say(
@@ -549,9 +551,9 @@ def test_unpack(student, finished, say, tmp_path):
 
 
 def test_predict(student, finished, say, tmp_path):
+    from trainer.data.images import normalize
     from trainer.datasets.digits import digits
     from trainer.packing.network import load
-    from trainer.teacher import normalize
 
     source = digits(size=16)
     images, _ = source.test.__getitems__(list(range(8)))

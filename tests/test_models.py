@@ -13,7 +13,6 @@ from safetensors.torch import load, save
 from torch import nn
 
 import trainer.models
-from trainer.features import Staged, head, look, see, stage_names
 from trainer.models.cifar_resnet import cifar_resnet
 from trainer.models.cifar_vgg import cifar_vgg
 from trainer.models.gru import gru
@@ -23,6 +22,8 @@ from trainer.models.lenet300 import lenet300
 from trainer.models.lstm import lstm
 from trainer.models.separable import separable
 from trainer.models.wide_resnet import wide_resnet
+from trainer.networks.features import head, look, see, stage_names
+from trainer.networks.staged import Staged
 
 # These two open anybody's network by a further name; their own tests are with the teachers.
 DOORS = {"timm", "python"}

@@ -9,14 +9,15 @@ import torch
 from test_codec import mutate
 from torch import nn
 
-from trainer import checkpoint, teacher
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import set_mask
 from trainer.compression.rounding import round_unshared
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
+from trainer.networks.build import build
 from trainer.packing import container
 from trainer.packing import network as packed
+from trainer.storage.weights_file import digest
 
 SPEC = {"model": "lenet300", "hidden": [12, 8]}
 FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": [str(i) for i in range(10)]}
@@ -24,7 +25,7 @@ FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": [str(i) for
 
 def network():
     torch.manual_seed(0)
-    model = teacher.build(SPEC, (1, 8, 8), 10).eval()
+    model = build(SPEC, (1, 8, 8), 10).eval()
     for place in weights_of(model).values():
         set_mask(place, torch.rand_like(place.value) < 0.4)
         set_codebook(place, *cluster(place, 4))
@@ -35,7 +36,7 @@ def test_the_decoded_network_is_the_same_bit_for_bit():
     model = network()
     round_unshared(model, biases=5)
     decoded, header = packed.decode(packed.encode(model, SPEC, FACTS))
-    assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(dense_state(model))
+    assert digest(decoded.state_dict()) == digest(dense_state(model))
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(decoded(x), model(x))
     assert header["classes"] == FACTS["classes"] and header["net"] == SPEC

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import teacher
 from trainer.__main__ import main
+from trainer.networks import build as building
 from trainer.packing import container
 from trainer.packing import network as packed
 from trainer.packing import tensors as packing_tensors
@@ -25,7 +25,7 @@ FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": ["a", "b"]}
     ],
 )
 def test_a_file_that_names_code_or_a_hub_builds_nothing(net, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teacher, "build", lambda *a: pytest.fail("built a network that the file named"))
+    monkeypatch.setattr(building, "build", lambda *a: pytest.fail("built a network that the file named"))
     monkeypatch.setattr(packed, "build", lambda *a: pytest.fail("built a network that the file named"))
     model = nn.Linear(4, 2)
     path = tmp_path / "x.tiny"
@@ -98,7 +98,7 @@ def test_a_few_bytes_do_not_announce_millions_of_positions(shape, monkeypatch):
 
 def test_settings_of_timm_that_would_read_files_are_refused():
     with pytest.raises(ValueError, match="options holds checkpoint_path"):
-        teacher.build({"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, (1, 32, 32), 2)
+        building.build({"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, (1, 32, 32), 2)
     data = container.encode(
         {"net": {"model": "timm/resnet18", "options": {"checkpoint_path": "x.pth"}}, **FACTS}, {}
     )

@@ -16,23 +16,26 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import checkpoint, report, runner, scores, teacher
 from trainer import fit as fitting
+from trainer import runner, scores
 from trainer.compression import channels
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import score_masks
 from trainer.compression.states import dense_state
 from trainer.compression.weights import counts, weights_of
-from trainer.context import Run
-from trainer.data import make_data
+from trainer.data.batches import make_data
+from trainer.networks.build import build
 from trainer.networks.sizes import resize, sizes_of
 from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys, StageKeys, Training
 from trainer.recipe.text import RecipeError
+from trainer.reporting import report
+from trainer.reporting.log import Log
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
-from trainer.tracking import Log
+from trainer.storage.weights_file import digest
+from trainer.training.run import Run
 
 TRAINING = Training(epochs=2, batch_size=20, lr=5e-3)
 OPEN: list[Log] = []
@@ -54,7 +57,7 @@ def make_run(folder, spec=None, accelerator=None, **data):
     )
     torch.manual_seed(7)
     spec = spec or {"model": "lenet5", "width": 4}
-    student = teacher.build(spec, data.shape, len(data.classes))
+    student = build(spec, data.shape, len(data.classes))
     log = Log(Path(folder) / "log.jsonl")
     OPEN.append(log)
     return Run(
@@ -534,7 +537,7 @@ def test_channels_are_really_gone_and_the_file_still_loads(tmp_path, spec, sizes
     data = packed.encode(run.student, run.student_spec, packed.facts_of(run.data))
     decoded, header = packed.decode(data)
     assert header["net"] == run.student_spec
-    assert checkpoint.digest(decoded.state_dict()) == checkpoint.digest(run.student.state_dict())
+    assert digest(decoded.state_dict()) == digest(run.student.state_dict())
     assert run.rows[-1]["ratio_student"] == pytest.approx(40_000 / len(data))
     images = torch.rand(3, *run.data.shape)
     assert torch.equal(decoded(images), run.student.eval()(images))
@@ -644,7 +647,7 @@ def test_a_removed_classifier_is_noticed():
 )
 def test_sizes_that_do_not_fit(wanted, told):
     with pytest.raises(ValueError, match=told):
-        teacher.build({"model": "lenet5", "resized": wanted}, (1, 8, 8), 10)
+        build({"model": "lenet5", "resized": wanted}, (1, 8, 8), 10)
 
 
 def test_resizing_every_kind_of_layer():
@@ -695,7 +698,7 @@ def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_t
     assert labels_of(result) == ["trained", "pruned", "recovered", "pruned", "folded", "clustered", "decoded"]
     dense = sum(
         tensor.numel() * 4
-        for tensor in teacher.build({"model": "lenet5", "width": 4}, (1, 8, 8), 10).state_dict().values()
+        for tensor in build({"model": "lenet5", "width": 4}, (1, 8, 8), 10).state_dict().values()
     )
     assert result["student_bytes"] > dense, "the student as it was built, with its BatchNorm"
     assert result["rows"][-1]["ratio_student"] == pytest.approx(

@@ -12,7 +12,9 @@ import pytest
 import scipy.sparse
 import torch
 
-from trainer import report
+from trainer.reporting import facts, report, tables
+from trainer.reporting.plots import accuracy_against_bytes, histograms
+from trainer.reporting.tables import NOTHING, byte_table, csc_bytes, csr_bytes, layer_table, sharing_ratio
 
 
 def row(stage: str, top1: float, file_bytes: int, **more) -> dict:
@@ -66,22 +68,22 @@ def some_weights() -> dict:
 
 def test_sharing_ratio_is_the_papers():
     # The 4 x 4 example of Han et al. 2016: 16 weights of 32 bits that share 4 values.
-    assert report.sharing_ratio(16, 32, 4) == 3.2
-    assert report.sharing_ratio(1000, 32, 1) == 1000
-    assert report.sharing_ratio(10**9, 32, 32) == pytest.approx(32 / 5, rel=1e-6)
+    assert sharing_ratio(16, 32, 4) == 3.2
+    assert sharing_ratio(1000, 32, 1) == 1000
+    assert sharing_ratio(10**9, 32, 32) == pytest.approx(32 / 5, rel=1e-6)
 
 
 @pytest.mark.parametrize("numbers", [(0, 32, 4), (16, 0, 4), (16, 32, 0)])
 def test_sharing_ratio_of_nothing(numbers):
     with pytest.raises(ValueError, match="at least 1"):
-        report.sharing_ratio(*numbers)
+        sharing_ratio(*numbers)
 
 
 def test_sparse_bytes_by_hand():
     weight = np.array([[0, 1, 0, 0], [2, 0, 0, 3], [0, 0, 0, 0]], np.float32)
     # 3 values of 4 bytes, 3 indices of 4 bytes, 4 row or 5 column pointers of 4 bytes
-    assert report.csr_bytes(weight) == 12 + 12 + 16
-    assert report.csc_bytes(weight) == 12 + 12 + 20
+    assert csr_bytes(weight) == 12 + 12 + 16
+    assert csc_bytes(weight) == 12 + 12 + 20
 
 
 @pytest.mark.parametrize("shape", [(300, 784), (16, 6, 5, 5), (12,), (1, 1)])
@@ -91,24 +93,24 @@ def test_sparse_bytes_are_scipys(shape, dtype):
     weight[np.abs(weight) < 1.5] = 0
     flat = weight.reshape(shape[0], -1)
     for found, layout in (
-        (report.csr_bytes, scipy.sparse.csr_matrix),
-        (report.csc_bytes, scipy.sparse.csc_matrix),
+        (csr_bytes, scipy.sparse.csr_matrix),
+        (csc_bytes, scipy.sparse.csc_matrix),
     ):
         matrix = layout(flat)
         assert found(weight) == matrix.data.nbytes + matrix.indices.nbytes + matrix.indptr.nbytes
 
 
 def test_sparse_bytes_of_half_precision():
-    assert report.csr_bytes(np.ones((2, 2), np.float16)) == 4 * 2 + 4 * 4 + 3 * 4
+    assert csr_bytes(np.ones((2, 2), np.float16)) == 4 * 2 + 4 * 4 + 3 * 4
 
 
 def test_hardware_and_versions():
-    hardware = report.hardware()
+    hardware = facts.hardware()
     assert set(hardware) == {"cpu", "cores", "torch_threads", "gpu", "system"}
     assert hardware["cpu"] and hardware["cores"] >= 1
     assert hardware["torch_threads"] == torch.get_num_threads()
     assert (hardware["gpu"] is None) == (not torch.cuda.is_available())
-    versions = report.versions()
+    versions = facts.versions()
     assert versions["python"] == platform.python_version()
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert versions["numpy"] == np.__version__
@@ -126,7 +128,7 @@ def test_hardware_and_versions():
 )
 def test_the_command_names_no_folders_of_programs(monkeypatch, argv, shown):
     monkeypatch.setattr(sys, "argv", argv)
-    assert report.command() == shown
+    assert facts.command() == shown
 
 
 # -- tables
@@ -137,7 +139,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_table():
-    text = report.table(ROWS)
+    text = tables.table(ROWS)
     assert len({len(line) for line in text.splitlines()}) == 1
     head, rule, *body = cells(text)
     assert head == [
@@ -161,10 +163,10 @@ def test_table():
 
 
 def test_table_of_little():
-    head, _, body = cells(report.table([{"stage": "a|b", "top1": float("nan"), "ratio_student": 12345.6}]))
+    head, _, body = cells(tables.table([{"stage": "a|b", "top1": float("nan"), "ratio_student": 12345.6}]))
     assert len(head) == 8
     assert body == ["a\\", "b", "–", "–", "–", "–", "–", "12,346×", "–"]
-    assert len(report.table([]).splitlines()) == 2
+    assert len(tables.table([]).splitlines()) == 2
 
 
 def test_byte_table():
@@ -177,7 +179,7 @@ def test_byte_table():
          "iid_bytes": 60.5, "huffman_bytes": 121.0, "dense_huffman_bytes": 60.5, "zlib_bytes": 242},
         {"tensor": "fc.bias", "part": "values", "bytes": 8.25},
     ]  # fmt: skip
-    text, _, told = report.byte_table(account).rpartition("\n\n")
+    text, _, told = byte_table(account).rpartition("\n\n")
     table = cells(text)
     assert table[0][:4] == ["tensor", "weights", "non-zero", "clusters"]
     assert table[0][4:] == [
@@ -191,7 +193,7 @@ def test_byte_table():
         "dense Huffman",
         "zlib",
     ]
-    nothing = report.NOTHING
+    nothing = NOTHING
     assert table[2] == ["(frame)", *[nothing] * 6, "7.0", "7.0", *[nothing] * 4]
     assert table[3][:4] == ["fc.weight", "1,200", "100", "4"]
     assert table[3][4:] == ["20.2", "10.0", "4.0", "0.5", "34.8", "60.5", "121.0", "60.5", "242.0"]
@@ -199,11 +201,11 @@ def test_byte_table():
     assert told.startswith(
         "Masks and values of the weights: 30 bytes, 0.500 of i.i.d., 0.250 of Huffman, 0.500 of dense"
     )
-    assert "Masks" not in report.byte_table([account[0], account[-1]])
+    assert "Masks" not in byte_table([account[0], account[-1]])
 
 
 def test_layer_table():
-    head, _, first, second = cells(report.layer_table(LAYERS))
+    head, _, first, second = cells(layer_table(LAYERS))
     assert head == [
         "layer", "shape", "non-zero", "zeros %", "threshold", "clusters", "bits", "formula", "bytes",
         "CSR bytes", "CSC bytes",
@@ -229,7 +231,7 @@ def test_layer_table():
     [(0.25, "0.25"), ([0.2, 0.1], "0.1 to 0.2"), ([], "–"), ([0.10001, 0.10002], "0.1")],
 )
 def test_thresholds(thresholds, shown):
-    assert cells(report.layer_table([{**LAYERS[0], "thresholds": thresholds}]))[2][4] == shown
+    assert cells(layer_table([{**LAYERS[0], "thresholds": thresholds}]))[2][4] == shown
 
 
 # -- files
@@ -261,8 +263,8 @@ def test_write(tmp_path):
 
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert page.startswith("# lenet300_mnist\n\n`trainer run recipes/x.yaml`  \ntook 5 min, seed 3\n")
-    assert report.table(found["rows"]) in page
-    assert report.layer_table(LAYERS) in page
+    assert tables.table(found["rows"]) in page
+    assert layer_table(LAYERS) in page
     assert "- cpu: x\n- gpu: –\n" in page
     assert all((folder / name).is_file() for name in re.findall(r"!\[.*?\]\((.*?)\)", page))
     assert len(re.findall(r"!\[", page)) == 2
@@ -330,7 +332,7 @@ def boxes_of_labels(figure) -> list:
     ],
 )
 def test_labels_of_the_accuracy_plot_can_be_read(rows):
-    figure = report._accuracy_against_bytes(a_report(rows=rows))
+    figure = accuracy_against_bytes(a_report(rows=rows))
     labels, axes = boxes_of_labels(figure)
     for entry in rows:
         assert any(entry["stage"] in text for text, _ in labels)
@@ -346,12 +348,12 @@ def test_labels_of_the_accuracy_plot_can_be_read(rows):
 
 
 def test_points_in_one_spot_share_a_label():
-    labels, _ = boxes_of_labels(report._accuracy_against_bytes(a_report()))
+    labels, _ = boxes_of_labels(accuracy_against_bytes(a_report()))
     assert any("shared, decoded  98.1" in text for text, _ in labels)
 
 
 def test_points_are_where_the_rows_say():
-    figure = report._accuracy_against_bytes(a_report())
+    figure = accuracy_against_bytes(a_report())
     [axes] = figure.axes
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
     assert points == [(entry["file_bytes"], entry["top1"]) for entry in ROWS]
@@ -362,7 +364,7 @@ def test_points_are_where_the_rows_say():
 
 
 def test_histograms_leave_out_zeros_and_show_shared_values():
-    [(name, figure)] = report._histograms("x", some_weights())
+    [(name, figure)] = histograms("x", some_weights())
     assert name == "weights.png"
     dense, pruned, shared = figure.axes  # clustered is left out beside shared
     weights = some_weights()
@@ -383,7 +385,7 @@ def test_histograms_leave_out_zeros_and_show_shared_values():
 
 def test_many_layers_take_several_pages():
     layers = {f"blocks.{i}.attention.projection": np.arange(10.0) for i in range(19)}
-    pages = list(report._histograms("x", {"dense": layers}))
+    pages = list(histograms("x", {"dense": layers}))
     assert [name for name, _ in pages] == ["weights_1.png", "weights_2.png", "weights_3.png"]
     assert sum(len(figure.axes) for _, figure in pages) == len(layers)
     assert math.isclose(pages[0][1].axes[0].get_position().width, pages[2][1].axes[0].get_position().width)

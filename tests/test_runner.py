@@ -12,12 +12,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from trainer import checkpoint, onednn, report, runner
 from trainer import fit as fitting
+from trainer import onednn, runner
 from trainer.compression import codebooks
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.text import RecipeError
+from trainer.reporting import plots, report
 from trainer.stages import distill, pack, train
+from trainer.storage import checkpoint
+from trainer.storage.lock import lock
+from trainer.storage.weights_file import load_file, save_file
 
 ALONE = """
 name: alone
@@ -41,9 +45,9 @@ stages:
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """The report without its plots, which take a second each."""
-    monkeypatch.setattr(report, "_accuracy_against_bytes", None)
-    monkeypatch.setattr(report, "_place", lambda row: None)
-    monkeypatch.setattr(report, "_histograms", lambda name, weights: [])
+    monkeypatch.setattr(plots, "accuracy_against_bytes", None)
+    monkeypatch.setattr(plots, "position_of", lambda row: None)
+    monkeypatch.setattr(plots, "histograms", lambda name, weights: [])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ stages: [{stage: train, training: {epochs: 6, batch_size: 20, lr: 1e-2}}]
         result = runner.run(folder / "t.yaml", folder=folder)
     assert result["rows"][0]["top1"] > 40
     tensors, _ = checkpoint.load(folder / "t" / "checkpoints" / "00-train")
-    checkpoint.save_file(folder / "t.safetensors", tensors["student"])
+    save_file(folder / "t.safetensors", tensors["student"])
     return folder / "t.safetensors"
 
 
@@ -123,7 +127,7 @@ def test_the_recipe_is_kept_as_it_was_run(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     path = write(tmp_path, ALONE)
     with (
-        checkpoint.lock(tmp_path / "alone"),
+        lock(tmp_path / "alone"),
         pytest.raises(ValueError, match="another run is working in this folder"),
     ):
         runner.run(path, folder=tmp_path)
@@ -196,7 +200,7 @@ def test_a_teacher_of_a_checkpoint_is_examined_told_and_left_as_it_is(tmp_path, 
 
 def test_a_teacher_that_only_guesses_is_refused(tmp_path):
     torch.manual_seed(0)
-    checkpoint.save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
+    save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
     path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(tmp_path / "x.safetensors")))
     with pytest.raises(
         ValueError, match=r"the teacher has \d+\.\d\d % of the validation images right, and guessing 10.00 %"
@@ -220,13 +224,13 @@ def test_a_stage_that_changes_the_teacher_stops_the_run(tmp_path, teacher_file, 
 
 def test_a_teacher_that_was_exchanged_meanwhile_is_refused(tmp_path, teacher_file, monkeypatch):
     mine = tmp_path / "mine.safetensors"
-    state = checkpoint.load_file(teacher_file)
-    checkpoint.save_file(mine, state)
+    state = load_file(teacher_file)
+    save_file(mine, state)
     path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(mine)))
     runner.run(path, folder=tmp_path)
     (tmp_path / "taught" / "done").unlink()
     state["fc1.bias"][0] += 1
-    checkpoint.save_file(mine, state)
+    save_file(mine, state)
     with pytest.raises(ValueError, match="the teacher is not the one that this run began with"):
         runner.run(path, folder=tmp_path)
 
@@ -255,17 +259,17 @@ def test_a_teacher_that_was_exchanged_in_the_middle_of_the_first_stage_is_refuse
     tmp_path, teacher_file, monkeypatch
 ):
     mine = tmp_path / "mine.safetensors"
-    state = checkpoint.load_file(teacher_file)
-    checkpoint.save_file(mine, state)
+    state = load_file(teacher_file)
+    save_file(mine, state)
     path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(mine)))
     killed_in_the_first_stage(monkeypatch, path, tmp_path)
     bias = state["fc1.bias"].clone()
     state["fc1.bias"][0] += 1e-3
-    checkpoint.save_file(mine, state)
+    save_file(mine, state)
     with pytest.raises(ValueError, match="taught: the teacher is not the one that this run began with"):
         runner.run(path, folder=tmp_path)
     state["fc1.bias"][:] = bias
-    checkpoint.save_file(mine, state)
+    save_file(mine, state)
     assert runner.run(path, folder=tmp_path)["rows"][-1]["stage"] == "recovered"
 
 
@@ -400,7 +404,7 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
     path = write(tmp_path, ALONE)
     with pytest.raises(ValueError, match="nothing.tiny: cannot be read"):
         runner.evaluate_file(tmp_path / "nothing.tiny", path)
-    from trainer.data import make_data
+    from trainer.data.batches import make_data
     from trainer.packing import network as packed
     from trainer.recipe.recipe import read
 

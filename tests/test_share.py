@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from trainer import fit as fitting
-from trainer import teacher
 from trainer.compression import kmeans, units
 from trainer.compression.codebooks import close_codebook, cluster, code_entropy, open_codebook, set_codebook
 from trainer.compression.masks import set_mask
@@ -19,14 +18,15 @@ from trainer.compression.parametrizations import Codebook
 from trainer.compression.rounding import round_to, round_unshared, to_grid
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
-from trainer.context import Run
-from trainer.data import make_data
+from trainer.data.batches import make_data
+from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys, StageKeys, Training
+from trainer.reporting.log import Log
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
-from trainer.tracking import Log
+from trainer.training.run import Run
 
 SPEC = {"model": "lenet300", "hidden": [16, 12]}
 
@@ -40,7 +40,7 @@ def make_run(tmp_path):
         settings = {"dataset": "digits", "subset": 200, "validation": 200}
         data = make_data(keys.model_validate(settings), torch.device("cpu"))
         torch.manual_seed(7)
-        student = teacher.build(spec, data.shape, len(data.classes))
+        student = build(spec, data.shape, len(data.classes))
         folder = Path(folder or tmp_path / str(len(logs)))
         logs.append(Log(folder / "log.jsonl"))
         if sparsity:

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import api, checkpoint, report, runner
+from trainer import api, runner
 from trainer.compression.states import dense_state, restore
 from trainer.compression.weights import weights_of
 from trainer.models.lenet5 import lenet5
 from trainer.packing import network as packed
+from trainer.reporting import report
 from trainer.stages import pack
+from trainer.storage import checkpoint
+from trainer.storage.weights_file import digest, save_file
 
 DATA = "{dataset: digits, subset: 200, validation: 100}"
 LAYERS = ["conv1", "conv2", "fc1", "fc2", "fc3"]
@@ -223,7 +226,7 @@ def test_the_decoded_file_is_the_network_that_was_measured(main):
     expected = dense_state(student)
     assert set(expected) == set(model.state_dict())
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    assert decoded["digest"] == checkpoint.digest(expected)
+    assert decoded["digest"] == digest(expected)
     assert decoded["file_bytes"] == (here / "student.tiny").stat().st_size
     found = runner.evaluate_file(here / "student.tiny", here / "recipe.yaml")
     assert found == {
@@ -481,7 +484,7 @@ stages:
 
 def test_training_from_a_checkpoint(tmp_path, no_plots, main):
     kept, _, tensors = left_by(main[0], "main", "distill")
-    checkpoint.save_file(tmp_path / "student.safetensors", tensors["student"])
+    save_file(tmp_path / "student.safetensors", tensors["student"])
     text = f"""
 name: loaded
 data: {DATA}

@@ -6,9 +6,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainer import checkpoint, features, report, runner, teacher
+from trainer import runner
+from trainer.distillation import teacher
+from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.models.lenet5 import lenet5
+from trainer.networks import features
+from trainer.networks.build import build
+from trainer.recipe.keys import TeacherKeys
 from trainer.recipe.text import RecipeError
+from trainer.reporting import report
+from trainer.storage import checkpoint
+from trainer.storage.weights_file import digest, save_file
 
 DIGITS = "data: {dataset: digits, subset: 100, validation: 60"
 DISTILL = (
@@ -33,7 +41,7 @@ def taught(tmp_path_factory):
         patch.setattr(report, "write", lambda *_: None)
         runner.run(written(folder, text), folder=folder)
     tensors, _ = checkpoint.load(folder / "t" / "checkpoints" / "00-train")
-    checkpoint.save_file(folder / "t.safetensors", tensors["student"])
+    save_file(folder / "t.safetensors", tensors["student"])
     return folder / "t.safetensors"
 
 
@@ -63,7 +71,7 @@ def test_a_student_starts_from_evenly_spaced_layers_and_leading_channels():
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean.normal_()
     before = student[-1].bias.clone()
-    assert teacher.copy_layers(student, guide) == 3 * 2 + 3 * 5 + 2
+    assert copy_layers(student, guide) == 3 * 2 + 3 * 5 + 2
     for mine, theirs in ((0, 0), (3, 6), (6, 12)):  # the first, the middle and the last of five
         ours, wanted = student[mine].weight, guide[theirs].weight
         assert torch.equal(ours, wanted[: ours.shape[0], : ours.shape[1]])
@@ -77,7 +85,7 @@ def test_what_the_teacher_is_too_small_for_stays_as_it_was():
     torch.manual_seed(0)
     guide, student = Chain(2), Chain(4)
     before = student[0].weight.clone()
-    teacher.copy_layers(student, guide)
+    copy_layers(student, guide)
     assert torch.equal(student[0].weight[:2], guide[0].weight) and torch.equal(
         student[0].weight[2:], before[2:]
     )
@@ -85,14 +93,12 @@ def test_what_the_teacher_is_too_small_for_stays_as_it_was():
 
 def test_a_run_starts_the_student_from_its_teacher(tmp_path, taught, monkeypatch):
     seen = []
-    real = teacher.copy_layers
+    real = copy_layers
     monkeypatch.setattr(teacher, "copy_layers", lambda *nets: (real(*nets), seen.append(nets))[0])
     student = "student: {model: lenet5, width: 2, from_teacher: copy}"
     text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {taught}}}\n{student}\n{DISTILL}\n"
     with runner.begun(written(tmp_path, text), 0, folder=tmp_path) as run:
-        assert checkpoint.digest(run.student.state_dict()) == checkpoint.digest(
-            run.teacher.network.state_dict()
-        )
+        assert digest(run.student.state_dict()) == digest(run.teacher.network.state_dict())
     assert len(seen) == 1
     nothing = text.replace("{model: lenet5, width: 2, from", "{model: lstm, hidden: 4, from").replace(
         "name: a", "name: b"
@@ -107,7 +113,7 @@ def test_a_run_starts_the_student_from_its_teacher(tmp_path, taught, monkeypatch
 
 def test_each_of_several_teachers_is_examined(tmp_path, taught):
     torch.manual_seed(0)
-    checkpoint.save_file(tmp_path / "fresh.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
+    save_file(tmp_path / "fresh.safetensors", lenet5((1, 8, 8), 10, width=2).state_dict())
     entries = [
         f"{{model: lenet5, width: 2, checkpoint: {file}}}"
         for file in (taught, tmp_path / "fresh.safetensors")
@@ -126,7 +132,7 @@ def test_each_of_several_teachers_is_examined(tmp_path, taught):
 
 
 def test_a_teacher_of_other_classes_is_refused_before_anything_is_trained(tmp_path):
-    checkpoint.save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 7, width=2).state_dict())
+    save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 7, width=2).state_dict())
     text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {tmp_path / 'x.safetensors'}}}\n"
     with pytest.raises(
         ValueError, match=r"(?s)x.safetensors: does not fit the network: .*size mismatch for fc3.weight"
@@ -212,7 +218,7 @@ def test_images_without_labels_teach_with_the_teacher_alone(tmp_path, monkeypatc
     result = runner.run(written(tmp_path, text), folder=tmp_path)
     assert result["rows"][-1]["top1"] > 80
     tensors, _ = checkpoint.load(tmp_path / "t" / "checkpoints" / "00-train")
-    checkpoint.save_file(tmp_path / "t.safetensors", tensors["student"])
+    save_file(tmp_path / "t.safetensors", tensors["student"])
 
     (tmp_path / "their_own_net.py").write_text(
         "from torch import nn\n\n\n"
@@ -248,7 +254,7 @@ def test_a_teacher_that_is_asked_is_laid_out_and_answers_the_same():
     network = Chain(5, 6)
     for norm in (network[1], network[4]):
         norm.running_mean.normal_()
-    guide = teacher.Teacher([network], [teacher.TeacherKeys(model="chain")], [0.5], [0.5])
+    guide = Teacher([network], [TeacherKeys(model="chain")], [0.5], [0.5])
     images, before = torch.rand(7, 1, 9, 9), guide.fingerprint()
     with torch.no_grad():
         wanted = network((images - 0.5) / 0.5)
@@ -275,4 +281,4 @@ def test_a_teacher_that_is_asked_is_laid_out_and_answers_the_same():
 )
 def test_options_that_timm_trips_over_are_the_users(options):
     with pytest.raises(ValueError, match="model 'timm/resnet18' cannot be built for images"):
-        teacher.build({"model": "timm/resnet18", "options": options}, (1, 32, 32), 3)
+        build({"model": "timm/resnet18", "options": options}, (1, 32, 32), 3)

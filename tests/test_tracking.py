@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
-from trainer import tracking
-from trainer.tracking import Log
+from trainer.reporting import log
+from trainer.reporting import log as log_module
+from trainer.reporting.log import Log
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,7 +180,7 @@ class Tracker(GeneralTracker):
 @pytest.fixture
 def offline(monkeypatch):
     pytest.importorskip("wandb")
-    monkeypatch.setattr(tracking, "_modes", lambda: [None, "offline"])
+    monkeypatch.setattr(log_module, "_modes", lambda: [None, "offline"])
 
 
 def a_run(path: Path, tracker: Tracker) -> Accelerator:
@@ -221,7 +222,7 @@ def test_the_mirror_is_told_everything(tmp_path, offline, caplog):
 @pytest.mark.parametrize("error", [RuntimeError("lost\nmore"), ConnectionResetError("lost"), ValueError()])
 def test_a_failing_tracker_costs_one_warning(tmp_path, offline, caplog, monkeypatch, fails, error):
     torn_down = []
-    monkeypatch.setattr(tracking, "_tear_down", lambda: torn_down.append(True))
+    monkeypatch.setattr(log_module, "_tear_down", lambda: torn_down.append(True))
     tracker = Tracker(fails, error=error)
     a_run(tmp_path / "log.jsonl", tracker)
     assert [line["kind"] for line in lines(tmp_path / "log.jsonl")] == ["numbers"] * 3 + ["row", "summary"]
@@ -291,7 +292,7 @@ def test_modes(tmp_path, monkeypatch, mode, environment, key, netrc, expected):
     if netrc:
         (tmp_path / "netrc").write_text(netrc + "\n")
         (tmp_path / "netrc").chmod(0o600)
-    assert tracking._modes() == expected
+    assert log._modes() == expected
 
 
 RUN = """

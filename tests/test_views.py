@@ -6,8 +6,8 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional
 
+from trainer.data.augment import apply, draw, num_parameters
 from trainer.recipe.keys import Augment
-from trainer.views import apply, draw, num_parameters
 
 ALL_ON = Augment(
     flip=True, shift=2, rotate=20, scale=0.2, shear=15, elastic=1.5, brightness=0.3, contrast=0.4, erase=0.5

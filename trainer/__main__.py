@@ -230,8 +230,8 @@ def _pairs(options: argparse.Namespace) -> None:
     import torch
     from tabulate import tabulate
 
-    from trainer import teacher
-    from trainer.data import make_data
+    from trainer.data.batches import make_data
+    from trainer.networks.build import create
     from trainer.objective import Objective
     from trainer.recipe.recipe import read
     from trainer.runner import check_layers, make_teacher
@@ -239,7 +239,7 @@ def _pairs(options: argparse.Namespace) -> None:
     recipe, _ = read(options.recipe, _changes(options))
     data = make_data(recipe.data, torch.device("cpu"))
     guide = make_teacher(recipe, data)
-    student = teacher.create(recipe.student, data.shape, len(data.classes))
+    student = create(recipe.student, data.shape, len(data.classes))
     check_layers(recipe, student, data, guide, "cpu")
     tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
     for number, stage in enumerate(recipe.stages):
@@ -257,7 +257,7 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from trainer.fetch import fetch
+    from trainer.data.fetch import fetch
 
     for name in options.dataset:
         started = time.monotonic()
@@ -272,7 +272,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"header": header, "account": account}))
         return
-    from trainer.report import byte_table
+    from trainer.reporting.tables import byte_table
 
     net = header.get("net")
     made = (
@@ -294,23 +294,23 @@ def _read(path: Path) -> bytes:
 
 
 def _unpack(options: argparse.Namespace) -> None:
-    from trainer import checkpoint
     from trainer.packing import network as packed
+    from trainer.storage.weights_file import save_file
 
     state, _ = packed.tensors(_read(options.file), str(options.file))
     output = options.output or options.file.with_suffix(".safetensors")
     if output.exists():
         raise Mistake(f"{output}: is there already; name another file")
-    checkpoint.save_file(output, state)
+    save_file(output, state)
     print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
 
 
 def _predict(options: argparse.Namespace) -> None:
     import torch
 
-    from trainer.images import read_image
+    from trainer.data.image_file import read_image
+    from trainer.data.images import normalize
     from trainer.packing import network as packed
-    from trainer.teacher import normalize
 
     model, header = packed.decode(_read(options.file), str(options.file))
     if not header["shape"] or not header["mean"]:

@@ -14,9 +14,9 @@ from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import refuse_shared, score_masks, set_mask, std_masks
 from trainer.compression.rounding import round_codebook
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
-from trainer.files import write_bytes
 from trainer.mistakes import Mistake
 from trainer.packing import network as packed
+from trainer.storage.files import write_bytes
 
 
 def prune(

@@ -22,13 +22,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from trainer import files, teacher
-from trainer.context import Data, InMemory
-from trainer.data import Views
-from trainer.features import Seen
+from trainer.data.images import Data, InMemory
+from trainer.data.views import Views
+from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
+from trainer.networks.build import spec
+from trainer.networks.features import Seen
 from trainer.recipe.keys import Augment, CacheKeys
-from trainer.teacher import Teacher
+from trainer.storage import files
 
 FORMAT = 1
 LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
@@ -404,7 +405,7 @@ class ViewCache:
         return {
             "format": FORMAT,
             "teacher": self.teacher.fingerprint(),
-            "model": [teacher.spec(keys) for keys in self.teacher.keys],
+            "model": [spec(keys) for keys in self.teacher.keys],
             "precision": precision,
             "dataset": self.data.name,
             "images": self.data.fingerprint,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from trainer.compression import weights
 from trainer.compression.states import dense_bytes
 from trainer.compression.weights import weights_of
-from trainer.context import InMemory, Part, Run
-from trainer.data import batches
+from trainer.data.batches import batches
+from trainer.data.images import InMemory, Part, normalize
 from trainer.distributed import summed
-from trainer.teacher import normalize
+from trainer.training.run import Run
 
 
 @torch.no_grad()

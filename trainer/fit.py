@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from trainer import checkpoint, onednn
+from trainer import onednn
 from trainer.compression.codebooks import centroid_parameters
-from trainer.context import Run
-from trainer.data import Views, batches, epoch_order, mix, seed_of
+from trainer.data.batches import batches, epoch_order, mix, seed_of
+from trainer.data.views import Views
 from trainer.distributed import agreed, broadcast
 from trainer.evaluate import percent_right, predict, truth
-from trainer.features import evaluating
 from trainer.mistakes import Mistake
+from trainer.networks.features import evaluating
 from trainer.objective import Objective
 from trainer.recipe.keys import Training
+from trainer.storage import checkpoint
+from trainer.training.run import Run
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training

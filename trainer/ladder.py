@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from tabulate import tabulate
 
-from trainer import drawing, files
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
+from trainer.reporting import drawing
 from trainer.runner import begun, run
 from trainer.scan import prune_stage
+from trainer.storage import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

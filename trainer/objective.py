@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer import features
 from trainer.compression.weights import Weight, weights_of
-from trainer.context import Data
+from trainer.data.images import Data, normalize
+from trainer.distillation import pairing
+from trainer.distillation.teacher import Teacher
 from trainer.distributed import summed
-from trainer.features import Layer
 from trainer.mistakes import Mistake, closest, nearest
-from trainer.projectors import EmbeddingProjector, MapProjector, same_size
+from trainer.networks import features
+from trainer.networks.features import Layer
+from trainer.projectors import EmbeddingProjector, MapProjector
 from trainer.recipe import shelves
 from trainer.recipe.keys import At, Name, TermKeys, WeightSchedule
 from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
-from trainer.teacher import Teacher, normalize
+from trainer.tensors import same_size
 
 
 class _Bound(nn.Module):
@@ -197,7 +199,7 @@ class Objective(nn.Module):
         self, mine: list[Layer], theirs: list[Layer], at: At | None, images: Tensor
     ) -> list[tuple[Layer, Layer]]:
         if at is None or isinstance(at, str):
-            pairs = features.pair(mine, theirs, images.shape[2])
+            pairs = pairing.pair(mine, theirs, images.shape[2])
             if not pairs:
                 raise Mistake(
                     "at: no layers can be paired by themselves; name them, at: {student layer: teacher layer}"
@@ -502,7 +504,7 @@ def partner(
     """The teacher's stage for a student's layer that is named alone: of the same stride, or depth."""
     if all(len({other.shape[1] for other in layers}) > 1 for layers in (mine, theirs)):  # both shrink
         others = [other for other in mine if other.shape[1] != layer.shape[1]]
-        return {a.name: b for a, b in features.pair([*others, layer], theirs, image_size)}[layer.name]
+        return {a.name: b for a, b in pairing.pair([*others, layer], theirs, image_size)}[layer.name]
     names = [other.name for other in mine]
     if layer.name not in names:
         names = [path for path, _ in student.named_modules() if path]

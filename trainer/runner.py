@@ -19,16 +19,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import checkpoint, files, onednn, report, teacher
+from trainer import onednn
 from trainer.cache import ViewCache
 from trainer.compression import folding
 from trainer.compression.states import dense_bytes, restore
 from trainer.compression.weights import Weight, choose, matching, weights_of
-from trainer.context import Data, Run
-from trainer.data import make_data, seed_of
+from trainer.data.batches import make_data, seed_of
+from trainer.data.fetch import cache_folder
+from trainer.data.images import Data
+from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
-from trainer.fetch import cache_folder
 from trainer.mistakes import Mistake
+from trainer.networks.build import build, create, spec
 from trainer.objective import Objective
 from trainer.packing import network as packed
 from trainer.recipe import shelves
@@ -36,8 +38,14 @@ from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.terms import asked_of_teacher
 from trainer.recipe.text import RecipeError, dump, parse
-from trainer.teacher import Teacher
-from trainer.tracking import Log
+from trainer.reporting import report
+from trainer.reporting.facts import command, hardware, versions
+from trainer.reporting.log import Log
+from trainer.reporting.tables import csc_bytes, csr_bytes, layer_table, sharing_ratio, table
+from trainer.storage import checkpoint, files
+from trainer.storage.lock import lock
+from trainer.storage.weights_file import digest
+from trainer.training.run import Run
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "
@@ -99,7 +107,7 @@ def _folder_of(
     _same_recipe(here, recipe.written.path, plain)
     accelerator.wait_for_everyone()  # nothing is written before all have looked
     # Only the main process holds the lock: the others belong to it.
-    with checkpoint.lock(here) if accelerator.is_main_process else contextlib.nullcontext():
+    with lock(here) if accelerator.is_main_process else contextlib.nullcontext():
         yield recipe, plain, here, accelerator
 
 
@@ -214,9 +222,7 @@ def _write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: bo
 def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
     found = report.read(here)
     if accelerator.is_main_process:
-        print(
-            f"{here}: this recipe has run already; its report:\n\n{report.table(found['rows'])}", flush=True
-        )
+        print(f"{here}: this recipe has run already; its report:\n\n{table(found['rows'])}", flush=True)
     return found
 
 
@@ -235,7 +241,7 @@ def _run(
         report.write(here, result, run.histograms)
         files.write_bytes(here / "done", b"")
         print(
-            f"\n{report.table(run.rows)}\n\n{report.layer_table(result['layers'])}\n\n"
+            f"\n{table(run.rows)}\n\n{layer_table(result['layers'])}\n\n"
             f"{here / 'report.md'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
@@ -255,14 +261,14 @@ def _make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) ->
         accelerator=accelerator,
         data=data,
         student=None,
-        student_spec=teacher.spec(recipe.student),
+        student_spec=spec(recipe.student),
         teacher=guide,
         log=log,
         recipe_path=here / "recipe.yaml",
     )
     torch.manual_seed(recipe.seed * 2 + 1)
-    run.student = teacher.create(recipe.student, data.shape, len(data.classes))
-    if recipe.student.from_teacher and not teacher.copy_layers(run.student, run.teacher.network):
+    run.student = create(recipe.student, data.shape, len(data.classes))
+    if recipe.student.from_teacher and not copy_layers(run.student, run.teacher.network):
         told = "has no effect: no layer of the student is of a kind that the teacher has"
         raise RecipeError(recipe.fault(("student", "from_teacher"), told))
     run.student.to(accelerator.device)
@@ -372,7 +378,7 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
     networks = []
     for number, keys in enumerate(recipe.teacher_entries):
         torch.manual_seed(recipe.seed * 2 + 1000 * number)
-        network = teacher.create(keys, data.shape, len(data.classes))
+        network = create(keys, data.shape, len(data.classes))
         config = getattr(network, "pretrained_cfg", None) or {}
         if getattr(keys, "pretrained", False):
             known = config.get("num_classes")
@@ -434,7 +440,7 @@ def check_layers(
                 faults.append(recipe.fault(("stages", number), str(error)))
             else:
                 if stage.stage == "fold":  # what comes after it finds another network
-                    student = folding.fold(copy.deepcopy(student), teacher.spec(recipe.student))[0]
+                    student = folding.fold(copy.deepcopy(student), spec(recipe.student))[0]
         terms = getattr(stage, "losses", None) or []
         if not terms and getattr(stage, "training", None) and not data.labelled:
             told = "learns from labels where no losses are given, and the training images have none"
@@ -536,7 +542,7 @@ def _resume(run: Run, stages: list) -> tuple[int, float]:
             json.dumps(run.student_spec)
         ):  # a stage has made it another network: folded it, or removed channels
             run.student_spec = facts["student_spec"]
-            run.student = teacher.build(run.student_spec, run.data.shape, len(run.data.classes))
+            run.student = build(run.student_spec, run.data.shape, len(run.data.classes))
         restore(run.student, tensors["student"])
         run.student.to(run.accelerator.device)
         run.learned = {key: t.to(run.accelerator.device) for key, t in tensors["learned"].items()}
@@ -648,20 +654,20 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
                 "bits": told.get("bits"),
                 "ratio_sharing": None
                 if k is None or not num_nonzero
-                else report.sharing_ratio(num_nonzero, 32, k * told.get("groups", 1)),
+                else sharing_ratio(num_nonzero, 32, k * told.get("groups", 1)),
                 "file_bytes": told.get("file_bytes"),
-                "csr_bytes": report.csr_bytes(weight),
-                "csc_bytes": report.csc_bytes(weight),
+                "csr_bytes": csr_bytes(weight),
+                "csc_bytes": csc_bytes(weight),
             }
         )
     return {
         "name": recipe.name,
         "recipe": plain,
         "seed": recipe.seed,
-        "versions": report.versions(),
-        "hardware": report.hardware(),
+        "versions": versions(),
+        "hardware": hardware(),
         "seconds": seconds,
-        "command": report.command(),
+        "command": command(),
         "student_bytes": run.student_bytes,
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
         "rows": run.rows,
@@ -681,9 +687,9 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
         raise Mistake(f"{file}: cannot be read: {error.strerror}") from None
     header = packed.header(content, str(file))
     into = None
-    if not packed.rebuilds(header) and header.get("net") == teacher.spec(recipe.student):
+    if not packed.rebuilds(header) and header.get("net") == spec(recipe.student):
         # The recipe's author names the code, not the file.
-        into = teacher.build(header["net"], tuple(header["shape"]), len(header["classes"]))
+        into = build(header["net"], tuple(header["shape"]), len(header["classes"]))
     model, header = packed.decode(content, str(file), into)
     # As in a run: the file was measured by the same arithmetic there.
     accelerator = _accelerator(mixed_precision=recipe.precision)
@@ -708,6 +714,6 @@ def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None)
     return {
         "top1": top1,
         "images": len(data.test),
-        "digest": checkpoint.digest(model.state_dict()),
+        "digest": digest(model.state_dict()),
         "file_bytes": len(content),
     }

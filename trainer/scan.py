@@ -13,16 +13,18 @@ import yaml
 from tabulate import tabulate
 from torch import Tensor
 
-from trainer import drawing, files, scores
+from trainer import scores
 from trainer.compression.masks import score_masks, std_masks
 from trainer.compression.weights import Weight, choose, weights_of
-from trainer.context import Run
 from trainer.evaluate import percent_right, predict, student_view, truth
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
+from trainer.reporting import drawing
 from trainer.runner import begun
+from trainer.storage import files
+from trainer.training.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

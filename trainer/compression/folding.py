@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from trainer.compression.parametrizations import Codebook, Mask
 from trainer.compression.weights import Weight, weights_of
-from trainer.features import Staged
 from trainer.mistakes import Mistake
+from trainer.networks.staged import Staged
 from trainer.recipe import shelves
 
 

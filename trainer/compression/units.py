@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from trainer.compression.folding import norms, own_tensors
 from trainer.compression.weights import Weight, weights_of
-from trainer.features import Staged
 from trainer.mistakes import Mistake
+from trainer.networks.staged import Staged
 
 
 class _Link(NamedTuple):

@@ -2,8 +2,9 @@
 
 import torch
 
-from trainer.context import InMemory, Source
-from trainer.fetch import fetch, read_cifar, read_lines
+from trainer.data.fetch import fetch
+from trainer.data.images import InMemory, Source
+from trainer.data.readers import read_cifar, read_lines
 
 
 def cifar100() -> Source:

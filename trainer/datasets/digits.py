@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional
 
-from trainer.context import InMemory, Source
+from trainer.data.images import InMemory, Source
 
 _TEST_PER_CLASS = 36
 

@@ -9,8 +9,8 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from trainer.context import Source
-from trainer.images import open_image
+from trainer.data.image_file import open_image
+from trainer.data.images import Source
 from trainer.mistakes import Mistake
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -2,8 +2,9 @@
 
 import torch
 
-from trainer.context import InMemory, Source
-from trainer.fetch import fetch, read_mnist
+from trainer.data.fetch import fetch
+from trainer.data.images import InMemory, Source
+from trainer.data.readers import read_mnist
 
 
 def mnist() -> Source:

@@ -2,7 +2,8 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from trainer.projectors import ConvNorm, full_precision, same_size
+from trainer.projectors import ConvNorm
+from trainer.tensors import full_precision, same_size
 
 
 class activation_boundary(nn.Module):

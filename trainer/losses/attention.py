@@ -3,7 +3,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from trainer.projectors import full_precision, same_size, unit_length
+from trainer.tensors import full_precision, same_size, unit_length
 
 
 def attention(

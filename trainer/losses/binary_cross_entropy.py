@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def binary_cross_entropy(

@@ -2,7 +2,7 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def channel_wise(projected_map: Tensor, teacher_map: Tensor, *, temperature: PositiveFloat = 4.0) -> Tensor:

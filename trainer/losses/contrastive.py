@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.distributed import gather_batch
 from trainer.mistakes import Mistake
-from trainer.projectors import full_precision, unit_length
+from trainer.tensors import full_precision, unit_length
 
 
 class contrastive(nn.Module):

@@ -6,7 +6,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from trainer.distributed import gather_batch
-from trainer.projectors import full_precision, unit_length
+from trainer.tensors import full_precision, unit_length
 
 
 def correlation(

@@ -2,7 +2,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from trainer.mistakes import Mistake
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def dist(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from trainer.projectors import full_precision, same_size, unit_length
+from trainer.tensors import full_precision, same_size, unit_length
 
 
 class factor(nn.Module):

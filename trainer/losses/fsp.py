@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.projectors import MapProjector, full_precision, same_size
+from trainer.projectors import MapProjector
+from trainer.tensors import full_precision, same_size
 
 
 class fsp(nn.Module):

@@ -1,7 +1,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def hard_label(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

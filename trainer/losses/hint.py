@@ -1,7 +1,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def hint(projected_map: Tensor, teacher_map: Tensor) -> Tensor:

@@ -2,7 +2,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed import gather_batch
-from trainer.projectors import ConvNorm, full_precision, same_size
+from trainer.projectors import ConvNorm
+from trainer.tensors import full_precision, same_size
 
 
 class margin_relu(nn.Module):

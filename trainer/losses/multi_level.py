@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def multi_level(

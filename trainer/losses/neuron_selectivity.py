@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from trainer.projectors import full_precision, same_size, unit_length
+from trainer.tensors import full_precision, same_size, unit_length
 
 
 def neuron_selectivity(student_map: Tensor, teacher_map: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 class one_for_all(nn.Module):

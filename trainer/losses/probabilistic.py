@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed import gather_batch
-from trainer.projectors import full_precision, unit_length
+from trainer.tensors import full_precision, unit_length
 
 
 def probabilistic(student_embedding: Tensor, teacher_embedding: Tensor, *, gather: bool = False) -> Tensor:

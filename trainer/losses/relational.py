@@ -5,7 +5,7 @@ from torch import Tensor
 
 from trainer.distributed import gather_batch
 from trainer.mistakes import Mistake
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 def relational(

@@ -3,9 +3,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer.features import head
 from trainer.mistakes import Mistake
-from trainer.projectors import full_precision
+from trainer.networks.features import head
+from trainer.tensors import full_precision
 
 
 class reuse_classifier(nn.Module):

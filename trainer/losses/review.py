@@ -3,7 +3,8 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from trainer.projectors import ConvNorm, full_precision, same_size
+from trainer.projectors import ConvNorm
+from trainer.tensors import full_precision, same_size
 
 
 class review(nn.Module):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 class semantic(nn.Module):

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from trainer.distributed import gather_batch
-from trainer.projectors import full_precision, unit_length
+from trainer.tensors import full_precision, unit_length
 
 
 def similarity(student_map: Tensor, teacher_map: Tensor, *, gather: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.projectors import full_precision, same_size
+from trainer.tensors import full_precision, same_size
 
 _LEAST_VARIANCE = 1e-5
 

@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from trainer.projectors import full_precision
+from trainer.tensors import full_precision
 
 
 class weight_distribution(nn.Module):

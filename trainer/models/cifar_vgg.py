@@ -4,8 +4,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from trainer.features import Staged, max_pool
 from trainer.mistakes import Mistake
+from trainer.networks.staged import Staged, max_pool
 
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 

@@ -3,7 +3,7 @@
 from pydantic import PositiveInt
 from torch import nn
 
-from trainer.recurrent import Recurrent
+from trainer.networks.recurrent import Recurrent
 
 
 def gru(

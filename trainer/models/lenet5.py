@@ -7,8 +7,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.features import Staged, max_pool
 from trainer.mistakes import Mistake
+from trainer.networks.staged import Staged, max_pool
 
 
 def lenet5(

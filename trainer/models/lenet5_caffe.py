@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.features import Staged, max_pool
 from trainer.mistakes import Mistake
+from trainer.networks.staged import Staged, max_pool
 
 
 def lenet5_caffe(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:

@@ -4,8 +4,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from trainer.features import Staged
 from trainer.mistakes import Mistake
+from trainer.networks.staged import Staged
 
 
 def separable(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compression.states import bake, dense_state, plain_key
-from trainer.context import Data
+from trainer.data.images import Data
 from trainer.mistakes import Mistake
+from trainer.networks.build import build
 from trainer.packing import container
-from trainer.teacher import build
 
 MAX_CLASSES = 2**20  # of classes that only count: names that are written cost the file that holds them
 

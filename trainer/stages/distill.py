@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trainer.context import Run
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import fit
 from trainer.mistakes import Mistake
 from trainer.objective import Objective
 from trainer.recipe.keys import Term, Training
 from trainer.recipe.terms import needs_teacher
+from trainer.training.run import Run
 
 
 def check(settings) -> None:

@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from trainer import checkpoint, files
 from trainer.compression import units
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
-from trainer.context import Run
 from trainer.evaluate import apart, logits, record
+from trainer.storage import files
+from trainer.storage.weights_file import digest
+from trainer.training.run import Run
 
 # What a launcher tells its processes: the fresh process is no part of the launch.
 LAUNCH = (
@@ -63,7 +64,7 @@ def pack(
         run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied
     )
     if run.accelerator.is_main_process:
-        mine = checkpoint.digest(dense_state(run.student))
+        mine = digest(dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
         if decoded["digest"] != mine or not same:
             path.unlink()

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from trainer import scores, teacher
+from trainer import scores
 from trainer.compression import channels, masks
 from trainer.compression.masks import (
     cubic,
@@ -21,14 +21,16 @@ from trainer.compression.masks import (
 )
 from trainer.compression.states import bake, dense_state
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
-from trainer.context import Run
+from trainer.data.images import normalize
 from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record
 from trainer.fit import fit
 from trainer.mistakes import Mistake
+from trainer.networks.build import build
 from trainer.networks.sizes import sizes_of
 from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.training.run import Run
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Pattern = Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")]
@@ -302,7 +304,7 @@ def _remove_channels(run: Run, places: dict[str, Weight], sparsity, together: bo
     bake(run.student)
     found = channels.remove(
         run.student,
-        teacher.normalize(images, run.data.mean, run.data.std),
+        normalize(images, run.data.mean, run.data.std),
         sparsity,
         keep=[name for name in every if name not in smaller],
         together=together,
@@ -316,7 +318,7 @@ def _remove_channels(run: Run, places: dict[str, Weight], sparsity, together: bo
             set_mask(place, place.value != 0)
     spec = {**run.student_spec, "resized": {**run.student_spec.get("resized", {}), **found}}
     with torch.device("meta"):
-        rebuilt = teacher.build(spec, run.data.shape, len(run.data.classes))
+        rebuilt = build(spec, run.data.shape, len(run.data.classes))
     if sizes_of(rebuilt) != sizes_of(run.student):
         raise Mistake("method 'channels': this network cannot be rebuilt from the sizes of its layers")
     run.student_spec = spec

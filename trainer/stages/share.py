@@ -8,7 +8,6 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer import teacher
 from trainer.compression import codebooks, units
 from trainer.compression.codebooks import (
     centroid_parameters,
@@ -21,14 +20,17 @@ from trainer.compression.parametrizations import Mask
 from trainer.compression.rounding import round_codebook, round_unshared
 from trainer.compression.states import dense_state
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
-from trainer.context import Part, Run
-from trainer.data import Views, batches, epoch_order, seed_of
+from trainer.data.batches import batches, epoch_order, seed_of
+from trainer.data.images import Part
+from trainer.data.views import Views
 from trainer.distributed import broadcast
 from trainer.evaluate import keep_histogram, record, student_view, truth
 from trainer.fit import fit
 from trainer.mistakes import Mistake
+from trainer.networks.build import build
 from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.training.run import Run
 
 Bits = Annotated[int, Field(ge=1, le=16)]
 NumValues = Annotated[int, Field(ge=1, le=65536)]
@@ -230,7 +232,7 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
 
     facts = packed.facts_of(run.data)
     # Not a deep copy: torch's copies of parametrized modules share a class, and taking one's mask would take all.
-    plain = teacher.build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
+    plain = build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
     plain.load_state_dict(dense_state(run.student))
     _round(plain, biases, rest)
     shared = {

@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.context import Run
 from trainer.evaluate import keep_histogram, record, record_teacher
 from trainer.fit import fit
 from trainer.mistakes import Mistake
+from trainer.networks.build import load_weights
 from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
 from trainer.recipe.terms import needs_teacher
-from trainer.teacher import load_weights
+from trainer.training.run import Run
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 

@@ -1,11 +1,13 @@
-"""The things a run carries: the data, the networks, the folder, and where it stands."""
+"""Images in memory or on disk, and the parts of a run's data."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from trainer.mistakes import Mistake
 
 
 class Images(Protocol):
@@ -107,32 +109,15 @@ class Data:
         return bool((self.train.labels >= 0).all())
 
 
-@dataclass
-class Run:
-    """One run of a recipe, handed from stage to stage.
-
-    folder: runs/NAME. teacher: None where the recipe has none. student_bytes: of the student as it was built, dense (0:
-    as it is). stage: position of the stage now running. rows and layers are what the report says, histograms the
-    weights of its plots. answers: the teacher's, kept.
-    learned: projectors and other learned parts of losses, handed from stage to stage.
-    """
-
-    name: str
-    folder: Path
-    seed: int
-    accelerator: Any
-    data: Data
-    student: nn.Module
-    student_spec: dict
-    teacher: Any
-    log: Any
-    recipe_path: Path
-    student_bytes: int = 0
-    stage: int = 0
-    stage_name: str = ""
-    num_fits: int = 0
-    rows: list[dict] = field(default_factory=list)
-    layers: dict[str, dict] = field(default_factory=dict)
-    histograms: dict[str, dict] = field(default_factory=dict)
-    learned: dict[str, Tensor] = field(default_factory=dict)
-    answers: dict[tuple, Tensor] = field(default_factory=dict)
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
+    if len(mean) != images.shape[1] or len(std) != images.shape[1]:
+        raise Mistake(
+            f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels"
+        )
+    if len(mean) == 1:
+        return (images - mean[0]) * (1 / std[0])
+    like = {"device": images.device, "dtype": images.dtype}
+    return (images - torch.tensor(mean, **like)[:, None, None]) * (
+        1 / torch.tensor(std, **like)[:, None, None]
+    )

@@ -1,5 +1,6 @@
-"""Files that are there whole or not at all, and values as JSON holds them."""
+"""Files that are there whole or not at all."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -57,3 +58,8 @@ def plain(value: Any, not_finite: Callable[[float], Any] = float) -> Any:
     if hasattr(value, "tolist"):  # a tensor, an array, or a number of either
         return plain(value.tolist(), not_finite)
     return str(value)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Non-finite floats as Python writes them (NaN, Infinity), which it reads back too."""
+    return json.dumps(value, indent=1).encode()

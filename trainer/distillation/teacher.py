@@ -2,83 +2,17 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer import checkpoint, features, inference
-from trainer.features import Seen
-from trainer.mistakes import Mistake
-from trainer.networks.sizes import resize
-from trainer.recipe import shelves
-from trainer.recipe.keys import ModelKeys, StudentKeys, TeacherKeys
-
-
-def spec(keys: ModelKeys) -> dict[str, Any]:
-    """What rebuilds the network: the model's name and those settings that differ from their defaults."""
-    settings = shelves.own_settings(keys, _base(keys))
-    fields = type(keys).model_fields
-    return {"model": keys.model} | {
-        n: v for n, v in settings.items() if v != fields[n].default and n != "pretrained"
-    }
-
-
-def _base(keys: ModelKeys) -> type[ModelKeys]:
-    return next(base for base in (TeacherKeys, StudentKeys, ModelKeys) if isinstance(keys, base))
-
-
-def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises Mistake when it cannot be built.
-
-    spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
-    """
-    settings = {key: value for key, value in spec.items() if key not in ("model", "resized")}
-    function = shelves.find("model", spec["model"])
-    _, rest = shelves.split("model", spec["model"])
-    try:
-        model = function(shape, num_classes, *([rest] if rest else []), **settings)
-    except Mistake:
-        raise
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        ImportError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        ArithmeticError,
-    ) as error:
-        told = (
-            f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
-        )
-        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
-    resize(model, spec.get("resized", {}))
-    return model
-
-
-def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a recipe entry, its checkpoint loaded where one is named."""
-    size = getattr(keys, "resize", None)
-    if size:
-        shape = (shape[0], size, size)
-    settings = {"model": keys.model} | shelves.own_settings(keys, _base(keys))
-    model = build(settings, shape, num_classes)
-    if keys.checkpoint is not None:
-        load_weights(model, keys.checkpoint)
-    return model
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises Mistake naming the file when it does not fit."""
-    state = checkpoint.load_file(path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise Mistake(f"{path}: does not fit the network: {str(error)[:600]}") from None
+from trainer import inference
+from trainer.data.images import normalize
+from trainer.networks import features
+from trainer.networks.features import Seen
+from trainer.recipe.keys import TeacherKeys
+from trainer.storage.weights_file import digest
 
 
 class Teacher:
@@ -143,7 +77,7 @@ class Teacher:
 
     def fingerprint(self) -> str:
         facts = [
-            (checkpoint.digest(n.state_dict()), k.resize, k.mean, k.std, k.share)
+            (digest(n.state_dict()), k.resize, k.mean, k.std, k.share)
             for n, k in zip(self.networks, self.keys, strict=True)
         ]
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
@@ -178,20 +112,6 @@ class Teacher:
             confidence = stacked.softmax(-1).amax(-1, keepdim=True)
             shares = confidence / confidence.sum(0)
         return torch.logsumexp(stacked.log_softmax(-1) + shares.log(), dim=0)
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
-    if len(mean) != images.shape[1] or len(std) != images.shape[1]:
-        raise Mistake(
-            f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels"
-        )
-    if len(mean) == 1:
-        return (images - mean[0]) * (1 / std[0])
-    like = {"device": images.device, "dtype": images.dtype}
-    return (images - torch.tensor(mean, **like)[:, None, None]) * (
-        1 / torch.tensor(std, **like)[:, None, None]
-    )
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module) -> int:

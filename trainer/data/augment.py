@@ -14,8 +14,6 @@ from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
-
-
 # How many random numbers each setting needs, in the order of their columns.
 _NUMBERS = {
     "flip": 1,

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trainer.files import plain
+from trainer.storage.files import plain
 
 logger = logging.getLogger(__name__)
-
 INIT_SECONDS = 30  # how long wandb may take to start, and to ask for a login
 FINISH_SECONDS = 60  # how long wandb may upload at the end; what is left stays on disk for `wandb sync`
 

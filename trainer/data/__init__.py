@@ -1,0 +1,1 @@
+"""Images: sources, splits, augmented views, batches on the device."""

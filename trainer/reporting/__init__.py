@@ -1,0 +1,1 @@
+"""What a run has to show: tables, plots, the report, the log and its mirror."""

@@ -1,0 +1,95 @@
+"""What a run has to show: report.json for programs, report.md and plots for people.
+
+A row is what is known after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
+"num_weights", "num_nonzero", "sparsity" (share of zeros, 0 to 1), "file_bytes", "ratio_student",
+"ratio_teacher", "seconds" and what the stage adds. A layer is "layer", "shape", "num_weights",
+"num_nonzero", "sparsity", "thresholds" (a number or several, on |weight| unless the method says otherwise),
+"clusters", "bits", "ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". What is not known is None or
+left out.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.mistakes import Mistake
+from trainer.reporting import drawing
+from trainer.reporting.plots import accuracy_against_bytes, histograms, position_of
+from trainer.reporting.tables import NOTHING, layer_table, table
+from trainer.storage import files
+
+
+def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write report.json, report.md and the plots into the folder, each file whole or not at all.
+
+    report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and more if wanted;
+        "command" and "seed" are shown in report.md. In report.json a number that is not finite is null.
+    weights: moment ("dense", "pruned", "recovered", "clustered", "shared") -> layer -> weights of any shape.
+    """
+    folder = Path(folder)
+    plots = {}
+    if any(position_of(row) for row in report["rows"]):
+        plots["accuracy_bytes.png"] = accuracy_against_bytes(report)
+    for name, figure in histograms(report["name"], weights):
+        plots[name] = figure
+    for name, figure in plots.items():
+        files.write_bytes(folder / name, drawing.png(figure))
+    files.write_bytes(folder / "report.md", _markdown(report, list(plots)).encode())
+    data = json.dumps(
+        files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False
+    )
+    files.write_bytes(folder / "report.json", data.encode())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read the report.json of a run's folder. Mistake naming the file when it is missing or not whole."""
+    path = Path(folder) / "report.json"
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{path}: cannot be read: {error}") from error
+
+
+def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
+    recipe = report.get("recipe")
+    seed = report.get("seed", recipe.get("seed") if isinstance(recipe, Mapping) else None)
+    parts = [f"# {report['name']}"]
+    facts = [f"took {_duration(report['seconds'])}"]
+    if seed is not None:
+        facts.append(f"seed {seed}")
+    command = report.get("command")
+    parts.append((f"`{command}`  \n" if command else "") + ", ".join(facts))
+    parts += ["## Stages", table(report["rows"])]
+    parts.append(
+        "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at "
+        "that stage; the ratios compare them with the dense student and the dense teacher."
+    )
+    if report["layers"]:
+        parts += ["## Layers", layer_table(report["layers"])]
+        parts.append(
+            "Formula is the ratio by weight sharing alone, n·b / (n·log2 k + k·b), for the n weights left, "
+            "of b = 32 bits, and k clusters; bytes are what the packed file really spends on the layer."
+        )
+    if plots := list(plots):
+        parts += [
+            "## Plots",
+            *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
+        ]
+    parts += ["## Hardware", _listed(report["hardware"]), "## Versions", _listed(report["versions"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"- {key.replace('_', ' ')}: {NOTHING if value is None else value}" for key, value in facts.items()
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,157 @@
+"""Tables of stages, layers and bytes, as Markdown that reads well as plain text."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+NOTHING = "–"
+# Of an account's rows: what is counted, and the bytes that mask and values would take by other means.
+COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
+OTHERWISE = {
+    "iid_bytes": "i.i.d.",
+    "huffman_bytes": "Huffman",
+    "dense_huffman_bytes": "dense Huffman",
+    "zlib_bytes": "zlib",
+}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table that reads well as plain text and is Markdown."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "stage": lambda row: str(row["stage"]),
+        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
+        "agreement %": lambda row: _decimals(row.get("agreement"), 2),
+        "non-zero": lambda row: _count(row.get("num_nonzero")),
+        "zeros %": lambda row: _decimals(row.get("sparsity"), 2, 100),
+        "bytes": lambda row: _count(row.get("file_bytes")),
+        "to student": lambda row: _ratio(row.get("ratio_student")),
+        "to teacher": lambda row: _ratio(row.get("ratio_teacher")),
+    }
+    return _aligned(columns, rows, num_text=1)
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The layers as such a table; "formula" is `sharing_ratio`, "bytes" what the packed file spends."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "layer": lambda layer: str(layer["layer"]),
+        "shape": lambda layer: "×".join(str(size) for size in layer["shape"]) or "scalar",
+        "non-zero": lambda layer: _count(layer.get("num_nonzero")),
+        "zeros %": lambda layer: _decimals(_sparsity(layer), 2, 100),
+        "threshold": lambda layer: _thresholds(layer.get("thresholds")),
+        "clusters": lambda layer: _count(layer.get("clusters")),
+        "bits": lambda layer: _count(layer.get("bits")),
+        "formula": lambda layer: _ratio(layer.get("ratio_sharing")),
+        "bytes": lambda layer: _count(layer.get("file_bytes")),
+        "CSR bytes": lambda layer: _count(layer.get("csr_bytes")),
+        "CSC bytes": lambda layer: _count(layer.get("csc_bytes")),
+    }
+    return _aligned(columns, layers, num_text=2)
+
+
+def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
+    """Where each byte of a packed file goes (`container.account`), a row for each tensor; the last is the file.
+
+    Beside it stands what masks and values would take otherwise: the i.i.d. entropy, Huffman-coded relative indexes
+    and codes, Huffman-coded codes of all weights, and zlib.
+    """
+    tensors: dict[str, dict[str, float]] = {}
+    for part in account:
+        name = part["tensor"] or f"({part['part']})"
+        row = tensors.setdefault(name, {"tensor": name, "bytes": 0.0})
+        kind = part["part"] if part["part"] in ("mask", "values", "codebook") else "other"
+        row[kind] = row.get(kind, 0.0) + part["bytes"]
+        row["bytes"] += part["bytes"]
+        row |= {key: part[key] for key in (*COUNTED, *OTHERWISE) if key in part}
+    rows = list(tensors.values())
+    numbers = ("mask", "values", "codebook", "other", "bytes", "numel", "nonzero", *OTHERWISE)
+    whole = {key: sum(row[key] for row in rows if key in row) for key in numbers}
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "tensor": lambda row: row["tensor"],
+        **{title: lambda row, key=key: _count(row.get(key)) for key, title in COUNTED.items()},
+        **{key: lambda row, key=key: _decimals(row.get(key), 1) for key in numbers[:5]},
+        **{title: lambda row, key=key: _decimals(row.get(key), 1) for key, title in OTHERWISE.items()},
+    }
+    text = _aligned(columns, [*rows, {"tensor": "file", **whole}], num_text=1)
+    compared = [row for row in rows if "iid_bytes" in row]
+    if not compared:
+        return text
+    ours = sum(row.get("mask", 0.0) + row["values"] for row in compared)
+    beside = [f"{ours / whole[key]:.3f} of {title}" for key, title in OTHERWISE.items() if whole[key]]
+    said = f"{ours:,.0f} bytes, {', '.join(beside)} (codebooks counted in none)"
+    return f"{text}\n\nMasks and values of the weights: {said}."
+
+
+def sharing_ratio(num_weights: int, bits: int, k: int) -> float:
+    """How many times smaller weights get that share k values: r = n b / (n log2 k + k b) (Han et al. 2016).
+
+    num_weights: n, the weights that are stored. bits: b, of one weight before, so 32 for float32. The
+    positions of the weights that are left are not counted.
+    """
+    if min(num_weights, bits, k) < 1:
+        raise ValueError(
+            f"sharing_ratio: got {num_weights} weights of {bits} bits, {k} values; all are at least 1"
+        )
+    return num_weights * bits / (num_weights * math.log2(k) + k * bits)
+
+
+def csr_bytes(weight: np.ndarray) -> int:
+    """Bytes of a layer as compressed sparse rows of [out, rest]: values, column indices and row pointers."""
+    return _sparse_bytes(weight, "csr")
+
+
+def csc_bytes(weight: np.ndarray) -> int:
+    """Bytes of a layer as compressed sparse columns of [out, rest]: values, row indices, column pointers."""
+    return _sparse_bytes(weight, "csc")
+
+
+def _sparse_bytes(weight: np.ndarray, layout: str) -> int:
+    import scipy.sparse
+
+    weight = np.asarray(weight)
+    flat = weight.reshape(weight.shape[0] if weight.ndim else 1, -1) != 0  # scipy has no float16
+    places = scipy.sparse.csr_array(flat) if layout == "csr" else scipy.sparse.csc_array(flat)
+    return places.nnz * weight.itemsize + places.indices.nbytes + places.indptr.nbytes
+
+
+def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int) -> str:
+    """A Markdown table, its columns padded to one width; the first num_text are text, the others numbers."""
+    cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
+    sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
+    return tabulate(
+        cells, list(columns), tablefmt="pipe", colalign=sides if cells else None, disable_numparse=True
+    )
+
+
+def _decimals(value: float | None, digits: int, times: float = 1) -> str:
+    return NOTHING if missing(value) else f"{value * times:,.{digits}f}"
+
+
+def _count(value: float | None) -> str:
+    return (
+        NOTHING if missing(value) else f"{value:,.0f}"
+    )  # entropy-coded, a layer's bytes may be no whole number
+
+
+def _ratio(value: float | None) -> str:
+    return NOTHING if missing(value) else f"{value:,.1f}×" if value < 1000 else f"{value:,.0f}×"
+
+
+def missing(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
+
+
+def _sparsity(layer: Mapping[str, Any]) -> float | None:
+    if layer.get("sparsity") is None and layer.get("num_weights") and layer.get("num_nonzero") is not None:
+        return 1 - layer["num_nonzero"] / layer["num_weights"]
+    return layer.get("sparsity")
+
+
+def _thresholds(value: float | Sequence[float] | None) -> str:
+    several = sorted(value) if isinstance(value, Sequence) else [] if value is None else [value]
+    if not several:
+        return NOTHING
+    low, high = f"{several[0]:.3g}", f"{several[-1]:.3g}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,54 @@
+"""The lock of a run's folder."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from trainer.mistakes import Mistake
+from trainer.storage import files
+from trainer.storage.checkpoint import logger
+from trainer.storage.files import json_bytes
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process, so that a second run cannot write into it.
+
+    Mistake, saying who holds it and since when, if another holder is alive. The lock goes with the
+    process however it ends, and its forked children (a data loader's workers) have no part in it; the file
+    .lock stays and means nothing by itself. Where the system has no such locks (some network disks) a warning
+    is logged and nothing is held.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / ".holder"
+    held = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise Mistake(f"{folder}: another run is working in this folder ({_holder(holder)})") from None
+    except OSError as error:
+        logger.warning("%s: not locked against a second run: %s", folder, error)
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        files.write_bytes(
+            holder, json_bytes({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        )
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_bytes())
+    except OSError:  # it has the lock but has not written its name yet
+        return "holder unknown"
+    return f"process {who['pid']} on {who['host']}, since {who['since']}"
