@@ -44,15 +44,15 @@ from torch.utils.data import Dataset, RandomSampler, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer.cache import ViewCache
 from trainer.data import fetch
 from trainer.data.batches import make_data
 from trainer.data.images import Data
+from trainer.distillation.answers import ViewCache
+from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.timm import timm
-from trainer.objective import Objective
 from trainer.recipe.keys import DataEntry, TeacherKeys, Term, Training
 
 TEMPERATURE, HARD = 4.0, 0.1

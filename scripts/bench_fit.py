@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.data import fetch
 from trainer.data.images import Data, InMemory, Part
 from trainer.datasets.mnist import mnist
+from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
-from trainer.fit import fit
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
-from trainer.objective import Objective
 from trainer.recipe.keys import Augment, TermKeys, Training
 from trainer.reporting.log import Log
+from trainer.training.fit import fit
 from trainer.training.run import Run
 
 BATCH, RATE = 128, 1e-3

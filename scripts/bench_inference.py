@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer import inference
+from trainer.distillation.cpu import make_ready
 from trainer.models.timm import timm
 from trainer.networks.build import build
 
@@ -29,7 +29,7 @@ LARGE = ("convnext_atto", "densenet121", "vit_tiny_patch16_224")  # which need i
 def measure(network: torch.nn.Module, shape: tuple[int, int, int], rounds: int) -> list[float]:
     """Microseconds an image as it is and made ready, their ratio, and the relative difference of the logits."""
     images = torch.rand(SHAPES[shape], *shape)
-    sides = [network.eval(), inference.make_ready(copy.deepcopy(network))]
+    sides = [network.eval(), make_ready(copy.deepcopy(network))]
     first, second = (side(images) for side in sides)
     spent: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):

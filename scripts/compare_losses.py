@@ -30,17 +30,17 @@ from tabulate import tabulate
 from trials import spread
 
 from trainer.__main__ import changes_of
-from trainer.cache import ViewCache
 from trainer.data.batches import batches, make_data, seed_of
-from trainer.evaluate import percent_right, predict, student_view, teacher_answers
-from trainer.fit import fit
+from trainer.distillation.answers import ViewCache
+from trainer.distillation.objective import Objective
 from trainer.networks.build import create, spec
-from trainer.objective import Objective
 from trainer.recipe.keys import Augment, CacheKeys, Recipe
 from trainer.recipe.recipe import read
 from trainer.runner import begun
 from trainer.storage import files
 from trainer.storage.lock import lock
+from trainer.training.evaluate import percent_right, predict, student_view, teacher_answers
+from trainer.training.fit import fit
 from trainer.training.run import Run
 
 RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")

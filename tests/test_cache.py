@@ -11,11 +11,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from trainer import cache as caching
 from trainer import runner
-from trainer.cache import ViewCache
 from trainer.data.batches import batches, epoch_order, make_data
 from trainer.data.views import Views
+from trainer.distillation import answer_file, answers
+from trainer.distillation.answers import ViewCache
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.keys import CacheKeys, DataEntry, TeacherKeys
@@ -417,7 +417,7 @@ def test_checksums_of_long_records_do_not_overflow(tmp_path, monkeypatch):
         (int(place) + 0xFFFF * sum(cache._multipliers[:words].tolist())) % 2147483647 + 1 for place in places
     ]
     assert cache._checksums(0, index, parts).tolist() == expected
-    monkeypatch.setattr(caching, "_BLOCK", 50)
+    monkeypatch.setattr(answers, "_BLOCK", 50)
     assert cache._checksums(0, index, parts).tolist() == expected
 
 
@@ -464,7 +464,7 @@ def test_too_large_for_the_limit(tmp_path):
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_only_memory_has_a_limit_of_its_own(tmp_path, monkeypatch, where):
     data = some_data()
-    monkeypatch.setattr(caching, "LIMIT_GIB", 1e-5)
+    monkeypatch.setattr(answers, "LIMIT_GIB", 1e-5)
     if where == "memory":
         with pytest.raises(ValueError, match="are allowed"):
             ViewCache(a_teacher(data), data, tmp_path, CacheKeys(where=where))
@@ -485,7 +485,7 @@ def test_a_disk_that_fills_up_while_space_is_taken(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     data = some_data()
-    monkeypatch.setattr(caching, "_take_space", full)
+    monkeypatch.setattr(answer_file, "_take_space", full)
     with pytest.raises(ValueError, match="free"):
         ViewCache(a_teacher(data), data, tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
@@ -707,11 +707,11 @@ def test_by_itself_a_run_keeps_what_its_losses_ask_for(tmp_path, monkeypatch, ca
     *_, images = run_of(tmp_path, "null", "maps", monkeypatch, **changes)
     assert images == [160, 160, 0, 0, 0, 0]
     assert "maps of fc2" in capsys.readouterr().out
-    monkeypatch.setattr(caching, "LIMIT_GIB", 2**-20)  # 1 KiB
+    monkeypatch.setattr(answers, "LIMIT_GIB", 2**-20)  # 1 KiB
     *_, images = run_of(tmp_path, "null", "small", monkeypatch)
     assert images == [160] * 6
     assert "not kept: the teacher's answers take" in capsys.readouterr().out
-    monkeypatch.setattr(caching, "LIMIT_GIB", 2.0)
+    monkeypatch.setattr(answers, "LIMIT_GIB", 2.0)
     *_, images = run_of(tmp_path, "null", "endless", monkeypatch, **{"data.views": None})
     assert images == [160] * 6
     assert "data.views does not limit the views" in capsys.readouterr().out

@@ -8,9 +8,9 @@ import torch
 
 import trainer
 from trainer.data.images import Data, InMemory, Part
+from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.networks.build import create
-from trainer.objective import Objective
 from trainer.recipe import recipe
 from trainer.recipe.text import value
 

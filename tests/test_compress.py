@@ -8,7 +8,7 @@ import timm.layers
 import torch
 from torch import nn
 
-from trainer import onednn, scores
+from trainer import scores
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import (
     cubic,
@@ -22,7 +22,8 @@ from trainer.compression.masks import (
 from trainer.compression.rounding import round_to
 from trainer.compression.states import bake, dense_state, restore, rewind
 from trainer.compression.weights import choose, per_layer, weights_of
-from trainer.fit import Averaged
+from trainer.distillation.onednn import attach
+from trainer.training.optimizer import Averaged
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -159,7 +160,7 @@ def test_pruned_weights_stay_zero(kind, optimizer):
 def test_pruned_weights_stay_zero_with_accumulation_in_bfloat16(kind):
     model, x = make(kind)
     masks = prune(model)
-    onednn.attach(model, learning=True)  # as a training does: not every processor has all layers in bfloat16
+    attach(model, learning=True)  # as a training does: not every processor has all layers in bfloat16
     train(model, x, "adamw", accumulate=2, dtype=torch.bfloat16)
     assert_pruned(model, masks)
 

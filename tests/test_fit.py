@@ -16,23 +16,27 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import fit as fitting
-from trainer import onednn, runner
-from trainer.cache import ViewCache
+from trainer import runner
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.weights import weights_of
 from trainer.data.batches import make_data
+from trainer.distillation import onednn
+from trainer.distillation.answers import ViewCache
+from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
-from trainer.fit import Averaged, fit, freeze_unused, learning_rate, make_optimizer
 from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
-from trainer.objective import Objective
 from trainer.recipe import shelves
 from trainer.recipe.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
 from trainer.reporting.log import Log
 from trainer.storage import checkpoint
+from trainer.training import fit as fitting
+from trainer.training.fit import fit
+from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, make_optimizer
+from trainer.training.progress import Window
 from trainer.training.run import Run
+from trainer.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -332,10 +336,10 @@ def test_bfloat16_trains_with_losses_in_float32(tmp_path):
         )
         kinds, inside = [], []
         run.student.fc1.register_forward_hook(lambda _m, _i, out: inside.append(out.dtype))
-        real = fitting._Window.add
+        real = Window.add
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                fitting._Window,
+                Window,
                 "add",
                 lambda self, terms, *at: (
                     kinds.extend(t.dtype for t in terms.values()),
@@ -429,7 +433,7 @@ def test_on_a_gpu_it_is_the_same_training_however_it_is_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(fitting.cpp_compiler()) is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which(cpp_compiler()) is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own compiler's
 @pytest.mark.parametrize("kept", [False, True])
 def test_compiling_changes_nothing_but_the_speed(tmp_path, kept):
@@ -636,13 +640,14 @@ def kill_after(patch, events):
 
         return call
 
-    from trainer import evaluate
     from trainer.storage import files
+    from trainer.training import rows as rows_module
+    from trainer.training.rows import add_row
 
     patch.setattr(fitting, "learning_rate", watched(fitting.learning_rate))
     patch.setattr(files, "write_through", watched(files.write_through))
     patch.setattr(checkpoint.os, "rename", watched(checkpoint.os.rename))
-    patch.setattr(evaluate, "add_row", watched(evaluate.add_row))
+    patch.setattr(rows_module, "add_row", watched(add_row))
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import inference
 from trainer.compression.masks import set_mask
 from trainer.compression.weights import weights_of
+from trainer.distillation.cpu import make_ready
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
@@ -47,7 +47,7 @@ def seen(network, images):
 def test_answers_are_the_same_and_the_network_keeps_its_weights(name):
     network, images = some(name)
     wanted, before = seen(network, images), digest(network.state_dict())
-    ready = inference.make_ready(network)
+    ready = make_ready(network)
     answers = seen(ready, images)
     torch.testing.assert_close(answers.logits, wanted.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(answers.embedding, wanted.embedding, rtol=1e-4, atol=1e-5)
@@ -66,7 +66,7 @@ def test_pruned_and_shared_networks_are_not_folded():
     set_mask(place, place.value.abs() > place.value.abs().median())
     with torch.no_grad():
         wanted = network(images)
-        ready = inference.make_ready(network)
+        ready = make_ready(network)
         assert ready is network
         torch.testing.assert_close(ready(images), wanted, rtol=1e-5, atol=1e-6)
 
@@ -82,12 +82,12 @@ def test_another_networks_norms_are_its_own():
             return self.fc(self.norms[0](x))
 
     network = Normed().eval().requires_grad_(False)
-    assert inference.make_ready(network) is network
+    assert make_ready(network) is network
 
 
 def test_a_network_elsewhere_is_left_as_it_is():
     network = lenet5(SHAPE, 5, width=3, batch_norm=True).to("meta")
-    assert inference.make_ready(network) is network and "forward" not in vars(network.fc1)
+    assert make_ready(network) is network and "forward" not in vars(network.fc1)
 
 
 # ---- the teacher that asks

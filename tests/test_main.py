@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainer import fit
 from trainer.__main__ import main
 from trainer.data import fetch
 from trainer.data.readers import FetchError
 from trainer.mistakes import Mistake
 from trainer.recipe import recipe as reading
+from trainer.training import fit
 
 RECIPE = """\
 name: tiny

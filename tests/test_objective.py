@@ -12,12 +12,11 @@ from torch import nn
 from trainer.compression.masks import set_mask
 from trainer.compression.weights import weights_of
 from trainer.data.images import Data, InMemory, Part
+from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
-from trainer.fit import make_optimizer
 from trainer.models.lenet5 import lenet5
 from trainer.networks.features import head
 from trainer.networks.staged import Staged
-from trainer.objective import Objective
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightSchedule
 from trainer.recipe.terms import (
@@ -30,6 +29,7 @@ from trainer.recipe.terms import (
     needs_teacher,
     wants,
 )
+from trainer.training.optimizer import make_optimizer
 
 N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)
 

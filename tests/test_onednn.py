@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from trainer import onednn
 from trainer.compression.masks import set_mask
 from trainer.compression.parametrizations import Mask
 from trainer.compression.weights import weights_of
+from trainer.distillation import onednn
+from trainer.distillation.onednn import attach, detach, missing_types
 
 WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 served = pytest.mark.skipif(not WIDE, reason="without AVX-512 nothing is attached")
@@ -43,7 +44,7 @@ def plain(layer, x):
 def a_layer(inputs=8, outputs=6, bias=True, learning=True):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(inputs, outputs, bias=bias))
-    onednn.attach(network, learning)
+    attach(network, learning)
     return network
 
 
@@ -186,12 +187,12 @@ def test_a_wrong_width_is_an_error(products):
 @served
 def test_masked_weights_learn_through_it(products):
     network = a_layer()
-    onednn.detach(network)
+    detach(network)
     place = weights_of(network)["0"]
     set_mask(place, place.value.abs() > place.value.abs().median())
     assert isinstance(weights_of(network)["0"].parametrization, Mask)
     x, other = torch.randn(5, 8), copy.deepcopy(network)
-    onednn.attach(network, learning=True)
+    attach(network, learning=True)
     for net in (network, other):
         net(x).square().sum().backward()
     assert len(products) == 2
@@ -218,15 +219,15 @@ def test_what_is_someones_own_stays(products):
 
     network = nn.Sequential(nn.Linear(3, 3), Doubled(3, 3))
     network[0].forward = lambda x: x
-    onednn.attach(network, learning=True)
-    onednn.detach(network)
+    attach(network, learning=True)
+    detach(network)
     x = torch.randn(2, 3)
     assert torch.equal(network(x), 2 * plain(network[1], x)) and not products
 
 
 def test_detached_it_is_as_before(products):
     network = a_layer()
-    onednn.detach(network)
+    detach(network)
     assert "forward" not in vars(network[0])
     network(torch.randn(5, 8))
     assert not products
@@ -250,7 +251,7 @@ def a_poor_processor(monkeypatch):
 def recurrent(kind, **settings):
     torch.manual_seed(0)
     network = nn.Sequential(kind(4, 5, batch_first=True, **settings))
-    onednn.attach(network, learning=True)
+    attach(network, learning=True)
     return network
 
 
@@ -303,7 +304,7 @@ def test_copies_masks_and_detaching_go_with_recurrent_layers(a_poor_processor):
             found = layer(x)[0]
         assert torch.equal(found, layer(x)[0])
     assert not torch.equal(changed[0](x)[0], network[0](x)[0])
-    onednn.detach(network)
+    detach(network)
     assert "forward" not in vars(network[0])
 
 
@@ -316,7 +317,7 @@ def test_attached_all_recurrent_layers_compute_on_this_processor(kind, dtype):
     with torch.autocast("cpu", dtype), torch.no_grad():
         torch.testing.assert_close(layer(x)[0], found[0], rtol=0.05, atol=0.05)
     assert (found[0].dtype == torch.float32) == (
-        dtype in onednn.missing_types(layer)
+        dtype in missing_types(layer)
     ) or kind is nn.GRU  # which gives float32 always
     torch.testing.assert_close(found[0].float(), wanted[0], rtol=0.05, atol=0.05)
     torch.testing.assert_close(found[1], wanted[1], rtol=0.1, atol=0.2)
@@ -327,9 +328,7 @@ def test_the_rehearsal_leaves_the_generator_alone_and_other_layers():
     for kind in KINDS:
         onednn._missing_types.__wrapped__(kind)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(
-        onednn.missing_types(layer) for layer in (nn.Linear(2, 2), nn.LSTMCell(2, 2), nn.Conv2d(2, 2, 2))
-    )
+    assert not any(missing_types(layer) for layer in (nn.Linear(2, 2), nn.LSTMCell(2, 2), nn.Conv2d(2, 2, 2)))
 
 
 IMITATED = """
@@ -350,5 +349,5 @@ assert torch.equal(found, network[0](x)[0])
 def test_a_processor_without_avx512_trains_an_lstm_in_bfloat16():
     """Also where there is AVX-512: oneDNN is told to do without."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    environment["PYTHONPATH"] = str(Path(onednn.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(onednn.__file__).parents[2])
     subprocess.run([sys.executable, "-c", IMITATED], env=environment, check=True)

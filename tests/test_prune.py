@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import fit as fitting
 from trainer import runner, scores
 from trainer.compression import channels
 from trainer.compression.codebooks import cluster, set_codebook
@@ -35,6 +34,7 @@ from trainer.reporting.log import Log
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
 from trainer.storage.weights_file import digest
+from trainer.training import fit
 from trainer.training.run import Run
 
 TRAINING = Training(epochs=2, batch_size=20, lr=5e-3)
@@ -723,7 +723,7 @@ def labels_of(result):
     ids=["movement", "rate", "rewind"],
 )
 def test_an_interrupted_stage_ends_at_the_same_bits(tmp_path, quick, monkeypatch, given):
-    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)
     given = given | {"sparsity": 0.7, "training": Training(epochs=4, batch_size=20, ema=0.9)}
     whole = make_run(tmp_path / "whole")
     prune(whole, **given)

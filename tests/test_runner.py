@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from trainer import fit as fitting
-from trainer import onednn, runner
+from trainer import runner
 from trainer.compression import codebooks
+from trainer.distillation import onednn
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.text import RecipeError
 from trainer.reporting import plots, report
@@ -22,6 +22,8 @@ from trainer.stages import distill, pack, train
 from trainer.storage import checkpoint
 from trainer.storage.lock import lock
 from trainer.storage.weights_file import load_file, save_file
+from trainer.training import fit
+from trainer.training.progress import Progress
 
 ALONE = """
 name: alone
@@ -241,16 +243,16 @@ class Killed(Exception):
 
 def killed_in_the_first_stage(patch, path, folder):
     """Runs a recipe up to the first checkpoint in the middle of its first training."""
-    real = fitting._Progress.save
+    real = Progress.save
 
     def save(self, step, tally):
         real(self, step, tally)
         raise Killed
 
     with patch.context() as inner:
-        inner.setattr(fitting, "CHECKPOINT_SECONDS", -1.0)
-        inner.setattr(fitting, "LOG_STEPS", 1)
-        inner.setattr(fitting._Progress, "save", save)
+        inner.setattr(fit, "CHECKPOINT_SECONDS", -1.0)
+        inner.setattr(fit, "LOG_STEPS", 1)
+        inner.setattr(Progress, "save", save)
         with pytest.raises(Killed):
             runner.run(path, folder=folder)
 

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import fit as fitting
 from trainer.compression import kmeans, units
 from trainer.compression.codebooks import close_codebook, cluster, code_entropy, open_codebook, set_codebook
 from trainer.compression.masks import set_mask
@@ -26,6 +25,8 @@ from trainer.recipe.keys import DataKeys, StageKeys, Training
 from trainer.reporting.log import Log
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
+from trainer.training import fit
+from trainer.training.optimizer import make_optimizer
 from trainer.training.run import Run
 
 SPEC = {"model": "lenet300", "hidden": [16, 12]}
@@ -186,9 +187,7 @@ def test_no_weight_decay_on_what_is_shared(optimizer):
     model, _, _, _ = opened()
     settings = Training(epochs=1, optimizer=optimizer, weight_decay=0.1)
     decays = {
-        id(p): g["weight_decay"]
-        for g in fitting.make_optimizer(model, settings).param_groups
-        for p in g["params"]
+        id(p): g["weight_decay"] for g in make_optimizer(model, settings).param_groups for p in g["params"]
     }
     own = model[0].parametrizations.weight
     assert decays == {id(own.original): 0.0, id(own[0].centroids): 0.0, id(model[0].bias): 0.1}
@@ -353,8 +352,8 @@ def test_an_interrupted_training_of_assignments_goes_on_bit_for_bit(make_run, tm
     }
     whole = make_run()
     share(whole, **settings)
-    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", -1.0)
-    validate, calls = fitting._validate, []
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", -1.0)
+    validate, calls = fit._validate, []
 
     def stop(*given):
         calls.append(1)
@@ -362,7 +361,7 @@ def test_an_interrupted_training_of_assignments_goes_on_bit_for_bit(make_run, tm
             raise KeyboardInterrupt
         return validate(*given)
 
-    monkeypatch.setattr(fitting, "_validate", stop)
+    monkeypatch.setattr(fit, "_validate", stop)
     with pytest.raises(KeyboardInterrupt):
         share(make_run(folder=tmp_path / "cut"), **settings)
     resumed = make_run(folder=tmp_path / "cut")

@@ -15,12 +15,12 @@ import torch
 from trainer.compression.states import restore
 from trainer.data.batches import make_data
 from trainer.data.images import normalize
-from trainer.evaluate import percent_right
 from trainer.models.lenet300 import lenet300
 from trainer.recipe import shelves
 from trainer.recipe.recipe import read
 from trainer.reporting import report
 from trainer.storage import checkpoint
+from trainer.training.evaluate import percent_right
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 900  # until a launch is given up

@@ -231,8 +231,8 @@ def _pairs(options: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from trainer.data.batches import make_data
+    from trainer.distillation.objective import Objective
     from trainer.networks.build import create
-    from trainer.objective import Objective
     from trainer.recipe.recipe import read
     from trainer.runner import check_layers, make_teacher
 

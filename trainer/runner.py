@@ -19,19 +19,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer import onednn
-from trainer.cache import ViewCache
 from trainer.compression import folding
 from trainer.compression.states import dense_bytes, restore
 from trainer.compression.weights import Weight, choose, matching, weights_of
 from trainer.data.batches import make_data, seed_of
 from trainer.data.fetch import cache_folder
 from trainer.data.images import Data
+from trainer.distillation.answers import ViewCache
+from trainer.distillation.objective import Objective
+from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
-from trainer.evaluate import percent_right, predict, record_teacher, student_view, teacher_answers
 from trainer.mistakes import Mistake
 from trainer.networks.build import build, create, spec
-from trainer.objective import Objective
 from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
@@ -45,6 +44,8 @@ from trainer.reporting.tables import csc_bytes, csr_bytes, layer_table, sharing_
 from trainer.storage import checkpoint, files
 from trainer.storage.lock import lock
 from trainer.storage.weights_file import digest
+from trainer.training.evaluate import percent_right, predict, student_view, teacher_answers
+from trainer.training.rows import record_teacher
 from trainer.training.run import Run
 
 WORKING_LAUNCHES = (
@@ -295,9 +296,7 @@ def _tell_float32(run: Run, recipe: Recipe) -> None:
         )
         return
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    kinds = onednn.kinds_in_float32(
-        [run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype
-    )
+    kinds = kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
     if kinds:
         print(
             f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "

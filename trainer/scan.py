@@ -16,7 +16,6 @@ from torch import Tensor
 from trainer import scores
 from trainer.compression.masks import score_masks, std_masks
 from trainer.compression.weights import Weight, choose, weights_of
-from trainer.evaluate import percent_right, predict, student_view, truth
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.recipe import read
@@ -24,6 +23,7 @@ from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
 from trainer.runner import begun
 from trainer.storage import files
+from trainer.training.evaluate import percent_right, predict, student_view, truth
 from trainer.training.run import Run
 
 if TYPE_CHECKING:

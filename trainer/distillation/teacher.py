@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer import inference
 from trainer.data.images import normalize
+from trainer.distillation import cpu
 from trainer.networks import features
 from trainer.networks.features import Seen
 from trainer.recipe.keys import TeacherKeys
@@ -64,7 +64,7 @@ class Teacher:
         `see` does so, not the constructor: a network that is still to be taught learns as its training says.
         """
         if not self._ready or self._state() != self._ready_for:
-            self._ready = [inference.make_ready(network) for network in self.networks]
+            self._ready = [cpu.make_ready(network) for network in self.networks]
             self._ready_for = self._state()
 
     def _state(self) -> list:

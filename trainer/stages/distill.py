@@ -4,12 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trainer.evaluate import keep_histogram, record
-from trainer.fit import fit
+from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
-from trainer.objective import Objective
 from trainer.recipe.keys import Term, Training
 from trainer.recipe.terms import needs_teacher
+from trainer.training.fit import fit
+from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
 
 

@@ -3,7 +3,8 @@
 from torch import nn
 
 from trainer.compression import folding
-from trainer.evaluate import apart, keep_histogram, logits, record
+from trainer.training.evaluate import apart, logits
+from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
 
 LOOKED_AT = 1000  # validation images whose outputs are compared

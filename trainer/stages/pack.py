@@ -14,9 +14,10 @@ from torch import nn
 from trainer.compression import units
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
-from trainer.evaluate import apart, logits, record
 from trainer.storage import files
 from trainer.storage.weights_file import digest
+from trainer.training.evaluate import apart, logits
+from trainer.training.rows import record
 from trainer.training.run import Run
 
 # What a launcher tells its processes: the fresh process is no part of the launch.

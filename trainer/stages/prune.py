@@ -22,14 +22,14 @@ from trainer.compression.masks import (
 from trainer.compression.states import bake, dense_state
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.data.images import normalize
+from trainer.distillation.objective import Objective
 from trainer.distributed import broadcast
-from trainer.evaluate import keep_histogram, record
-from trainer.fit import fit
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.networks.sizes import sizes_of
-from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.training.fit import fit
+from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]

@@ -23,13 +23,14 @@ from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.data.batches import batches, epoch_order, seed_of
 from trainer.data.images import Part
 from trainer.data.views import Views
+from trainer.distillation.objective import Objective
 from trainer.distributed import broadcast
-from trainer.evaluate import keep_histogram, record, student_view, truth
-from trainer.fit import fit
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
-from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.training.evaluate import student_view, truth
+from trainer.training.fit import fit
+from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
 
 Bits = Annotated[int, Field(ge=1, le=16)]

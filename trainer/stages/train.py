@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.evaluate import keep_histogram, record, record_teacher
-from trainer.fit import fit
+from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.networks.build import load_weights
-from trainer.objective import Objective
 from trainer.recipe.keys import Term, TermKeys, Training
 from trainer.recipe.terms import needs_teacher
+from trainer.training.fit import fit
+from trainer.training.rows import keep_histogram, record, record_teacher
 from trainer.training.run import Run
 
 Percent = Annotated[float, Field(ge=0, le=100)]

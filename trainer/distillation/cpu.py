@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from trainer import onednn
 from trainer.compression import folding
+from trainer.distillation.onednn import attach
 
 
 def make_ready(network: nn.Module) -> nn.Module:
@@ -23,7 +23,7 @@ def make_ready(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-    onednn.attach(network, learning=False)
+    attach(network, learning=False)
     if not folding.norms(network) or any(map(parametrize.is_parametrized, network.modules())):
         return network
     return folding.fold_norms(copy.deepcopy(network))

@@ -1,14 +1,10 @@
 """Accuracy and agreement of a network, each image counted once, and the report's rows."""
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from trainer.compression import weights
-from trainer.compression.states import dense_bytes
-from trainer.compression.weights import weights_of
 from trainer.data.batches import batches
 from trainer.data.images import InMemory, Part, normalize
 from trainer.distributed import summed
@@ -81,76 +77,4 @@ def apart(before: Tensor, after: Tensor) -> dict[str, float]:
     return {
         "max_difference": (before - after).abs().max().item(),
         "num_changed": int((before.argmax(1) != after.argmax(1)).sum()),
-    }
-
-
-def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
-    """Measures the student as it stands and adds a row to the report; the test split is read here and only here.
-
-    label: what the row is called ('pruned', 'recovered'). seconds: what led to this row took. numbers: the stage's own.
-    """
-    from trainer.packing import network as packed  # here: a recipe is read without the coder
-
-    started = time.monotonic()
-    run.student.eval()
-    view = student_view(run, run.student)
-    answers = predict(run, view, run.data.test)
-    taught = teacher_answers(run, "test")
-    counts = weights.counts(run.student)
-    file_bytes = len(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))
-    row = {
-        "stage": label,
-        "index": run.stage,
-        "top1": percent_right(answers, run.data.test.labels),
-        "top1_validation": percent_right(predict(run, view, run.data.validation), run.data.validation.labels),
-        "agreement": None if taught is None else (answers == taught).double().mean().item() * 100,
-        **counts,
-        "file_bytes": file_bytes,
-        "ratio_student": (run.student_bytes or dense_bytes(run.student)) / file_bytes,
-        "ratio_teacher": None if run.teacher is None else run.teacher.num_bytes / file_bytes,
-        "seconds": seconds,
-        "measure_seconds": time.monotonic() - started,
-        **numbers,
-    }
-    return add_row(run, row)
-
-
-def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
-    """Measures the teacher and adds its row; its bytes are those of its dense weights."""
-    test, validation = teacher_answers(run, "test"), teacher_answers(run, "validation")
-    networks = nn.ModuleList(run.teacher.networks)
-    row = {
-        "stage": label,
-        "index": run.stage,
-        "top1": percent_right(test, run.data.test.labels),
-        "top1_validation": percent_right(validation, run.data.validation.labels),
-        "agreement": 100.0,
-        **weights.counts(networks),
-        "file_bytes": run.teacher.num_bytes,
-        "ratio_student": None,
-        "ratio_teacher": 1.0,
-        "seconds": seconds,
-        **numbers,
-    }
-    return add_row(run, row)
-
-
-def add_row(run: Run, row: dict) -> dict:
-    run.rows.append(row)
-    run.log.row(row)
-    if run.accelerator.is_main_process:
-        agreement = "" if row.get("agreement") is None else f"  agreement {row['agreement']:.2f} %"
-        print(
-            f"== {row['stage']}: top-1 {row['top1']:.2f} %{agreement}  "
-            f"sparsity {row['sparsity'] * 100:.2f} %  {row['file_bytes']:,} bytes",
-            flush=True,
-        )
-    return row
-
-
-def keep_histogram(run: Run, moment: str) -> None:
-    """Keeps the layers' weights for the report's histograms, as they are at this moment ('dense', 'pruned' ...)."""
-    run.histograms[moment] = {
-        name: place.value.detach().float().cpu().numpy().ravel().copy()
-        for name, place in weights_of(run.student).items()
     }

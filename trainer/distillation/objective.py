@@ -12,39 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.compression.weights import Weight, weights_of
+from trainer.compression.weights import weights_of
 from trainer.data.images import Data, normalize
 from trainer.distillation import pairing
+from trainer.distillation.bound import Bound, WithSettings, map_shapes
+from trainer.distillation.pairing import choose_layer, each_once, partner, weight_pairs
 from trainer.distillation.teacher import Teacher
 from trainer.distributed import summed
-from trainer.mistakes import Mistake, closest, nearest
+from trainer.mistakes import Mistake
 from trainer.networks import features
 from trainer.networks.features import Layer
 from trainer.projectors import EmbeddingProjector, MapProjector
 from trainer.recipe import shelves
-from trainer.recipe.keys import At, Name, TermKeys, WeightSchedule
+from trainer.recipe.keys import At, Name, TermKeys
 from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher, wants
 from trainer.tensors import same_size
-
-
-class _Bound(nn.Module):
-    """One loss at one pair of layers, at several together, or at none, with its projector."""
-
-    def __init__(
-        self,
-        name: str,
-        function: nn.Module,
-        asks: list[str],
-        pairs: list[tuple[Layer, Layer]],
-        weight: float | WeightSchedule,
-    ) -> None:
-        super().__init__()
-        self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
-        self.projector: nn.Module | None = None
-        self.places: tuple[Weight, Weight] | None = None  # of losses on weights
-
-    def weight_at(self, epoch: float, num_epochs: float) -> float:
-        return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
 
 
 class Objective(nn.Module):
@@ -167,13 +149,13 @@ class Objective(nn.Module):
         alone = not MAP_LISTS & set(asks)
         for group in [[pair] for pair in pairs] if pairs and alone else [pairs]:
             if group and not WEIGHTS & set(asks):
-                shapes = shapes | _map_shapes(group)
+                shapes = shapes | map_shapes(group)
             if inspect.isclass(function):
                 given = shapes | {"num_samples": len(data.train), "num_classes": len(data.classes)}
                 loss = function(*(given[word] for word in shelves.built_with(function)), **settings)
             else:
-                loss = _With(function, settings)
-            bound = _Bound(
+                loss = WithSettings(function, settings)
+            bound = Bound(
                 f"{name}/{group[0][0].name}" if group and alone else name, loss, asks, group, term.weight
             )
             if "projected_map" in asks:
@@ -215,7 +197,7 @@ class Objective(nn.Module):
             )
 
         if isinstance(at, dict):
-            return _each_once([(of_student(a), of_teacher(b)) for a, b in at.items()])
+            return each_once([(of_student(a), of_teacher(b)) for a, b in at.items()])
         pairs = []
         for name in at:
             layer = of_student(name)
@@ -224,7 +206,7 @@ class Objective(nn.Module):
                 of_teacher(name) if same_name else partner(layer, mine, theirs, self.student, images.shape[2])
             )
             pairs.append((layer, theirs_then))
-        return _each_once(pairs)
+        return each_once(pairs)
 
     def forward(
         self, images: Tensor, labels: Tensor, index: Tensor, view: int | None = None, epoch: float = 0.0
@@ -300,7 +282,7 @@ class Objective(nn.Module):
 
     def _feed(
         self,
-        bound: _Bound,
+        bound: Bound,
         student: features.Seen,
         teacher: features.Seen | None,
         labels: Tensor,
@@ -405,17 +387,6 @@ class Objective(nn.Module):
                 bound.function.finish(student, features.head(self.teacher.network))
 
 
-class _With(nn.Module):
-    """A loss function with its settings; a module only so that all terms are held alike."""
-
-    def __init__(self, function, settings: dict) -> None:
-        super().__init__()
-        self.function, self.settings = function, settings
-
-    def forward(self, *fed: Any) -> Tensor:
-        return self.function(*fed, **self.settings)
-
-
 def example_images(data: Data, device: torch.device | str) -> Tensor:
     """Two made-up images [2, C, H, W] in [0, 1], always the same."""
     return torch.rand(2, *data.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -455,100 +426,3 @@ def _check_head(network: nn.Module, images: Tensor, who: str) -> None:
             f"{who}'s logits are not what its classifier makes of its embedding alone: a second classifier, a scale or "
             "a layer after it comes in, so no loss that uses the classifier by itself can be had with it"
         )
-
-
-def _map_shapes(group: list[tuple[Layer, Layer]]) -> dict[str, Any]:
-    student_maps = [torch.Size((2, *mine.shape)) for mine, _ in group]
-    teacher_maps = [torch.Size((2, *theirs.shape)) for _, theirs in group]
-    return {
-        "student_maps": student_maps,
-        "teacher_maps": teacher_maps,
-        "student_map": student_maps[0],
-        "teacher_map": teacher_maps[0],
-    }
-
-
-def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
-    names = [mine.name for mine, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise Mistake(f"at: names the student's layer {name!r} more than once")
-    return pairs
-
-
-def choose_layer(
-    network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
-) -> Layer:
-    """The layer that a name means: a stage's name or number, or a module of the forward pass."""
-    if isinstance(name, int):
-        if not -len(known) <= name < len(known):
-            raise Mistake(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
-        return known[name]
-    for layer in known:
-        if layer.name == name:
-            return layer
-    modules = [path for path, _ in network.named_modules() if path]
-    if name not in modules:
-        stages = [layer.name for layer in known]
-        near = closest(name, stages + modules)
-        raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else stages)}")
-    try:
-        return features.look(network, prepared(), [name])[0]
-    except Mistake as error:
-        raise Mistake(f"at: {who}: {error}") from None
-
-
-def partner(
-    layer: Layer, mine: Sequence[Layer], theirs: Sequence[Layer], student: nn.Module, image_size: int
-) -> Layer:
-    """The teacher's stage for a student's layer that is named alone: of the same stride, or depth."""
-    if all(len({other.shape[1] for other in layers}) > 1 for layers in (mine, theirs)):  # both shrink
-        others = [other for other in mine if other.shape[1] != layer.shape[1]]
-        return {a.name: b for a, b in pairing.pair([*others, layer], theirs, image_size)}[layer.name]
-    names = [other.name for other in mine]
-    if layer.name not in names:
-        names = [path for path, _ in student.named_modules() if path]
-    depth = (names.index(layer.name) + 1) / len(names)
-    return theirs[max(0, round(depth * len(theirs)) - 1)]
-
-
-def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
-    """Pairs of layers whose weights are compared: as `at` names them, else by fraction of the depth.
-
-    The shapes told are the weights'. Raises Mistake for a layer that does not exist.
-    """
-    mine, theirs = (
-        [Layer(name, tuple(place.value.shape)) for name, place in weights_of(net).items()]
-        for net in (student, teacher)
-    )
-    if not mine or not theirs:
-        raise Mistake(f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more")
-
-    def choose(name: Name, known: list[Layer], who: str) -> Layer:
-        if isinstance(name, int):
-            if not -len(known) <= name < len(known):
-                raise Mistake(f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0")
-            return known[name]
-        found = [layer for layer in known if layer.name == name]
-        if not found:
-            raise Mistake(
-                f"at: {who} has no weights in {name!r}{nearest(name, [layer.name for layer in known])}"
-            )
-        return found[0]
-
-    def at_depth(layer: Layer) -> Layer:
-        return theirs[round(mine.index(layer) / max(1, len(mine) - 1) * (len(theirs) - 1))]
-
-    if isinstance(at, dict):
-        return _each_once([(choose(a, mine, "student"), choose(b, theirs, "teacher")) for a, b in at.items()])
-    if at == "last":
-        return [(mine[-1], theirs[-1])]
-    if at in (None, "auto"):
-        count = min(len(mine), len(theirs))
-        steps = [i / max(1, count - 1) for i in range(count)]
-        return [
-            (mine[round(step * (len(mine) - 1))], theirs[round(step * (len(theirs) - 1))]) for step in steps
-        ]
-    chosen = [choose(name, mine, "student") for name in at]
-    by_name = {layer.name: layer for layer in theirs}
-    return _each_once([(layer, by_name.get(layer.name) or at_depth(layer)) for layer in chosen])

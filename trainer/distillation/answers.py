@@ -5,14 +5,11 @@ answer to it never changes. Raw logits are kept, which serve any loss at any tem
 time that they are needed, hence never slower than a teacher asked each time.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import math
 import mmap
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,14 @@ from torch import Tensor
 
 from trainer.data.images import Data, InMemory
 from trainer.data.views import Views
+from trainer.distillation.answer_file import (
+    FORMAT,
+    make_file,
+    other_facts,
+    refuse_above,
+    same_facts,
+    size_text,
+)
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks.build import spec
@@ -31,18 +36,14 @@ from trainer.networks.features import Seen
 from trainer.recipe.keys import Augment, CacheKeys
 from trainer.storage import files
 
-FORMAT = 1
 LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
 TOLERANCE = (
     1e-2  # between a kept and a live answer, relative to 1 + the greatest logit: devices round differently
 )
 HALF_TOLERANCE = 5e-2  # the same where the teacher computes in half precision
-
 _PRIME = 2**31 - 1
 _BLOCK = 2**15  # 16-bit words summed at once: below 2^16 * 2^31 * 2^15, so that int64 does not overflow
 _CHUNK = 2**16  # records verified at once
-_GIB = 2**30
-
 logger = logging.getLogger(__name__)
 
 
@@ -122,7 +123,7 @@ class ViewCache:
         )
         text = (
             f"{self._num_views} view{'s' * (self._num_views > 1)} x {self.data.num_samples:,} samples, {what} each, "
-            f"{self.keys.type}, {_size(self.num_bytes)}"
+            f"{self.keys.type}, {size_text(self.num_bytes)}"
         )
         return f"{text}, in {self.path} ({int((self._sums != 0).sum()):,} there already{self.told})"
 
@@ -427,13 +428,13 @@ class ViewCache:
         regions, size = self._regions()
         limit = self.keys.limit_gib or (LIMIT_GIB if self.keys.where == "memory" else None)
         if limit is not None:
-            _refuse_above(size, limit)
+            refuse_above(size, limit)
         path = folder / "records"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):
                 if path.is_file():
-                    _same_facts(folder, facts)
+                    same_facts(folder, facts)
                 if not path.is_file() or path.stat().st_size != size:
                     if path.is_file():
                         logger.warning(
@@ -442,8 +443,8 @@ class ViewCache:
                             path.stat().st_size,
                             size,
                         )
-                    self.told = _others(parent, folder, facts)
-                    _make(path, size)
+                    self.told = other_facts(parent, folder, facts)
+                    make_file(path, size)
                     files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
                 with open(path, "r+b") as file:
                     mapped = mmap.mmap(file.fileno(), size)
@@ -472,91 +473,3 @@ class ViewCache:
             regions[name] = (start, count, shape, kind)
             start += count + -count % 64
         return regions, start
-
-
-_SMALLER = (
-    "type float16, top, fewer views, no maps or where: disk make it smaller or move it; limit_gib allows more"
-)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:,.2f} GiB" if num_bytes >= _GIB / 10 else f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def _refuse_above(num_bytes: int, limit_gib: float) -> None:
-    if num_bytes > limit_gib * _GIB:
-        raise Mistake(
-            f"the teacher's answers take {_size(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}"
-        )
-
-
-def _make(path: Path, size: int) -> None:
-    """A file of zeros whose space is really taken. Raises Mistake naming sizes when there is no room."""
-    partial = path.with_suffix(".partial")  # the caller holds the lock: one left here is a killed process's
-    partial.unlink(missing_ok=True)
-    if size > shutil.disk_usage(path.parent).free:
-        raise _full(path.parent, size)
-    try:
-        with open(partial, "wb") as file:
-            _take_space(file, size)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _full(path.parent, size) from None
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _full(folder: Path, size: int) -> Mistake:
-    return Mistake(
-        f"the teacher's answers take {_size(size)}, and {folder} has {_size(shutil.disk_usage(folder).free)} free; {_SMALLER}, and "
-        "the environment variable TRAINER_DATA names another folder"
-    )
-
-
-def _take_space(file, size: int) -> None:
-    # Writing through a map to space that was promised but is not there kills the process, without an error to catch.
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    zeros = bytes(2**20)
-    for start in range(0, size, len(zeros)):
-        file.write(zeros[: size - start])
-    file.flush()
-
-
-def _read_facts(folder: Path) -> dict[str, Any] | None:
-    try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) else None
-
-
-def _same_facts(folder: Path, facts: dict[str, Any]) -> None:
-    kept = _read_facts(folder)
-    if kept is None:
-        # Only a description: the folder's name already says that the facts are these.
-        files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
-    elif kept != facts:
-        wrong = sorted(key for key in facts.keys() | kept.keys() if facts.get(key) != kept.get(key))
-        raise Mistake(f"{folder}: its answers were kept for another {', '.join(wrong)}; remove that folder")
-
-
-def _others(parent: Path, folder: Path, facts: dict[str, Any]) -> str:
-    """Why the kept answers that are most like these were not taken; nothing where there are none of this dataset."""
-    nearest: tuple[int, str] | None = None
-    for other in sorted(parent.iterdir()):
-        kept = _read_facts(other) if other != folder else None
-        if kept is None or kept.get("dataset") != facts["dataset"]:
-            continue
-        differing = [key for key in facts if facts[key] != kept.get(key)]
-        if nearest is None or len(differing) < nearest[0]:
-            nearest = (len(differing), f"; those in {other.name} are of another {', '.join(differing)}")
-    return nearest[1] if nearest else ""

@@ -3,117 +3,31 @@
 import contextlib
 import ctypes
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import nn
 from tqdm import tqdm
 
-from trainer import onednn
-from trainer.compression.codebooks import centroid_parameters
 from trainer.data.batches import batches, epoch_order, mix, seed_of
 from trainer.data.views import Views
+from trainer.distillation.objective import Objective
+from trainer.distillation.onednn import attach, detach
 from trainer.distributed import agreed, broadcast
-from trainer.evaluate import percent_right, predict, truth
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
-from trainer.objective import Objective
 from trainer.recipe.keys import Training
-from trainer.storage import checkpoint
+from trainer.training.evaluate import percent_right, predict, truth
+from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, make_optimizer
+from trainer.training.progress import Progress, Window
 from trainer.training.run import Run
+from trainer.training.schedule import learning_rate
 
 LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training
-
-
-def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0: a pure function, so that resuming needs no scheduler's state."""
-    total = training.epochs * steps_per_epoch
-    rise = training.warmup * steps_per_epoch
-    if step < rise:
-        return training.lr * (step + 1) / (rise + 1)
-    if training.schedule == "constant":
-        return training.lr
-    if training.schedule == "step":
-        passed = sum(step >= milestone * steps_per_epoch for milestone in training.milestones)
-        return training.lr * (0.1 if training.gamma is None else training.gamma) ** passed
-    if training.schedule == "cosine":
-        return training.lr * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
-    top = 0.3 * total
-    if step < top:
-        low, high, fraction = training.lr / 25, training.lr, step / top
-    else:
-        low, high, fraction = training.lr, training.lr / 1e4, (step - top) / max(1.0, total - 1 - top)
-    return low + (high - low) * (1 - math.cos(math.pi * fraction)) / 2
-
-
-def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; centroids are in a group of their own without weight decay."""
-    free = {id(parameter) for parameter in centroid_parameters(module)}
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trainable if id(p) not in free], "weight_decay": training.weight_decay}]
-    if free:
-        groups.append({"params": [p for p in trainable if id(p) in free], "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise Mistake("there is nothing to train: all parameters are frozen")
-    if training.optimizer == "sgd":
-        momentum = 0.0 if training.momentum is None else training.momentum
-        return torch.optim.SGD(
-            groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True
-        )
-    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=training.lr, fused=True)
-
-
-def cpp_compiler() -> str:
-    """The compiler that torch.compile calls for a CPU."""
-    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-
-
-class Averaged:
-    """The exponential moving average of a module's trainable parameters and floating buffers."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.live = [p for p in module.parameters() if p.requires_grad]
-        self.live += [b for b in module.buffers() if b.is_floating_point()]
-        self.average = [t.detach().clone() for t in self.live]
-        self._mix = get_ema_multi_avg_fn(decay)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self._mix(self.average, [t.detach() for t in self.live], None)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Puts the average into the module and keeps what was there; a second call undoes the first."""
-        for live, average in zip(self.live, self.average, strict=True):
-            kept = live.detach().clone()
-            live.copy_(average)
-            average.copy_(kept)
-
-
-def freeze_unused(objective: Objective, batch: Sequence[Tensor]) -> list[nn.Parameter]:
-    """Freezes the parameters that the losses do not reach (a head, under losses on maps alone), and returns them.
-
-    DDP waits for a gradient of every trainable parameter, so these must be told beforehand.
-    """
-    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-    with evaluating(objective):
-        objective(*batch)["loss"].backward()
-    unused = [p for p in objective.parameters() if p.requires_grad and p.grad is None]
-    objective.zero_grad(set_to_none=True)
-    for name, buffer in objective.named_buffers():
-        buffer.copy_(buffers[name])
-    for parameter in unused:
-        parameter.requires_grad_(False)
-    return unused
 
 
 def fit(
@@ -163,16 +77,16 @@ def fit(
     if training.compile:
         objective.leave_out_of_compile()
         wrapped = torch.compile(wrapped)
-    onednn.attach(objective, learning=True)
+    attach(objective, learning=True)
 
     accumulate = training.accumulate
     num_batches = math.ceil(len(data.train) / training.batch_size)
     steps_per_epoch = math.ceil(num_batches / accumulate)
     num_steps = training.epochs * steps_per_epoch
-    progress = _Progress(run, folder, objective, optimizer, averaged)
+    progress = Progress(run, folder, objective, optimizer, averaged)
     step, tally = progress.load()
     done = tally["finished"]
-    window = _Window(run)
+    window = Window(run)
     bar = tqdm(
         total=num_steps,
         initial=step,
@@ -286,7 +200,7 @@ def fit(
         progress.save(step, tally | {"finished": True})
     for parameter in unused:
         parameter.requires_grad_(True)
-    onednn.detach(objective)
+    detach(objective)
     if training.channels_last:
         objective.to(memory_format=torch.contiguous_format)
     run.learned.update(objective.learned())
@@ -315,109 +229,6 @@ def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
             f"batch_size leaves a batch of one image, which the network cannot learn from: {error}"
         )
     return error
-
-
-class _Window:
-    """Losses since the last look at them, kept on the device."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.loss = math.nan
-        self._kept: list[Tensor] = []
-        self._where: list[tuple[int, int]] = []
-        self._names: list[str] = []
-
-    def add(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
-        self._names = list(terms)
-        self._kept.append(torch.stack([value.detach().float() for value in terms.values()]))
-        self._where.append((epoch, step))
-
-    def flush(self, step: int, rate: float) -> None:
-        """Logs the means. Raises FloatingPointError, on all processes, at the first loss that is not finite on any."""
-        values = self.run.accelerator.reduce(torch.stack(self._kept), "mean").cpu()
-        bad = (~torch.isfinite(values)).nonzero()
-        if len(bad):
-            row = bad[0, 0].item()
-            broken = [
-                n
-                for n, v in zip(self._names, values[row], strict=True)
-                if n != "loss" and not math.isfinite(v)
-            ]
-            epoch, at = self._where[row]
-            raise FloatingPointError(
-                f"stage {self.run.stage_name!r}, epoch {epoch + 1}, step {at + 1}: "
-                f"{', '.join(broken) or 'the weighted sum'} is not finite (the run stops; its last checkpoint stands)"
-            )
-        means = dict(zip(self._names, values.mean(0).tolist(), strict=True))
-        self.loss = means["loss"]
-        self.run.log.numbers(self.run.stage_name, step, lr=rate, **means)
-        self._kept, self._where = [], []
-
-
-class _Progress:
-    """What a training needs to go on after a kill: parameters, buffers, optimizer, average, best weights, position."""
-
-    def __init__(
-        self,
-        run: Run,
-        folder: Path,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        averaged: Averaged | None,
-    ) -> None:
-        self.run, self.folder, self.objective = run, folder, objective
-        self.optimizer, self.averaged = optimizer, averaged
-        self.best: dict[str, Tensor] | None = None
-
-    def remember_best(self) -> None:
-        if self.averaged is not None:
-            self.averaged.swap()
-        self.best = {name: tensor.detach().clone() for name, tensor in self.objective.state_dict().items()}
-        if self.averaged is not None:
-            self.averaged.swap()
-
-    def recall_best(self) -> None:
-        if self.best is not None:
-            self.objective.load_state_dict(self.best)
-
-    def save(self, step: int, tally: dict) -> None:
-        accelerator = self.run.accelerator
-        if accelerator.is_main_process:
-            facts = {"step": step, "tally": tally, "layers": self.run.layers}
-            groups, states = {"objective": self.objective.state_dict()}, {}
-            if not tally["finished"]:
-                states["optimizer"] = self.optimizer.state_dict()
-                facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-                if self.averaged is not None:
-                    groups["average"] = {str(i): t for i, t in enumerate(self.averaged.average)}
-                if self.best is not None:
-                    groups["best"] = self.best
-            checkpoint.save(self.folder, groups, facts, states=states)
-        accelerator.wait_for_everyone()
-
-    def load(self) -> tuple[int, dict]:
-        """Takes up the newest valid checkpoint; returns the steps done and the tally, those of a fresh start without one."""
-        found = checkpoint.load(self.folder)
-        if found is None:
-            return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}
-        groups, facts = found
-        if "optimizer" in facts:
-            raise Mistake(
-                f"{self.folder}: an older version of the program was interrupted in this training, and this one cannot go on from "
-                "there: remove that folder, and the training begins anew; the stages before it stand"
-            )
-        self.run.log.numbers(self.run.stage_name, facts["step"], resumed=1)
-        self.run.layers = facts["layers"]
-        self.objective.load_state_dict(groups["objective"])
-        if not facts["tally"]["finished"]:
-            self.optimizer.load_state_dict(groups["optimizer"])
-            if self.run.accelerator.scaler is not None:
-                self.run.accelerator.scaler.load_state_dict(facts["scaler"])
-            if self.averaged is not None:
-                for i, tensor in enumerate(self.averaged.average):
-                    tensor.copy_(groups["average"][str(i)])
-            self.best = groups.get("best")
-        return facts["step"], facts["tally"]
 
 
 def _keep_freed_memory() -> None:

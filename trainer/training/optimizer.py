@@ -1,0 +1,78 @@
+"""The optimizer of a training, and the moving average of its weights."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from trainer.compression.codebooks import centroid_parameters
+from trainer.distillation.objective import Objective
+from trainer.mistakes import Mistake
+from trainer.networks.features import evaluating
+from trainer.recipe.keys import Training
+
+
+def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; centroids are in a group of their own without weight decay."""
+    free = {id(parameter) for parameter in centroid_parameters(module)}
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in trainable if id(p) not in free], "weight_decay": training.weight_decay}]
+    if free:
+        groups.append({"params": [p for p in trainable if id(p) in free], "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise Mistake("there is nothing to train: all parameters are frozen")
+    if training.optimizer == "sgd":
+        momentum = 0.0 if training.momentum is None else training.momentum
+        return torch.optim.SGD(
+            groups, lr=training.lr, momentum=momentum, nesterov=training.nesterov, fused=True
+        )
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=training.lr, fused=True)
+
+
+def cpp_compiler() -> str:
+    """The compiler that torch.compile calls for a CPU."""
+    return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+
+
+class Averaged:
+    """The exponential moving average of a module's trainable parameters and floating buffers."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.live += [b for b in module.buffers() if b.is_floating_point()]
+        self.average = [t.detach().clone() for t in self.live]
+        self._mix = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._mix(self.average, [t.detach() for t in self.live], None)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Puts the average into the module and keeps what was there; a second call undoes the first."""
+        for live, average in zip(self.live, self.average, strict=True):
+            kept = live.detach().clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+
+def freeze_unused(objective: Objective, batch: Sequence[Tensor]) -> list[nn.Parameter]:
+    """Freezes the parameters that the losses do not reach (a head, under losses on maps alone), and returns them.
+
+    DDP waits for a gradient of every trainable parameter, so these must be told beforehand.
+    """
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    with evaluating(objective):
+        objective(*batch)["loss"].backward()
+    unused = [p for p in objective.parameters() if p.requires_grad and p.grad is None]
+    objective.zero_grad(set_to_none=True)
+    for name, buffer in objective.named_buffers():
+        buffer.copy_(buffers[name])
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    return unused

@@ -1,0 +1,116 @@
+"""What a training needs to go on after a kill, and its losses since the last look."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.distillation.objective import Objective
+from trainer.mistakes import Mistake
+from trainer.storage import checkpoint
+from trainer.training.optimizer import Averaged
+from trainer.training.run import Run
+
+
+class Window:
+    """Losses since the last look at them, kept on the device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.loss = math.nan
+        self._kept: list[Tensor] = []
+        self._where: list[tuple[int, int]] = []
+        self._names: list[str] = []
+
+    def add(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
+        self._names = list(terms)
+        self._kept.append(torch.stack([value.detach().float() for value in terms.values()]))
+        self._where.append((epoch, step))
+
+    def flush(self, step: int, rate: float) -> None:
+        """Logs the means. Raises FloatingPointError, on all processes, at the first loss that is not finite on any."""
+        values = self.run.accelerator.reduce(torch.stack(self._kept), "mean").cpu()
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row = bad[0, 0].item()
+            broken = [
+                n
+                for n, v in zip(self._names, values[row], strict=True)
+                if n != "loss" and not math.isfinite(v)
+            ]
+            epoch, at = self._where[row]
+            raise FloatingPointError(
+                f"stage {self.run.stage_name!r}, epoch {epoch + 1}, step {at + 1}: "
+                f"{', '.join(broken) or 'the weighted sum'} is not finite (the run stops; its last checkpoint stands)"
+            )
+        means = dict(zip(self._names, values.mean(0).tolist(), strict=True))
+        self.loss = means["loss"]
+        self.run.log.numbers(self.run.stage_name, step, lr=rate, **means)
+        self._kept, self._where = [], []
+
+
+class Progress:
+    """What a training needs to go on after a kill: parameters, buffers, optimizer, average, best weights, position."""
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        averaged: Averaged | None,
+    ) -> None:
+        self.run, self.folder, self.objective = run, folder, objective
+        self.optimizer, self.averaged = optimizer, averaged
+        self.best: dict[str, Tensor] | None = None
+
+    def remember_best(self) -> None:
+        if self.averaged is not None:
+            self.averaged.swap()
+        self.best = {name: tensor.detach().clone() for name, tensor in self.objective.state_dict().items()}
+        if self.averaged is not None:
+            self.averaged.swap()
+
+    def recall_best(self) -> None:
+        if self.best is not None:
+            self.objective.load_state_dict(self.best)
+
+    def save(self, step: int, tally: dict) -> None:
+        accelerator = self.run.accelerator
+        if accelerator.is_main_process:
+            facts = {"step": step, "tally": tally, "layers": self.run.layers}
+            groups, states = {"objective": self.objective.state_dict()}, {}
+            if not tally["finished"]:
+                states["optimizer"] = self.optimizer.state_dict()
+                facts["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+                if self.averaged is not None:
+                    groups["average"] = {str(i): t for i, t in enumerate(self.averaged.average)}
+                if self.best is not None:
+                    groups["best"] = self.best
+            checkpoint.save(self.folder, groups, facts, states=states)
+        accelerator.wait_for_everyone()
+
+    def load(self) -> tuple[int, dict]:
+        """Takes up the newest valid checkpoint; returns the steps done and the tally, those of a fresh start without one."""
+        found = checkpoint.load(self.folder)
+        if found is None:
+            return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}
+        groups, facts = found
+        if "optimizer" in facts:
+            raise Mistake(
+                f"{self.folder}: an older version of the program was interrupted in this training, and this one cannot go on from "
+                "there: remove that folder, and the training begins anew; the stages before it stand"
+            )
+        self.run.log.numbers(self.run.stage_name, facts["step"], resumed=1)
+        self.run.layers = facts["layers"]
+        self.objective.load_state_dict(groups["objective"])
+        if not facts["tally"]["finished"]:
+            self.optimizer.load_state_dict(groups["optimizer"])
+            if self.run.accelerator.scaler is not None:
+                self.run.accelerator.scaler.load_state_dict(facts["scaler"])
+            if self.averaged is not None:
+                for i, tensor in enumerate(self.averaged.average):
+                    tensor.copy_(groups["average"][str(i)])
+            self.best = groups.get("best")
+        return facts["step"], facts["tally"]
