@@ -1,4 +1,4 @@
-"""What it is worth to a teacher on a CPU to be made ready (`trainer.inference`): its answers then and as it was built.
+"""What it is worth to a teacher on a CPU to be made ready (`trainer.distillation.cpu`): its answers then and as it was built.
 
 Run: python scripts/bench_inference.py [--rounds 7]. Freshly initialised networks, one thread, processor time; the two take
 turns and medians are compared. The difference of their logits is given relative to the largest logit.

@@ -29,14 +29,14 @@ import torch
 from tabulate import tabulate
 from trials import spread
 
-from trainer.__main__ import changes_of
+from trainer.cli import changes_of
 from trainer.data.batches import batches, make_data, seed_of
 from trainer.distillation.answers import ViewCache
 from trainer.distillation.objective import Objective
 from trainer.networks.build import create, spec
 from trainer.recipe.keys import Augment, CacheKeys, Recipe
 from trainer.recipe.recipe import read
-from trainer.runner import begun
+from trainer.runs.runner import begun
 from trainer.storage import files
 from trainer.storage.lock import lock
 from trainer.training.evaluate import percent_right, predict, student_view, teacher_answers

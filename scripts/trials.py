@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from trainer.__main__ import changes_of
+from trainer.cli import changes_of
 from trainer.recipe.recipe import read
-from trainer.runner import run
+from trainer.runs.runner import run
 
 
 def spread(values: list[float]) -> str:

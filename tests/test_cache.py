@@ -11,7 +11,6 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from trainer import runner
 from trainer.data.batches import batches, epoch_order, make_data
 from trainer.data.views import Views
 from trainer.distillation import answer_file, answers
@@ -21,6 +20,7 @@ from trainer.models.lenet5 import lenet5
 from trainer.recipe.keys import CacheKeys, DataEntry, TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
+from trainer.runs import runner
 from trainer.storage import checkpoint
 
 VIEWS = {"views": 3, "augment": {"shift": 1, "rotate": 8}}

@@ -195,7 +195,7 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 WRITER = """
 import sys, torch
 from pathlib import Path
-from trainer import checkpoint
+from trainer.storage import checkpoint
 step = 0
 while True:
     step += 1
@@ -410,8 +410,8 @@ def test_an_optimizer_state_comes_back_exactly_and_a_damaged_one_is_skipped(tmp_
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from trainer import checkpoint
-with checkpoint.lock(Path(sys.argv[1])):
+from trainer.storage.lock import lock
+with lock(Path(sys.argv[1])):
     worker = os.fork()
     if worker == 0:
         os.close(1)

@@ -180,7 +180,7 @@ def test_threads_that_fetch_at_once_ask_the_source_once(cache):
 
 ONE_OF_TWO = """
 import os, pathlib, sys, time
-from trainer import fetch as fetching
+from trainer.data import fetch as fetching
 folder = pathlib.Path(sys.argv[1])
 def source(name, files):
     (folder / f"asked-{os.getpid()}").touch()

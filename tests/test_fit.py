@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
-from trainer import runner
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.weights import weights_of
 from trainer.data.batches import make_data
@@ -30,6 +29,7 @@ from trainer.models.lenet300 import lenet300
 from trainer.recipe import shelves
 from trainer.recipe.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
 from trainer.reporting.log import Log
+from trainer.runs import runner
 from trainer.storage import checkpoint
 from trainer.training import fit as fitting
 from trainer.training.fit import fit
@@ -863,8 +863,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import tests.test_fit as tests
-from trainer import fit, runner
-import trainer.bind, trainer.recipe
+from trainer.runs import runner
+from trainer.training import fit
 fit.LOG_STEPS, fit.CHECKPOINT_SECONDS = 1, -1.0
 
 def start(folder):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from trainer.__main__ import main
+from trainer.cli import main
 from trainer.data import fetch
 from trainer.data.readers import FetchError
 from trainer.mistakes import Mistake
@@ -95,7 +95,7 @@ def python(*words: str, **options) -> subprocess.CompletedProcess:
 def test_help_is_quick():
     told = python(
         "-c",
-        "import sys\nfrom trainer.__main__ import main\ntry:\n main(['--help'])\n"
+        "import sys\nfrom trainer.cli import main\ntry:\n main(['--help'])\n"
         "finally:\n print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])",
     )
     assert told.returncode == 0 and told.stdout.splitlines()[-1] == "[]"
@@ -122,9 +122,8 @@ def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
         "pandas",
         "PIL",
         "torch._dynamo",
-        "trainer.codec",
-        "trainer.entropy",
-        "trainer.kmeans",
+        "trainer.packing.coder",
+        "trainer.compression.kmeans",
     }
     assert [line for line in lines if not line.startswith("import time:")] == [
         f"trainer: {path}:13: stages[3].bit: is no key here (did you mean 'bits'?)"
@@ -136,10 +135,10 @@ def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
 def test_reading_a_recipe_imports_nothing_heavy(name):
     """Each stage imports what it works with when it runs: the coder, k-means, and what takes seconds."""
     recipes = Path(__file__).parents[1] / "recipes"
-    code = f"import sys, trainer.recipe; trainer.recipe.read({str(recipes / name) + '.yaml'!r}); print(*sys.modules)"
+    code = f"import sys, trainer.recipe.recipe; trainer.recipe.recipe.read({str(recipes / name) + '.yaml'!r}); print(*sys.modules)"
     told = python("-c", code)
     heavy = {
-        "trainer.codec", "trainer.entropy", "trainer.packed", "trainer.kmeans", "trainer.runner", "trainer.report",
+        "trainer.packing.coder", "trainer.packing.network", "trainer.compression.kmeans", "trainer.runs.runner", "trainer.reporting.report",
         "torch._dynamo", "torch._inductor", "wandb", "accelerate", "scipy", "sklearn", "matplotlib", "timm", "torchvision", "PIL",
     }  # fmt: skip
     assert told.returncode == 0, told.stderr
@@ -174,7 +173,6 @@ def test_faulty_command_lines(words, told, capsys):
 
 
 def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
-    import trainer.recipe.text
 
     def broken(*_):
         raise RuntimeError("a fault of the program")
@@ -229,14 +227,14 @@ def test_a_fault_inside_a_training_is_a_traceback_that_asks_for_a_report(tmp_pat
     """It was once told as a mistake in the recipe: a ValueError of Python's own, in one line."""
     code = """
 import sys
-import trainer.fit
-from trainer.__main__ import main
+import trainer.training.fit
+from trainer.cli import main
 from trainer.mistakes import Mistake
 
 def broken(*_):
     list(zip([1], [1, 2], strict=True))
 
-trainer.fit.epoch_order = broken
+trainer.training.fit.epoch_order = broken
 sys.exit(main(sys.argv[1:]))
 """
     done = subprocess.run(
@@ -585,11 +583,11 @@ def test_predict_from_what_is_no_image(student, say, tmp_path):
 
 
 def test_a_file_that_does_not_tell_what_its_images_are_like(say, tmp_path):
-    from trainer import api
+    from trainer.functional import pack
     from trainer.models.lenet300 import lenet300
 
     torch.manual_seed(0)
-    api.pack(lenet300((1, 8, 8), 4, hidden=(5,)), tmp_path / "bare.tiny")
+    pack(lenet300((1, 8, 8), 4, hidden=(5,)), tmp_path / "bare.tiny")
     status, out, _ = say("inspect", tmp_path / "bare.tiny")
     assert status == 0 and "a network on no shelf" in out
     status, _, err = say("predict", tmp_path / "bare.tiny", tmp_path / "x.png")

@@ -334,7 +334,7 @@ def test_the_rehearsal_leaves_the_generator_alone_and_other_layers():
 IMITATED = """
 import torch
 from torch import nn
-from trainer import onednn
+from trainer.distillation import onednn
 network = nn.Sequential(nn.LSTM(3, 4), nn.GRU(3, 4))
 assert onednn.kinds_in_float32([network], torch.bfloat16) == ["LSTM"]
 onednn.attach(network, learning=True)

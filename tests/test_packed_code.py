@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.__main__ import main
+from trainer.cli import main
 from trainer.networks import build as building
 from trainer.packing import container
 from trainer.packing import network as packed

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
-from trainer import runner, scores
+from trainer import scores
 from trainer.compression import channels
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import score_masks
@@ -31,6 +31,7 @@ from trainer.recipe.keys import DataKeys, StageKeys, Training
 from trainer.recipe.text import RecipeError
 from trainer.reporting import report
 from trainer.reporting.log import Log
+from trainer.runs import runner
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
 from trainer.storage.weights_file import digest

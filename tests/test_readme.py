@@ -20,7 +20,7 @@ import torchvision
 import yaml
 from PIL import Image
 
-from trainer.__main__ import main
+from trainer.cli import main
 from trainer.recipe import read
 
 TOP = Path(__file__).resolve().parents[1]

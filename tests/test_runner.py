@@ -12,12 +12,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from trainer import runner
 from trainer.compression import codebooks
 from trainer.distillation import onednn
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.text import RecipeError
 from trainer.reporting import plots, report
+from trainer.runs import opening, runner, threads
+from trainer.runs.evaluate_file import evaluate_file
+from trainer.runs.opening import make_accelerator
+from trainer.runs.threads import available_threads
 from trainer.stages import distill, pack, train
 from trainer.storage import checkpoint
 from trainer.storage.lock import lock
@@ -93,7 +96,7 @@ def test_a_run_that_is_done_only_prints(tmp_path, capsys, monkeypatch):
     here = tmp_path / "alone"
     before = {file: file.stat().st_mtime_ns for file in here.rglob("*") if file.name != ".lock"}
     capsys.readouterr()
-    monkeypatch.setattr(runner, "make_data", None)  # nothing is opened
+    monkeypatch.setattr(opening, "make_data", None)  # nothing is opened
     again = runner.run(path, folder=tmp_path)
     assert again["rows"] == json.loads(json.dumps(first["rows"]))
     assert "this recipe has run already" in (out := capsys.readouterr().out) and "| trained " in out
@@ -385,7 +388,7 @@ def test_a_launch_that_asked_for_more(monkeypatch, environment, got, more):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert runner._asked_for_more(got) is more
+    assert opening._asked_for_more(got) is more
 
 
 def test_more_processes_than_started_is_an_error_that_names_commands(tmp_path, monkeypatch):
@@ -405,7 +408,7 @@ def test_more_processes_than_started_is_an_error_that_names_commands(tmp_path, m
 def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
     path = write(tmp_path, ALONE)
     with pytest.raises(ValueError, match="nothing.tiny: cannot be read"):
-        runner.evaluate_file(tmp_path / "nothing.tiny", path)
+        evaluate_file(tmp_path / "nothing.tiny", path)
     from trainer.data.batches import make_data
     from trainer.packing import network as packed
     from trainer.recipe.recipe import read
@@ -414,13 +417,13 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
     content = packed.encode(lenet5((1, 16, 16), 10), {"model": "lenet5"}, packed.facts_of(data))
     (tmp_path / "other.tiny").write_bytes(content)
     with pytest.raises(ValueError, match="other.tiny: was made for other images"):
-        runner.evaluate_file(tmp_path / "other.tiny", path)
+        evaluate_file(tmp_path / "other.tiny", path)
 
 
 def test_the_accelerator_has_the_recipes_precision(tmp_path):
     from trainer.recipe.recipe import read
 
-    assert isinstance(accelerator := runner.make_accelerator(read(write(tmp_path, ALONE))[0]), Accelerator)
+    assert isinstance(accelerator := make_accelerator(read(write(tmp_path, ALONE))[0]), Accelerator)
     assert accelerator.mixed_precision == "no" and accelerator.num_processes == 1
 
 
@@ -428,7 +431,7 @@ class FourCores:
     """Makes a machine of four physical cores, each of two logical ones, of which `allowed` may be used."""
 
     def __init__(self, monkeypatch, allowed=8):
-        monkeypatch.setattr(runner.psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
+        monkeypatch.setattr(threads.psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
         for name in ("LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
             monkeypatch.delenv(name, raising=False)
@@ -463,7 +466,7 @@ def test_physical_cores_are_divided_among_the_processes_of_a_machine(
     FourCores(monkeypatch, allowed)
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert runner.available_threads(num_processes) == threads
+    assert available_threads(num_processes) == threads
 
 
 @pytest.mark.parametrize(

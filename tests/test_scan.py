@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from trainer import ladder, runner, scan
-from trainer.__main__ import main
+from trainer.cli import main
 from trainer.compression.weights import weights_of
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError, value
 from trainer.reporting import report
+from trainer.runs import ladder, runner, scan
 
 RECIPE = """name: few
 data: {dataset: digits, subset: 300, validation: 200}

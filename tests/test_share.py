@@ -541,15 +541,14 @@ stages:
 
 
 def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, monkeypatch):
-    from trainer import runner
+    from trainer.runs import runner
+    from trainer.runs.evaluate_file import evaluate_file
     from trainer.stages import pack, share
 
     recipe = tmp_path / "folded.yaml"
     recipe.write_text(RECIPE)
     # Not in a fresh process, which is tested elsewhere: here it is to be quick.
-    monkeypatch.setattr(
-        pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path)
-    )
+    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: evaluate_file(path, run.recipe_path))
     whole = runner.run(recipe, folder=tmp_path / "whole")
     rows = {row["stage"]: row for row in whole["rows"]}
     assert rows["folded"]["top1"] == rows["pruned"]["top1"] and rows["folded"]["max_difference"] < 1e-4
@@ -578,8 +577,8 @@ def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, mon
     ],
 )
 def test_orders_that_make_no_sense_are_seen_before_anything_is_trained(tmp_path, stages, told):
-    from trainer import runner
     from trainer.recipe.text import RecipeError
+    from trainer.runs import runner
 
     recipe = tmp_path / "x.yaml"
     recipe.write_text(RECIPE.partition("stages:")[0] + f"stages: {stages}\n")

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import api, runner
+from trainer import functional
 from trainer.compression.states import dense_state, restore
 from trainer.compression.weights import weights_of
 from trainer.models.lenet5 import lenet5
 from trainer.packing import network as packed
 from trainer.reporting import report
+from trainer.runs import runner
+from trainer.runs.evaluate_file import evaluate_file
 from trainer.stages import pack
 from trainer.storage import checkpoint
 from trainer.storage.weights_file import digest, save_file
@@ -228,7 +230,7 @@ def test_the_decoded_file_is_the_network_that_was_measured(main):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert decoded["digest"] == digest(expected)
     assert decoded["file_bytes"] == (here / "student.tiny").stat().st_size
-    found = runner.evaluate_file(here / "student.tiny", here / "recipe.yaml")
+    found = evaluate_file(here / "student.tiny", here / "recipe.yaml")
     assert found == {
         "top1": decoded["top1"],
         "images": 360,
@@ -460,9 +462,7 @@ def test_share_without_pruning(tmp_path, no_plots):
 
 def test_a_recipe_without_a_teacher_packs_what_it_trains(tmp_path, no_plots, monkeypatch):
     # The main job above has used a fresh process.
-    monkeypatch.setattr(
-        pack, "_in_fresh_process", lambda run, path: runner.evaluate_file(path, run.recipe_path)
-    )
+    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: evaluate_file(path, run.recipe_path))
     result = run(
         tmp_path,
         f"""
@@ -524,5 +524,5 @@ def test_the_python_calls_prune_and_share_as_the_stages_do(tmp_path, no_plots):
     _, before, after = pruned_by(tmp_path, "sensitivity: 0.8")
     model = net()
     model.load_state_dict({**model.state_dict(), **{f"{n}.weight": w for n, w in before.items()}})
-    api.prune(model, sensitivity=0.8)
+    functional.prune(model, sensitivity=0.8)
     assert all(torch.equal(place.value, after[name].value) for name, place in weights_of(model).items())

@@ -6,15 +6,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainer import runner
+from trainer.data.batches import make_data
 from trainer.distillation import teacher
 from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.models.lenet5 import lenet5
 from trainer.networks import features
 from trainer.networks.build import build
 from trainer.recipe.keys import TeacherKeys
+from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import report
+from trainer.runs import runner
+from trainer.runs.opening import make_teacher
 from trainer.storage import checkpoint
 from trainer.storage.weights_file import digest, save_file
 
@@ -146,8 +149,8 @@ def test_a_teacher_of_other_classes_is_refused_before_anything_is_trained(tmp_pa
 def test_pretrained_weights_of_other_classes_leave_a_fresh_head(tmp_path, monkeypatch):
     """A stand-in for timm's weights, since tests ask no hub: what it says of them, and a network."""
     text = f"name: a\n{DIGITS}}}\nteacher: {{model: timm/resnet18, pretrained: true}}\nstudent: {{model: lenet5, width: 2}}\n"
-    recipe, _ = runner.read(written(tmp_path, text + DISTILL + "\n"))
-    data = runner.make_data(recipe.data, torch.device("cpu"))
+    recipe, _ = read(written(tmp_path, text + DISTILL + "\n"))
+    data = make_data(recipe.data, torch.device("cpu"))
 
     def create(name, *, pretrained, num_classes, **settings):
         assert name == "resnet18" and pretrained
@@ -160,10 +163,10 @@ def test_pretrained_weights_of_other_classes_leave_a_fresh_head(tmp_path, monkey
     with pytest.raises(
         ValueError, match="was trained on 1000 classes and the data has 10: its new head is freshly"
     ):
-        runner.make_teacher(recipe, data)
+        make_teacher(recipe, data)
     known = 10
     images = torch.rand(2, 1, 8, 8)
-    prepared = runner.make_teacher(recipe, data).prepare(images)
+    prepared = make_teacher(recipe, data).prepare(images)
     assert torch.allclose(prepared, (images - 0.25) / 0.5)  # its own normalisation, not the data's
     assert data.mean != (0.25,)
 

@@ -299,7 +299,7 @@ RUN = """
 import os, signal, sys, time
 from pathlib import Path
 from accelerate import Accelerator
-from trainer.tracking import Log
+from trainer.reporting.log import Log
 
 accelerator = Accelerator(log_with="wandb")
 config = {"training": {"lr": 1e-3}}

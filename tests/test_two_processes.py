@@ -54,13 +54,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from trainer import bind, checkpoint, compress, runner
-from trainer.context import Data, InMemory, Part
-from trainer.fit import freeze_unused
-from trainer.keys import Augment, TeacherKeys, TermKeys
+from trainer.compression.weights import weights_of
+from trainer.data.images import Data, InMemory, Part
+from trainer.distillation.objective import Objective
+from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
-from trainer.objective import Objective
-from trainer.teacher import Teacher
+from trainer.recipe import shelves
+from trainer.recipe.keys import Augment, TeacherKeys, TermKeys
+from trainer.runs import runner
+from trainer.storage.weights_file import digest
+from trainer.training.optimizer import freeze_unused
 
 kept = []
 real = runner._report
@@ -71,10 +74,10 @@ rank = torch.distributed.get_rank()
 told = {
     "rows": result["rows"],
     "layers": result["layers"],
-    "student": checkpoint.digest(run.student.state_dict()),
-    "learned": checkpoint.digest(run.learned),
+    "student": digest(run.student.state_dict()),
+    "learned": digest(run.learned),
     "num_learned": len(run.learned),
-    "masks": checkpoint.digest({name: place.mask.to(torch.uint8) for name, place in compress.weights(run.student).items()}),
+    "masks": digest({name: place.mask.to(torch.uint8) for name, place in weights_of(run.student).items()}),
     "teacher": run.teacher.fingerprint(),
     "gradients": {},
 }
@@ -88,12 +91,12 @@ images = InMemory(
 part = Part(images, torch.arange(12))
 data = Data(name="x", train=part, validation=part, test=part, classes=[str(i) for i in range(10)], mean=(0.5,), std=(0.5,),
             shape=(1, 16, 16), num_samples=12, augment=Augment())
-for name in bind.names("loss"):
+for name in shelves.names("loss"):
     torch.manual_seed(1)
     guide = Teacher([lenet5(data.shape, 10, width=4)], [TeacherKeys(model="lenet5")], data.mean, data.std)
     torch.manual_seed(2 + rank)  # the wrapped module starts from the main process's weights, projectors too
     student = lenet5(data.shape, 10, width=3)
-    term = bind.checker(bind.find("loss", name), TermKeys)(loss=name)
+    term = shelves.checker(shelves.find("loss", name), TermKeys)(loss=name)
     objective = Objective(student, [term], data, guide)
     mine = part.__getitems__(torch.arange(12)[rank::2])
     freeze_unused(objective, (mine[0].float() / 255, mine[1], mine[2]))

@@ -9,10 +9,10 @@ from typing import Any
 
 # Imported when first asked for: torch and what stands on it take seconds.
 _WHERE = {
-    "run": "trainer.runner",
-    "prune": "trainer.api",
-    "share": "trainer.api",
-    "pack": "trainer.api",
+    "run": "trainer.runs.runner",
+    "prune": "trainer.functional",
+    "share": "trainer.functional",
+    "pack": "trainer.functional",
     "load": "trainer.packing.network",
 }
 __all__ = ["load", "pack", "prune", "run", "share"]

@@ -21,13 +21,14 @@ from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
-from trainer.runner import begun
+from trainer.runs.runner import begun
 from trainer.storage import files
 from trainer.training.evaluate import percent_right, predict, student_view, truth
 from trainer.training.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 SENSITIVITIES = tuple(step / 4 for step in range(1, 13))

@@ -15,8 +15,8 @@ from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
-from trainer.runner import begun, run
-from trainer.scan import prune_stage
+from trainer.runs.runner import begun, run
+from trainer.runs.scan import prune_stage
 from trainer.storage import files
 
 if TYPE_CHECKING:

@@ -1,0 +1,351 @@
+"""The command line: `accelerate launch -m trainer run recipe.yaml`, or `python -m trainer`, or `trainer`.
+
+A user's mistake is one clear message and exit 2, never a traceback. A fault of the program is a traceback, which asks for a report.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.mistakes import Mistake
+
+# torch, and what stands on it, takes seconds to import: each command imports what it needs.
+
+REPORT = "trainer: this is a fault of the program, not of your recipe: please report it with the lines above"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 2 for a user's mistake, 1 for a run that went wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        _say(
+            "interrupted"
+            + ("; the same command goes on where this stopped" if options.command in (_run, _ladder) else "")
+        )
+        return 130
+    except FloatingPointError as error:
+        _say(str(error))
+        return 1
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (head, say). Python would complain again on closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that the signal SIGPIPE ends
+    except Exception as error:
+        told = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
+        if told is None:
+            if not isinstance(error, (Mistake, OSError)):
+                error.add_note(REPORT)
+            raise
+        _say(told)
+        return 2
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to tell of an error that is the user's to mend; None for a fault of the program."""
+    if isinstance(error, (Mistake, OSError)):
+        return str(error)
+    no_room = ("can't allocate memory", "Storage size calculation overflowed")
+    if isinstance(error, (OverflowError, MemoryError)) or any(words in str(error) for words in no_room):
+        return f"a number is too large, or there is too little memory: {error or type(error).__name__}"
+    if isinstance(error, RuntimeError) and "torchvision::" in str(error):
+        return (
+            f"torch and torchvision do not fit together ({error}): install a matching pair, "
+            "such as pip install torch==2.15.0 torchvision==0.29.2"
+        )
+    return None
+
+
+def _say(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainer", description="Distil, prune, weight-share and pack image classifiers."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, name: str, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(command=function)
+        return made
+
+    def recipe_options(made: argparse.ArgumentParser, of_a_run: bool) -> None:
+        made.add_argument("recipe", type=Path)
+        made.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="PLACE=VALUE",
+            dest="changes",
+            help="change a value, such as stages.1.training.epochs=2; may be given several times",
+        )
+        made.set_defaults(seed=None, name=None)
+        if of_a_run:
+            made.add_argument(
+                "--seed", type=int, help="another seed; without --name the run is then called NAME-seedN"
+            )
+            made.add_argument("--name", help="another name of the run")
+
+    run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
+    recipe_options(run, of_a_run=True)
+    run.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    run.add_argument(
+        "--threads", type=_count, help="threads of each process (those of the recipe, or all physical cores)"
+    )
+    check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
+    recipe_options(check, of_a_run=True)
+    pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
+    recipe_options(pairs, of_a_run=False)
+    scan = command(
+        _scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage."
+    )
+    recipe_options(scan, of_a_run=True)
+    scan.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    scan.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
+    scan.add_argument(
+        "--cost", type=float, default=1.0, help="points of validation accuracy a setting may cost (1)"
+    )
+    ladder = command(_ladder, "ladder", "Prune, share and pack at several sizes, from one distilled student.")
+    recipe_options(ladder, of_a_run=True)
+    ladder.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    ladder.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
+    ladder.add_argument("--sparsity", type=_numbers(float), default=[], help="shares of zeros: 0.9,0.95,0.98")
+    ladder.add_argument("--bits", type=_numbers(int), default=[], help="bits of the shared values: 3,4,5")
+    fetch = command(_fetch, "fetch", "Fetch datasets ahead of time.")
+    fetch.add_argument("dataset", nargs="+")
+    inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="for programs: one line")
+    unpack = command(_unpack, "unpack", "Write the weights of a packed file as safetensors.")
+    unpack.add_argument("file", type=Path)
+    unpack.add_argument(
+        "output", type=Path, nargs="?", help="FILE with the ending .safetensors, when not given"
+    )
+    predict = command(_predict, "predict", "Classify images with a packed file.")
+    predict.add_argument("file", type=Path)
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    predict.add_argument("--top", type=_count, default=3, help="how many classes to tell (3)")
+    evaluate = command(_evaluate, "evaluate", "Measure a packed file on the test split of a recipe's data.")
+    evaluate.add_argument("file", type=Path)
+    recipe_options(evaluate, of_a_run=False)
+    evaluate.add_argument("--json", action="store_true", help="for programs: one line")
+    evaluate.add_argument("--threads", type=_count, help="threads to compute with")
+    command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
+    return parser
+
+
+def _count(word: str) -> int:
+    if not (word.isascii() and word.isdigit()) or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}; a number from 1 up is allowed")
+    return int(word)
+
+
+def _numbers(kind: type) -> Callable[[str], list]:
+    """What reads '3,4,5'."""
+
+    def read(words: str) -> list:
+        try:
+            return [kind(word) for word in words.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"got {words!r}; numbers with commas between them are allowed"
+            ) from None
+
+    return read
+
+
+def changes_of(words: list[str]) -> dict[str, Any]:
+    """What ['stages.1.training.epochs=2', ...] asks for: {'stages.1.training.epochs': 2, ...}."""
+    from trainer.recipe.text import value
+
+    changes: dict[str, Any] = {}
+    for word in words:
+        place, found, given = word.partition("=")
+        if not found:
+            raise Mistake(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
+        if place in changes:
+            raise Mistake(f"--set {place}: is given twice")
+        try:
+            changes[place] = value(given)
+        except Mistake as error:
+            raise Mistake(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
+    return changes
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    changes = changes_of(options.changes)
+    for key in ("seed", "name"):
+        if key in changes and getattr(options, key) is not None:
+            raise Mistake(f"--set {key}: --{key} gives it too")
+    if options.seed is not None:
+        changes["seed"] = options.seed
+    if options.name is not None:
+        changes["name"] = options.name
+    elif options.seed is not None:
+        from trainer.recipe.recipe import read
+
+        changes["name"] = f"{read(options.recipe, changes)[0].name}-seed{options.seed}"
+    return changes
+
+
+def _run(options: argparse.Namespace) -> None:
+    from trainer.runs.runner import run
+
+    run(options.recipe, _changes(options), options.folder, options.threads)
+
+
+def _scan(options: argparse.Namespace) -> None:
+    from trainer.runs.scan import scan
+
+    scan(options.recipe, _changes(options), options.folder, options.stage, options.cost)
+
+
+def _ladder(options: argparse.Namespace) -> None:
+    from trainer.runs.ladder import ladder
+
+    ladder(options.recipe, options.sparsity, options.bits, _changes(options), options.folder, options.stage)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from trainer.recipe.recipe import read
+
+    recipe, _ = read(options.recipe, _changes(options))
+    print(f"{options.recipe}: fine: {', '.join(stage.stage for stage in recipe.stages)}")
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    import torch
+    from tabulate import tabulate
+
+    from trainer.data.batches import make_data
+    from trainer.distillation.objective import Objective
+    from trainer.networks.build import create
+    from trainer.recipe.recipe import read
+    from trainer.runs.checks import check_layers
+    from trainer.runs.opening import make_teacher
+
+    recipe, _ = read(options.recipe, _changes(options))
+    data = make_data(recipe.data, torch.device("cpu"))
+    guide = make_teacher(recipe, data)
+    student = create(recipe.student, data.shape, len(data.classes))
+    check_layers(recipe, student, data, guide, "cpu")
+    tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
+    for number, stage in enumerate(recipe.stages):
+        terms = getattr(stage, "losses", None)
+        rows = Objective(student, terms, data, guide).pairs() if terms else []
+        shown = [
+            {k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()} for row in rows
+        ]
+        if rows:
+            tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
+    for table, stages in tables.items():
+        print(f"{', '.join(stages)}\n{table}\n")
+    if not tables:
+        print(f"{options.recipe}: no loss looks at layers")
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from trainer.data.fetch import fetch
+
+    for name in options.dataset:
+        started = time.monotonic()
+        print(f"{name}: {fetch(name)} ({time.monotonic() - started:.1f} s)", flush=True)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from trainer.packing import network as packed
+
+    data = _read(options.file)
+    account, header = packed.account(data, str(options.file))
+    if options.json:
+        print(json.dumps({"header": header, "account": account}))
+        return
+    from trainer.reporting.tables import byte_table
+
+    net = header.get("net")
+    made = (
+        " ".join(f"{k}={v}" if k != "model" else str(v) for k, v in net.items())
+        if net
+        else "a network on no shelf"
+    )
+    size = f" for images {'x'.join(map(str, header['shape']))}" if header["shape"] else ""
+    classes = f", {len(header['classes'])} classes" if header["classes"] else ""
+    print(f"{options.file}: {len(data):,} bytes: {made}{size}{classes}\n")
+    print(byte_table(account))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    from trainer.packing import network as packed
+    from trainer.storage.weights_file import save_file
+
+    state, _ = packed.tensors(_read(options.file), str(options.file))
+    output = options.output or options.file.with_suffix(".safetensors")
+    if output.exists():
+        raise Mistake(f"{output}: is there already; name another file")
+    save_file(output, state)
+    print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    import torch
+
+    from trainer.data.image_file import read_image
+    from trainer.data.images import normalize
+    from trainer.packing import network as packed
+
+    model, header = packed.decode(_read(options.file), str(options.file))
+    if not header["shape"] or not header["mean"]:
+        raise Mistake(
+            f"{options.file}: was packed without shape, mean and std: what its images are like is not known"
+        )
+    shape, classes = tuple(header["shape"]), header["classes"]
+    for path in options.images:
+        image = read_image(path, shape)
+        with torch.inference_mode():
+            shares = model(normalize(image[None].float() / 255, header["mean"], header["std"])).softmax(-1)[0]
+        best = shares.topk(min(options.top, len(shares)))
+        told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        print(f"{path}: {'  '.join(f'{classes[i]} {share * 100:.1f} %' for i, share in told)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    import torch
+
+    from trainer.runs.evaluate_file import evaluate_file
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    result = evaluate_file(options.file, options.recipe, _changes(options))
+    result["seconds"] = time.monotonic() - started
+    print(
+        json.dumps(result)
+        if options.json
+        else f"{options.file}: top-1 {result['top1']:.2f} % of {result['images']:,} test images"
+    )
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from trainer.recipe.recipe import schema
+
+    print(json.dumps(schema(), indent=1))

@@ -1,0 +1,1 @@
+"""Whole runs: opening, checking, resuming, scans, ladders."""

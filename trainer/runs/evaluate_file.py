@@ -1,0 +1,55 @@
+"""A packed file, measured on a recipe's data."""
+
+from pathlib import Path
+from typing import Any
+
+from trainer.data.batches import make_data
+from trainer.mistakes import Mistake
+from trainer.networks.build import build, spec
+from trainer.packing import network as packed
+from trainer.recipe.recipe import read
+from trainer.runs.opening import accelerator_of
+from trainer.storage.weights_file import digest
+from trainer.training.evaluate import percent_right, predict, student_view
+from trainer.training.run import Run
+
+
+def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Decodes a packed file and measures it on the test split of a recipe's data: top1 (percent), images, digest, bytes."""
+    recipe, _ = read(path, changes)
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise Mistake(f"{file}: cannot be read: {error.strerror}") from None
+    header = packed.header(content, str(file))
+    into = None
+    if not packed.rebuilds(header) and header.get("net") == spec(recipe.student):
+        # The recipe's author names the code, not the file.
+        into = build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    model, header = packed.decode(content, str(file), into)
+    # As in a run: the file was measured by the same arithmetic there.
+    accelerator = accelerator_of(mixed_precision=recipe.precision)
+    recipe.data.keep_views = False  # of images that are not looked at here
+    data = make_data(recipe.data, accelerator.device)
+    if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
+        raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
+    model.to(accelerator.device)
+    run = Run(
+        name=recipe.name,
+        folder=Path(),
+        seed=0,
+        accelerator=accelerator,
+        data=data,
+        student=model,
+        student_spec={},
+        teacher=None,
+        log=None,
+        recipe_path=path,
+    )
+    top1 = percent_right(predict(run, student_view(run, model), data.test), data.test.labels)
+    return {
+        "top1": top1,
+        "images": len(data.test),
+        "digest": digest(model.state_dict()),
+        "file_bytes": len(content),
+    }

@@ -1,0 +1,162 @@
+"""Opening a run: the accelerator, the folder, the data, the networks."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from trainer.compression.states import dense_bytes
+from trainer.data.batches import make_data
+from trainer.data.images import Data
+from trainer.distillation.onednn import kinds_in_float32
+from trainer.distillation.teacher import Teacher, copy_layers
+from trainer.mistakes import Mistake
+from trainer.networks.build import create, spec
+from trainer.recipe.keys import Recipe
+from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError
+from trainer.reporting.log import Log
+from trainer.runs.checks import check_layers, taught_here
+from trainer.runs.resuming import same_recipe
+from trainer.storage.lock import lock
+from trainer.training.run import Run
+
+WORKING_LAUNCHES = (
+    "torchrun --nproc_per_node N -m trainer run RECIPE, or "
+    "accelerate launch --multi_gpu --num_processes N -m trainer run RECIPE"
+)
+
+
+@contextlib.contextmanager
+def folder_of(
+    path: str | Path, changes: dict[str, Any] | None, folder: str | Path
+) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator]]:
+    """The recipe, as an object and plain, its folder, which is held while this lasts, and the accelerator."""
+    recipe, plain = read(path, changes)
+    accelerator = make_accelerator(recipe)
+    here = Path(folder) / recipe.name
+    same_recipe(here, recipe.written.path, plain)
+    accelerator.wait_for_everyone()  # nothing is written before all have looked
+    # Only the main process holds the lock: the others belong to it.
+    with lock(here) if accelerator.is_main_process else contextlib.nullcontext():
+        yield recipe, plain, here, accelerator
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of a run. Raises RecipeError when the launch asked for more processes than it got."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
+        AcceleratorState._reset_state()  # that of an earlier run in this process, which Accelerate holds on to
+    accelerator = accelerator_of(
+        cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
+        mixed_precision=recipe.precision,
+        log_with=recipe.track,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if _asked_for_more(accelerator.num_processes):
+        raise RecipeError(
+            f"the launch asked for more processes than the {accelerator.num_processes} it got; these commands work: "
+            f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
+        )
+    return accelerator
+
+
+def accelerator_of(**settings: Any) -> Accelerator:
+    """Raises Mistake for a precision that this machine has not got."""
+    try:
+        return Accelerator(**settings)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+
+
+def _asked_for_more(num_processes: int) -> bool:
+    """Whether the launch asked for more processes: accelerate's launcher quietly starts one where it cannot do more.
+
+    By flags or by its configuration file, a launch of several sets MASTER_ADDR, and one that is really of several
+    tells each its number too.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) > num_processes
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return by_accelerate and "MASTER_ADDR" in os.environ and num_processes == 1
+
+
+def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> Run:
+    with accelerator.local_main_process_first():  # what is missing is fetched once
+        data = make_data(recipe.data, accelerator.device)
+        guide = make_teacher(recipe, data)
+    run = Run(
+        name=recipe.name,
+        folder=here,
+        seed=recipe.seed,
+        accelerator=accelerator,
+        data=data,
+        student=None,
+        student_spec=spec(recipe.student),
+        teacher=guide,
+        log=log,
+        recipe_path=here / "recipe.yaml",
+    )
+    torch.manual_seed(recipe.seed * 2 + 1)
+    run.student = create(recipe.student, data.shape, len(data.classes))
+    if recipe.student.from_teacher and not copy_layers(run.student, run.teacher.network):
+        told = "has no effect: no layer of the student is of a kind that the teacher has"
+        raise RecipeError(recipe.fault(("student", "from_teacher"), told))
+    run.student.to(accelerator.device)
+    run.student_bytes = dense_bytes(run.student)
+    if run.teacher is not None:
+        run.teacher.to(accelerator.device)
+    check_layers(recipe, run.student, data, run.teacher, accelerator.device)
+    _tell_float32(run, recipe)
+    return run
+
+
+def _tell_float32(run: Run, recipe: Recipe) -> None:
+    """Says what the recipe's precision does not reach, because this machine has it in float32 only."""
+    if (
+        recipe.precision == "no"
+        or run.accelerator.device.type != "cpu"
+        or not run.accelerator.is_main_process
+    ):
+        return
+    if not run.accelerator.native_amp:
+        print(
+            f"precision {recipe.precision}: Accelerate has it on GPUs only: all is computed in float32 here",
+            flush=True,
+        )
+        return
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+    kinds = kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
+    if kinds:
+        print(
+            f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "
+            "these layers compute in float32",
+            flush=True,
+        )
+
+
+def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
+    """The recipe's teacher, None where it has none. Raises Mistake for a head that nobody has trained."""
+    if not recipe.teacher_entries:
+        return None
+    networks = []
+    for number, keys in enumerate(recipe.teacher_entries):
+        torch.manual_seed(recipe.seed * 2 + 1000 * number)
+        network = create(keys, data.shape, len(data.classes))
+        config = getattr(network, "pretrained_cfg", None) or {}
+        if getattr(keys, "pretrained", False):
+            known = config.get("num_classes")
+            if known != len(data.classes) and not taught_here(recipe.stages):
+                raise Mistake(
+                    f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
+                    "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
+                )
+            if keys.mean is None and len(config.get("mean", ())) == data.shape[0]:
+                keys.mean, keys.std = tuple(config["mean"]), tuple(config["std"])
+        networks.append(network)
+    return Teacher(networks, recipe.teacher_entries, data.mean, data.std, recipe.combine or "logits")
