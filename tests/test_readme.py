@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from trainer.cli import main
-from trainer.recipe import read
+from trainer.recipe.recipe import read
 
 TOP = Path(__file__).resolve().parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from trainer.reporting import report
 from trainer.storage import checkpoint
 from trainer.training.evaluate import percent_right
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS = 900  # until a launch is given up
 
 RECIPE = """

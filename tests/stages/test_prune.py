@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_compress
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
+from tests.compression import test_compression
 from trainer import scores
 from trainer.compression import channels
 from trainer.compression.codebooks import cluster, set_codebook
@@ -763,7 +763,7 @@ TOGETHER = [
 
 def trained_together(accelerator, kind, rank):
     """Masks and weights of one kind of layer, pruned and trained on other data on each process."""
-    model, x = test_compress.make(kind)
+    model, x = test_compression.make(kind)
     if rank == 1:  # would choose otherwise, were it asked
         with torch.no_grad():
             for parameter in model.parameters():
@@ -775,7 +775,7 @@ def trained_together(accelerator, kind, rank):
     for name, place in places.items():
         stage._set_mask(SimpleNamespace(accelerator=accelerator), place, masks[name][0])
     wrapped = accelerator.prepare(model)
-    test_compress.train(wrapped, x.roll(rank, 0), "adamw", steps=3)
+    test_compression.train(wrapped, x.roll(rank, 0), "adamw", steps=3)
     told = {}
     for name, place in weights_of(model).items():
         assert int((place.value == 0).sum()) == round(0.7 * place.value.numel()), (kind, name)
@@ -804,7 +804,7 @@ def one_of_two(rank, port):
 def every_kind(rank, port, folder):
     """One of two processes: prunes and trains every kind of layer, and writes down what it has."""
     accelerator = one_of_two(rank, port)
-    kinds = {kind: trained_together(accelerator, kind, rank) for kind in test_compress.LAYERS}
+    kinds = {kind: trained_together(accelerator, kind, rank) for kind in test_compression.LAYERS}
     torch.save(kinds, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -856,7 +856,7 @@ def test_two_processes_have_the_same_masks_and_weights(tmp_path):
 
 def test_every_kind_of_layer_has_the_same_masks_and_weights_on_two_processes(tmp_path):
     one, other = in_two(every_kind, tmp_path)
-    assert one.keys() == other.keys() == test_compress.LAYERS.keys()
+    assert one.keys() == other.keys() == test_compression.LAYERS.keys()
     for kind, layers in one.items():
         for name, told in layers.items():
             theirs = other[kind][name]

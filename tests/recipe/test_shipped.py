@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.recipe import RecipeError, read
 from trainer.recipe import shipped as shipped_recipes
+from trainer.recipe.recipe import read
 from trainer.recipe.shipped import find_recipe
+from trainer.recipe.text import RecipeError
 
 TOP = Path(__file__).resolve().parents[1]
 

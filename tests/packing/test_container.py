@@ -16,7 +16,7 @@ from trainer.packing.coder import ONE, Decoder, Encoder
 from trainer.packing.container import account, decode, encode, read_header
 from trainer.packing.predictors import log2_table, squash_table
 
-GOLDEN = Path(__file__).parent / "data" / "golden.tiny"
+GOLDEN = Path(__file__).parent / "golden.tiny"
 HEADER = {"model": "lenet5", "settings": {"width": 6}, "shape": [1, 28, 28], "classes": ["nought", "één"]}
 
 

@@ -18,6 +18,7 @@ from trainer.data import fetch
 from trainer.data.readers import FetchError
 from trainer.mistakes import Mistake
 from trainer.recipe import recipe as reading
+from trainer.recipe.text import RecipeError
 from trainer.training import fit
 
 RECIPE = """\
@@ -182,7 +183,7 @@ def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
         say("check", recipe(tmp_path))
     monkeypatch.undo()
     monkeypatch.setenv("TRAINER_TRACEBACK", "1")
-    with pytest.raises(trainer.recipe.text.RecipeError):
+    with pytest.raises(RecipeError):
         say("check", tmp_path / "none.yaml")
 
 

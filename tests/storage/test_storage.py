@@ -19,7 +19,7 @@ from trainer.storage import checkpoint
 from trainer.storage.lock import lock
 from trainer.storage.weights_file import digest, load_file, save_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(value: float) -> dict:

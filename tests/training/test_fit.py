@@ -38,7 +38,7 @@ from trainer.training.progress import Window
 from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 OPEN: list[Log] = []
@@ -862,7 +862,7 @@ DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import tests.test_fit as tests
+import tests.training.test_fit as tests
 from trainer.runs import runner
 from trainer.training import fit
 fit.LOG_STEPS, fit.CHECKPOINT_SECONDS = 1, -1.0

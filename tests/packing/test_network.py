@@ -6,9 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from test_codec import mutate
 from torch import nn
 
+from tests.packing.test_container import mutate
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import set_mask
 from trainer.compression.rounding import round_unshared

@@ -18,7 +18,7 @@ from trainer.reporting import log
 from trainer.reporting import log as log_module
 from trainer.reporting.log import Log
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def lines(path: Path) -> list[dict]:

@@ -24,7 +24,7 @@ from trainer.runs import runner
 from trainer.storage import checkpoint
 
 VIEWS = {"views": 3, "augment": {"shift": 1, "rotate": 8}}
-TOP = Path(__file__).parents[1]
+TOP = Path(__file__).parents[2]
 
 
 def some_data(**settings):
@@ -513,7 +513,7 @@ DRIVER = """
 import json, os, random, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import tests.test_cache as tests
+import tests.distillation.test_answers as tests
 import torch
 from multiprocessing import get_context
 torch.set_num_threads(1)

@@ -9,14 +9,22 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
     ("files", "num_tests"),
     [
-        (["test_floors.py", "test_objective.py", "test_compare_losses.py", "test_recipe.py"], 5),
-        pytest.param(["test_two_processes.py"], 1, marks=pytest.mark.slow),
+        (
+            [
+                "test_floors.py",
+                "distillation/test_objective.py",
+                "scripts/test_compare_losses.py",
+                "recipe/test_recipe.py",
+            ],
+            5,
+        ),
+        pytest.param(["runs/test_two_processes.py"], 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_readmes_loss_is_droppable(files, num_tests, tmp_path):
