@@ -14,9 +14,11 @@ from trainer.training.evaluate import percent_right, predict, student_view
 from trainer.training.run import Run
 
 
-def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def evaluate_file(
+    file: Path, path: Path, changes: dict[str, Any] | None = None, allow_python: bool = False
+) -> dict[str, Any]:
     """Decodes a packed file and measures it on the test split of a recipe's data: top1 (percent), images, digest, bytes."""
-    recipe, _ = read(path, changes)
+    recipe, _ = read(path, changes, allow_python)
     try:
         content = Path(file).read_bytes()
     except OSError as error:

@@ -16,6 +16,7 @@ class Run:
     folder: runs/NAME. teacher: None where the recipe has none. student_bytes: of the student as it was built, dense (0:
     as it is). stage: position of the stage now running. rows and layers are what the report says, histograms the
     weights of its plots. answers: the teacher's, kept.
+    seconds_before: what earlier sessions of the run took. allow_python: whether the recipe may name `python:module:name`.
     learned: projectors and other learned parts of losses, handed from stage to stage.
     """
 
@@ -30,6 +31,8 @@ class Run:
     log: Any
     recipe_path: Path
     student_bytes: int = 0
+    allow_python: bool = False
+    seconds_before: float = 0.0
     stage: int = 0
     stage_name: str = ""
     num_fits: int = 0
