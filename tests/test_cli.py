@@ -254,7 +254,7 @@ def test_a_mistake_inside_a_training_is_one_line(say, monkeypatch, tmp_path):
     def refused(*_):
         raise Mistake("there is nothing to train")
 
-    monkeypatch.setattr("trainer.fit.make_optimizer", refused)
+    monkeypatch.setattr("trainer.training.fit.make_optimizer", refused)
     status, _, err = say("run", recipe(tmp_path), "--folder", tmp_path / "runs")
     assert status == 2 and err.splitlines()[-1] == "trainer: there is nothing to train"
 
@@ -375,25 +375,27 @@ def test_run_with_changes(say, tmp_path):
 
 def test_what_only_the_networks_know_is_told_before_training(say, tmp_path):
     text = RECIPE.replace("{loss: hint, weight: 0.1}", "{loss: hint, at: [conv1, conv9]}").replace(
-        "bits: 4", "bits: {conv1: 4, fc9: 4}, keep: [fc2, x]"
+        "bits: 4", "bits: {conv1: 4, fc9: 4}, exclude: [fc2, x]"
     )
     path = recipe(
-        tmp_path, text.replace("sparsity: 0.5", "sparsity: {fc1: 0.5, fc2: 0.5}, keep: [fc2, first]")
+        tmp_path, text.replace("sparsity: 0.5", "sparsity: {fc1: 0.5, fc2: 0.5}, exclude: [fc2, first]")
     )
     status, out, err = say("run", path)
     assert status == 2 and "epoch" not in out
     assert err == (
         f"trainer:\n{path}:11: stages[1].losses[1].at: student has no layer 'conv9' (did you mean 'conv2'?)\n"
-        f"{path}:12: stages[2].sparsity.fc2: has no effect: the layer is in keep\n"
-        f"{path}:12: stages[2].sparsity: nothing is given for conv2, fc3 (name them here or in keep)\n"
-        f"{path}:13: stages[3].keep[1]: there is no layer 'x'; there are: conv1, conv2, fc1, fc2, fc3\n"
+        f"{path}:12: stages[2].sparsity.fc2: has no effect: the layer is in exclude\n"
+        f"{path}:12: stages[2].sparsity: nothing is given for conv2, fc3 (name them here or in exclude)\n"
+        f"{path}:13: stages[3].exclude[1]: there is no layer 'x'; there are: conv1, conv2, fc1, fc2, fc3\n"
         f"{path}:13: stages[3].bits.fc9: there is no layer 'fc9' (did you mean 'fc3'?)\n"
     )
     # Nothing has been learned yet, so another recipe, such as the mended one, may have the folder.
-    assert say("run", path, "--set", "stages=[{stage: share, bits: 4, keep: [y]}]", "--set", "teacher=") == (
+    assert say(
+        "run", path, "--set", "stages=[{stage: share, bits: 4, exclude: [y]}]", "--set", "teacher="
+    ) == (
         2,
         "",
-        "trainer: changes: stages[0].keep[0]: there is no layer 'y'; there are: conv1, conv2, fc1, fc2, fc3\n",
+        "trainer: changes: stages[0].exclude[0]: there is no layer 'y'; there are: conv1, conv2, fc1, fc2, fc3\n",
     )
 
 
@@ -522,10 +524,10 @@ def test_evaluate_agrees_with_the_report(student, finished, say):
 
 
 def test_evaluating_keeps_no_views(student, finished, say, monkeypatch):
-    from trainer.data import views
+    from trainer.data import batches
 
     monkeypatch.setattr(
-        views, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at")
+        batches, "KeptViews", lambda *a: pytest.fail("took memory for images that are not looked at")
     )
     keep = [f"data.{key}" for key in ("keep_views=true", "views=5", "augment.shift=1")]
     status, _, err = say(

@@ -18,8 +18,8 @@ def network():
 
 def test_the_whole_way(tmp_path):
     model = network()
-    assert trainer.prune(model, sparsity=0.8, keep=["last"]) == pytest.approx({"0": 0.8, "2": 0.8})
-    trainer.share(model, bits=2, keep=["last"])
+    assert trainer.prune(model, sparsity=0.8, exclude=["last"]) == pytest.approx({"0": 0.8, "2": 0.8})
+    trainer.share(model, bits=2, exclude=["last"])
     size = trainer.pack(model, tmp_path / "x.tiny")
     assert size == (tmp_path / "x.tiny").stat().st_size
     same = trainer.load(tmp_path / "x.tiny", into=network())
@@ -52,7 +52,7 @@ def spoiled(what):
         ("fine", lambda m: trainer.prune(m, sparsity=1.0), "sparsity of '0': got 1.0; 0 up to, but not, 1"),
         ("fine", lambda m: trainer.prune(m, sparsity=-0.1), "sparsity of '0': got -0.1"),
         ("fine", lambda m: trainer.prune(m, sparsity={"0": 0.5}), "nothing is given for 2, 4"),
-        ("fine", lambda m: trainer.prune(m, sparsity=0.5, keep=["1"]), "there is no layer '1'"),
+        ("fine", lambda m: trainer.prune(m, sparsity=0.5, exclude=["1"]), "there is no layer '1'"),
         ("fine", lambda m: trainer.prune(m, sensitivity=100), "'0': sensitivity 100 prunes every weight"),
         ("fine", lambda m: trainer.share(m, bits=0), "bits of '0': got 0; whole numbers from 1 to 16"),
         ("fine", lambda m: trainer.share(m, bits=17), "bits of '0': got 17; whole numbers from 1 to 16"),
@@ -77,7 +77,11 @@ def spoiled(what):
         ),
         ("nan", lambda m: trainer.prune(m, sparsity=0.5), "'2' has weights that are not finite"),
         ("nan", lambda m: trainer.share(m, bits=2), "'2' has weights that are not finite"),
-        ("zero", lambda m: trainer.prune(m, sensitivity=1), "'2' has no weights left to prune"),
+        (
+            "zero",
+            lambda m: trainer.prune(m, sensitivity=1),
+            "layer '2': no weights are left to prune: all are zero",
+        ),
         ("zero", lambda m: trainer.share(m, bits=2), "'2' has no weights left to share"),
         ("frozen", lambda m: trainer.prune(m, sparsity=0.5), "'2' is frozen"),
         ("frozen", lambda m: trainer.share(m, bits=2), "'2' is frozen"),
@@ -96,7 +100,7 @@ def test_bad_input_leaves_the_network_as_it_was(what, call, told):
 
 def test_a_layer_that_shares_already_stops_pruning_before_any_layer_is_pruned():
     model = network()
-    trainer.share(model, bits=2, keep=["0"])
+    trainer.share(model, bits=2, exclude=["0"])
     with pytest.raises(ValueError, match="'2' shares its weights already: prune before sharing"):
         trainer.prune(model, sparsity=0.5)
     assert weights_of(model)["0"].mask is None
@@ -245,3 +249,11 @@ def test_tied_weights_have_one_mask_and_one_codebook():
     trainer.share(model, bits=2)
     assert torch.equal(model["embed"].weight, model["out"].weight)
     assert list(weights_of(model)) == ["embed"] and len(model["out"].weight.unique()) == 5
+
+
+def test_keep_is_still_taken_for_exclude():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    with pytest.warns(DeprecationWarning, match="keep is called exclude now"):
+        assert set(trainer.prune(model, sparsity=0.5, keep=["last"])) == {"0"}
+    with pytest.warns(DeprecationWarning, match="keep is called exclude now"):
+        assert set(trainer.share(model, bits=2, keep=["last"])) == {"0"}

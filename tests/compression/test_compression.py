@@ -8,20 +8,22 @@ import timm.layers
 import torch
 from torch import nn
 
-from trainer import scores
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import (
+    ask,
     cubic,
-    forget_movement,
     geometric,
     score_masks,
     set_mask,
-    std_masks,
-    watch_movement,
+    unwatch_gradients,
+    watch_gradients,
 )
 from trainer.compression.rounding import round_to
 from trainer.compression.states import bake, dense_state, restore, rewind
 from trainer.compression.weights import choose, per_layer, weights_of
+from trainer.criteria.magnitude import magnitude
+from trainer.criteria.movement import movement
+from trainer.criteria.std import std
 from trainer.distillation.onednn import attach
 from trainer.training.optimizer import Averaged
 
@@ -120,7 +122,7 @@ def train(model, x, optimizer, steps=5, accumulate=1, dtype=None):
 def prune(model, sparsity=0.7):
     """By magnitude, every part of a layer for itself."""
     places = weights_of(model)
-    values = {name: scores.magnitude(place.value) for name, place in places.items()}
+    values = {name: magnitude(place.value) for name, place in places.items()}
     alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
     masks = score_masks(values, alive, dict.fromkeys(places, sparsity), together=False, parts=parts)
     for name, (mask, _) in masks.items():
@@ -209,7 +211,7 @@ def test_movement_scores_add_up_over_all_positions(kind):
     model, x = make(kind)
     masks = prune(model, 0.5)
     places = weights_of(model)
-    watch_movement(places.values())
+    watch_gradients(places.values(), movement)
     expected = {name: torch.zeros_like(mask, dtype=torch.float32) for name, mask in masks.items()}
     optimizer = make_optimizer(model, "sgd")
     for _ in range(3):
@@ -231,7 +233,7 @@ def test_movement_scores_add_up_over_all_positions(kind):
         torch.equal(place.parametrization.score, places[name].parametrization.score)
         for name, place in weights_of(fresh).items()
     )
-    forget_movement(places.values())
+    unwatch_gradients(places.values())
     assert not any("score" in key for key in model.state_dict())
     train(model, x, optimizer, steps=1)
     assert_pruned(model, masks, 0.5)
@@ -239,7 +241,7 @@ def test_movement_scores_add_up_over_all_positions(kind):
 
 def test_evaluation_adds_nothing_to_movement_scores():
     model, x = make("linear")
-    watch_movement(weights_of(model).values())
+    watch_gradients(weights_of(model).values(), movement)
     with torch.no_grad():
         model(x)
     assert all(not place.parametrization.score.any() for place in weights_of(model).values())
@@ -334,11 +336,11 @@ def test_std_masks_by_hand():
     layer = nn.Linear(10, 10)
     place = weights_of(nn.Sequential(layer))["0"]
     weight = layer.weight.detach().numpy().copy()
-    mask, (threshold,) = std_masks({"0": place}, {"0": 1.2})["0"]
+    mask, (threshold,) = ask(std, place, sensitivity=1.2)
     assert threshold == pytest.approx(1.2 * weight.astype(np.float64).std(), rel=1e-6)
     assert np.array_equal(mask.numpy(), np.abs(weight) > threshold)
     set_mask(place, mask)
-    again, (second,) = std_masks({"0": place}, {"0": 1.2})["0"]
+    again, (second,) = ask(std, place, sensitivity=1.2)
     assert second == pytest.approx(1.2 * weight[mask.numpy()].astype(np.float64).std(), rel=1e-6)
     assert not (again & ~mask).any(), "what is pruned stays pruned"
 
@@ -350,7 +352,7 @@ def test_gates_have_thresholds_of_their_own(kind, parts):
     name, place = next((n, p) for n, p in places.items() if p.parts > 1)
     with torch.no_grad():
         place.value.chunk(parts)[0].mul_(10)
-    mask, thresholds = std_masks({name: place}, {name: 1.0})[name]
+    mask, thresholds = ask(std, place, sensitivity=1.0)
     assert len(thresholds) == parts
     assert thresholds[0] > 5 * max(thresholds[1:])
     for block, threshold, kept in zip(place.value.chunk(parts), thresholds, mask.chunk(parts), strict=True):
@@ -480,12 +482,12 @@ class TestBadInput:
     def test_nothing_left(self):
         place = weights_of(nn.Sequential(nn.Linear(4, 4)))
         with pytest.raises(ValueError, match="prunes every weight"):
-            std_masks(place, {"0": 50.0})
+            ask(std, place["0"], sensitivity=50.0)
         with torch.no_grad():
             place["0"].value.zero_()
         set_mask(place["0"], torch.zeros(4, 4))
         with pytest.raises(ValueError, match="no weights left to prune"):
-            std_masks(place, {"0": 1.0})
+            ask(std, place["0"], sensitivity=1.0)
         with pytest.raises(ValueError, match="no weights left to share"):
             cluster(place["0"], 4)
 
@@ -494,10 +496,12 @@ class TestBadInput:
         place = weights_of(nn.Sequential(layer))
         nn.init.zeros_(layer.weight)
         with pytest.raises(ValueError, match="'0' has no weights left to prune: all are zero"):
-            std_masks(place, {"0": 1.0})
+            ask(std, place["0"], sensitivity=1.0)
         nn.init.constant_(layer.weight, 0.1)
-        with pytest.raises(ValueError, match="'0': all weights left are 0.1, so .* name the layer in keep"):
-            std_masks(place, {"0": 1.0})
+        with pytest.raises(
+            ValueError, match="'0': all weights left are 0.1, so .* name the layer in exclude"
+        ):
+            ask(std, place["0"], sensitivity=1.0)
         [(mask, _)] = score_masks({"0": layer.weight}, {"0": None}, {"0": 0.5}, together=False).values()
         assert int(mask.sum()) == 8, "by rank the count is exact all the same"
 

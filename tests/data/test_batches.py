@@ -192,7 +192,7 @@ def test_kept_views_are_made_once_and_are_the_same(monkeypatch):
     plain, keeping = data_of(**keys), data_of(**keys, keep_views=True)
     made = []
     monkeypatch.setattr(
-        "trainer.data.apply", lambda a, images, p: made.append(len(images)) or apply(a, images, p)
+        "trainer.data.views.apply", lambda a, images, p: made.append(len(images)) or apply(a, images, p)
     )
     for view in (0, 1, 0, 1):
         for positions in ([5, 1, 7], [1, 8, 5, 5], list(range(40))):

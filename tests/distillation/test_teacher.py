@@ -7,7 +7,6 @@ from PIL import Image
 from torch import nn
 
 from trainer.data.batches import make_data
-from trainer.distillation import teacher
 from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.models.lenet5 import lenet5
 from trainer.networks import features
@@ -16,7 +15,7 @@ from trainer.recipe.keys import TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import report
-from trainer.runs import runner
+from trainer.runs import opening, runner
 from trainer.runs.opening import make_teacher
 from trainer.storage import checkpoint
 from trainer.storage.weights_file import digest, save_file
@@ -97,7 +96,7 @@ def test_what_the_teacher_is_too_small_for_stays_as_it_was():
 def test_a_run_starts_the_student_from_its_teacher(tmp_path, taught, monkeypatch):
     seen = []
     real = copy_layers
-    monkeypatch.setattr(teacher, "copy_layers", lambda *nets: (real(*nets), seen.append(nets))[0])
+    monkeypatch.setattr(opening, "copy_layers", lambda *nets: (real(*nets), seen.append(nets))[0])
     student = "student: {model: lenet5, width: 2, from_teacher: copy}"
     text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {taught}}}\n{student}\n{DISTILL}\n"
     with runner.begun(written(tmp_path, text), 0, folder=tmp_path) as run:
@@ -106,7 +105,7 @@ def test_a_run_starts_the_student_from_its_teacher(tmp_path, taught, monkeypatch
     nothing = text.replace("{model: lenet5, width: 2, from", "{model: lstm, hidden: 4, from").replace(
         "name: a", "name: b"
     )
-    monkeypatch.setattr(teacher, "copy_layers", lambda *nets: 0)
+    monkeypatch.setattr(opening, "copy_layers", lambda *nets: 0)
     with pytest.raises(RecipeError, match=r"student.from_teacher: has no effect: no layer of the student"):
         runner.run(written(tmp_path, nothing), folder=tmp_path)
 

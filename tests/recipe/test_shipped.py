@@ -13,7 +13,7 @@ from trainer.recipe.recipe import read
 from trainer.recipe.shipped import find_recipe
 from trainer.recipe.text import RecipeError
 
-TOP = Path(__file__).resolve().parents[1]
+TOP = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

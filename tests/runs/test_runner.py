@@ -16,7 +16,7 @@ from trainer.compression import codebooks
 from trainer.distillation import onednn
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.text import RecipeError
-from trainer.reporting import plots, report
+from trainer.reporting import report
 from trainer.runs import opening, runner, threads
 from trainer.runs.evaluate_file import evaluate_file
 from trainer.runs.opening import make_accelerator
@@ -50,9 +50,9 @@ stages:
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """The report without its plots, which take a second each."""
-    monkeypatch.setattr(plots, "accuracy_against_bytes", None)
-    monkeypatch.setattr(plots, "position_of", lambda row: None)
-    monkeypatch.setattr(plots, "histograms", lambda name, weights: [])
+    monkeypatch.setattr(report, "accuracy_against_bytes", None)
+    monkeypatch.setattr(report, "position_of", lambda row: None)
+    monkeypatch.setattr(report, "histograms", lambda name, weights: [])
 
 
 @pytest.fixture(scope="module")

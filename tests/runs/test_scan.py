@@ -22,7 +22,7 @@ stages:
 LAMP = """  - {stage: prune, method: lamp, sparsity: 0.5, schedule: cubic, every: 3, training: {epochs: 1, batch_size: 50}}
 """
 SHARE = "  - {stage: share, values: 6}\n"
-STD = "  - {stage: prune, sensitivity: 1.0, keep: [last]}\n"
+STD = "  - {stage: prune, sensitivity: 1.0, exclude: [last]}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_scan_suggests_the_most_that_costs_no_more(folder, monkeypatch):
     spared = [layer["layer"] for layer in found["layers"] if not layer["suggestion"]]
     assert len({*chosen.values(), None if spared else 0}) > 1, "the layers differ"
     assert found["suggestion"] == {"method": "lamp", "scope": "layer", "sparsity": chosen} | (
-        {"keep": spared} if spared else {}
+        {"exclude": spared} if spared else {}
     )
     assert found["together"]["sparsity"] == pytest.approx(
         sum(round(chosen.get(layer["layer"], 0) * layer["num_weights"]) for layer in found["layers"])
@@ -122,7 +122,7 @@ def test_scan_leaves_the_run_where_it_was_and_the_run_goes_on_from_there(tmp_pat
     monkeypatch.setattr(scan, "SENSITIVITIES", (0.5, 1.0, 9.0))
     found = scan.scan(path, folder=tmp_path / "runs")
     assert "[1/1] train" in capsys.readouterr().out
-    assert found["setting"] == "sensitivity" and found["suggestion"]["keep"][0] == "last"
+    assert found["setting"] == "sensitivity" and found["suggestion"]["exclude"][0] == "last"
     assert [layer["layer"] for layer in found["layers"]] == ["conv1", "conv2", "fc1", "fc2"]
     assert all([p["setting"] for p in layer["points"]] == [0.5, 1.0] for layer in found["layers"]), (
         "9 would leave nothing"
@@ -350,5 +350,5 @@ def test_both_commands(folder, monkeypatch, capsys):
 
 
 def test_suggestions_are_read_back_as_they_are_meant():
-    suggestion = {"keep": ["0"], "sparsity": {"1": 0.99, "0.2": 0.5, "fc1": 0.25}}
+    suggestion = {"exclude": ["0"], "sparsity": {"1": 0.99, "0.2": 0.5, "fc1": 0.25}}
     assert value("{" + scan._yaml(suggestion) + "}") == suggestion

@@ -406,8 +406,8 @@ def test_biases_and_the_rest_are_rounded_before_they_are_measured(make_run):
         {},
         {"biases": 5},
         {"biases": 5, "codebook": 4},
-        {"keep": ["fc3"]},
-        {"keep": ["fc3"], "rest": "float16"},
+        {"exclude": ["fc3"]},
+        {"exclude": ["fc3"], "rest": "float16"},
     ):
         run = make_run()
         share(run, bits=2, **settings)

@@ -313,7 +313,7 @@ def test_prune_by_standard_deviation(tmp_path, no_plots):
 
 def test_prune_each_layer_by_its_own_sensitivity(tmp_path, no_plots):
     own = {"conv1": 0.2, "conv2": 0.4, "fc1": 0.9, "fc2": 0.8}
-    result, before, after = pruned_by(tmp_path, f"sensitivity: {json.dumps(own)}, keep: [last]")
+    result, before, after = pruned_by(tmp_path, f"sensitivity: {json.dumps(own)}, exclude: [last]")
     for name, place in after.items():
         if name == "fc3":
             assert torch.equal(place.value, before[name])
@@ -325,7 +325,7 @@ def test_prune_each_layer_by_its_own_sensitivity(tmp_path, no_plots):
 
 
 def test_prune_magnitude_leaves_alone_what_is_kept(tmp_path, no_plots):
-    _, before, after = pruned_by(tmp_path, "method: magnitude, sparsity: 0.7, keep: [first, fc2]")
+    _, before, after = pruned_by(tmp_path, "method: magnitude, sparsity: 0.7, exclude: [first, fc2]")
     for name, place in after.items():
         zeros = int((place.value == 0).sum())
         assert zeros == (0 if name in ("conv1", "fc2") else round(0.7 * before[name].numel()))
@@ -431,7 +431,7 @@ def test_share_by_layer(tmp_path, no_plots, settings, limits):
 
 
 def test_share_by_channel(tmp_path, no_plots):
-    result, before, after = shared_by(tmp_path, "bits: 1, per: channel, keep: [conv1], codebook: float32")
+    result, before, after = shared_by(tmp_path, "bits: 1, per: channel, exclude: [conv1], codebook: float32")
     assert torch.equal(after["conv1"].value, before["conv1"])
     for name, place in after.items():
         if name != "conv1":
@@ -442,7 +442,8 @@ def test_share_by_channel(tmp_path, no_plots):
 
 def test_share_by_groups(tmp_path, no_plots):
     _, _, after = shared_by(
-        tmp_path, "bits: 2, per: group, groups: 2, keep: [conv1, fc3], training: {epochs: 1, batch_size: 32}"
+        tmp_path,
+        "bits: 2, per: group, groups: 2, exclude: [conv1, fc3], training: {epochs: 1, batch_size: 32}",
     )
     for name in ("conv2", "fc1", "fc2"):
         halves = after[name].value.chunk(2)

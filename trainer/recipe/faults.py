@@ -15,6 +15,11 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
+    @classmethod
+    def no_key(cls, key: str) -> str:
+        """What to say of a key that is no field."""
+        return f"is no key here{nearest(key, cls.model_fields)}"
+
     @model_validator(mode="wrap")
     @classmethod
     def _every_fault(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
@@ -23,7 +28,7 @@ class Entry(BaseModel):
             return handler(given)
         faults, meant = [], set()
         for key in given.keys() - cls.model_fields.keys():
-            faults.append(fault(key, f"is no key here{nearest(str(key), cls.model_fields)}", given[key]))
+            faults.append(fault(key, cls.no_key(str(key)), given[key]))
             meant.add((closest(str(key), cls.model_fields),))
         checked = None
         try:

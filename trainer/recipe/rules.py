@@ -120,8 +120,9 @@ def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tup
             yield (*place, "pretrained"), "has no effect with checkpoint, which replaces all weights"
         yield from _no_file((*place, "checkpoint"), keys.checkpoint)
     if rest is None:
-        if file == "timm":
-            yield (*place, "model"), f"got {keys.model!r}; timm/NAME is allowed"
+        if file in ("timm", "python"):
+            allowed = "timm/NAME" if file == "timm" else "python:module:function"
+            yield (*place, "model"), f"got {keys.model!r}; {allowed} is allowed"
     elif file == "timm" and not rest.startswith("hf-hub:"):
         import timm  # here, since it takes seconds and most recipes have no timm network
 

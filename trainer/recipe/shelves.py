@@ -168,7 +168,28 @@ def checker(
         for number, check in enumerate(checks)
         if check is not None
     }
-    return create_model(function.__name__, __base__=base, __validators__=validators, **keys)
+    made = create_model(function.__name__, __base__=base, __validators__=validators, **keys)
+    if chosen:
+        made.no_key = classmethod(lambda cls, key: _no_key(cls, key, function, chosen))
+    return made
+
+
+def _no_key(
+    cls: type[BaseModel], key: str, function: Callable, chosen: tuple[tuple[str, Callable], ...]
+) -> str:
+    """As `Entry.no_key`, where other choices of the function's `OnShelf` arguments have more keys."""
+    for argument, other in chosen:
+        shelf = arguments_on_shelves(function).get(argument)
+        if shelf is None:
+            continue
+        keys_of = beside(function, f"{argument}_keys") or fields
+        elsewhere = {name: keys_of(find(shelf, name)) for name in names(shelf)}
+        meant = closest(key, {*cls.model_fields, *(k for keys in elsewhere.values() for k in keys)})
+        having = [name for name, keys in elsewhere.items() if meant in keys]
+        if meant is not None and meant not in cls.model_fields:
+            said = "" if meant == key else f" (did you mean {meant!r}?)"
+            return f"is no key with {argument} {other.__name__!r}{said}; with {', '.join(having)} {meant!r} is one"
+    return f"is no key here{nearest(key, cls.model_fields)}"
 
 
 def _checked_by(check: Callable[[Any], None]) -> Callable[[Any], Any]:

@@ -151,6 +151,7 @@ def _take_new_names(text: Text, path: tuple) -> None:
     for old, new in RENAMED[path[0]].items():
         if old in entry and new in entry:
             text.faults.append(((*path, old), f"is called {new} now, and {new} is given too", (*path, old)))
+            del entry[old]
         elif old in entry:
             renamed = [(new if key == old else key, value) for key, value in entry.items()]
             entry.clear()

@@ -23,7 +23,7 @@ from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.data.images import normalize
 from trainer.distillation.objective import Objective, example_images
 from trainer.distributed import broadcast
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, nearest
 from trainer.networks.build import build
 from trainer.networks.sizes import sizes_of
 from trainer.recipe.keys import PER_LAYER, Exclude, StageKeys, Term, TermKeys, Training
@@ -126,6 +126,7 @@ def prune(
     """
 
     criterion = find("method", method)
+    keys = _with_defaults(criterion, keys)
     run.student.to(run.accelerator.device)
     layers = _prunable(run.student, exclude)
     if _resizes(criterion):
@@ -167,6 +168,18 @@ def prune(
             _record(run, "pruned" + which, method)
             _recover(run, "recovered" + which, method, training, losses)
     unwatch_gradients(layers.values())
+
+
+def _with_defaults(criterion: Callable, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """A criterion's keys, those that a caller in Python left out with their defaults."""
+    allowed = method_keys(criterion)
+    for key in keys:
+        if key not in allowed:
+            raise Mistake(f"method {criterion.__name__!r} has no key {key!r}{nearest(key, allowed)}")
+    for key, (_, default) in allowed.items():
+        if default is ... and key not in keys:
+            raise Mistake(f"method {criterion.__name__!r} needs {key}")
+    return {key: default for key, (_, default) in allowed.items()} | dict(keys)
 
 
 def _resizes(criterion: Callable) -> bool:
