@@ -20,6 +20,7 @@ import torchvision
 import yaml
 from PIL import Image
 
+import trainer
 from trainer.cli import main
 from trainer.recipe.recipe import read
 
@@ -220,6 +221,29 @@ def test_the_code_of_extending_runs(tmp_path):
     network = known["two_convs"]((3, 16, 16), 4, width=2)
     final, maps = network.forward_intermediates(torch.randn(2, 3, 16, 16))
     assert network.forward_head(final).shape == (2, 4) and [m.shape[1] for m in maps] == [2, 4]
+
+
+def test_the_criterion_and_the_stage_of_extending_run(tmp_path, monkeypatch):
+    """As files of one's own; the two blocks are one module each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("random", "clip"):
+        [block] = [block for block in blocks(EXTENDING, "python") if f"\ndef {name}(" in block]
+        (tmp_path / f"extending_{name}.py").write_text(block)
+    recipe = {
+        "name": "x",
+        "data": {"dataset": "digits", "subset": 60, "validation": 60},
+        "student": {"model": "lenet5", "width": 2},
+        "stages": [
+            {"stage": "train", "training": {"epochs": 1}},
+            {"stage": "python:extending_clip:clip", "limit": 1, "exclude": ["last"]},
+            {"stage": "prune", "method": "python:extending_random:random", "seed": 3, "sparsity": 0.5},
+        ],
+    }
+    (tmp_path / "x.yaml").write_text(json.dumps(recipe))
+    rows = trainer.run("x.yaml", folder=tmp_path, allow_python=True)["rows"]
+    assert [row["stage"] for row in rows] == ["trained", "clipped", "pruned"] and rows[1]["limit"] == 1
+    assert rows[2]["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
 # ---- recipes
