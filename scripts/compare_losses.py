@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> str:
         "--set",
         action="append",
         default=[],
-        metavar="PLACE=VALUE",
+        metavar="PATH=VALUE",
         dest="changes",
         help="of the students' recipe: data.subset=5000, stages.1.training.epochs=4",
     )

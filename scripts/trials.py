@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--name")
-    parser.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", dest="changes")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="changes")
     parser.add_argument("--allow-python", action="store_true")
     options = parser.parse_args()
     changes = changes_of(options.changes)

@@ -295,7 +295,7 @@ def test_check_tells_every_fault(say, tmp_path):
         (["--set", "stages[3].bits=x", "--seed", "-1"], "changes: seed: got -1"),
         (
             ["--set", "bits"],
-            "trainer: --set bits: PLACE=VALUE is allowed, such as stages.1.training.epochs=2\n",
+            "trainer: --set bits: PATH=VALUE is allowed, such as stages.1.training.epochs=2\n",
         ),
         (
             ["--set", "a=[1"],

@@ -1,6 +1,9 @@
 """The house: imports go down, rooms are small, nothing private is borrowed, and a recipe is read lightly."""
 
 import ast
+import inspect
+import itertools
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import trainer
+from trainer.cli import main
+from trainer.losses import kl
 
 TOP = Path(trainer.__file__).parent
 # From the ground up. A place imports only from the floors below its own; a room may import within itself.
@@ -102,3 +107,56 @@ def test_rooms_that_could_leave_as_a_package(room):
     code += "print(*{name.split('.')[1] for name in sys.modules if name.startswith('trainer.')})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & {"distillation", "training", "runs", "stages", "cli"} == set()
+
+
+def test_the_readme_tells_the_floors():
+    told = (
+        (TOP.parent / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("Floors, top down: ")[2]
+        .partition(".")[0]
+    )
+    floors = [sorted(re.split(r",\s+", floor)) for floor in re.split(r"\s+/\s+", told)]
+    files = {"__init__", "__main__"}
+    assert floors == [sorted(set(names) - files) for names in reversed(FLOORS) if set(names) - files]
+
+
+WALK = [
+    "cli.py",
+    "runs/runner.py",
+    "stages/distill.py",
+    "training/fit.py",
+    "distillation/objective.py",
+    "losses/kl.py",
+]
+
+
+def test_the_walk_of_a_run_is_six_files(tmp_path, monkeypatch):
+    """The stack inside a loss, while training: at most eight frames of ours, from these files in this order."""
+    stacks = []
+    real = kl.full_precision
+
+    def watched(tensor):
+        files = [Path(frame.filename) for frame in reversed(inspect.stack(context=0))]
+        own = [str(file.relative_to(TOP)) for file in files if file.is_relative_to(TOP)]
+        if "training/fit.py" in own:
+            stacks.append(own)
+        return real(tensor)
+
+    monkeypatch.setattr(kl, "full_precision", watched)
+    recipe = {
+        "name": "walk",
+        "data": {"dataset": "digits", "subset": 60, "validation": 60},
+        "teacher": {"model": "lenet5", "width": 2},
+        "student": {"model": "lenet5", "width": 2},
+        "stages": [
+            {"stage": "train", "who": "teacher", "training": {"epochs": 1}},
+            {"stage": "distill", "training": {"epochs": 1}, "losses": [{"loss": "kl"}]},
+        ],
+    }
+    (tmp_path / "walk.yaml").write_text(json.dumps(recipe))
+    assert main(["run", str(tmp_path / "walk.yaml"), "--folder", str(tmp_path)]) == 0
+    assert stacks
+    for stack in stacks:
+        assert len(stack) <= 8, stack
+        assert [file for file, _ in itertools.groupby(stack)] == WALK

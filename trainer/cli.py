@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
             "--set",
             action="append",
             default=[],
-            metavar="PLACE=VALUE",
+            metavar="PATH=VALUE",
             dest="changes",
             help="change a value, such as stages.1.training.epochs=2; may be given several times",
         )
@@ -178,13 +178,13 @@ def changes_of(words: list[str]) -> dict[str, Any]:
 
     changes: dict[str, Any] = {}
     for word in words:
-        place, found, given = word.partition("=")
+        path, found, given = word.partition("=")
         if not found:
-            raise Mistake(f"--set {word}: PLACE=VALUE is allowed, such as stages.1.training.epochs=2")
-        if place in changes:
-            raise Mistake(f"--set {place}: is given twice")
+            raise Mistake(f"--set {word}: PATH=VALUE is allowed, such as stages.1.training.epochs=2")
+        if path in changes:
+            raise Mistake(f"--set {path}: is given twice")
         try:
-            changes[place] = value(given)
+            changes[path] = value(given)
         except Mistake as error:
             raise Mistake(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
     return changes

@@ -36,22 +36,22 @@ def prune(
     """
     if (sensitivity is None) == (sparsity is None):
         raise Mistake("exactly one of sensitivity and sparsity is needed")
-    places = _chosen(model, exclude, keep)
-    for place in places.values():  # all or none: before any layer is pruned
-        refuse_shared(place)
+    layers = _chosen(model, exclude, keep)
+    for layer in layers.values():  # all or none: before any layer is pruned
+        refuse_shared(layer)
     if sensitivity is not None:
-        factors = _numbers(places, sensitivity, "sensitivity")
+        factors = _numbers(layers, sensitivity, "sensitivity")
         for name, factor in factors.items():
             if not 0 < factor < math.inf:
                 raise Mistake(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
-        masks = {name: ask(std, place, sensitivity=factors[name]) for name, place in places.items()}
+        masks = {name: ask(std, layer, sensitivity=factors[name]) for name, layer in layers.items()}
     else:
-        target = _numbers(places, sparsity, "sparsity")
+        target = _numbers(layers, sparsity, "sparsity")
         for name, share in target.items():
             if not 0 <= share < 1:
                 raise Mistake(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
-        scores = {name: ask(magnitude, place) for name, place in places.items()}
-        alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
+        scores = {name: ask(magnitude, layer) for name, layer in layers.items()}
+        alive, parts = {n: p.mask for n, p in layers.items()}, {n: p.parts for n, p in layers.items()}
         masks = score_masks(scores, alive, target, together=False, parts=parts)
         for name, (mask, _) in masks.items():
             if not mask.any():
@@ -59,7 +59,7 @@ def prune(
                     f"layer {name!r}: sparsity {target[name]} leaves none of its {mask.numel():,} weights"
                 )
     for name, (mask, _) in masks.items():
-        set_mask(places[name], mask)
+        set_mask(layers[name], mask)
     return {name: 1 - mask.double().mean().item() for name, (mask, _) in masks.items()}
 
 
@@ -77,12 +77,12 @@ def share(
     """
     if codebook not in ("float16", "float32"):
         raise Mistake(f"codebook: got {codebook!r}; 'float16' and 'float32' are allowed")
-    places = _chosen(model, exclude, keep)
+    layers = _chosen(model, exclude, keep)
     shared = {}
-    for name, b in _numbers(places, bits, "bits").items():
+    for name, b in _numbers(layers, bits, "bits").items():
         if b not in range(1, 17):
             raise Mistake(f"bits of {name!r}: got {b}; whole numbers from 1 to 16 are allowed")
-        codes, centroids = cluster(places[name], 2 ** int(b), kmeans.kmeans_optimal)
+        codes, centroids = cluster(layers[name], 2 ** int(b), kmeans.kmeans_optimal)
         try:
             shared[name] = codes, round_codebook(centroids, codebook)
         except Mistake as error:
@@ -91,7 +91,7 @@ def share(
         codes,
         centroids,
     ) in shared.items():  # all or none: a layer that cannot be shared was found above
-        set_codebook(places[name], codes, centroids)
+        set_codebook(layers[name], codes, centroids)
     return {
         name: len(centroids[codes[codes != 0].unique() - 1].unique())
         for name, (codes, centroids) in shared.items()
@@ -102,16 +102,16 @@ def _chosen(model: nn.Module, exclude: Iterable[str], keep: Iterable[str] | None
     if keep is not None:
         warnings.warn("keep is called exclude now", DeprecationWarning, stacklevel=3)
         exclude = [*exclude, *([keep] if isinstance(keep, str) else keep)]
-    places = choose(weights_of(model), exclude)
-    if not places:
+    layers = choose(weights_of(model), exclude)
+    if not layers:
         raise Mistake(
             "there are no weights to work on: the network has none of two dimensions or more, or exclude names all"
         )
-    return places
+    return layers
 
 
-def _numbers(places: Mapping[str, Weight], setting: Any, what: str) -> dict[str, float]:
-    found = per_layer(places, setting, what)
+def _numbers(layers: Mapping[str, Weight], setting: Any, what: str) -> dict[str, float]:
+    found = per_layer(layers, setting, what)
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, Real):
             raise Mistake(f"{what} of {name!r}: got {value!r}; a number is allowed")

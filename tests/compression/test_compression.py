@@ -19,7 +19,7 @@ from trainer.compression.masks import (
     watch_gradients,
 )
 from trainer.compression.rounding import round_to
-from trainer.compression.states import bake, dense_state, restore, rewind
+from trainer.compression.states import bake, dense_state, restore, rewind_weights
 from trainer.compression.weights import choose, per_layer, weights_of
 from trainer.criteria.magnitude import magnitude
 from trainer.criteria.movement import movement
@@ -219,9 +219,9 @@ def test_movement_scores_add_up_over_all_positions(kind):
         plain.load_state_dict(dense_state(model))
         (plain(x) - 1).square().mean().backward()
         for name, place in weights_of(plain).items():
-            module, attribute = places[name].places[0]
+            module, attribute = places[name].holders[0]
             original = module.parametrizations[attribute].original.detach()
-            expected[name] -= original * getattr(*place.places[0]).grad
+            expected[name] -= original * getattr(*place.holders[0]).grad
         train(model, x, optimizer, steps=1)
     for name, place in places.items():
         score = place.parametrization.score
@@ -254,7 +254,7 @@ def test_rewinding_takes_back_all_but_the_masks(kind):
     train(model, x, "adam")
     masks = prune(model)
     train(model, x, "adam")
-    rewind(model, began)
+    rewind_weights(model, began)
     assert_pruned(model, masks)
     plain, _ = make(kind)
     plain.load_state_dict(began)
@@ -486,7 +486,7 @@ class TestBadInput:
         with torch.no_grad():
             place["0"].value.zero_()
         set_mask(place["0"], torch.zeros(4, 4))
-        with pytest.raises(ValueError, match="no weights left to prune"):
+        with pytest.raises(ValueError, match="no weights are left to prune"):
             ask(std, place["0"], sensitivity=1.0)
         with pytest.raises(ValueError, match="no weights left to share"):
             cluster(place["0"], 4)
@@ -495,7 +495,7 @@ class TestBadInput:
         layer = nn.Linear(4, 4)
         place = weights_of(nn.Sequential(layer))
         nn.init.zeros_(layer.weight)
-        with pytest.raises(ValueError, match="'0' has no weights left to prune: all are zero"):
+        with pytest.raises(ValueError, match="layer '0': no weights are left to prune: all are zero"):
             ask(std, place["0"], sensitivity=1.0)
         nn.init.constant_(layer.weight, 0.1)
         with pytest.raises(

@@ -686,7 +686,7 @@ def test_faulty_changes(faults):
         "changes: stages.9.training.epochs: stages has no entry '9'; it has 5, from 0 on"
     ]
     assert faults(GOOD, {"name.x": 1}) == ["changes: name.x: name is 'good', which holds no 'x'"]
-    assert faults(GOOD, {"..": 1}) == ["changes: '..' is no place; 'stages.1.training.epochs' is one"]
+    assert faults(GOOD, {"..": 1}) == ["changes: '..' is no path; 'stages.1.training.epochs' is one"]
     # A fault of the file keeps its line.
     assert faults(changed("width: 2", "width: 0"), {"stages.3.bits": 0}) == [
         "changes: stages[3].bits: got 0; it should be greater than or equal to 1",

@@ -262,7 +262,7 @@ def test_n_of_every_m_in_a_convolution_counts_input_channels(tmp_path, quick):
 def test_what_does_not_split_into_groups_is_named_before_the_first_training(tmp_path):
     run = make_run(tmp_path)
     with pytest.raises(
-        ValueError, match="layer 'conv1': 1 inputs do not split into groups of 4: name it in exclude"
+        ValueError, match="layer 'conv1': 1 inputs do not split into groups of 4: name the layer in exclude"
     ):
         prune(run, method="n_m", pattern="2:4")
     (tmp_path / "given.yaml").write_text(

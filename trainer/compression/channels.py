@@ -33,8 +33,8 @@ def remove(
     """Removes the output channels of the least L2 norm from a network, in place; returns the new `sizes`.
 
     Channels that hang together (through a residual sum, say) go together; their norm is the mean over the
-    layers they are in. images: an example batch. sparsity: share of channels removed of each group of layers
-    that hang together, or {layer: share}, or with `together` of all channels in one ranking of the norms,
+    layers they are in. images: an example batch. sparsity: fraction of channels removed of each group of layers
+    that hang together, or {layer: fraction}, or with `together` of all channels in one ranking of the norms,
     each against its group's mean. A group keeps one channel at least. keep: layers whose outputs stay; the
     classifier must be one.
     Raises Mistake for layers that it cannot make smaller, and for a network that no longer gives its
@@ -52,17 +52,20 @@ def remove(
     expected = model(images).shape
     graph = torch_pruning.DependencyGraph().build_dependency(model, images)
     score = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
-    roots, norms, shares = [], [], []
+    roots, norms, fractions = [], [], []
     for group in graph.get_all_groups(
         ignored_layers=[modules[name] for name in keep],
         root_module_types=[torch_pruning.ops.TORCH_CONV, torch_pruning.ops.TORCH_LINEAR],
     ):
-        shares.append(_share(graph, group, sparsity, names))
+        fractions.append(_fraction(graph, group, sparsity, names))
         norms.append(score(group).detach().cpu().double())
         roots.append((group[0].dep.target.module, group[0].dep.handler))
     if not roots:
         raise Mistake("there is no layer whose channels can be removed")
-    counts = [min(round(share * len(norm)), len(norm) - 1) for share, norm in zip(shares, norms, strict=True)]
+    counts = [
+        min(round(fraction * len(norm)), len(norm) - 1)
+        for fraction, norm in zip(fractions, norms, strict=True)
+    ]
     if together:
         counts = _counts_together(norms, sparsity)
     for (module, handler), norm, count in zip(roots, norms, counts, strict=True):
@@ -108,8 +111,8 @@ def refuse_unknown(model: nn.Module) -> None:
         raise Mistake("method 'channels' cannot make layers smaller that share one weight")
 
 
-def _share(graph, group, sparsity: float | Mapping[str, float], names: Mapping[nn.Module, str]) -> float:
-    """The share asked for of a group of layers. Raises Mistake where its layers ask for different ones."""
+def _fraction(graph, group, sparsity: float | Mapping[str, float], names: Mapping[nn.Module, str]) -> float:
+    """The fraction asked for of a group of layers. Raises Mistake where its layers ask for different ones."""
     if not isinstance(sparsity, Mapping):
         return sparsity
     layers = [

@@ -7,51 +7,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer.compression.parametrizations import Codebook, TrainedCodebook, bake_place, parametrize_weight
+from trainer.compression.parametrizations import Codebook, TrainedCodebook, bake_weight, parametrize_weight
 from trainer.compression.weights import Weight
 from trainer.mistakes import Mistake
 
 
-def set_codebook(place: Weight, codes: Tensor, centroids: Tensor) -> None:
+def set_codebook(layer: Weight, codes: Tensor, centroids: Tensor) -> None:
     """Makes a weight share values, in place; a mask that was there becomes the code 0."""
-    value = place.value.detach()
-    if place.parametrization is not None:
-        bake_place(place)
-    parametrize_weight(place, Codebook(codes.to(value.device), centroids.to(value.device, value.dtype)))
+    value = layer.value.detach()
+    if layer.parametrization is not None:
+        bake_weight(layer)
+    parametrize_weight(layer, Codebook(codes.to(value.device), centroids.to(value.device, value.dtype)))
 
 
-def open_codebook(place: Weight, codes: Tensor, centroids: Tensor, code_cost: float = 0.0) -> None:
+def open_codebook(layer: Weight, codes: Tensor, centroids: Tensor, code_cost: float = 0.0) -> None:
     """Makes a weight share values, in place, its codes decided anew at every step of a training (`TrainedCodebook`).
 
     codes, centroids: those it starts with, as `cluster` gives them; the latent weights start from the weight as it is.
     code_cost: what a bit is worth, in mean squares of the surviving weights of its group.
     """
-    value = place.value.detach().clone()
-    if place.parametrization is not None:
-        bake_place(place)
+    value = layer.value.detach().clone()
+    if layer.parametrization is not None:
+        bake_weight(layer)
     centroids = torch.atleast_2d(centroids.to(value.device, value.dtype))
     codes = codes.to(value.device)
     blocks = [block[block != 0] for block in value.chunk(len(centroids))]
     mean_square = torch.stack([b.square().mean() if len(b) else b.new_zeros(()) for b in blocks])[:, None]
     trained = TrainedCodebook(codes != 0, centroids, code_cost * mean_square)
     trained.count_bits(codes)
-    parametrize_weight(place, trained)
+    parametrize_weight(layer, trained)
 
 
-def close_codebook(place: Weight) -> tuple[Tensor, Tensor]:
+def close_codebook(layer: Weight) -> tuple[Tensor, Tensor]:
     """codes and centroids of a weight's open codebook as they are now, for `set_codebook`."""
-    (module, attribute), *_ = place.places
-    trained = place.parametrization
+    (module, attribute), *_ = layer.holders
+    trained = layer.parametrization
     centroids = trained.centroids.detach().clone()
     codes = trained.codes(module.parametrizations[attribute].original)
     return codes, centroids if len(centroids) > 1 else centroids[0]
 
 
-def code_entropy(places: Iterable[Weight]) -> Tensor:
+def code_entropy(layers: Iterable[Weight]) -> Tensor:
     """Mean bits of a surviving weight's code over all open codebooks, by their soft entropy, with a gradient."""
     bits, number = 0.0, 0
-    for place in places:
-        (module, attribute), *_ = place.places
+    for layer in layers:
+        (module, attribute), *_ = layer.holders
         trained = module.parametrizations[attribute]
         bits = bits + trained[0].entropy(trained.original)
         number += len(trained[0].positions)
@@ -59,7 +59,7 @@ def code_entropy(places: Iterable[Weight]) -> Tensor:
 
 
 def cluster(
-    place: Weight,
+    layer: Weight,
     num_values: int,
     method: Callable[..., np.ndarray] | None = None,
     groups: int = 1,
@@ -78,17 +78,17 @@ def cluster(
     """
     from trainer.compression import kmeans  # here: a recipe is read without it
 
-    value = place.value.detach().cpu().float()
+    value = layer.value.detach().cpu().float()
     if len(value) % groups:
-        raise Mistake(f"layer {place.name!r}: {len(value)} rows do not split into {groups} equal groups")
+        raise Mistake(f"layer {layer.name!r}: {len(value)} rows do not split into {groups} equal groups")
     if not torch.isfinite(value).all():
-        raise Mistake(f"layer {place.name!r} has weights that are not finite")
+        raise Mistake(f"layer {layer.name!r} has weights that are not finite")
     if not value.any():
-        raise Mistake(f"layer {place.name!r} has no weights left to share: all are zero")
+        raise Mistake(f"layer {layer.name!r} has no weights left to share: all are zero")
     codes = torch.zeros(value.shape, dtype=torch.int32)
     centroids = torch.zeros(groups, num_values)
     blocks = zip(value.chunk(groups), codes.chunk(groups), strict=True)
-    importances = _damped(place, importance).chunk(groups) if importance is not None else [None] * groups
+    importances = _damped(layer, importance).chunk(groups) if importance is not None else [None] * groups
     for number, ((block, block_codes), weight) in enumerate(zip(blocks, importances, strict=True)):
         alive = block != 0
         survivors = block[alive].numpy()
@@ -110,12 +110,12 @@ def cluster(
     return codes, centroids if groups > 1 else centroids[0]
 
 
-def _damped(place: Weight, importance: Tensor) -> Tensor:
+def _damped(layer: Weight, importance: Tensor) -> Tensor:
     """Importance with a thousandth of its mean added: a weight that a few batches did not need is not worth nothing."""
     importance = importance.detach().cpu().double()
     if not importance.any():
         raise Mistake(
-            f"layer {place.name!r}: no gradient reaches its weights, so none is more important than others"
+            f"layer {layer.name!r}: no gradient reaches its weights, so none is more important than others"
         )
     return importance + 1e-3 * importance.mean()
 

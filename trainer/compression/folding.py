@@ -27,9 +27,9 @@ def can_fold(model: nn.Module) -> list[tuple[str, str]]:
         raise Mistake(
             "the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do"
         )
-    places = weights_of(model)
+    layers = weights_of(model)
     for layer, _ in pairs:
-        if places[layer].mask is not None and not isinstance(places[layer].parametrization, Mask):
+        if layers[layer].mask is not None and not isinstance(layers[layer].parametrization, Mask):
             raise Mistake(f"layer {layer!r} shares its weights already: fold before sharing")
     return pairs
 
@@ -51,7 +51,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     Raises Mistake for a network that has nothing to fold or whose weights are shared already.
     """
     pairs = can_fold(model)
-    places = weights_of(model)
+    layers = weights_of(model)
     for layer, norm_name in pairs:
         module, norm = model.get_submodule(layer), model.get_submodule(norm_name)
         gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
@@ -59,7 +59,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
         before = torch.zeros_like(scale) if module.bias is None else module.bias.double()
         bias = shift + (before - norm.running_mean.double()) * scale
-        weight = own_tensors(places[layer])[0]
+        weight = own_tensors(layers[layer])[0]
         shape = (-1,) + (1,) * (weight.dim() - 1)
         weight.copy_(
             weight.double() * scale.reshape(shape) + 0.0
@@ -80,14 +80,14 @@ def _without_norms(spec: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
     return found
 
 
-def own_tensors(place: Weight) -> list[Tensor]:
+def own_tensors(layer: Weight) -> list[Tensor]:
     """The tensors of a weight's own shape that make it up: itself, weight and mask, or the codes of a codebook."""
-    module, attribute = place.places[0]
-    found = place.parametrization
+    module, attribute = layer.holders[0]
+    found = layer.parametrization
     if found is None:
         return [getattr(module, attribute)]
     if isinstance(found, Codebook):
         return [found.codes]
     if isinstance(found, Mask):
         return [module.parametrizations[attribute].original, found.mask]
-    raise Mistake(f"layer {place.name!r} is still deciding which values it shares")
+    raise Mistake(f"layer {layer.name!r} is still deciding which values it shares")

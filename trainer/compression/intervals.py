@@ -14,7 +14,7 @@ from trainer.mistakes import Mistake
 CHUNK = 1 << 18  # values in work at a time: what is allocated beside the input does not grow with it
 MAX_POINTS = 1 << 20  # points in hand before they are summed up again
 FEW_POINTS = 256  # up to here looking at every pair is quicker than divide and conquer
-WINDOW = 8  # places to either side where a refinement may move the end of an interval
+WINDOW = 8  # positions to either side where a refinement may move the end of an interval
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -91,22 +91,22 @@ def binned(
 def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.ndarray:
     """Index of the first point of each of at most `bins` bins, spread by Panter and Dite's rule.
 
-    Between neighbouring knots of mass m and distance d the density is m / d, so the share of bins that the
+    Between neighbouring knots of mass m and distance d the density is m / d, so the fraction of bins that the
     rule gives to them is (m / d)^(1/3) * d = (m * d^2)^(1/3).
     """
     step = max(1, len(position) // (4 * bins))
     knots = np.append(position[:-1:step], position[-1]).astype(np.float64)
-    share = np.diff(knots) ** 2
+    fraction = np.diff(knots) ** 2
     if mass is not None:
         between = np.add.reduceat(mass, np.arange(0, len(position) - 1, step))
-        share *= between
-    share = np.cbrt(share)
+        fraction *= between
+    fraction = np.cbrt(fraction)
     for _ in range(30):  # an empty gap before an outlier must not swallow the bins: no gap gets over 64
-        cap = 64 * share.sum() / bins
-        if share.max() <= cap:
+        cap = 64 * fraction.sum() / bins
+        if fraction.max() <= cap:
             break
-        share = np.minimum(share, cap)
-    reach = np.concatenate([[0.0], np.cumsum(share)])
+        fraction = np.minimum(fraction, cap)
+    reach = np.concatenate([[0.0], np.cumsum(fraction)])
     edges = np.interp(np.arange(1, bins) * (reach[-1] / bins), reach, knots)
     heads = np.searchsorted(position, edges.astype(position.dtype))
     heads = heads[(heads > 0) & (heads < len(position))]
@@ -179,7 +179,7 @@ def divide_and_conquer(line: Line, k: int) -> np.ndarray:
     spare = len(line.position) - k
     offsets = np.arange(spare + 1)
     strides = [1 << level for level in range((spare + 1).bit_length() - 1, -1, -1)]
-    levels = [(stride, np.arange(stride, spare + 2, 2 * stride)) for stride in strides]  # places are t + 1
+    levels = [(stride, np.arange(stride, spare + 2, 2 * stride)) for stride in strides]  # positions are t + 1
     best_r = np.zeros(2 * strides[0] + 1, np.int64)  # by place; place 0 and those after the last are walls
     best_r[spare + 2 :] = spare
     choices = np.zeros((k, spare + 1), np.int16 if spare < 1 << 15 else np.int32)
@@ -188,10 +188,10 @@ def divide_and_conquer(line: Line, k: int) -> np.ndarray:
         before, mass_i, moment_i = cost, masses[c - 1 : c + spare], moments[c - 1 : c + spare]
         mass_j, moment_j = masses[c : c + spare + 1], moments[c : c + spare + 1]
         cost = np.empty(spare + 1)
-        for stride, places in levels if c < k else [(strides[0] * 2, np.array([spare + 1]))]:
-            t = places - 1
-            low = best_r[places - stride] if c < k else np.zeros(1, np.int64)
-            high = np.minimum(best_r[np.minimum(places + stride, len(best_r) - 1)], t) if c < k else t
+        for stride, positions in levels if c < k else [(strides[0] * 2, np.array([spare + 1]))]:
+            t = positions - 1
+            low = best_r[positions - stride] if c < k else np.zeros(1, np.int64)
+            high = np.minimum(best_r[np.minimum(positions + stride, len(best_r) - 1)], t) if c < k else t
             length = high - low + 1
             start = np.cumsum(length) - length
             r = np.arange(length.sum()) - np.repeat(start - low, length)
@@ -201,7 +201,7 @@ def divide_and_conquer(line: Line, k: int) -> np.ndarray:
             hits = np.flatnonzero(trial == np.repeat(least, length))
             chosen = r[hits[np.searchsorted(hits, start)]]
             cost[t] = least
-            best_r[places] = chosen
+            best_r[positions] = chosen
         choices[c - 1] = best_r[1 : spare + 2]
     bounds = np.empty(k + 1, np.int64)
     bounds[k] = len(line.position)
@@ -233,7 +233,7 @@ def all_pairs(line: Line, k: int) -> np.ndarray:
 
 
 def refined(line: Line, bounds: np.ndarray) -> np.ndarray:
-    """Move all inner bounds jointly to the best of 2 * WINDOW + 1 places about each, until none moves.
+    """Move all inner bounds jointly to the best of 2 * WINDOW + 1 positions about each, until none moves.
 
     Places are first far apart, then neighbouring points. Exact within the window, so never worse than the
     start.
@@ -245,8 +245,8 @@ def refined(line: Line, bounds: np.ndarray) -> np.ndarray:
     stride = 1 << max(0, (size // (WINDOW * k)).bit_length() - 1)
     while stride:
         for _ in range(16):
-            places = np.clip(bounds[1:-1, None] + stride * shifts, 0, size)
-            moved = np.concatenate([[0], _best_places(line, places), [size]])
+            positions = np.clip(bounds[1:-1, None] + stride * shifts, 0, size)
+            moved = np.concatenate([[0], _best_positions(line, positions), [size]])
             if np.array_equal(moved, bounds):
                 break
             bounds = moved
@@ -254,19 +254,19 @@ def refined(line: Line, bounds: np.ndarray) -> np.ndarray:
     return bounds
 
 
-def _best_places(line: Line, places: np.ndarray) -> np.ndarray:
+def _best_positions(line: Line, positions: np.ndarray) -> np.ndarray:
     """One place of each row so that the intervals between them cost least in sum."""
-    cost = line.cost(np.zeros(1, np.int64), places[0])
+    cost = line.cost(np.zeros(1, np.int64), positions[0])
     choices = []
-    for start in range(0, len(places) - 1, 512):
-        block = places[start : start + 513]
+    for start in range(0, len(positions) - 1, 512):
+        block = positions[start : start + 513]
         for pair in line.cost(block[:-1, None, :], block[1:, :, None]):  # [place, place before]
             trial = pair + cost
             choice = trial.argmin(axis=1)
             choices.append(choice)
             cost = trial[np.arange(len(choice)), choice]
-    cost = cost + line.cost(places[-1], np.full(1, len(line.position)))
+    cost = cost + line.cost(positions[-1], np.full(1, len(line.position)))
     chosen = [int(cost.argmin())]
     for choice in reversed(choices):
         chosen.append(int(choice[chosen[-1]]))
-    return places[np.arange(len(places)), chosen[::-1]]
+    return positions[np.arange(len(positions)), chosen[::-1]]

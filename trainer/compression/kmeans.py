@@ -283,15 +283,15 @@ class _Finder:
 
 def _envelope(centroids: np.ndarray, offset: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Those of the sorted parabolas that are lowest somewhere."""
-    places, offsets, codes = centroids.tolist(), offset.tolist(), order.tolist()
+    positions, offsets, codes = centroids.tolist(), offset.tolist(), order.tolist()
     kept: list[int] = []
     begins: list[float] = []  # where each becomes the lowest
     for code in codes:
         begin = -np.inf
         while kept:
             last = kept[-1]
-            tilt = (offsets[code] - offsets[last]) / (places[code] - places[last])
-            begin = places[last] / 2 + places[code] / 2 + tilt / 2
+            tilt = (offsets[code] - offsets[last]) / (positions[code] - positions[last])
+            begin = positions[last] / 2 + positions[code] / 2 + tilt / 2
             if begin > begins[-1]:
                 break
             kept.pop()

@@ -116,7 +116,7 @@ class TrainedCodebook(nn.Module):
     Trained are a latent weight for each position (the tensor that is parametrized) and the centroids [groups, k]. A
     weight is the centroid of the least (latent - centroid)^2 + cost x bits of its code; its gradient goes straight
     through to the latent one (Bengio et al. 2013) and, summed over each code, to the centroids. Pruned weights stay
-    zero. A centroid of exactly 0 is an unused place in the codebook. Codes are a function of parameters and buffers;
+    zero. A centroid of exactly 0 is an unused layer in the codebook. Codes are a function of parameters and buffers;
     the bits of the codes, log2(survivors / times used) with half a use added to each, are counted anew at every
     forward in training mode. See `close_codebook`.
 
@@ -143,7 +143,7 @@ class TrainedCodebook(nn.Module):
 
     @torch.no_grad()
     def codes(self, latent: Tensor) -> Tensor:
-        """The codes of the weights, as a `Codebook` has them: 0 for zero, others 1 + place in centroids.flatten()."""
+        """The codes of the weights, as a `Codebook` has them: 0 for zero, others 1 + layer in centroids.flatten()."""
         k = self.centroids.shape[1]
         extra = torch.where(self.centroids == 0, torch.inf, self.cost * self.bits)
         flat = latent.reshape(-1)
@@ -201,13 +201,13 @@ class TrainedCodebook(nn.Module):
 OURS = Mask | Codebook | TrainedCodebook
 
 
-def _own_class(place: "Weight") -> None:
+def _own_class(layer: "Weight") -> None:
     """Gives each parametrized module of a weight a class of its own.
 
     torch hangs a parametrized weight on the module's class, which a copy.deepcopy of the module shares: what is done to the
     one would be done to the other.
     """
-    for module, _ in place.places:
+    for module, _ in layer.holders:
         if parametrize.is_parametrized(module):
             shared = type(module)
             body = {
@@ -216,9 +216,9 @@ def _own_class(place: "Weight") -> None:
             module.__class__ = type(shared.__name__, shared.__bases__, body)
 
 
-def parametrize_weight(place: "Weight", parametrization: nn.Module) -> None:
-    _own_class(place)
-    (module, attribute), *tied = place.places
+def parametrize_weight(layer: "Weight", parametrization: nn.Module) -> None:
+    _own_class(layer)
+    (module, attribute), *tied = layer.holders
     trainable = getattr(module, attribute).requires_grad
     for other, name in tied:
         # Registration changes the tensor in place, under the twin's feet: until it is tied again it gets its own.
@@ -231,11 +231,11 @@ def parametrize_weight(place: "Weight", parametrization: nn.Module) -> None:
         other.parametrizations[name] = module.parametrizations[attribute]
 
 
-def bake_place(place: "Weight") -> None:
+def bake_weight(layer: "Weight") -> None:
     """Turns a masked or shared weight into a plain parameter of the same values, in place."""
-    _own_class(place)
+    _own_class(layer)
     plain = None
-    for module, attribute in place.places:
+    for module, attribute in layer.holders:
         if not parametrize.is_parametrized(module, attribute):
             continue
         if plain is None:

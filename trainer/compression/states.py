@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trainer.compression.codebooks import set_codebook
 from trainer.compression.masks import set_mask
 from trainer.compression.parametrizations import (
-    bake_place,
+    bake_weight,
 )
 from trainer.compression.weights import weights_of
 from trainer.mistakes import Mistake
@@ -16,9 +16,9 @@ from trainer.mistakes import Mistake
 
 def bake(model: nn.Module) -> nn.Module:
     """Turns all masks and codebooks of a model into plain weights of the same values, in place."""
-    for place in weights_of(model).values():
-        if place.parametrization is not None:
-            bake_place(place)
+    for layer in weights_of(model).values():
+        if layer.parametrization is not None:
+            bake_weight(layer)
     return model
 
 
@@ -50,8 +50,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises Mistake when keys or shapes do not fit.
     """
     bake(model)
-    places = weights_of(model)
-    by_key = {_key(model, *where): place for place in places.values() for where in place.places[:1]}
+    layers = weights_of(model)
+    by_key = {_key(model, *where): layer for layer in layers.values() for where in layer.holders[:1]}
     for key, tensor in state.items():
         for ending in (".0.mask", ".0.codes"):
             if not key.endswith(ending):
@@ -59,14 +59,14 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             weight_key = key.removesuffix(ending).replace("parametrizations.", "")
             if weight_key not in by_key:
                 continue  # a tied twin, or a layer that is not there: load_state_dict below says so
-            place = by_key[weight_key]
+            layer = by_key[weight_key]
             if ending == ".0.mask":
-                set_mask(place, tensor.to(place.value.device))
+                set_mask(layer, tensor.to(layer.value.device))
                 if key.removesuffix("mask") + "score" in state:
-                    place.parametrization.watch(None, torch.zeros_like(place.value.detach()))
+                    layer.parametrization.watch(None, torch.zeros_like(layer.value.detach()))
             else:
                 original = state[key.removesuffix(".0.codes") + ".original"]
-                set_codebook(place, tensor, original)
+                set_codebook(layer, tensor, original)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -83,7 +83,7 @@ def dense_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in dense_state(model).values())
 
 
-def rewind(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def rewind_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts parameters and statistics back to an earlier `dense_state` (its own copy), in place; the masks stay as they are.
 
     Frankle & Carbin 2019 (The Lottery Ticket Hypothesis); Renda et al. 2020 (Comparing Rewinding and Fine-tuning).

@@ -29,7 +29,7 @@ class _Link(NamedTuple):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return self.layer.places[0][0].bias
+        return self.layer.holders[0][0].bias
 
 
 def can_tidy(model: nn.Module) -> None:
@@ -48,13 +48,13 @@ def can_tidy(model: nn.Module) -> None:
 
 def _links(model: nn.Module) -> Iterator[_Link]:
     can_tidy(model)
-    places = weights_of(model)
+    layers = weights_of(model)
     chain = model.chain()
     depthwise = {name for name in chain if getattr(model.get_submodule(name), "groups", 1) > 1}
     for number, name in enumerate(chain[:-1]):
         if name not in depthwise:
-            through = places[chain[number + 1]] if chain[number + 1] in depthwise else None
-            yield _Link(places[name], through, places[chain[number + 1 + (through is not None)]])
+            through = layers[chain[number + 1]] if chain[number + 1] in depthwise else None
+            yield _Link(layers[name], through, layers[chain[number + 1 + (through is not None)]])
 
 
 def _by_unit(tensor: Tensor, num_units: int) -> Tensor:
@@ -92,7 +92,7 @@ def _drop_units(link: _Link) -> int:
     constant = torch.zeros(num_units, device=comes_in.device) if link.bias is None else torch.relu(link.bias)
     silent = ~comes_in & (constant == 0)
     told = ~comes_in & (constant != 0) & goes_on
-    following = link.following.places[0][0]
+    following = link.following.holders[0][0]
     if told.any() and following.bias is not None and not _padded(link):
         given = torch.where(told, constant.double(), 0.0)
         if link.through is not None:
@@ -113,7 +113,7 @@ def _drop_units(link: _Link) -> int:
 
 
 def _padded(link: _Link) -> bool:
-    layers = [place.places[0][0] for place in (link.through, link.following) if place is not None]
+    layers = [layer.holders[0][0] for layer in (link.through, link.following) if layer is not None]
     return any(isinstance(layer, nn.Conv2d) and any(layer.padding) for layer in layers)
 
 

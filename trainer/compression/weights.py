@@ -14,21 +14,21 @@ from trainer.mistakes import Mistake, nearest
 
 
 class Weight:
-    """A weight of a network: its name, and the (module, attribute) places that hold it (several when it is tied)."""
+    """A weight of a network: its name, and the (module, attribute) pairs that hold it (several when it is tied)."""
 
     def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
         self.name = name
-        self.places = [(module, attribute)]
+        self.holders = [(module, attribute)]
 
     @property
     def value(self) -> Tensor:
         """The weight as the network uses it, masked or shared."""
-        module, attribute = self.places[0]
+        module, attribute = self.holders[0]
         return getattr(module, attribute)
 
     @property
     def parametrization(self) -> nn.Module | None:
-        module, attribute = self.places[0]
+        module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
             return module.parametrizations[attribute][0]
         return None
@@ -53,7 +53,7 @@ class Weight:
     @property
     def parameter(self) -> nn.Parameter:
         """What is trained: the weight itself, what a mask lets through of it, or the centroids."""
-        module, attribute = self.places[0]
+        module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
             return module.parametrizations[attribute].original
         return getattr(module, attribute)
@@ -65,7 +65,7 @@ class Weight:
     @property
     def parts(self) -> int:
         """How many stacked matrices the weight is (along its first axis): gates of a LSTM or GRU; query, key, value."""
-        module, attribute = self.places[0]
+        module, attribute = self.holders[0]
         if (
             isinstance(module, nn.LSTM | nn.LSTMCell)
             and attribute.startswith("weight_")
@@ -84,7 +84,7 @@ class Weight:
     def input_axis(self) -> int:
         """The axis of the weight that its inputs lie along (in a convolution: its input channels)."""
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        return 0 if isinstance(self.places[0][0], transposed) else 1
+        return 0 if isinstance(self.holders[0][0], transposed) else 1
 
 
 def weights_of(model: nn.Module) -> dict[str, Weight]:
@@ -102,9 +102,7 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
         inner = getattr(module, "parametrizations", {})
         own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
         own |= {name: getattr(inner[name], "original", inner[name]) for name in inner}
-        for attribute in sorted(
-            own
-        ):  # a parametrized weight has left its place in the module: keep one order
+        for attribute in sorted(own):  # a parametrized weight has left its module: keep one order
             key = id(own[attribute])
             if "weight" not in attribute:
                 others.append((key, module, attribute))
@@ -120,64 +118,64 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
                     "by torch.nn.utils.parametrize.remove_parametrizations"
                 )
             if key in found:
-                found[key].places.append((module, attribute))
+                found[key].holders.append((module, attribute))
             else:
                 found[key] = Weight(name, module, attribute)
     for key, module, attribute in others:  # a weight that is tied to something of another name
         if key in found:
-            found[key].places.append((module, attribute))
-    return {place.name: place for place in found.values()}
+            found[key].holders.append((module, attribute))
+    return {layer.name: layer for layer in found.values()}
 
 
-def choose(places: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:
+def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:
     """The weights without those in `exclude`: 'first', 'last', a layer's name or a module's (all weights below it).
 
     Raises Mistake for a name that no layer has, and for a frozen weight that is not in `exclude`.
     """
-    left = dict(places)
-    order = list(places)
+    left = dict(layers)
+    order = list(layers)
     if isinstance(exclude, str):
         raise Mistake(f"exclude: got {exclude!r}; a list of names is allowed, such as [{exclude!r}]")
     ends = {"first": order[:1], "last": order[-1:]}
     for word in exclude:
-        for name in ends[word] if word in ends else matching(places, word):
+        for name in ends[word] if word in ends else matching(layers, word):
             left.pop(name, None)
-    for name, place in left.items():
-        if not place.trainable:
+    for name, layer in left.items():
+        if not layer.trainable:
             raise Mistake(
                 f"layer {name!r} is frozen (requires_grad is False): name it in exclude to leave it alone"
             )
-        if not torch.isfinite(place.value).all():
+        if not torch.isfinite(layer.value).all():
             raise Mistake(f"layer {name!r} has weights that are not finite")
     return left
 
 
-def matching(places: Mapping[str, Weight], word: str) -> list[str]:
+def matching(layers: Mapping[str, Weight], word: str) -> list[str]:
     """Names of the weights that `word` means. Raises Mistake, with the nearest name, when there are none."""
-    found = [name for name in places if name == word or name.startswith(word + ".")]
+    found = [name for name in layers if name == word or name.startswith(word + ".")]
     if not found:
-        raise Mistake(f"there is no layer {word!r}{nearest(word, places)}")
+        raise Mistake(f"there is no layer {word!r}{nearest(word, layers)}")
     return found
 
 
-def per_layer(places: Mapping[str, Weight], setting, what: str) -> dict:
+def per_layer(layers: Mapping[str, Weight], setting, what: str) -> dict:
     """A setting given once for all or as {layer: value} as one value a layer; every layer must then be named."""
     if not isinstance(setting, Mapping):
-        return dict.fromkeys(places, setting)
+        return dict.fromkeys(layers, setting)
     values = {}
     for word, value in setting.items():
-        for name in matching(places, word):
+        for name in matching(layers, word):
             values[name] = value
-    missing = [name for name in places if name not in values]
+    missing = [name for name in layers if name not in values]
     if missing:
         raise Mistake(f"{what}: nothing is given for {', '.join(missing)} (name them here or in exclude)")
-    return {name: values[name] for name in places}
+    return {name: values[name] for name in layers}
 
 
 def counts(model: nn.Module) -> dict[str, float]:
     """num_weights, num_nonzero and sparsity (share of zeros) over the weights of the layers, biases and norms left out."""
     total = nonzero = 0
-    for place in weights_of(model).values():
-        total += place.value.numel()
-        nonzero += int(torch.count_nonzero(place.value.detach()))
+    for layer in weights_of(model).values():
+        total += layer.value.numel()
+        nonzero += int(torch.count_nonzero(layer.value.detach()))
     return {"num_weights": total, "num_nonzero": nonzero, "sparsity": 1 - nonzero / total if total else 0.0}

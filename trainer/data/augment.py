@@ -163,8 +163,8 @@ def _smooth(control: Tensor, height: int, width: int) -> Tensor:
     return sum(rows[:, point, None, :] * down[point][:, None] for point in range(_CONTROL_POINTS))
 
 
-def _rectangles(numbers: Tensor, share: float, shape: tuple[int, int]) -> Tensor:
-    """True in a rectangle of a `share` of the images, [N, 1, H, W]."""
+def _rectangles(numbers: Tensor, fraction: float, shape: tuple[int, int]) -> Tensor:
+    """True in a rectangle of a `fraction` of the images, [N, 1, H, W]."""
     height, width = shape
     chosen, area, ratio, top, left = numbers.unbind(1)
     area = (0.02 + area * (0.33 - 0.02)) * (height * width)
@@ -177,4 +177,4 @@ def _rectangles(numbers: Tensor, share: float, shape: tuple[int, int]) -> Tensor
         place = torch.arange(limit, device=numbers.device)
         inside.append((place >= start[:, None]) & (place < (start + side)[:, None]))
     rows, columns = inside
-    return (rows[:, :, None] & columns[:, None, :] & (chosen < share)[:, None, None])[:, None]
+    return (rows[:, :, None] & columns[:, None, :] & (chosen < fraction)[:, None, None])[:, None]

@@ -78,7 +78,7 @@ def seed_of(*numbers: int) -> int:
 def epoch_order(
     num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int
 ) -> list[Tensor]:
-    """Positions of this process's share of every batch of an epoch: a function of (seed, epoch) alone.
+    """Positions of this process's fraction of every batch of an epoch: a function of (seed, epoch) alone.
 
     batch_size counts the images of all processes together; the last batch may be smaller. With several processes
     each batch is filled up from the start of the order, so that all have equally many.
@@ -145,10 +145,10 @@ def mix(
     one_hot = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(images.dtype)
     use_cutmix = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
     alpha = cutmix if use_cutmix else mixup
-    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    fraction = torch.distributions.Beta(alpha, alpha).sample().item()
     if use_cutmix:
         height, width = images.shape[2:]
-        cut_h, cut_w = round(height * (1 - share) ** 0.5), round(width * (1 - share) ** 0.5)
+        cut_h, cut_w = round(height * (1 - fraction) ** 0.5), round(width * (1 - fraction) ** 0.5)
         centre = torch.rand(2)
         top = min(max(int(centre[0] * height) - cut_h // 2, 0), height - cut_h)
         left = min(max(int(centre[1] * width) - cut_w // 2, 0), width - cut_w)
@@ -156,7 +156,7 @@ def mix(
         mixed[:, :, top : top + cut_h, left : left + cut_w] = images.flip(0)[
             :, :, top : top + cut_h, left : left + cut_w
         ]
-        share = 1 - cut_h * cut_w / (height * width)
+        fraction = 1 - cut_h * cut_w / (height * width)
     else:
-        mixed = images * share + images.flip(0) * (1 - share)
-    return mixed, one_hot * share + one_hot.flip(0) * (1 - share)
+        mixed = images * fraction + images.flip(0) * (1 - fraction)
+    return mixed, one_hot * fraction + one_hot.flip(0) * (1 - fraction)

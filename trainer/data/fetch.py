@@ -90,7 +90,7 @@ def fetch(name: str) -> Path:
             for file, fault in faults.items():
                 log.info("%s: %s", folder / file, fault)
             if faults:
-                _place(folder, _ask_sources(name, folder, faults))
+                _put(folder, _ask_sources(name, folder, faults))
     except OSError as fault:
         raise FetchError(
             f"{name}: cannot use the cache folder {folder}: {fault}\n"
@@ -137,7 +137,7 @@ def _ask_sources(name: str, folder: Path, faults: dict[str, str]) -> dict[str, b
     )
 
 
-def _place(folder: Path, contents: dict[str, bytes]) -> None:
+def _put(folder: Path, contents: dict[str, bytes]) -> None:
     """Writes each file beside its place and renames it, so that a half-written file is never seen.
 
     Called under the folder's lock: the temporary name is nobody else's, and a killed process leaves but one.

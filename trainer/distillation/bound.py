@@ -24,7 +24,7 @@ class Bound(nn.Module):
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
         self.projector: nn.Module | None = None
-        self.places: tuple[Weight, Weight] | None = None  # of losses on weights
+        self.holders: tuple[Weight, Weight] | None = None  # of losses on weights
 
     def weight_at(self, epoch: float, num_epochs: float) -> float:
         return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight

@@ -166,7 +166,7 @@ class Objective(nn.Module):
                 )
             if WEIGHTS & set(asks):
                 ((mine, theirs),) = group
-                bound.places = (
+                bound.holders = (
                     weights_of(self.student)[mine.name],
                     weights_of(self.teacher.network)[theirs.name],
                 )
@@ -297,8 +297,10 @@ class Objective(nn.Module):
             available["teacher_logits"], available["teacher_embedding"] = teacher.logits, teacher.embedding
         if "teacher_head" in bound.asks:
             available["teacher_head"] = features.head(self.teacher.network)
-        if bound.places is not None:
-            available["student_weight"], available["teacher_weight"] = (place.value for place in bound.places)
+        if bound.holders is not None:
+            available["student_weight"], available["teacher_weight"] = (
+                place.value for place in bound.holders
+            )
         elif bound.pairs:
             # A loss may look at one side of its pairs alone: what nobody asked for was not computed.
             student_maps = [student.maps.get(mine.name) for mine, _ in bound.pairs]

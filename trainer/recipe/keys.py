@@ -332,11 +332,11 @@ class Recipe(Entry):
         """What it was read from."""
         return self._text
 
-    def fault(self, place: tuple, message: str) -> str:
-        """A message about a place of this recipe, ('stages', 1, 'keep'), with its file and line."""
+    def fault(self, path: tuple, message: str) -> str:
+        """A message about a path of this recipe, ('stages', 1, 'keep'), with its file and line."""
         if self._text is None:  # not read from a file
-            return f"{where(place)}: {message}"
+            return f"{where(path)}: {message}"
         first, found, rest = message.partition(": ")
-        if found and first in at_path(self._text.plain, place):  # 'at: ...' is about the entry's own key
-            place, message = (*place, first), rest
-        return self._text.fault(place, message)
+        if found and first in at_path(self._text.plain, path):  # 'at: ...' is about the entry's own key
+            path, message = (*path, first), rest
+        return self._text.fault(path, message)

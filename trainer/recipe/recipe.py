@@ -48,8 +48,8 @@ def read(
             one of the changes.
     """
     text = parse(path)
-    for place, value in (changes or {}).items():
-        change(text, place, value)
+    for name, value in (changes or {}).items():
+        change(text, name, value)
     faults = list(text.faults)
     context = {"allow_python": allow_python}
     try:
@@ -57,42 +57,40 @@ def read(
     except ValidationError as error:
         recipe = _sound_parts(text.plain, context)
         faults += _explained(text.plain, error)
-    faults += [(place, message, place) for place, message in contradictions(recipe, text.plain)]
+    faults += [(at, message, at) for at, message in contradictions(recipe, text.plain)]
     if faults:
         once: dict[tuple, str] = {}
-        for place, message, near in sorted(faults, key=lambda fault: text.mark(fault[2])):
+        for at, message, near in sorted(faults, key=lambda fault: text.mark(fault[2])):
             # What several places take from one anchor is told once.
             mark = text.mark(near)
-            once.setdefault(
-                (mark, place[-1:] if any(mark) else place, message), text.fault(place, message, near)
-            )
+            once.setdefault((mark, at[-1:] if any(mark) else at, message), text.fault(at, message, near))
         raise RecipeError("\n".join(once.values()))
     recipe._text, recipe._allows_python = text, allow_python
     return recipe, text.plain
 
 
 def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple, str, tuple]]:
-    """(place, message, place whose line is told), one for each faulty place."""
-    by_place: dict[tuple, list] = {}
+    """(path, message, path whose line is told), one for each faulty path."""
+    by_path: dict[tuple, list] = {}
     for told in error.errors(include_url=False):
-        by_place.setdefault(_real_place(plain, told), []).append(told)
-    for place, faults in by_place.items():
-        if any(len(other) > len(place) and other[: len(place)] == place for other in by_place):
+        by_path.setdefault(_real_path(plain, told), []).append(told)
+    for path, faults in by_path.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in by_path):
             continue  # of several allowed kinds the one that was meant was looked into
         first = next(
             (told for told in faults if told["type"] in ("entry", "missing", "value_error")), faults[0]
         )
-        near = place
+        near = path
         if first["type"] == "entry":
             message = first["msg"]
         elif first["type"] == "missing":
-            message, near = "is missing, and required", place[:-1]
+            message, near = "is missing, and required", path[:-1]
         elif first["type"] == "extra_forbidden":  # of the one checker that is not ours
-            message = f"is no key here{nearest(str(place[-1]), Augment.model_fields)}"
+            message = f"is no key here{nearest(str(path[-1]), Augment.model_fields)}"
         elif first["type"] == "value_error":
             message = first["msg"].removeprefix("Value error, ")
-            given = at_path(plain, place)
-            near = next(((*place, word) for word in re.findall(r"[a-z_]+", message) if word in given), place)
+            given = at_path(plain, path)
+            near = next(((*path, word) for word in re.findall(r"[a-z_]+", message) if word in given), path)
         elif first["loc"][-1] == "[key]":
             message = f"got {short(first['input'])} as a key; a name is allowed (in quotes if need be)"
         else:
@@ -102,17 +100,17 @@ def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[
             ] or faults
             allowed = dict.fromkeys(_allowed(told["msg"]) for told in meant)
             message = f"got {short(first['input'])}; it should {' or '.join(allowed)}"
-        yield place, message, near
+        yield path, message, near
 
 
-def _real_place(plain: Any, told: dict) -> tuple:
-    """The keys of a fault's place that are the recipe's: pydantic adds names of types where several fit."""
-    place: list = []
+def _real_path(plain: Any, told: dict) -> tuple:
+    """The keys of a fault's path that are the recipe's: pydantic adds names of types where several fit."""
+    path: list = []
     for key in told["loc"]:
         if holds(plain, key):
-            place.append(key)
+            path.append(key)
             plain = plain[key]
-    return (*place, told["loc"][-1]) if told["type"] == "missing" else tuple(place)
+    return (*path, told["loc"][-1]) if told["type"] == "missing" else tuple(path)
 
 
 def _allowed(message: str) -> str:

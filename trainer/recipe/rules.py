@@ -22,7 +22,7 @@ from trainer.recipe.text import at_path, short
 
 
 def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tuple, str]]:
-    """(place, message) of each. Parts of the recipe that are faulty themselves are None, and left out."""
+    """(path, message) of each. Parts of the recipe that are faulty themselves are None, and left out."""
     several = plain.get("teachers") is not None
     has_teacher = several or plain.get("teacher") is not None
     if several and plain.get("teacher") is not None:
@@ -34,8 +34,8 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
         for n, keys in enumerate(recipe.teacher_entries)
         if keys
     ]
-    for place, keys in entries:
-        yield from _teacher_faults(place, keys, recipe.combine if several else None, several)
+    for path, keys in entries:
+        yield from _teacher_faults(path, keys, recipe.combine if several else None, several)
     if recipe.student is not None:
         yield from _model_faults(("student",), recipe.student)
         if recipe.student.from_teacher and not has_teacher:
@@ -113,53 +113,53 @@ def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
         )
 
 
-def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tuple[tuple, str]]:
+def _model_faults(path: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tuple[tuple, str]]:
     file, rest = split("model", keys.model)
     if keys.checkpoint is not None:
         if getattr(keys, "pretrained", False):
-            yield (*place, "pretrained"), "has no effect with checkpoint, which replaces all weights"
-        yield from _no_file((*place, "checkpoint"), keys.checkpoint)
+            yield (*path, "pretrained"), "has no effect with checkpoint, which replaces all weights"
+        yield from _no_file((*path, "checkpoint"), keys.checkpoint)
     if rest is None:
         if file in ("timm", "python"):
             allowed = "timm/NAME" if file == "timm" else "python:module:function"
-            yield (*place, "model"), f"got {keys.model!r}; {allowed} is allowed"
+            yield (*path, "model"), f"got {keys.model!r}; {allowed} is allowed"
     elif file == "timm" and not rest.startswith("hf-hub:"):
         import timm  # here, since it takes seconds and most recipes have no timm network
 
         name = rest.partition(".")[0]
         if not timm.is_model(name):
-            yield (*place, "model"), f"timm has no model {name!r}{nearest(name, timm.list_models())}"
+            yield (*path, "model"), f"timm has no model {name!r}{nearest(name, timm.list_models())}"
         elif rest != name and rest not in timm.list_pretrained(f"{name}.*"):
             known = timm.list_pretrained(f"{name}.*")
-            yield (*place, "model"), f"timm has no weights {rest!r}{nearest(rest, known)}"
+            yield (*path, "model"), f"timm has no weights {rest!r}{nearest(rest, known)}"
         elif keys.pretrained and not timm.is_model_pretrained(name):
-            yield (*place, "pretrained"), f"timm has no weights of {name!r}"
+            yield (*path, "pretrained"), f"timm has no weights of {name!r}"
 
 
 def _teacher_faults(
-    place: tuple, keys: TeacherKeys, combine: str | None, several: bool
+    path: tuple, keys: TeacherKeys, combine: str | None, several: bool
 ) -> Iterator[tuple[tuple, str]]:
-    yield from _model_faults(place, keys)
+    yield from _model_faults(path, keys)
     if "share" in keys.model_fields_set and not several:
-        yield (*place, "share"), "has no effect with one teacher"
+        yield (*path, "share"), "has no effect with one teacher"
     elif "share" in keys.model_fields_set and combine == "confidence":
-        yield (*place, "share"), "has no effect with combine: confidence, which weighs each image by itself"
+        yield (*path, "share"), "has no effect with combine: confidence, which weighs each image by itself"
     if (keys.mean is None) != (keys.std is None):
         yield (
-            (*place, "std" if keys.mean is None else "mean"),
+            (*path, "std" if keys.mean is None else "mean"),
             "mean and std go together: give both or neither",
         )
     elif keys.mean is not None and len(keys.mean) != len(keys.std):
         yield (
-            (*place, "std"),
+            (*path, "std"),
             f"got {len(keys.std)} values, and mean has {len(keys.mean)}: one for each channel is allowed",
         )
 
 
-def _no_file(place: tuple, path: Path) -> Iterator[tuple[tuple, str]]:
-    if not path.is_file():
-        below = "" if path.is_absolute() else f" in {Path.cwd()}, the folder this was started in"
-        yield place, f"there is no file {str(path)!r}{below}"
+def _no_file(path: tuple, file: Path) -> Iterator[tuple[tuple, str]]:
+    if not file.is_file():
+        below = "" if file.is_absolute() else f" in {Path.cwd()}, the folder this was started in"
+        yield path, f"there is no file {str(file)!r}{below}"
 
 
 def _stage_faults(
@@ -230,11 +230,11 @@ def _knows(keys: TeacherKeys) -> bool:
     return bool(keys.checkpoint or getattr(keys, "pretrained", False))
 
 
-def _term_faults(place: tuple, term: TermKeys, has_teacher: bool, mixed: bool) -> Iterator[tuple[tuple, str]]:
+def _term_faults(path: tuple, term: TermKeys, has_teacher: bool, mixed: bool) -> Iterator[tuple[tuple, str]]:
     asks = set(wants(term))
     if needs_teacher(term) and not has_teacher:
-        yield place, f"loss {term.loss!r} needs a teacher, and there is none"
+        yield path, f"loss {term.loss!r} needs a teacher, and there is none"
     if term.at is not None and not (MAPS | MAP_LISTS | WEIGHTS) & asks:
-        yield (*place, "at"), f"loss {term.loss!r} looks at no layers (it wants {', '.join(sorted(asks))})"
+        yield (*path, "at"), f"loss {term.loss!r} looks at no layers (it wants {', '.join(sorted(asks))})"
     if mixed and "index" in asks:
-        yield place, f"loss {term.loss!r} knows samples by index: not with mixup, cutmix"
+        yield path, f"loss {term.loss!r} knows samples by index: not with mixup, cutmix"

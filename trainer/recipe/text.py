@@ -22,13 +22,13 @@ class RecipeError(Mistake):
 
 @dataclass
 class Text:
-    """A recipe as it was written: its plain mapping and where each place of it stands.
+    """A recipe as it was written: its plain mapping and where each path of it stands.
 
-    marks: line and column, from 1. faults: (place, message, place whose line is told) of keys that no mapping
-    can have. source: the text itself. changed: places set from outside. notes: what its author should know, a line each.
+    marks: line and column, from 1. faults: (path, message, path whose line is told) of keys that no mapping
+    can have. source: the text itself. changed: paths set from outside. notes: what its author should know, a line each.
     """
 
-    path: Path
+    file: Path
     plain: dict[str, Any]
     marks: dict[tuple, tuple[int, int]]
     faults: list[tuple[tuple, str, tuple]]
@@ -36,21 +36,21 @@ class Text:
     changed: set[tuple] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
-    def mark(self, place: tuple) -> tuple[int, int]:
-        """Where a place stands, or else what holds it; (0, 0) for what was set from outside."""
-        while place not in self.marks and place not in self.changed and place:
-            place = place[:-1]
-        return (0, 0) if any(place[: len(c)] == c for c in self.changed) else self.marks.get(place, (1, 1))
+    def mark(self, path: tuple) -> tuple[int, int]:
+        """Where a path stands, or else what holds it; (0, 0) for what was set from outside."""
+        while path not in self.marks and path not in self.changed and path:
+            path = path[:-1]
+        return (0, 0) if any(path[: len(c)] == c for c in self.changed) else self.marks.get(path, (1, 1))
 
-    def fault(self, place: tuple, message: str, near: tuple | None = None) -> str:
-        """`file:line: place: message`; the line is that of `near` where one is given."""
-        line = self.mark(place if near is None else near)[0]
-        return f"{f'{self.path}:{line}' if line else 'changes'}: {where(place)}: {message}"
+    def fault(self, path: tuple, message: str, near: tuple | None = None) -> str:
+        """`file:line: path: message`; the line is that of `near` where one is given."""
+        line = self.mark(path if near is None else near)[0]
+        return f"{f'{self.file}:{line}' if line else 'changes'}: {where(path)}: {message}"
 
 
-def where(place: tuple) -> str:
-    """A place as people write it: stages[1].losses[3].at."""
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place)
+def where(path: tuple) -> str:
+    """A path as people write it: stages[1].losses[3].at."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".") or "recipe"
 
 
@@ -186,69 +186,69 @@ def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
 class _Reader:
     """Turns YAML's nodes into plain values and keeps where each stands.
 
-    Every alias becomes a value of its own, so that a change to one place changes no other.
+    Every alias becomes a value of its own, so that a change to one path changes no other.
     """
 
     def __init__(self, path: Path, loader: yaml.SafeLoader) -> None:
-        self.path, self.loader = path, loader
+        self.file, self.loader = path, loader
         self.marks: dict[tuple, tuple[int, int]] = {}
         self.faults: list[tuple[tuple, str, tuple]] = []
         self.num_values = 0
 
-    def read(self, node: yaml.Node, place: tuple, holders: tuple) -> Any:
+    def read(self, node: yaml.Node, path: tuple, holders: tuple) -> Any:
         line, _ = _mark(node)
         self.num_values += 1
-        self.marks.setdefault(place, _mark(node))
+        self.marks.setdefault(path, _mark(node))
         if node in holders:
-            raise RecipeError(f"{self.path}:{line}: {where(place)}: the anchor holds itself")
+            raise RecipeError(f"{self.file}:{line}: {where(path)}: the anchor holds itself")
         if self.num_values > MOST_VALUES:
             raise RecipeError(
-                f"{self.path}:{line}: holds more than {MOST_VALUES:,} values once its anchors are unfolded: "
+                f"{self.file}:{line}: holds more than {MOST_VALUES:,} values once its anchors are unfolded: "
                 "that is no recipe"
             )
         if len(holders) > DEEPEST:
-            raise RecipeError(f"{self.path}:{line}: is nested too deep: that is no recipe")
+            raise RecipeError(f"{self.file}:{line}: is nested too deep: that is no recipe")
         holders = (*holders, node)
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, place)
+            return self._scalar(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            return [self.read(item, (*place, number), holders) for number, item in enumerate(node.value)]
+            return [self.read(item, (*path, number), holders) for number, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
-            return self._mapping(node, place, holders)
+            return self._mapping(node, path, holders)
         raise RecipeError(
-            f"{self.path}:{line}: {where(place)}: the tag {node.tag.replace(_TAG, '!!')} is not known here"
+            f"{self.file}:{line}: {where(path)}: the tag {node.tag.replace(_TAG, '!!')} is not known here"
         )
 
-    def _mapping(self, node: yaml.MappingNode, place: tuple, holders: tuple) -> dict:
+    def _mapping(self, node: yaml.MappingNode, path: tuple, holders: tuple) -> dict:
         inherited: dict = {}
         own: dict = {}
         for key, value in node.value:
             if key.tag == _TAG + "merge":
-                self.marks[(*place, "<<")] = _mark(key)
+                self.marks[(*path, "<<")] = _mark(key)
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):  # the first wins
                     if isinstance(source, yaml.MappingNode):
-                        inherited |= self.read(source, place, holders)
+                        inherited |= self.read(source, path, holders)
                     else:
-                        self._fault((*place, "<<"), "a mapping, or a list of mappings, is allowed")
+                        self._fault((*path, "<<"), "a mapping, or a list of mappings, is allowed")
         seen = set()
         for key, value in node.value:
-            name = "<<" if key.tag == _TAG + "merge" else self._scalar(key, place)
+            name = "<<" if key.tag == _TAG + "merge" else self._scalar(key, path)
             if not isinstance(name, (str, int)) or isinstance(name, bool):
                 got = short(name) if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
-                near = (*place, _mark(key))  # it has no place of its own
+                near = (*path, _mark(key))  # it has no path of its own
                 self.marks[near] = _mark(key)
-                self._fault(place, f"got {got} as a key; a name is allowed (in quotes if need be)", near)
+                self._fault(path, f"got {got} as a key; a name is allowed (in quotes if need be)", near)
                 continue
-            self.marks[(*place, name)] = _mark(key)
+            self.marks[(*path, name)] = _mark(key)
             if name in seen:
-                self._fault((*place, name), "is given twice")
+                self._fault((*path, name), "is given twice")
             seen.add(name)
             if key.tag != _TAG + "merge":
-                own[name] = self.read(value, (*place, name), holders)
+                own[name] = self.read(value, (*path, name), holders)
         return inherited | own
 
-    def _scalar(self, node: yaml.Node, place: tuple) -> Any:
+    def _scalar(self, node: yaml.Node, path: tuple) -> Any:
         """A node's value, None where it is no scalar. Only the tags that plain values have are known."""
         if not isinstance(node, yaml.ScalarNode):
             return None
@@ -259,11 +259,11 @@ class _Reader:
             pass
         told = f"{short(node.value)} is no {node.tag.replace(_TAG, '!!')}"
         raise RecipeError(
-            f"{self.path}:{_mark(node)[0]}: {where(place)}: cannot be read: {told} that is known here"
+            f"{self.file}:{_mark(node)[0]}: {where(path)}: cannot be read: {told} that is known here"
         )
 
-    def _fault(self, place: tuple, message: str, near: tuple | None = None) -> None:
-        self.faults.append((place, message, near or place))
+    def _fault(self, path: tuple, message: str, near: tuple | None = None) -> None:
+        self.faults.append((path, message, near or path))
 
 
 def _mark(node: yaml.Node) -> tuple[int, int]:
@@ -275,25 +275,25 @@ def change(text: Text, name: str, value: Any) -> None:
     if keys and len(keys) == (2 if keys[0] == "teacher" else 3):
         keys[-1] = RENAMED.get(keys[0], {}).get(keys[-1], keys[-1])
     if not keys:
-        raise RecipeError(f"changes: {name!r} is no place; 'stages.1.training.epochs' is one")
+        raise RecipeError(f"changes: {name!r} is no path; 'stages.1.training.epochs' is one")
     into: Any = text.plain
-    place: tuple = ()
+    path: tuple = ()
     for number, key in enumerate(keys, start=1):
         if isinstance(into, list):
             if not (key.isascii() and key.isdigit()) or int(key) >= len(into):
                 raise RecipeError(
-                    f"changes: {name}: {where(place)} has no entry {key!r}; it has {len(into)}, from 0 on"
+                    f"changes: {name}: {where(path)} has no entry {key!r}; it has {len(into)}, from 0 on"
                 )
             key = int(key)
         elif not isinstance(into, dict):
-            raise RecipeError(f"changes: {name}: {where(place)} is {short(into)}, which holds no {key!r}")
-        place = (*place, key)
+            raise RecipeError(f"changes: {name}: {where(path)} is {short(into)}, which holds no {key!r}")
+        path = (*path, key)
         if number == len(keys):
             into[key] = value
-            text.changed.add(place)
+            text.changed.add(path)
         elif isinstance(into, dict) and into.get(key) is None:
             into[key] = {}
-            text.changed.add(place)
+            text.changed.add(path)
         into = into[key]
 
 
@@ -303,9 +303,9 @@ def holds(plain: Any, key: Any) -> bool:
     return isinstance(plain, dict) and key in plain
 
 
-def at_path(plain: Any, place: tuple) -> dict | list:
-    """The mapping or list at a place, an empty one where there is none."""
-    for key in place:
+def at_path(plain: Any, path: tuple) -> dict | list:
+    """The mapping or list at a path, an empty one where there is none."""
+    for key in path:
         plain = plain[key] if holds(plain, key) else None
     return plain if isinstance(plain, (dict, list)) else {}
 

@@ -82,35 +82,35 @@ def label(
     way: Sequence[Any],
     others: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write (place, name, colour) beside the points, each where it hides least.
+    """Write (position, name, colour) beside the points, each where it hides least.
 
     Points in one spot share a label.
 
-    way: the places that the line drawn through the points goes along. others: places of points without a
+    way: the positions that the line drawn through the points goes along. others: positions of points without a
     label.
     """
     spots: list[tuple[np.ndarray, tuple[float, float], str, list[str], list[float]]] = []
-    for place, name, colour in points:
-        pixels = axes.transData.transform(place)
+    for position, name, colour in points:
+        pixels = axes.transData.transform(position)
         spot = next((spot for spot in spots if spot[2] == colour and math.dist(spot[0], pixels) < 8), None)
         if spot is None:
-            spot = (pixels, place, colour, [], [])
+            spot = (pixels, position, colour, [], [])
             spots.append(spot)
         spot[3].append(name)
-        spot[4].append(place[1])
+        spot[4].append(position[1])
 
     from matplotlib.patheffects import withStroke
 
-    corners = [axes.transData.transform(place) for place in way]
+    corners = [axes.transData.transform(position) for position in way]
     line = [start + (end - start) * part for start, end in zip(corners[:-1], corners[1:], strict=True)
             for part in np.linspace(0, 1, 40)]  # fmt: skip
-    marks = [spot[0] for spot in spots] + [axes.transData.transform(place) for place in others]
+    marks = [spot[0] for spot in spots] + [axes.transData.transform(position) for position in others]
     inside = axes.get_window_extent().extents
     pixels_a_point = axes.figure.dpi / 72
     taken: list[tuple[float, float, float, float]] = []
-    for pixels, place, colour, names, accuracies in spots:
+    for pixels, position, colour, names, accuracies in spots:
         note = axes.annotate(
-            f"{', '.join(names)}  {_span(accuracies)} %", place, (0, 0), textcoords="offset points",
+            f"{', '.join(names)}  {_span(accuracies)} %", position, (0, 0), textcoords="offset points",
             fontsize=8, color=colour, va="center", zorder=4,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
@@ -147,7 +147,7 @@ def label(
                 "shrinkA": 2,
                 "shrinkB": 4,
             }
-            axes.annotate("", place, (x, y), textcoords="offset points", arrowprops=arrow)
+            axes.annotate("", position, (x, y), textcoords="offset points", arrowprops=arrow)
 
 
 def _offsets() -> list[tuple[float, float, str]]:

@@ -45,7 +45,7 @@ def folder_of(
     if accelerator.is_main_process and recipe.written.notes:
         print("\n".join(recipe.written.notes), file=sys.stderr, flush=True)
     here = Path(folder) / recipe.name
-    same_recipe(here, recipe.written.path, plain)
+    same_recipe(here, recipe.written.file, plain)
     accelerator.wait_for_everyone()  # nothing is written before all have looked
     # Only the main process holds the lock: the others belong to it.
     with lock(here) if accelerator.is_main_process else contextlib.nullcontext():

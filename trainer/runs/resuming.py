@@ -34,7 +34,7 @@ def write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: boo
     """The recipe as run: the text that was read, or, where it was changed on the command line, what came of it."""
     text = recipe.written.source
     if changed:
-        text = f"# {recipe.written.path.name} with changes from the command line\n" + dump(plain)
+        text = f"# {recipe.written.file.name} with changes from the command line\n" + dump(plain)
     files.write_bytes(here / "recipe.yaml", text.encode())
 
 

@@ -100,7 +100,7 @@ def prune_stage(recipe: Recipe, number: int | None) -> int:
 @torch.no_grad()
 def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     """The scan itself, of the student as it stands."""
-    places = choose(weights_of(run.student), keys.exclude)
+    weights = choose(weights_of(run.student), keys.exclude)
     criterion = find("method", keys.method)
     by_std = beside(criterion, "AMOUNT") == "sensitivity"
     run.student.to(run.accelerator.device).eval()
@@ -112,14 +112,14 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
 
     dense = accuracy()
     layers, masks = [], {}
-    for name, place in places.items():
-        if not place.value.any():
+    for name, weight in weights.items():
+        if not weight.value.any():
             raise Mistake(
                 f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's exclude)"
             )
         points, good, cheap = [], None, True
-        for setting, mask in _masks(place, criterion if by_std else None):
-            with _pruned({name: (place, mask)}):
+        for setting, mask in _masks(weight, criterion if by_std else None):
+            with _pruned({name: (weight, mask)}):
                 point = {
                     "setting": setting,
                     "sparsity": 1 - mask.double().mean().item(),
@@ -129,11 +129,11 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
             # `not >`, so that an accuracy that is not known (no labels) counts as no loss
             cheap = cheap and not dense - point["top1_validation"] > cost
             if cheap:
-                good, masks[name] = point, (place, mask)
+                good, masks[name] = point, (weight, mask)
         layers.append(
             {
                 "layer": name,
-                "num_weights": place.value.numel(),
+                "num_weights": weight.value.numel(),
                 "points": points,
                 "suggestion": good and good["setting"],
                 "sparsity": good and good["sparsity"],
@@ -144,10 +144,10 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
             print(f"scan: {name}: {told}", flush=True)
     chosen = {layer["layer"]: layer["suggestion"] for layer in layers if layer["suggestion"] is not None}
     with _pruned(masks):
-        left = sum(int(torch.count_nonzero(place.value)) for place in places.values())
+        left = sum(int(torch.count_nonzero(weight.value)) for weight in weights.values())
         together = {
             "top1_validation": accuracy(),
-            "sparsity": 1 - left / sum(p.value.numel() for p in places.values()),
+            "sparsity": 1 - left / sum(p.value.numel() for p in weights.values()),
         }
     what = "sensitivity" if by_std else "sparsity"
     spared = [layer["layer"] for layer in layers if layer["suggestion"] is None]
@@ -166,43 +166,43 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     }
 
 
-def _masks(place: Weight, criterion: Callable | None) -> Iterator[tuple[float, Tensor]]:
+def _masks(weight: Weight, criterion: Callable | None) -> Iterator[tuple[float, Tensor]]:
     """(setting, mask) from little to much, as long as something is left of the layer.
 
     criterion: one of sensitivities; None: by magnitude, to sparsities.
     """
-    alive = {place.name: place.mask}
+    alive = {weight.name: weight.mask}
     if criterion is not None:
         for sensitivity in SENSITIVITIES:
             try:
-                mask = ask(criterion, place, sensitivity=sensitivity)[0]
+                mask = ask(criterion, weight, sensitivity=sensitivity)[0]
             except Mistake:
                 if sensitivity == SENSITIVITIES[0]:
                     raise
                 return  # it would prune every weight: the curve ends here
             yield sensitivity, mask
         return
-    dead = 0.0 if place.mask is None else 1 - place.mask.double().mean().item()
-    score, parts = {place.name: ask(magnitude, place)}, {place.name: place.parts}
+    dead = 0.0 if weight.mask is None else 1 - weight.mask.double().mean().item()
+    score, parts = {weight.name: ask(magnitude, weight)}, {weight.name: weight.parts}
     for sparsity in SPARSITIES:
-        if dead <= sparsity and round(sparsity * place.value.numel()) < place.value.numel():
+        if dead <= sparsity and round(sparsity * weight.value.numel()) < weight.value.numel():
             yield (
                 sparsity,
-                score_masks(score, alive, {place.name: sparsity}, False, parts)[place.name][0],
+                score_masks(score, alive, {weight.name: sparsity}, False, parts)[weight.name][0],
             )
 
 
 @contextlib.contextmanager
 def _pruned(masks: Mapping[str, tuple[Weight, Tensor]]) -> Iterator[None]:
     """The weights with zeros where the masks say, while this lasts."""
-    kept = {name: place.parameter.detach().clone() for name, (place, _) in masks.items()}
-    for place, mask in masks.values():
-        place.parameter.masked_fill_(~mask, 0.0)
+    kept = {name: weight.parameter.detach().clone() for name, (weight, _) in masks.items()}
+    for weight, mask in masks.values():
+        weight.parameter.masked_fill_(~mask, 0.0)
     try:
         yield
     finally:
-        for name, (place, _) in masks.items():
-            place.parameter.copy_(kept[name])
+        for name, (weight, _) in masks.items():
+            weight.parameter.copy_(kept[name])
 
 
 def _table(found: Mapping[str, Any]) -> str:
@@ -304,10 +304,10 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         short = layer["layer"] if len(layer["layer"]) <= 14 else f"…{layer['layer'][-13:]}"
         said = "leave it alone"
         if layer["suggestion"] is not None:
-            place = next(p for p in layer["points"] if p["setting"] == layer["suggestion"])
+            point = next(p for p in layer["points"] if p["setting"] == layer["suggestion"])
             axes.plot(
-                place["sparsity"],
-                place["top1_validation"],
+                point["sparsity"],
+                point["top1_validation"],
                 "o",
                 color=drawing.BLUE,
                 markersize=6,
@@ -330,6 +330,6 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         f"{_points(found['cost'])} of validation accuracy (dashed); grey: the other layers"
     )
     told = textwrap.fill(told, int(17 * width))
-    place = (0.1 / width, 1 - 0.34 / height)
-    flat[0].figure.text(*place, told, va="top", fontsize=8, color=drawing.INK)
+    weight = (0.1 / width, 1 - 0.34 / height)
+    flat[0].figure.text(*weight, told, va="top", fontsize=8, color=drawing.INK)
     return flat[0].figure

@@ -18,7 +18,7 @@ from trainer.compression.masks import (
     unwatch_gradients,
     watch_gradients,
 )
-from trainer.compression.states import dense_state
+from trainer.compression.states import dense_state, rewind_weights
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.data.images import normalize
 from trainer.distillation.objective import Objective, example_images
@@ -164,7 +164,7 @@ def prune(
             which = f" {number}/{num_rounds}" if number < num_rounds else ""
             tighten(number / num_rounds)
             if rewind:
-                rewind(run.student, began)
+                rewind_weights(run.student, began)
             _record(run, "pruned" + which, method)
             _recover(run, "recovered" + which, method, training, losses)
     unwatch_gradients(layers.values())

@@ -108,24 +108,24 @@ def share(
     """
     from trainer.compression import kmeans  # here: a recipe is read without it
 
-    places = choose(weights_of(run.student), exclude)
-    if not places:
+    layers = choose(weights_of(run.student), exclude)
+    if not layers:
         raise Mistake("exclude leaves no layer to share")
     device = run.accelerator.device
     run.student.to(device)
     losses = losses or [TermKeys(loss="cross_entropy")]
-    importance = _fisher(run, places, losses) if weighting == "fisher" else {}
+    importance = _fisher(run, layers, losses) if weighting == "fisher" else {}
 
-    def cluster(name: str, place: Weight, num_values: int) -> tuple[Tensor, Tensor]:
+    def cluster(name: str, layer: Weight, num_values: int) -> tuple[Tensor, Tensor]:
         method = kmeans.kmeans_linear if init == "linear" else kmeans.kmeans_optimal
-        num_groups = {"layer": 1, "channel": len(place.value), "group": groups}[per]
-        return codebooks.cluster(place, num_values, method, num_groups, importance.get(name), code_cost)
+        num_groups = {"layer": 1, "channel": len(layer.value), "group": groups}[per]
+        return codebooks.cluster(layer, num_values, method, num_groups, importance.get(name), code_cost)
 
     if bits == "auto":
-        bits = _choose_bits(run, places, cluster, codebook, biases, rest, budget_bytes)
-    wanted = per_layer(places, bits if values is None else values, "bits" if values is None else "values")
-    for name, place in places.items():  # as the main process decides
-        codes, centroids = cluster(name, place, wanted[name] if values is not None else 2 ** wanted[name])
+        bits = _choose_bits(run, layers, cluster, codebook, biases, rest, budget_bytes)
+    wanted = per_layer(layers, bits if values is None else values, "bits" if values is None else "values")
+    for name, layer in layers.items():  # as the main process decides
+        codes, centroids = cluster(name, layer, wanted[name] if values is not None else 2 ** wanted[name])
         codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
         rounded = round_codebook(
             centroids, codebook
@@ -133,9 +133,9 @@ def share(
         if training is None:
             centroids = rounded
         if assign == "trained":
-            open_codebook(place, codes, centroids, code_cost)
+            open_codebook(layer, codes, centroids, code_cost)
         else:
-            set_codebook(place, codes, centroids)
+            set_codebook(layer, codes, centroids)
         _note(run, name, centroids)
     if training is None:
         _round(run.student, biases, rest)
@@ -150,14 +150,14 @@ def share(
         run.teacher,
         num_epochs=training.epochs,
         device=device,
-        penalties={"entropy": (entropy, lambda: code_entropy(places.values()))} if entropy else {},
+        penalties={"entropy": (entropy, lambda: code_entropy(layers.values()))} if entropy else {},
     )
     numbers = fit(run, objective, training)
     objective.finish()
-    for place in places.values():
+    for layer in layers.values():
         if assign == "trained":
-            codes, centroids = (broadcast(tensor.to(device)) for tensor in close_codebook(place))
-            set_codebook(place, codes, centroids)
+            codes, centroids = (broadcast(tensor.to(device)) for tensor in close_codebook(layer))
+            set_codebook(layer, codes, centroids)
     with torch.no_grad():
         for parameter in centroid_parameters(run.student):
             parameter.copy_(round_codebook(parameter, codebook))
@@ -189,7 +189,7 @@ def _is_chain(student: nn.Module) -> bool:
     return True
 
 
-def _fisher(run: Run, places: dict[str, Weight], losses: list[TermKeys]) -> dict[str, Tensor]:
+def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict[str, Tensor]:
     """Mean squared gradient of the stage's losses with respect to each weight, over small batches of training images.
 
     The same on every process: all look at the same images.
@@ -199,7 +199,7 @@ def _fisher(run: Run, places: dict[str, Weight], losses: list[TermKeys]) -> dict
     seed = seed_of(run.seed, run.stage, "fisher")
     order = epoch_order(len(run.data.train), FISHER_BATCH_SIZE, seed, 0, 0, 1)[:FISHER_BATCHES]
     views = Views(run.data)
-    tensors = {name: _trained(place) for name, place in places.items()}
+    tensors = {name: _trained(layer) for name, layer in layers.items()}
     sums = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     for images, labels, index in batches(run.data.train, order, run.data.workers, device):
         loss = objective(views.augmented(images, index, 0), labels, index)["loss"]
@@ -209,33 +209,33 @@ def _fisher(run: Run, places: dict[str, Weight], losses: list[TermKeys]) -> dict
     return {name: total / len(order) for name, total in sums.items()}
 
 
-def _trained(place: Weight) -> Tensor:
+def _trained(layer: Weight) -> Tensor:
     """The parameter behind a plain or pruned weight. Raises Mistake for one that shares its values already."""
-    module, attribute = place.places[0]
-    if place.parametrization is None:
+    module, attribute = layer.holders[0]
+    if layer.parametrization is None:
         return getattr(module, attribute)
-    if not isinstance(place.parametrization, Mask):
+    if not isinstance(layer.parametrization, Mask):
         raise Mistake(
-            f"layer {place.name!r} shares its weights already: weighting 'fisher' wants them as they were"
+            f"layer {layer.name!r} shares its weights already: weighting 'fisher' wants them as they were"
         )
     return module.parametrizations[attribute].original
 
 
-def _choose_bits(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
+def _choose_bits(run: Run, layers, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
     """Bits of each layer for a file of at most `budget_bytes`, by rate-distortion (see `share`)."""
-    found = [0] * len(places)
+    found = [0] * len(layers)
     if run.accelerator.is_main_process:
-        found = list(_rate_distortion(run, places, cluster, codebook, biases, rest, budget_bytes).values())
+        found = list(_rate_distortion(run, layers, cluster, codebook, biases, rest, budget_bytes).values())
     told = broadcast(torch.tensor(found, device=run.accelerator.device)).tolist()
     if not all(told):
         raise Mistake(
             f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer"
         )
-    return dict(zip(places, told, strict=True))
+    return dict(zip(layers, told, strict=True))
 
 
 @torch.no_grad()
-def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
+def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
     """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
     from trainer.packing import network as packed
 
@@ -245,7 +245,7 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
     plain.load_state_dict(dense_state(run.student))
     _round(plain, biases, rest)
     shared = {
-        (name, bits): cluster(name, place, 2**bits) for name, place in places.items() for bits in AUTO_BITS
+        (name, bits): cluster(name, layer, 2**bits) for name, layer in layers.items() for bits in AUTO_BITS
     }
 
     def shares(choice: dict[str, int]) -> nn.Module:
@@ -263,14 +263,14 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
     base = _loss(run, plain.eval())
     loss, size = {}, {}
     for bits in AUTO_BITS:
-        for part in packed.account(encoded(dict.fromkeys(places, bits)))[0]:
+        for part in packed.account(encoded(dict.fromkeys(layers, bits)))[0]:
             tensor = part["tensor"]
-            name = tensor if tensor in places else tensor.removesuffix(".weight")
-            if name in places:
+            name = tensor if tensor in layers else tensor.removesuffix(".weight")
+            if name in layers:
                 size[name, bits] = size.get((name, bits), 0.0) + part["bytes"]
-        for name in places:
+        for name in layers:
             loss[name, bits] = _loss(run, shares({name: bits})) - base
-    choice = dict.fromkeys(places, AUTO_BITS[-1])
+    choice = dict.fromkeys(layers, AUTO_BITS[-1])
     while len(encoded(choice)) > budget_bytes:
         steps = {}
         for name, bits in choice.items():
@@ -278,7 +278,7 @@ def _rate_distortion(run: Run, places, cluster, codebook, biases, rest, budget_b
                 saved = max(size[name, bits] - size[name, lower], 1e-3)
                 steps[name, lower] = (loss[name, lower] - loss[name, bits]) / saved
         if not steps:
-            return dict.fromkeys(places, 0)
+            return dict.fromkeys(layers, 0)
         name, lower = min(steps, key=steps.get)
         choice[name] = lower
     return choice
