@@ -114,7 +114,7 @@ def fit(
         images_before, seconds_before = tally["images"], tally["seconds"]
         changing = False
         for place, (images, labels, index) in enumerate(
-            batches(data.train, order[skipped:], data.workers, device), skipped
+            batches(data.train, order[skipped:], data.train.workers, device), skipped
         ):
             first = place - place % accumulate
             last = min(first + accumulate, num_batches) - 1
@@ -269,7 +269,8 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     _sync_buffers(objective)
     with evaluating(objective):
         student = objective.finished()
-        predictions = predict(run, lambda images: student(objective.prepare(images)), run.data.validation)
+        network = lambda images: student(objective.prepare(images))
+        predictions = predict(network, run.data.validation, run.accelerator)
     if averaged is not None:
         averaged.swap()
     return percent_right(predictions, truth(run, run.data.validation))
