@@ -57,7 +57,6 @@ def make_run(tmp_path):
             student_spec=dict(spec),
             teacher=None,
             log=logs[-1],
-            recipe_path=Path("x.yaml"),
             stage_name="share",
         )
 

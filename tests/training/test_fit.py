@@ -81,7 +81,6 @@ def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **da
         student_spec={},
         teacher=teacher,
         log=log,
-        recipe_path=Path("x.yaml"),
         stage=stage,
         stage_name="train",
     )

@@ -5,7 +5,6 @@ import time
 from torch import nn
 
 from trainer.compression import weights
-from trainer.compression.states import dense_bytes
 from trainer.compression.weights import weights_of
 from trainer.training.evaluate import normalized, percent_right, predict, teacher_answers
 from trainer.training.run import Run
@@ -34,7 +33,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
         "agreement": None if taught is None else (answers == taught).double().mean().item() * 100,
         **counts,
         "file_bytes": file_bytes,
-        "ratio_student": (run.student_bytes or dense_bytes(run.student)) / file_bytes,
+        "ratio_student": run.student_bytes / file_bytes,
         "ratio_teacher": None if run.teacher is None else run.teacher.num_bytes / file_bytes,
         "seconds": seconds,
         "measure_seconds": time.monotonic() - started,
