@@ -108,6 +108,11 @@ class Data:
     fingerprint: str = ""
 
     @property
+    def mixed(self) -> bool:
+        """Whether training images are mixed with others: what is seen then has no number and no single label."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
     def labelled(self) -> bool:
         return bool((self.train.labels >= 0).all())
 
