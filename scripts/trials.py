@@ -62,11 +62,17 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--name")
     parser.add_argument("--set", action="append", default=[], metavar="PLACE=VALUE", dest="changes")
+    parser.add_argument("--allow-python", action="store_true")
     options = parser.parse_args()
     changes = changes_of(options.changes)
-    name = options.name or read(options.recipe, changes)[0].name
+    name = options.name or read(options.recipe, changes, options.allow_python)[0].name
     reports = [
-        run(options.recipe, {**changes, "seed": seed, "name": f"{name}-seed{seed}"}, options.folder)
+        run(
+            options.recipe,
+            {**changes, "seed": seed, "name": f"{name}-seed{seed}"},
+            options.folder,
+            allow_python=options.allow_python,
+        )
         for seed in range(options.seeds)
     ]
     text = (

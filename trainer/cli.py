@@ -27,10 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        _say(
-            "interrupted"
-            + ("; the same command goes on where this stopped" if options.command in (_run, _ladder) else "")
+        goes_on = (
+            "; the same command goes on where this stopped" if options.command in (_run, _ladder) else ""
         )
+        _say(f"interrupted{goes_on}{' (with --allow-python)' if goes_on and options.allow_python else ''}")
         return 130
     except FloatingPointError as error:
         _say(str(error))
@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PLACE=VALUE",
             dest="changes",
             help="change a value, such as stages.1.training.epochs=2; may be given several times",
+        )
+        made.add_argument(
+            "--allow-python",
+            action="store_true",
+            help="let the recipe name python:module:name, whose code then runs",
         )
         made.set_defaults(seed=None, name=None)
         if of_a_run:
@@ -197,64 +202,49 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     elif options.seed is not None:
         from trainer.recipe.recipe import read
 
-        changes["name"] = f"{read(options.recipe, changes)[0].name}-seed{options.seed}"
+        changes["name"] = f"{read(options.recipe, changes, options.allow_python)[0].name}-seed{options.seed}"
     return changes
 
 
 def _run(options: argparse.Namespace) -> None:
     from trainer.runs.runner import run
 
-    run(options.recipe, _changes(options), options.folder, options.threads)
+    run(options.recipe, _changes(options), options.folder, options.threads, options.allow_python)
 
 
 def _scan(options: argparse.Namespace) -> None:
     from trainer.runs.scan import scan
 
-    scan(options.recipe, _changes(options), options.folder, options.stage, options.cost)
+    scan(options.recipe, _changes(options), options.folder, options.stage, options.cost, options.allow_python)
 
 
 def _ladder(options: argparse.Namespace) -> None:
     from trainer.runs.ladder import ladder
 
-    ladder(options.recipe, options.sparsity, options.bits, _changes(options), options.folder, options.stage)
+    ladder(
+        options.recipe,
+        options.sparsity,
+        options.bits,
+        _changes(options),
+        options.folder,
+        options.stage,
+        options.allow_python,
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
     from trainer.recipe.recipe import read
 
-    recipe, _ = read(options.recipe, _changes(options))
+    recipe, _ = read(options.recipe, _changes(options), options.allow_python)
+    for note in recipe.written.notes:
+        _say(note)
     print(f"{options.recipe}: fine: {', '.join(stage.stage for stage in recipe.stages)}")
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    import torch
-    from tabulate import tabulate
+    from trainer.runs.pairs import pairs
 
-    from trainer.data.batches import make_data
-    from trainer.distillation.objective import Objective
-    from trainer.networks.build import create
-    from trainer.recipe.recipe import read
-    from trainer.runs.checks import check_layers
-    from trainer.runs.opening import make_teacher
-
-    recipe, _ = read(options.recipe, _changes(options))
-    data = make_data(recipe.data, torch.device("cpu"))
-    guide = make_teacher(recipe, data)
-    student = create(recipe.student, data.shape, len(data.classes))
-    check_layers(recipe, student, data, guide, "cpu")
-    tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
-    for number, stage in enumerate(recipe.stages):
-        terms = getattr(stage, "losses", None)
-        rows = Objective(student, terms, data, guide).pairs() if terms else []
-        shown = [
-            {k: "x".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()} for row in rows
-        ]
-        if rows:
-            tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
-    for table, stages in tables.items():
-        print(f"{', '.join(stages)}\n{table}\n")
-    if not tables:
-        print(f"{options.recipe}: no loss looks at layers")
+    print(pairs(options.recipe, _changes(options), options.allow_python))
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -336,7 +326,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    result = evaluate_file(options.file, options.recipe, _changes(options))
+    result = evaluate_file(options.file, options.recipe, _changes(options), options.allow_python)
     result["seconds"] = time.monotonic() - started
     print(
         json.dumps(result)

@@ -1,6 +1,7 @@
 """Pruning, sharing and packing of anybody's `nn.Module`, without a recipe."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -11,9 +12,11 @@ from torch import nn
 
 from trainer.compression import kmeans
 from trainer.compression.codebooks import cluster, set_codebook
-from trainer.compression.masks import refuse_shared, score_masks, set_mask, std_masks
+from trainer.compression.masks import ask, refuse_shared, score_masks, set_mask
 from trainer.compression.rounding import round_codebook
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
+from trainer.criteria.magnitude import magnitude
+from trainer.criteria.std import std
 from trainer.mistakes import Mistake
 from trainer.packing import network as packed
 from trainer.storage.files import write_bytes
@@ -23,7 +26,8 @@ def prune(
     model: nn.Module,
     sensitivity: float | Mapping[str, float] | None = None,
     sparsity: float | Mapping[str, float] | None = None,
-    keep: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    keep: Iterable[str] | None = None,
 ) -> dict[str, float]:
     """Prunes a network in place; training it afterwards leaves the zeros zero. Returns {layer: share of zeros}.
 
@@ -32,7 +36,7 @@ def prune(
     """
     if (sensitivity is None) == (sparsity is None):
         raise Mistake("exactly one of sensitivity and sparsity is needed")
-    places = _chosen(model, keep)
+    places = _chosen(model, exclude, keep)
     for place in places.values():  # all or none: before any layer is pruned
         refuse_shared(place)
     if sensitivity is not None:
@@ -40,13 +44,13 @@ def prune(
         for name, factor in factors.items():
             if not 0 < factor < math.inf:
                 raise Mistake(f"sensitivity of {name!r}: got {factor}; a number above 0 is allowed")
-        masks = std_masks(places, factors)
+        masks = {name: ask(std, place, sensitivity=factors[name]) for name, place in places.items()}
     else:
         target = _numbers(places, sparsity, "sparsity")
         for name, share in target.items():
             if not 0 <= share < 1:
                 raise Mistake(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
-        scores = {name: place.value.detach().abs() for name, place in places.items()}
+        scores = {name: ask(magnitude, place) for name, place in places.items()}
         alive, parts = {n: p.mask for n, p in places.items()}, {n: p.parts for n, p in places.items()}
         masks = score_masks(scores, alive, target, together=False, parts=parts)
         for name, (mask, _) in masks.items():
@@ -62,8 +66,9 @@ def prune(
 def share(
     model: nn.Module,
     bits: int | Mapping[str, int] = 5,
-    keep: Iterable[str] = (),
+    exclude: Iterable[str] = (),
     codebook: Literal["float16", "float32"] = "float16",
+    keep: Iterable[str] | None = None,
 ) -> dict[str, int]:
     """Makes each layer's non-zero weights share 2^bits values, in place; training it afterwards trains the values.
 
@@ -72,7 +77,7 @@ def share(
     """
     if codebook not in ("float16", "float32"):
         raise Mistake(f"codebook: got {codebook!r}; 'float16' and 'float32' are allowed")
-    places = _chosen(model, keep)
+    places = _chosen(model, exclude, keep)
     shared = {}
     for name, b in _numbers(places, bits, "bits").items():
         if b not in range(1, 17):
@@ -93,11 +98,14 @@ def share(
     }
 
 
-def _chosen(model: nn.Module, keep: Iterable[str]) -> dict[str, Weight]:
-    places = choose(weights_of(model), keep)
+def _chosen(model: nn.Module, exclude: Iterable[str], keep: Iterable[str] | None) -> dict[str, Weight]:
+    if keep is not None:
+        warnings.warn("keep is called exclude now", DeprecationWarning, stacklevel=3)
+        exclude = [*exclude, *([keep] if isinstance(keep, str) else keep)]
+    places = choose(weights_of(model), exclude)
     if not places:
         raise Mistake(
-            "there are no weights to work on: the network has none of two dimensions or more, or keep names all"
+            "there are no weights to work on: the network has none of two dimensions or more, or exclude names all"
         )
     return places
 

@@ -30,3 +30,20 @@ def unit_length(tensor: Tensor, dim: int = -1) -> Tensor:
 
 def _pooled(map_: Tensor, size: tuple[int, int]) -> Tensor:
     return map_ if map_.shape[2:] == size else F.adaptive_avg_pool2d(map_, size)
+
+
+def share_among_larger(weight: Tensor, parts: int = 1) -> Tensor:
+    """w^2 over the sum of the squares of the layer's weights as large or larger, for each weight; float64.
+
+    The largest weight has 1. parts: stacked matrices along the first axis that count as a layer each. Weights of one size
+    count as rising in their order, so that no two are equal.
+    """
+    found = []
+    for part in weight.chunk(parts):
+        square = part.double().reshape(-1) ** 2
+        order = torch.argsort(square, stable=True)
+        sums = square[order].flip(0).cumsum(0).flip(0)
+        fraction = torch.empty_like(square)
+        fraction[order] = square[order] / sums.clamp_min(torch.finfo(torch.float64).tiny)
+        found.append(fraction.reshape(part.shape))
+    return torch.cat(found)

@@ -42,7 +42,7 @@ def remove(
     """
     if not installed():
         raise Mistake(INSTALL)
-    check(model)
+    refuse_unknown(model)
     import torch_pruning  # here, since it takes seconds to import and is an extra
 
     modules, names = dict(model.named_modules()), {module: name for name, module in model.named_modules()}
@@ -79,13 +79,13 @@ def remove(
     if got != expected:
         raise Mistake(
             f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
-            "name its classifier in keep"
+            "name its classifier in exclude"
         )
     model.train(was_training)
     return {name: size for name, size in sizes_of(model).items() if size != before[name]}
 
 
-def check(model: nn.Module) -> None:
+def refuse_unknown(model: nn.Module) -> None:
     """Raises Mistake for what the graph cannot follow, or what cannot be rebuilt from sizes."""
     for name, module in model.named_modules():
         known = isinstance(module, _ConvNd | nn.Linear | _BatchNorm | nn.LayerNorm)

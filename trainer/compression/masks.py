@@ -1,52 +1,40 @@
 """Masks: which weights stay, and how sparse a network is at each moment of a schedule.
 
-Sources: Han et al. 2015 (std x sensitivity), Zhu & Gupta 2017 (cubic schedule).
+What is pruned first is said by a criterion (trainer/criteria/). Source of the cubic schedule: Zhu & Gupta 2017.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.compression.parametrizations import Codebook, Mask, TrainedCodebook, parametrize_weight
 from trainer.compression.weights import Weight
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, nearest
+from trainer.recipe.shelves import fed
 
 
-def std_masks(
-    places: Mapping[str, Weight], sensitivity: Mapping[str, float]
-) -> dict[str, tuple[Tensor, list[float]]]:
-    """Masks by threshold = sensitivity x standard deviation of the layer's surviving weights (Han et al. 2015).
+def ask(criterion: Callable, layer: Weight, **keys: Any) -> Any:
+    """What a criterion (see trainer/criteria/) says of one layer: its scores, or its mask and thresholds.
 
-    Returns {layer: (mask, thresholds)}; the gates of a recurrent layer and query, key and value of attention have a
-    threshold each. Weights of magnitude above the threshold stay. The deviation is the population's (numpy's `std`).
+    Raises Mistake, which names the layer, for what the criterion refuses and for a word that nobody knows.
     """
-    masks = {}
-    for name, place in places.items():
-        alive = place.mask
-        parts, thresholds = [], []
-        value = place.value.detach()
-        alive = torch.ones_like(value, dtype=torch.bool) if alive is None else alive
-        for part, alive_part in zip(value.chunk(place.parts), alive.chunk(place.parts), strict=True):
-            survivors = part[alive_part]
-            if survivors.numel() == 0 or not survivors.any():
-                raise Mistake(f"layer {name!r} has no weights left to prune: all are zero")
-            if survivors.numel() > 1 and survivors.min() == survivors.max():
-                raise Mistake(
-                    f"layer {name!r}: all weights left are {survivors[0].item():.3g}, so their standard deviation parts none "
-                    "from the others: name the layer in keep"
-                )
-            threshold = sensitivity[name] * survivors.double().std(correction=0).item()
-            thresholds.append(threshold)
-            parts.append(alive_part & (part.abs() > threshold))
-        mask = torch.cat(parts)
-        if not mask.any():
-            raise Mistake(
-                f"layer {name!r}: sensitivity {sensitivity[name]} prunes every weight "
-                f"(threshold {max(thresholds):.3g}, largest weight {value.abs().max().item():.3g})"
-            )
-        masks[name] = (mask, thresholds)
-    return masks
+    known = {
+        "weight": lambda: layer.value.detach(),
+        "alive": lambda: layer.alive,
+        "parts": lambda: layer.parts,
+        "input_axis": lambda: layer.input_axis,
+        "cost": lambda: position_bits(layer.alive),
+    }
+    words = fed(criterion)
+    for word in words:
+        if word not in known:
+            raise Mistake(f"method {criterion.__name__!r} asks for {word!r}{nearest(word, known)}")
+    try:
+        return criterion(*(known[word]() for word in words), **keys)
+    except Mistake as error:
+        raise Mistake(f"layer {layer.name!r}: {error}") from None
 
 
 def score_masks(
@@ -108,7 +96,7 @@ def cubic(final: float, progress: float, initial: float = 0.0) -> float:
 
 
 def geometric(final: float, progress: float, initial: float = 0.0) -> float:
-    """The sparsity at `progress` (0 to 1) of rounds that each prune the same share of the weights then left.
+    """The sparsity at `progress` (0 to 1) of rounds that each prune the same fraction of the weights then left.
 
     As the rounds of Frankle & Carbin 2019 (The Lottery Ticket Hypothesis): 1 - (1 - initial) x rest^progress.
     """
@@ -117,33 +105,67 @@ def geometric(final: float, progress: float, initial: float = 0.0) -> float:
     return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** max(0.0, progress)
 
 
-def refuse_shared(place: Weight) -> None:
+def refuse_shared(layer: Weight) -> None:
     """Raises Mistake for a weight that shares its values: it can be pruned no more."""
-    if isinstance(place.parametrization, Codebook | TrainedCodebook):
+    if isinstance(layer.parametrization, Codebook | TrainedCodebook):
         raise Mistake(
-            f"layer {place.name!r} shares its weights already: prune before sharing, or name it in keep"
+            f"layer {layer.name!r} shares its weights already: prune before sharing, or name it in exclude"
         )
 
 
-def set_mask(place: Weight, mask: Tensor) -> None:
+def set_mask(layer: Weight, mask: Tensor) -> None:
     """Prunes a weight, in place; a mask that is there already is replaced."""
-    found = place.parametrization
+    found = layer.parametrization
     if isinstance(found, Mask):
         found.mask.copy_(mask)
         return
-    refuse_shared(place)
-    parametrize_weight(place, Mask(mask))
+    refuse_shared(layer)
+    parametrize_weight(layer, Mask(mask))
 
 
-def watch_movement(places: Iterable[Weight]) -> None:
-    """From now on every backward pass adds to the movement scores of these weights; unpruned ones get a mask of ones."""
-    for place in places:
-        if place.mask is None:
-            set_mask(place, torch.ones_like(place.value, dtype=torch.bool))
-        place.parametrization.score = torch.zeros_like(place.value.detach())
+def watch_gradients(layers: Iterable[Weight], criterion: Callable, **keys: Any) -> None:
+    """From now on every backward pass adds the criterion's scores of it to each layer's; unpruned ones get a mask of ones.
+
+    criterion: a function of `weight` and `gradient`, both of the weight's shape.
+    """
+    words = fed(criterion)
+    if set(words) != {"weight", "gradient"}:
+        raise Mistake(
+            f"method {criterion.__name__!r} asks for {', '.join(words)}: beside gradient for weight alone"
+        )
+
+    def score(weight: Tensor, gradient: Tensor) -> Tensor:
+        given = {"weight": weight, "gradient": gradient}
+        return criterion(*(given[word] for word in words), **keys)
+
+    for layer in layers:
+        if layer.mask is None:
+            set_mask(layer, layer.alive)
+        layer.parametrization.watch(score, torch.zeros_like(layer.value.detach()))
 
 
-def forget_movement(places: Iterable[Weight]) -> None:
-    """Drops the movement scores; the masks stay."""
-    for place in places:
-        place.parametrization.score = None
+def unwatch_gradients(layers: Iterable[Weight]) -> None:
+    """Drops the scores that backward passes have added up; the masks stay."""
+    for layer in layers:
+        if isinstance(layer.parametrization, Mask):
+            layer.parametrization.watch(None, None)
+
+
+VALUE_BITS = 4.0  # what a survivor's shared value takes besides its position: sign and rank
+
+
+def position_bits(mask: Tensor) -> Tensor:
+    """Bits that a file spends on keeping each position of a mask rather than pruning it, 1 or more. float64.
+
+    That is its value's bits, and log2((1 - p) / p) for the probability p that the file's model gives to a
+    weight there. As in `packing.masks`, the odds start from the density of the layer and are shifted by how many more
+    weights the column and the row hold than the density says, the position itself left out. Rows are the
+    first axis.
+    """
+    alive = mask.reshape(len(mask), -1).double()
+    rows, columns = alive.shape
+    density = (alive.sum() + 1) / (alive.numel() + 2)
+    column = torch.log2((alive.sum(0) - alive + 1) / ((rows - 1) * density + 1))
+    row = torch.log2((alive.sum(1, keepdim=True) - alive + 1) / ((columns - 1) * density + 1))
+    odds = torch.log2(density / (1 - density)) + 0.7 * column + 0.6 * row
+    return (VALUE_BITS - odds).clamp_min(1.0).reshape(mask.shape)

@@ -5,13 +5,12 @@ autograd itself sums each cluster's gradient (Han et al. 2016, Deep Compression)
 under any optimizer, and the state is plain tensors in the `state_dict`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-from trainer import scores
 
 if TYPE_CHECKING:
     from trainer.compression.weights import Weight
@@ -23,9 +22,11 @@ SOFTNESS = 0.5  # how softly weights are shared out among centroids, in mean dis
 class Mask(nn.Module):
     """Holds pruned weights at zero: `where(mask, weight, 0)`; the mask is a buffer of booleans.
 
-    score: None, or a buffer in which every backward pass adds up the movement scores of all weights, the pruned ones
-    included: the gradient of the masked weight reaches those too (see `watch_movement`).
+    score: None, or a buffer in which every backward pass adds up what a criterion says of all weights, the pruned ones
+    included: the gradient of the masked weight reaches those too (see `masks.watch_gradients`).
     """
+
+    _criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -35,13 +36,17 @@ class Mask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         # Not a product: that would give -0.0 for a negative weight and NaN for an infinite one.
         masked = torch.where(self.mask, weight, 0.0)
-        if self.score is not None and masked.requires_grad:
+        if self._criterion is not None and masked.requires_grad:
             masked.register_hook(lambda gradient: self._feed(weight, gradient))
         return masked
 
+    def watch(self, criterion: Callable[[Tensor, Tensor], Tensor] | None, score: Tensor | None) -> None:
+        """Adds criterion(weight, gradient) of each backward pass to `score` from now on; None drops what was added up."""
+        self._criterion, self.score = criterion, score
+
     @torch.no_grad()
     def _feed(self, weight: Tensor, gradient: Tensor) -> None:
-        self.score.add_(scores.movement(weight, gradient))
+        self.score.add_(self._criterion(weight, gradient))
 
 
 class _Lookup(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compression.codebooks import set_codebook
-from trainer.compression.masks import set_mask, watch_movement
+from trainer.compression.masks import set_mask
 from trainer.compression.parametrizations import (
     bake_place,
 )
@@ -63,7 +63,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if ending == ".0.mask":
                 set_mask(place, tensor.to(place.value.device))
                 if key.removesuffix("mask") + "score" in state:
-                    watch_movement([place])
+                    place.parametrization.watch(None, torch.zeros_like(place.value.detach()))
             else:
                 original = state[key.removesuffix(".0.codes") + ".original"]
                 set_codebook(place, tensor, original)

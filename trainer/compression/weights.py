@@ -46,6 +46,11 @@ class Weight:
         return None
 
     @property
+    def alive(self) -> Tensor:
+        """As `mask`, and all ones for a weight that has none."""
+        return torch.ones_like(self.value, dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
     def parameter(self) -> nn.Parameter:
         """What is trained: the weight itself, what a mask lets through of it, or the centroids."""
         module, attribute = self.places[0]
@@ -124,23 +129,23 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
     return {place.name: place for place in found.values()}
 
 
-def choose(places: Mapping[str, Weight], keep: Iterable[str] = ()) -> dict[str, Weight]:
-    """The weights without those in `keep`: 'first', 'last', a layer's name or a module's (all weights below it).
+def choose(places: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:
+    """The weights without those in `exclude`: 'first', 'last', a layer's name or a module's (all weights below it).
 
-    Raises Mistake for a name that no layer has, and for a frozen weight that is not in `keep`.
+    Raises Mistake for a name that no layer has, and for a frozen weight that is not in `exclude`.
     """
     left = dict(places)
     order = list(places)
-    if isinstance(keep, str):
-        raise Mistake(f"keep: got {keep!r}; a list of names is allowed, such as [{keep!r}]")
+    if isinstance(exclude, str):
+        raise Mistake(f"exclude: got {exclude!r}; a list of names is allowed, such as [{exclude!r}]")
     ends = {"first": order[:1], "last": order[-1:]}
-    for word in keep:
+    for word in exclude:
         for name in ends[word] if word in ends else matching(places, word):
             left.pop(name, None)
     for name, place in left.items():
         if not place.trainable:
             raise Mistake(
-                f"layer {name!r} is frozen (requires_grad is False): name it in keep to leave it alone"
+                f"layer {name!r} is frozen (requires_grad is False): name it in exclude to leave it alone"
             )
         if not torch.isfinite(place.value).all():
             raise Mistake(f"layer {name!r} has weights that are not finite")
@@ -165,7 +170,7 @@ def per_layer(places: Mapping[str, Weight], setting, what: str) -> dict:
             values[name] = value
     missing = [name for name in places if name not in values]
     if missing:
-        raise Mistake(f"{what}: nothing is given for {', '.join(missing)} (name them here or in keep)")
+        raise Mistake(f"{what}: nothing is given for {', '.join(missing)} (name them here or in exclude)")
     return {name: values[name] for name in places}
 
 

@@ -5,7 +5,7 @@ Light to import: whoever reads a recipe reads this, and nothing that computes.
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,17 @@ from trainer.recipe import shelves
 from trainer.recipe.faults import Entry
 from trainer.recipe.text import Text, at_path, where
 
+
+class Mark(NamedTuple):
+    """Stands in a type's annotation: general code knows a setting by it, whatever stage it belongs to (see `stages`)."""
+
+    name: str
+
+
+EXCLUDE = Mark("exclude")  # names of layers that a stage leaves alone
+PER_LAYER = Mark("per layer")  # one value for all layers, or {layer: value}
+
+Exclude = Annotated[list[str], EXCLUDE]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -305,10 +316,16 @@ class Recipe(Entry):
     precision: Literal["no", "fp16", "bf16"] = "no"
     threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     _text: Text | None = PrivateAttr(None)
+    _allows_python: bool = PrivateAttr(False)
 
     @property
     def teacher_entries(self) -> list[TeacherKeys]:
         return self.teachers or ([self.teacher] if self.teacher else [])
+
+    @property
+    def allows_python(self) -> bool:
+        """Whether it may name `python:module:name`."""
+        return self._allows_python
 
     @property
     def written(self) -> Text:

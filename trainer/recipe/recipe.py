@@ -1,12 +1,13 @@
 """YAML to a checked recipe: every fault at once, each with file:line and the nearest valid name.
 
-No data is touched and no network built here. Reading a recipe is reading signatures: see `bind`. Paths in a
+No data is touched and no network built here. Reading a recipe is reading signatures: see `shelves`. Paths in a
 recipe are relative to the folder the program is started in.
 """
 
 import inspect
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,34 @@ from trainer.recipe.keys import (
     TermKeys,
 )
 from trainer.recipe.rules import contradictions
-from trainer.recipe.shelves import checker, find, names
+from trainer.recipe.shelves import PYTHON, arguments_on_shelves, checker, fields, find, names
 from trainer.recipe.text import RecipeError, at_path, change, holds, parse, short
 
 
-def read(path: str | Path, changes: dict[str, Any] | None = None) -> tuple[Recipe, dict[str, Any]]:
+def read(
+    path: str | Path, changes: dict[str, Any] | None = None, allow_python: bool = False
+) -> tuple[Recipe, dict[str, Any]]:
     """The checked recipe of a file, and its plain mapping.
 
-    changes: {'stages.1.training.epochs': 2, ...} ('stages[1].training.epochs' too) set after reading and
-    before checking. Raises RecipeError with every fault, `file:line: place: what`, or `changes: place: what`
-    where the faulty value is one of the changes.
+    Args:
+        path: The file, or the bare name of a shipped recipe.
+        changes: {'stages.1.training.epochs': 2, ...} ('stages[1].training.epochs' too), set after reading and before
+            checking.
+        allow_python: Whether `python:module:name` is allowed. It imports that module, which runs its code.
+
+    Raises:
+        RecipeError: With every fault, `file:line: path: message`, or `changes: path: message` where the faulty value is
+            one of the changes.
     """
     text = parse(path)
     for place, value in (changes or {}).items():
         change(text, place, value)
     faults = list(text.faults)
+    context = {"allow_python": allow_python}
     try:
-        recipe = Recipe.model_validate(text.plain)
+        recipe = Recipe.model_validate(text.plain, context=context)
     except ValidationError as error:
-        recipe = _sound_parts(text.plain)
+        recipe = _sound_parts(text.plain, context)
         faults += _explained(text.plain, error)
     faults += [(place, message, place) for place, message in contradictions(recipe, text.plain)]
     if faults:
@@ -57,7 +67,7 @@ def read(path: str | Path, changes: dict[str, Any] | None = None) -> tuple[Recip
                 (mark, place[-1:] if any(mark) else place, message), text.fault(place, message, near)
             )
         raise RecipeError("\n".join(once.values()))
-    recipe._text = text
+    recipe._text, recipe._allows_python = text, allow_python
     return recipe, text.plain
 
 
@@ -116,12 +126,12 @@ def _allowed(message: str) -> str:
     )
 
 
-def _sound_parts(plain: dict[str, Any]) -> Recipe:
+def _sound_parts(plain: dict[str, Any], context: dict[str, Any]) -> Recipe:
     """The sections, teachers and stages of a faulty recipe that are right by themselves, else None."""
 
     def sound(kind: Any, given: Any) -> Any:
         try:
-            return TypeAdapter(kind).validate_python(given)
+            return TypeAdapter(kind).validate_python(given, context=context)
         except ValidationError:
             return None
 
@@ -153,18 +163,44 @@ def schema() -> dict[str, Any]:
     for key, base in shelves:
         alternatives = []
         for name in names(key):
-            function = find(key, name)
-            entry = checker(function, base).model_json_schema()
-            for inner, definition in entry.pop("$defs", {}).items():
-                definitions.setdefault(inner, definition)
-            if key == "model" and name in ("timm", "python"):
-                entry["properties"][key] = {
-                    "type": "string",
-                    "pattern": "^python:" if name == "python" else "^(timm/|hf-hub:)",
-                }
-            else:
-                entry["properties"][key] = {"const": name}
-            entry["description"] = inspect.cleandoc(function.__doc__ or "")
-            alternatives.append(entry)
+            for chosen in _choices(find(key, name)):
+                alternatives.append(_entry_schema(key, name, base, chosen, definitions))
+        own = {"type": "string", "pattern": f"^{PYTHON}"}
+        if "python" not in names(key):
+            alternatives.append({"type": "object", "properties": {key: own}, "required": [key]})
         definitions[base.__name__] = {"oneOf": alternatives}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
+
+
+def _choices(function: Callable) -> list[tuple[tuple[str, str, Callable], ...]]:
+    """Every combination of files that a method's `OnShelf` arguments can choose: ((argument, name, function), ...)."""
+    shelves = arguments_on_shelves(function)
+    files = [[(argument, name, find(key, name)) for name in names(key)] for argument, key in shelves.items()]
+    return list(itertools.product(*files))
+
+
+def _entry_schema(
+    key: str,
+    name: str,
+    base: type,
+    chosen: tuple[tuple[str, str, Callable], ...],
+    definitions: dict[str, Any],
+) -> dict[str, Any]:
+    """The schema of a mapping that names one file of a shelf, and the files that this one chooses."""
+    function = find(key, name)
+    others = tuple((argument, other) for argument, _, other in chosen)
+    entry = checker(function, base, others).model_json_schema()
+    for inner, definition in entry.pop("$defs", {}).items():
+        definitions.setdefault(inner, definition)
+    entry["properties"][key] = {"const": name}
+    if key == "model" and name in ("timm", "python"):
+        pattern = f"^{PYTHON}" if name == "python" else "^(timm/|hf-hub:)"
+        entry["properties"][key] = {"type": "string", "pattern": pattern}
+        entry["additionalProperties"] = name == "python"
+    entry["description"] = inspect.cleandoc(function.__doc__ or "")
+    for argument, other_name, other in chosen:
+        entry["properties"][argument] |= {"const": other_name}
+        if other_name != fields(function)[argument][1]:
+            entry["required"] = [*entry.get("required", []), argument]
+        entry["description"] += f"\n\n{argument} {other_name}: {inspect.cleandoc(other.__doc__ or '')}"
+    return entry

@@ -1,14 +1,22 @@
 """What is right by itself and wrong together: settings of a recipe that contradict each other."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainer.mistakes import nearest
-from trainer.recipe.keys import Augment, CacheKeys, DataKeys, Recipe, StudentKeys, TeacherKeys, TermKeys
-from trainer.recipe.shelves import find, split
+from trainer.recipe.keys import (
+    Augment,
+    CacheKeys,
+    DataKeys,
+    Recipe,
+    StageKeys,
+    StudentKeys,
+    TeacherKeys,
+    TermKeys,
+)
+from trainer.recipe.shelves import chosen, fed, find, split
+from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of
 from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 from trainer.recipe.text import at_path, short
 
@@ -37,7 +45,7 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
                 yield ("student", "from_teacher"), f"overwrites what {other} loads; one of them is allowed"
     if recipe.data is not None:
         yield from _data_faults(recipe.data, at_path(plain, ("data", "augment")))
-    yield from _stage_faults(recipe, has_teacher, entries)
+    yield from _stage_faults(recipe, plain, has_teacher, entries)
     if recipe.cache not in (None, "off"):
         yield from _cache_faults(recipe, has_teacher)
 
@@ -60,7 +68,7 @@ def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, st
         )
     if None in recipe.stages:
         return
-    asked = [asked_of_teacher(stage.losses) for stage in recipe.stages if getattr(stage, "losses", None)]
+    asked = [asked_of_teacher(terms_of(stage)) for stage in recipe.stages if terms_of(stage)]
     keys = recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys()
     for key, kind in (("embeddings", "embedding"), ("maps", "maps")):
         if getattr(keys, key) and not any(kind in kinds for kinds in asked):
@@ -112,16 +120,9 @@ def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tup
             yield (*place, "pretrained"), "has no effect with checkpoint, which replaces all weights"
         yield from _no_file((*place, "checkpoint"), keys.checkpoint)
     if rest is None:
-        if file in ("timm", "python"):
-            allowed = "timm/NAME" if file == "timm" else "python:module:function"
-            yield (*place, "model"), f"got {keys.model!r}; {allowed} is allowed"
-    elif file == "python":
-        module, _, function = rest.partition(":")
-        if not function:
-            yield (*place, "model"), f"got {keys.model!r}; python:module:function is allowed"
-        elif not _is_module(module):
-            yield (*place, "model"), f"there is no module {module!r}, installed or in {Path.cwd()}"
-    elif not rest.startswith("hf-hub:"):
+        if file == "timm":
+            yield (*place, "model"), f"got {keys.model!r}; timm/NAME is allowed"
+    elif file == "timm" and not rest.startswith("hf-hub:"):
         import timm  # here, since it takes seconds and most recipes have no timm network
 
         name = rest.partition(".")[0]
@@ -132,17 +133,6 @@ def _model_faults(place: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tup
             yield (*place, "model"), f"timm has no weights {rest!r}{nearest(rest, known)}"
         elif keys.pretrained and not timm.is_model_pretrained(name):
             yield (*place, "pretrained"), f"timm has no weights of {name!r}"
-
-
-def _is_module(name: str) -> bool:
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # a package above it is missing, or the name is none
-        return False
-    finally:
-        sys.path.pop()
 
 
 def _teacher_faults(
@@ -171,73 +161,68 @@ def _no_file(place: tuple, path: Path) -> Iterator[tuple[tuple, str]]:
         yield place, f"there is no file {str(path)!r}{below}"
 
 
-def _stage_faults(recipe: Recipe, has_teacher: bool, teachers: list) -> Iterator[tuple[tuple, str]]:
+def _stage_faults(
+    recipe: Recipe, plain: dict[str, Any], has_teacher: bool, teachers: list
+) -> Iterator[tuple[tuple, str]]:
+    """Faults of each stage against the stages before it, the teacher and the data. No stage is known by its name."""
     mixed = recipe.data is not None and bool(recipe.data.mixup or recipe.data.cutmix)
-    teaching = [n for n, s in enumerate(recipe.stages) if s and s.stage == "train" and s.who == "teacher"]
-    changed = shared = packed = False
+    teaching = [number for number, stage in enumerate(recipe.stages) if stage and teaches(stage)]
+    before: list[StageKeys] = []
     for number, stage in enumerate(recipe.stages):
         if stage is None:
             continue
-        place = ("stages", number)
-        name, losses = stage.stage, getattr(stage, "losses", None) or []
-        of_teacher = name == "train" and stage.who == "teacher"
-        changes = name in ("train", "distill", "prune", "fold", "share") and not of_teacher
-        if of_teacher and not has_teacher:
-            yield place, "trains the teacher, and there is no teacher in this recipe"
-        if name == "distill" and not has_teacher:
-            yield place, "distils from the teacher, and there is no teacher in this recipe"
-        if getattr(stage, "checkpoint", None) is not None:
-            yield from _no_file((*place, "checkpoint"), stage.checkpoint)
-            if changes and changed:
-                yield (*place, "checkpoint"), "replaces what the stages before have made of the student"
-            if of_teacher and len(recipe.teacher_entries) > 1:
-                yield (
-                    (*place, "checkpoint"),
-                    "would be loaded into every teacher; give each its own, under teachers",
-                )
-        asks_teacher = name == "distill" or any(needs_teacher(term) for term in losses)
-        if (
-            asks_teacher
-            and has_teacher
-            and teaching
-            and number < teaching[0]
-            and not all(_knows(k) for _, k in teachers)
-        ):
-            yield place, f"asks a teacher that is taught only later, in stages[{teaching[0]}]"
-        if losses and all(term.weight == 0 for term in losses):
-            yield (*place, "losses"), "have no effect: all weights are 0"
-        for n, term in enumerate(losses):
-            yield from _term_faults((*place, "losses", n), term, has_teacher or name == "distill", mixed)
-            finishes = hasattr(find("loss", term.loss), "finish")
-            if finishes and name in ("prune", "share") and "last" not in stage.keep:
-                yield (
-                    (*place, "losses", n),
-                    f"loss {term.loss!r} sets the last layer anew: not in {name} without keep: [last]",
-                )
-        if name == "prune" and shared:
-            yield place, "prunes after sharing: prune first, then share"
-        if name == "fold" and shared:
-            yield place, "folds after sharing: fold first, then share"
-        if name == "prune" and stage.method == "movement" and recipe.precision == "fp16":
-            yield (
-                (*place, "method"),
-                (
-                    "'movement' adds up gradients, and precision fp16 scales them differently from step to "
-                    "step: use bf16 or no"
-                ),
-            )
-        if changes and packed:
-            yield place, "changes the student after it was packed: the file would be another network's"
-        if name == "pack" and packed:
-            yield place, "has no effect: the student is packed already"
-        changed, shared, packed = changed or changes, shared or name == "share", packed or name == "pack"
+        path = ("stages", number)
+        if teaches(stage) and not has_teacher:
+            yield path, "trains the teacher, and there is no teacher in this recipe"
+        for key, file in files_of(stage):
+            yield from _no_file((*path, key), file)
+            if teaches(stage) and len(teachers) > 1:
+                yield (*path, key), "would be loaded into every teacher; give each its own, under teachers"
+        asks_teacher = any(needs_teacher(term) for term in terms_of(stage))
+        taught_later = teaching and number < teaching[0] and has_teacher
+        if asks_teacher and taught_later and not all(_knows(keys) for _, keys in teachers):
+            yield path, f"asks a teacher that is taught only later, in stages[{teaching[0]}]"
+        yield from _loss_faults(path, stage, has_teacher, mixed)
+        yield from _chosen_faults(path, stage, recipe.precision)
+        for message in order_faults(stage, before):
+            key, found, rest = message.partition(": ")
+            at_key = found and key in at_path(plain, path)
+            yield ((*path, key), rest) if at_key else (path, message)
+        before.append(stage)
     if not teaching and recipe.stages and None not in recipe.stages:
-        for place, keys in teachers:
+        for path, keys in teachers:
             if not _knows(keys):
                 yield (
-                    place,
+                    path,
                     "knows nothing: give it checkpoint, pretrained: true, or a stage train with who: teacher",
                 )
+
+
+def _loss_faults(
+    path: tuple, stage: StageKeys, has_teacher: bool, mixed: bool
+) -> Iterator[tuple[tuple, str]]:
+    losses = list(losses_of(stage))
+    if losses and all(term.weight == 0 for _, _, term in losses):
+        yield (*path, losses[0][0]), "have no effect: all weights are 0"
+    for key, number, term in losses:
+        yield from _term_faults((*path, key, number), term, has_teacher, mixed)
+        exclude = excluded(stage)
+        if hasattr(find("loss", term.loss), "finish") and exclude is not None and "last" not in exclude:
+            yield (
+                (*path, key, number),
+                f"loss {term.loss!r} sets the last layer anew: not in {stage.stage} without exclude: [last]",
+            )
+
+
+def _chosen_faults(path: tuple, stage: StageKeys, precision: str) -> Iterator[tuple[tuple, str]]:
+    """Faults of what a stage chooses from a shelf, such as its criterion."""
+    for name, function in chosen(find("stage", stage.stage), stage):
+        if "gradient" in fed(function) and precision == "fp16":
+            yield (
+                (*path, name),
+                f"{getattr(stage, name)!r} adds up gradients, and precision fp16 scales them differently from step to "
+                "step: use bf16 or no",
+            )
 
 
 def _knows(keys: TeacherKeys) -> bool:

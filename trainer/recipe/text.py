@@ -1,6 +1,7 @@
 """A recipe as it was written: YAML to a plain mapping, with the line of each value."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Text:
     """A recipe as it was written: its plain mapping and where each place of it stands.
 
     marks: line and column, from 1. faults: (place, message, place whose line is told) of keys that no mapping
-    can have. source: the text itself. changed: places set from outside.
+    can have. source: the text itself. changed: places set from outside. notes: what its author should know, a line each.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class Text:
     faults: list[tuple[tuple, str, tuple]]
     source: str = ""
     changed: set[tuple] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
     def mark(self, place: tuple) -> tuple[int, int]:
         """Where a place stands, or else what holds it; (0, 0) for what was set from outside."""
@@ -121,7 +123,43 @@ def parse(path: str | Path) -> Text:
         raise RecipeError(
             f"{path}:{line}: a recipe is a mapping (name: ..., data: ..., stages: ...); got {got}"
         )
-    return Text(path, plain, reader.marks, reader.faults, text)
+    found = Text(path, plain, reader.marks, reader.faults, text)
+    for entry_path in _entries(plain):
+        _take_new_names(found, entry_path)
+    return found
+
+
+# Keys that have got another name, by the section that holds them. The old name is taken for the new one.
+RENAMED: dict[str, dict[str, str]] = {"stages": {"keep": "exclude"}}
+
+
+def _entries(plain: dict[str, Any]) -> Iterator[tuple]:
+    """Paths of the mappings that may hold a key of an old name."""
+    for section in RENAMED:
+        value = plain.get(section)
+        if isinstance(value, dict):
+            yield (section,)
+        elif isinstance(value, list):
+            yield from ((section, number) for number, entry in enumerate(value) if isinstance(entry, dict))
+
+
+def _take_new_names(text: Text, path: tuple) -> None:
+    """Gives the keys of one entry their new names, and notes it. Somebody else's stage (`python:`) may have any key."""
+    entry = at_path(text.plain, path)
+    if str(entry.get("stage", "")).startswith("python:"):
+        return
+    for old, new in RENAMED[path[0]].items():
+        if old in entry and new in entry:
+            text.faults.append(((*path, old), f"is called {new} now, and {new} is given too", (*path, old)))
+        elif old in entry:
+            renamed = [(new if key == old else key, value) for key, value in entry.items()]
+            entry.clear()
+            entry.update(renamed)
+            for marked in [mark for mark in text.marks if mark[: len(path) + 1] == (*path, old)]:
+                text.marks[(*path, new, *marked[len(path) + 1 :])] = text.marks[marked]
+            text.notes.append(
+                text.fault((*path, new), f"{old} is called {new} now (the old name still works)")
+            )
 
 
 def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
@@ -233,6 +271,8 @@ def _mark(node: yaml.Node) -> tuple[int, int]:
 
 def change(text: Text, name: str, value: Any) -> None:
     keys = [key for key in re.split(r"[.\[\]]+", name) if key]
+    if keys and len(keys) == (2 if keys[0] == "teacher" else 3):
+        keys[-1] = RENAMED.get(keys[0], {}).get(keys[-1], keys[-1])
     if not keys:
         raise RecipeError(f"changes: {name!r} is no place; 'stages.1.training.epochs' is one")
     into: Any = text.plain

@@ -1,30 +1,25 @@
 """What only the networks know, checked before the first step of training."""
 
 import copy
-import inspect
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from trainer.compression import folding
 from trainer.compression.weights import Weight, choose, matching, weights_of
-from trainer.data.images import Data
-from trainer.distillation.objective import Objective
+from trainer.data.images import Data, normalize
+from trainer.distillation.objective import Objective, example_images
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
-from trainer.networks.build import spec
-from trainer.recipe import shelves
-from trainer.recipe.keys import Recipe, StageKeys
+from trainer.networks.build import spec as spec_of
+from trainer.recipe.keys import EXCLUDE, PER_LAYER, Recipe, StageKeys
+from trainer.recipe.stages import excluded, hook, losses_of, marked, terms_of, training_of
 from trainer.recipe.text import RecipeError
 from trainer.training.evaluate import percent_right, predict, teacher_answers
 from trainer.training.rows import record_teacher
 from trainer.training.run import Run
-
-
-def taught_here(stages: list) -> bool:
-    return any(s.stage == "train" and s.who == "teacher" for s in stages)
 
 
 def guard_teacher(run: Run) -> None:
@@ -54,84 +49,93 @@ def guard_teacher(run: Run) -> None:
 
 
 def check_layers(
-    recipe: Recipe, student: nn.Module, data: Data, guide: Teacher | None, device: torch.device | str
+    recipe: Recipe, student: nn.Module, data: Data, teacher: Teacher | None, device: torch.device | str
 ) -> None:
-    """What only the networks know, checked before the first step of training: layers, pairs, what losses can be fed.
+    """Checks, before the first step of training, what only the networks know: layers, pairs, what losses can be fed.
 
     Raises RecipeError with all faults.
     """
-    faults = []
-    places = weights_of(student)
-    seen = set()
+    faults: list[str] = []
+    rehearsed: set[str] = set()
+    spec = spec_of(recipe.student)
     for number, stage in enumerate(recipe.stages):
-        if stage.stage in ("prune", "share"):
-            faults += [
-                recipe.fault(("stages", number, *below), told) for below, told in _layer_faults(stage, places)
-            ]
-        check_student = getattr(inspect.getmodule(shelves.find("stage", stage.stage)), "check_student", None)
-        if check_student is not None and not any(f"stages[{number}]" in fault for fault in faults):
+        path = ("stages", number)
+        found = [recipe.fault((*path, *below), message) for below, message in _layer_faults(stage, student)]
+        if not found:
             try:
-                check_student(stage, student)
+                student, spec = _after(stage, student, spec, data)
             except Mistake as error:
-                faults.append(recipe.fault(("stages", number), str(error)))
-            else:
-                if stage.stage == "fold":  # what comes after it finds another network
-                    student = folding.fold(copy.deepcopy(student), spec(recipe.student))[0]
-        terms = getattr(stage, "losses", None) or []
-        if not terms and getattr(stage, "training", None) and not data.labelled:
-            told = "learns from labels where no losses are given, and the training images have none"
-            faults.append(recipe.fault(("stages", number), told))
-        for n, term in enumerate(terms):
-            if repr(term) in seen:  # mostly the same terms in every stage
+                found.append(recipe.fault(path, str(error)))
+        if not terms_of(stage) and training_of(stage) is not None and not data.labelled:
+            message = "learns from labels where no losses are given, and the training images have none"
+            found.append(recipe.fault(path, message))
+        for key, n, term in losses_of(stage):
+            if repr(term) in rehearsed:  # mostly the same terms in every stage
                 continue
-            seen.add(repr(term))
+            rehearsed.add(repr(term))
             try:
-                Objective(student, [term], data, guide, device=device).rehearse(data)
+                Objective(student, [term], data, teacher, device=device).rehearse(data)
             except Mistake as error:
-                faults.append(recipe.fault(("stages", number, "losses", n), str(error)))
+                found.append(recipe.fault((*path, key, n), str(error)))
+        faults += found
     if faults:
         raise RecipeError("\n".join(faults))
 
 
-def _layer_faults(stage: StageKeys, places: dict[str, Weight]) -> Iterator[tuple[tuple, str]]:
+def _after(
+    stage: StageKeys, student: nn.Module, spec: dict[str, Any], data: Data
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that the stages after this one find, and its spec. Raises Mistake where the stage cannot work on it."""
+    check_student, becomes = hook(stage, "check_student"), hook(stage, "becomes")
+    if check_student is not None:
+        check_student(stage, student)
+    if becomes is None:
+        return student, spec
+    device = next(student.parameters()).device
+    images = normalize(example_images(data, device), data.mean, data.std)
+    return becomes(stage, copy.deepcopy(student), spec, images)
+
+
+def _layer_faults(stage: StageKeys, student: nn.Module) -> Iterator[tuple[tuple, str]]:
     """Layers that a stage names and the student has not, or that it should name and does not."""
-    settings = {
-        key: getattr(stage, key)
-        for key in ("keep", "sensitivity", "sparsity", "bits", "values")
-        if hasattr(stage, key)
-    }
-    unknown = False
-    for key, setting in settings.items():
-        for number, name in enumerate(setting) if isinstance(setting, (list, dict)) else ():
-            if key == "keep" and name in ("first", "last"):
-                continue
-            try:
-                matching(places, name)
-            except Mistake as error:
-                unknown = True
-                yield (key, number if key == "keep" else name), str(error)
+    exclude = excluded(stage)
+    if exclude is None:
+        return
+    layers = weights_of(student)
+    [(key, _)] = marked(stage, EXCLUDE)
+    per_layer = {name: value for name, value in marked(stage, PER_LAYER) if isinstance(value, dict)}
+    unknown = [
+        *_unknown(layers, key, {n: name for n, name in enumerate(exclude) if name not in ("first", "last")}),
+        *(
+            fault
+            for name, value in per_layer.items()
+            for fault in _unknown(layers, name, {layer: layer for layer in value})
+        ),
+    ]
+    yield from unknown
     if unknown:
         return
     try:
-        chosen = choose(places, stage.keep)
+        chosen = choose(layers, exclude)
     except Mistake as error:
-        yield ("keep",), str(error)
+        yield (key,), str(error)
         return
     if not chosen:
-        yield ("keep",), f"leaves no layer to {stage.stage}"
-    for key, setting in settings.items():
-        if isinstance(setting, dict):
-            named = {name: matching(places, name) for name in setting}
-            for name, layers in named.items():
-                if not set(layers) & set(chosen):
-                    yield (key, name), "has no effect: the layer is in keep"
-            missing = [layer for layer in chosen if layer not in sum(named.values(), [])]
-            if missing:
-                yield (key,), f"nothing is given for {', '.join(missing)} (name them here or in keep)"
-    groups = getattr(stage, "groups", None)
-    for name, place in chosen.items() if groups else ():
-        if len(place.value) % groups:
-            yield (
-                ("groups",),
-                f"got {groups}; the {len(place.value)} rows of layer {name!r} do not split into so many",
-            )
+        yield (key,), f"leaves no layer to {stage.stage}"
+    for name, value in per_layer.items():
+        named = {layer: matching(layers, layer) for layer in value}
+        for layer, meant in named.items():
+            if not set(meant) & set(chosen):
+                yield (name, layer), f"has no effect: the layer is in {key}"
+        missing = [layer for layer in chosen if layer not in sum(named.values(), [])]
+        if missing:
+            yield (name,), f"nothing is given for {', '.join(missing)} (name them here or in {key})"
+
+
+def _unknown(layers: dict[str, Weight], key: str, named: dict[Any, str]) -> Iterator[tuple[tuple, str]]:
+    """Faults of names that no layer has; named: {where it stands below the key: name}."""
+    for below, name in named.items():
+        try:
+            matching(layers, name)
+        except Mistake as error:
+            yield (key, below), str(error)

@@ -13,9 +13,11 @@ from trainer.storage.weights_file import digest
 from trainer.training.evaluate import normalized, percent_right, predict
 
 
-def evaluate_file(file: Path, path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+def evaluate_file(
+    file: Path, path: Path, changes: dict[str, Any] | None = None, allow_python: bool = False
+) -> dict[str, Any]:
     """Decodes a packed file and measures it on the test split of a recipe's data: top1 (percent), images, digest, bytes."""
-    recipe, _ = read(path, changes)
+    recipe, _ = read(path, changes, allow_python)
     try:
         content = Path(file).read_bytes()
     except OSError as error:

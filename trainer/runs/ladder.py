@@ -13,6 +13,7 @@ from tabulate import tabulate
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
+from trainer.recipe.stages import name_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
 from trainer.runs.runner import begun, run
@@ -30,6 +31,7 @@ def ladder(
     changes: Mapping[str, Any] | None = None,
     folder: str | Path = "runs",
     stage: int | None = None,
+    allow_python: bool = False,
 ) -> dict[str, Any]:
     """Runs a recipe at every sparsity and number of bits, and writes runs/NAME/ladder.md, .png and .json.
 
@@ -44,7 +46,7 @@ def ladder(
     Raises RecipeError for a recipe that has no such stages, and what `runner.run` raises.
     """
     changes = dict(changes or {})
-    recipe, _ = read(path, changes)
+    recipe, _ = read(path, changes, allow_python)
     number = prune_stage(recipe, stage)
     share = _check(recipe, number, sparsity, bits)
     points = [_point(recipe, number, share, s, b) for s in sparsity or [None] for b in bits or [None]]
@@ -53,8 +55,8 @@ def ladder(
     if twice:
         raise Mistake(f"ladder: {', '.join(twice)} is asked for twice")
     for name, asked in points:
-        read(path, {**changes, **asked, "name": name})  # all faults before anything is trained
-    with begun(path, number, changes, folder) as base:
+        read(path, {**changes, **asked, "name": name}, allow_python)  # all faults before anything is trained
+    with begun(path, number, changes, folder, allow_python) as base:
         here = base.folder
     rows = []
     pruned: dict[Any, Path] = {}  # a finished point of each sparsity
@@ -68,7 +70,9 @@ def ladder(
                 _lend(recipe, number - 1, here, of)
             _lend_answers(here, of)
             print(f"\n---- {name}", flush=True)
-        last = run(path, {**changes, **asked, "name": name}, here / "ladder")["rows"][-1]
+        last = run(path, {**changes, **asked, "name": name}, here / "ladder", allow_python=allow_python)[
+            "rows"
+        ][-1]
         pruned.setdefault(key, of)
         rows.append(
             {
@@ -100,7 +104,7 @@ def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequenc
     if not sparsity and not bits:
         raise Mistake("a ladder needs --sparsity or --bits, such as --sparsity 0.9,0.95 --bits 3,4")
     method = recipe.stages[number].method
-    if sparsity and recipe.stages[number].sparsity is None:
+    if sparsity and getattr(recipe.stages[number], "sparsity", None) is None:
         raise RecipeError(
             recipe.fault(
                 ("stages", number, "method"),
@@ -133,7 +137,7 @@ def _point(
 
 def _lend(recipe: Recipe, number: int, source: Path, target: Path) -> None:
     """Gives a run the checkpoint that stage `number` left in another one, unless it has one of its own."""
-    name = f"{number:02d}-{recipe.stages[number].stage}"
+    name = f"{number:02d}-{name_of(recipe.stages[number])}"
     there = target / "checkpoints" / name
     if there.exists():
         return

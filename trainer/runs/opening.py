@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from trainer.mistakes import Mistake
 from trainer.networks.build import create, spec
 from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
+from trainer.recipe.stages import any_teaches
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
-from trainer.runs.checks import check_layers, taught_here
+from trainer.runs.checks import check_layers
 from trainer.runs.resuming import same_recipe
 from trainer.storage.lock import lock
 from trainer.training.run import Run
@@ -35,11 +37,13 @@ WORKING_LAUNCHES = (
 
 @contextlib.contextmanager
 def folder_of(
-    path: str | Path, changes: dict[str, Any] | None, folder: str | Path
+    path: str | Path, changes: dict[str, Any] | None, folder: str | Path, allow_python: bool = False
 ) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator]]:
     """The recipe, as an object and plain, its folder, which is held while this lasts, and the accelerator."""
-    recipe, plain = read(path, changes)
+    recipe, plain = read(path, changes, allow_python)
     accelerator = make_accelerator(recipe)
+    if accelerator.is_main_process and recipe.written.notes:
+        print("\n".join(recipe.written.notes), file=sys.stderr, flush=True)
     here = Path(folder) / recipe.name
     same_recipe(here, recipe.written.path, plain)
     accelerator.wait_for_everyone()  # nothing is written before all have looked
@@ -111,6 +115,7 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
         student_spec=spec(recipe.student),
         teacher=teacher,
         log=log,
+        allow_python=recipe.allows_python,
     )
 
 
@@ -145,7 +150,7 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
         config = getattr(network, "pretrained_cfg", None) or {}
         if getattr(keys, "pretrained", False):
             known = config.get("num_classes")
-            if known != len(data.classes) and not taught_here(recipe.stages):
+            if known != len(data.classes) and not any_teaches(recipe.stages):
                 raise Mistake(
                     f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
                     "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"

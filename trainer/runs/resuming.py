@@ -11,8 +11,8 @@ from trainer.compression.states import restore
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.recipe.keys import Recipe
+from trainer.recipe.stages import any_teaches, name_of
 from trainer.recipe.text import RecipeError, dump, parse
-from trainer.runs.checks import taught_here
 from trainer.storage import checkpoint, files
 from trainer.training.run import Run
 
@@ -42,7 +42,7 @@ def same_beginning(run: Run, recipe: Recipe) -> None:
     """Raises Mistake when a run that goes on finds other images or another teacher than it began with."""
     told = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
     facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
-    if run.teacher is not None and not taught_here(recipe.stages):
+    if run.teacher is not None and not any_teaches(recipe.stages):
         facts["teacher"] = run.teacher.fingerprint()
     begun = facts_of_beginning(run.folder)
     if begun:
@@ -99,7 +99,7 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
     the seconds spent before. Raises Mistake when the teacher is another than it was.
     """
     for number in reversed(range(len(stages))):
-        found = checkpoint.load(stage_folder(run, number, stages[number].stage))
+        found = checkpoint.load(stage_folder(run, number, name_of(stages[number])))
         if found is None:
             continue
         tensors, facts = found
@@ -128,7 +128,7 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
         }
         if run.accelerator.is_main_process:
             print(
-                f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({stages[number].stage})",
+                f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({name_of(stages[number])})",
                 flush=True,
             )
         return number + 1, facts["seconds"]

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import yaml
 from tabulate import tabulate
 from torch import Tensor
 
-from trainer import scores
-from trainer.compression.masks import score_masks, std_masks
+from trainer.compression.masks import ask, score_masks
 from trainer.compression.weights import Weight, choose, weights_of
+from trainer.criteria.magnitude import magnitude
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.recipe import read
+from trainer.recipe.shelves import beside, fed, find
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
 from trainer.runs.runner import begun
@@ -42,22 +43,24 @@ def scan(
     folder: str | Path = "runs",
     stage: int | None = None,
     cost: float = 1.0,
+    allow_python: bool = False,
 ) -> dict[str, Any]:
     """Measures each layer's sensitivity to pruning, without recovery; writes scan.md, .png and .json.
 
     They lie in runs/NAME. The student is as the stages before prune stage number `stage` (the first one)
     leave it: from the run's checkpoint, or they run now. Each layer alone is pruned by magnitude, as far as
-    that stage's method goes: to sparsities, or for 'std' by sensitivities. cost: the points of validation
+    that stage's method goes: to sparsities, or where sensitivity says how much, by sensitivities. cost: the points of validation
     accuracy that a suggested setting may cost, and every smaller setting of that layer too. Returns what
     scan.json holds: "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation" of the student,
     "layers" [{"layer", "num_weights", "points", "suggestion" (None: leave it alone), "sparsity"}], "together"
     (all suggestions at once), "suggestion" (keys for the recipe).
     Raises Mistake for a recipe without such a stage, and what `runner.run` raises.
     """
-    recipe, _ = read(path, dict(changes or {}))
+    recipe, _ = read(path, dict(changes or {}), allow_python)
     number = prune_stage(recipe, stage)
     keys = recipe.stages[number]
-    if keys.method in ("n_m", "channels"):
+    criterion = find("method", keys.method)
+    if beside(criterion, "AMOUNT") not in (None, "sensitivity") or "student" in fed(criterion):
         raise RecipeError(
             recipe.fault(
                 ("stages", number, "method"), f"{keys.method!r} has no sparsity of single weights to scan"
@@ -65,7 +68,7 @@ def scan(
         )
     if not 0 < cost < math.inf:
         raise Mistake(f"cost: got {cost}; points of accuracy above 0 are allowed")
-    with begun(path, number, dict(changes or {}), folder) as run:
+    with begun(path, number, dict(changes or {}), folder, allow_python) as run:
         found = {"name": run.name, "stage": number, "cost": cost, **measure(run, keys, cost)}
         if run.accelerator.is_main_process:
             table = _table(found)
@@ -97,8 +100,9 @@ def prune_stage(recipe: Recipe, number: int | None) -> int:
 @torch.no_grad()
 def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     """The scan itself, of the student as it stands."""
-    places = choose(weights_of(run.student), keys.keep)
-    by_std = keys.method == "std"
+    places = choose(weights_of(run.student), keys.exclude)
+    criterion = find("method", keys.method)
+    by_std = beside(criterion, "AMOUNT") == "sensitivity"
     run.student.to(run.accelerator.device).eval()
     view = normalized(run.student, run.data)
     labels = truth(run, run.data.validation)
@@ -111,10 +115,10 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     for name, place in places.items():
         if not place.value.any():
             raise Mistake(
-                f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's keep)"
+                f"layer {name!r} has no weights left to prune: all are zero (name it in the stage's exclude)"
             )
         points, good, cheap = [], None, True
-        for setting, mask in _masks(place, by_std):
+        for setting, mask in _masks(place, criterion if by_std else None):
             with _pruned({name: (place, mask)}):
                 point = {
                     "setting": setting,
@@ -148,11 +152,11 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     what = "sensitivity" if by_std else "sparsity"
     spared = [layer["layer"] for layer in layers if layer["suggestion"] is None]
     suggestion: dict[str, Any] = {"method": keys.method}
-    if keys.method in ("lamp", "rate"):
+    if not by_std and keys.scope == "global":
         suggestion["scope"] = "layer"
     suggestion[what] = chosen
-    if keys.keep or spared:
-        suggestion["keep"] = [*keys.keep, *spared]
+    if keys.exclude or spared:
+        suggestion["exclude"] = [*keys.exclude, *spared]
     return {
         "setting": what,
         "top1_validation": dense,
@@ -162,13 +166,16 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     }
 
 
-def _masks(place: Weight, by_std: bool) -> Iterator[tuple[float, Tensor]]:
-    """(setting, mask) from little to much, as long as something is left of the layer."""
+def _masks(place: Weight, criterion: Callable | None) -> Iterator[tuple[float, Tensor]]:
+    """(setting, mask) from little to much, as long as something is left of the layer.
+
+    criterion: one of sensitivities; None: by magnitude, to sparsities.
+    """
     alive = {place.name: place.mask}
-    if by_std:
+    if criterion is not None:
         for sensitivity in SENSITIVITIES:
             try:
-                mask = std_masks({place.name: place}, {place.name: sensitivity})[place.name][0]
+                mask = ask(criterion, place, sensitivity=sensitivity)[0]
             except Mistake:
                 if sensitivity == SENSITIVITIES[0]:
                     raise
@@ -176,7 +183,7 @@ def _masks(place: Weight, by_std: bool) -> Iterator[tuple[float, Tensor]]:
             yield sensitivity, mask
         return
     dead = 0.0 if place.mask is None else 1 - place.mask.double().mean().item()
-    score, parts = {place.name: scores.magnitude(place.value)}, {place.name: place.parts}
+    score, parts = {place.name: ask(magnitude, place)}, {place.name: place.parts}
     for sparsity in SPARSITIES:
         if dead <= sparsity and round(sparsity * place.value.numel()) < place.value.numel():
             yield (
@@ -209,7 +216,7 @@ def _table(found: Mapping[str, Any]) -> str:
         row |= {f"{setting:g}": lost.get(setting, "") for setting in settings}
         none = layer["suggestion"] is None
         row |= {
-            "suggestion": "keep" if none else f"{layer['suggestion']:g}",
+            "suggestion": "exclude" if none else f"{layer['suggestion']:g}",
             "zeros %": "" if none else f"{100 * layer['sparsity']:.1f}",
         }
         rows.append(row)

@@ -1,6 +1,9 @@
 """Folds BatchNorm into the layers before it, so that there is less to share and to pack."""
 
-from torch import nn
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
 
 from trainer.compression import folding
 from trainer.training.evaluate import apart, logits
@@ -10,14 +13,25 @@ from trainer.training.run import Run
 LOOKED_AT = 1000  # validation images whose outputs are compared
 
 
+def order(_settings, before) -> Iterator[str]:
+    if any(stage.stage == "share" for stage in before):
+        yield "folds after sharing: fold first, then share"
+
+
 def check_student(_settings, student: nn.Module) -> None:
     folding.can_fold(student)
+
+
+def becomes(
+    _settings, student: nn.Module, spec: dict[str, Any], _images: Tensor
+) -> tuple[nn.Module, dict[str, Any]]:
+    return folding.fold(student, spec)
 
 
 def fold(run: Run) -> None:
     """Turns the student into the network of `batch_norm: false` with the same outputs; before `share`, masks stay.
 
-    Told are the largest difference of a logit and of how many the prediction changed, over 1,000 validation images.
+    The row has the largest difference of a logit and the number of changed predictions, over 1,000 validation images.
     Raises Mistake for a student that has no such twin (lenet5 and separable have), and for shared weights.
     """
     run.student.to(run.accelerator.device).eval()

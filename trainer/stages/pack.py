@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,19 @@ LAUNCH = (
 )
 
 
+def order(_settings, before) -> Iterator[str]:
+    if any(stage.stage == "pack" for stage in before):
+        yield "has no effect: the student is packed already"
+
+
+def changes_student(settings) -> bool:
+    return settings.tidy
+
+
+def seals(_settings) -> bool:
+    return True
+
+
 def check_student(settings, student: nn.Module) -> None:
     if settings.tidy:
         units.can_tidy(student)
@@ -47,7 +61,7 @@ def pack(
 
     tidy: first drops dead hidden units and sorts the others, whose order is free, so that the file is smaller. The
     student is the tidied network from then on: its outputs are what they were up to the order in which sums are added
-    up; told are how far they are apart over the validation images, and how many predictions differ (`num_changed`).
+    up. The row has how far they are apart over the validation images, and how many predictions differ (`num_changed`).
     Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
     removed.
     """
@@ -110,6 +124,7 @@ def _in_fresh_process(run: Run, path) -> dict:
     )
     command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
     command += ["--threads", str(torch.get_num_threads())]  # the sums in the same order
+    command += ["--allow-python"] * run.allow_python
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{path}: the fresh process could not evaluate it:\n{done.stderr[-2000:]}")

@@ -27,7 +27,7 @@ from trainer.distillation.objective import Objective
 from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
-from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys, Training
 from trainer.training.evaluate import normalized, truth
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
@@ -63,11 +63,19 @@ def check(settings) -> None:
         )
 
 
+def check_student(settings, student: nn.Module) -> None:
+    for name, layer in choose(weights_of(student), settings.exclude).items() if settings.groups else ():
+        if len(layer.value) % settings.groups:
+            raise Mistake(
+                f"groups: got {settings.groups}; the {len(layer.value)} rows of layer {name!r} do not split into so many"
+            )
+
+
 def share(
     run: Run,
     *,
-    bits: Bits | dict[str, Bits] | Literal["auto"] | None = None,
-    values: NumValues | dict[str, NumValues] | None = None,
+    bits: Annotated[Bits | dict[str, Bits] | Literal["auto"] | None, PER_LAYER] = None,
+    values: Annotated[NumValues | dict[str, NumValues] | None, PER_LAYER] = None,
     budget_bytes: PositiveInt | None = None,
     init: Literal["linear", "optimal"] = "optimal",
     per: Literal["layer", "channel", "group"] = "layer",
@@ -79,7 +87,7 @@ def share(
     codebook: Literal["float16", "float32"] | FractionBits = "float16",
     biases: BiasBits | None = None,
     rest: Literal["float16", "float32"] = "float32",
-    keep: list[str] = [],
+    exclude: Exclude = [],
     training: Training | None = None,
     losses: list[Term] | None = None,
 ) -> None:
@@ -96,13 +104,13 @@ def share(
     entropy: weight of the codes' entropy, in bits a surviving weight, in the loss. codebook: the type in which the shared
     values are finally kept, or bits of their fraction. biases: bits in which biases are kept, on a grid of a power of
     two (dead units are dropped first where the network is a chain of layers). rest: the type of all else that is not
-    shared. keep: layers left alone. Zeros stay zero and cost no value.
+    shared. exclude: layers left alone. Zeros stay zero and cost no value.
     """
     from trainer.compression import kmeans  # here: a recipe is read without it
 
-    places = choose(weights_of(run.student), keep)
+    places = choose(weights_of(run.student), exclude)
     if not places:
-        raise Mistake("keep leaves no layer to share")
+        raise Mistake("exclude leaves no layer to share")
     device = run.accelerator.device
     run.student.to(device)
     losses = losses or [TermKeys(loss="cross_entropy")]

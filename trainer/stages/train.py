@@ -1,5 +1,6 @@
 """Teaches the teacher or the student from labels, or loads a checkpoint and checks its accuracy."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.networks.build import load_weights
 from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.recipe.stages import changes_student
 from trainer.recipe.terms import needs_teacher
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record, record_teacher
@@ -25,6 +27,15 @@ def check(settings) -> None:
     for term in settings.losses or []:
         if needs_teacher(term):
             raise Mistake(f"loss {term.loss!r} needs a teacher: use stage distill")
+
+
+def order(settings, before) -> Iterator[str]:
+    if settings.checkpoint is not None and not teaches(settings) and any(map(changes_student, before)):
+        yield "checkpoint: replaces what the stages before have made of the student"
+
+
+def teaches(settings) -> bool:
+    return settings.who == "teacher"
 
 
 def train(

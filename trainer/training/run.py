@@ -22,7 +22,8 @@ class Run:
     """One run of a recipe, complete when it is made, handed from stage to stage.
 
     folder: runs/NAME. student_spec: what `networks.build` makes the student of. teacher: None where the recipe has
-    none. student_bytes: of the student as it was when the run was made, dense.
+    none. student_bytes: of the student as it was when the run was made, dense. allow_python: whether the recipe may
+    name `python:module:name`. seconds_before: what earlier sessions of the run took.
     stage: position of the stage now running. num_fits: how many trainings it has begun. rows and layers are what the
     report says, histograms the weights of its plots. learned: projectors and other learned parts of losses, handed
     from stage to stage. answers: the teacher's classes, by part of the data and the teacher's version.
@@ -38,6 +39,8 @@ class Run:
     teacher: Teacher | None
     log: "Log"
     student_bytes: int = field(init=False)
+    allow_python: bool = False
+    seconds_before: float = 0.0
     stage: int = 0
     stage_name: str = ""
     num_fits: int = 0

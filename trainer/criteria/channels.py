@@ -1,0 +1,63 @@
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer.compression.channels import INSTALL, installed, refuse_unknown, remove
+from trainer.compression.masks import set_mask
+from trainer.compression.states import bake
+from trainer.compression.weights import choose, per_layer, weights_of
+from trainer.mistakes import Mistake
+from trainer.recipe.keys import PER_LAYER
+
+SCHEDULES = ("once",)
+
+Sparsity = Annotated[float, Field(gt=0, lt=1)]
+
+
+def check(_settings) -> None:
+    if not installed():
+        raise Mistake(INSTALL)
+
+
+def check_student(_settings, student: nn.Module) -> None:
+    refuse_unknown(student)
+
+
+def channels(
+    student: nn.Module,
+    images: Tensor,
+    exclude: Sequence[str],
+    *,
+    sparsity: Annotated[Sparsity | dict[str, Sparsity], PER_LAYER],
+    scope: Literal["layer", "global"] = "layer",
+) -> dict[str, list[int]]:
+    """Whole channels of the least L2 norm are taken out: layers really become smaller. Needs the package torch-pruning.
+
+    sparsity: fraction of the channels that are removed. scope: of each group of layers that hang together (`layer`), or
+    in one ranking over all (`global`). The classifier's outputs stay, and masks of earlier stages do.
+    Returns the sizes of the layers that have changed. Raises Mistake for layers that it cannot make smaller.
+    Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
+    """
+    layers = weights_of(student)
+    masked = [name for name, weight in layers.items() if weight.mask is not None]
+    classifier = list(layers)[-1]
+    smaller = {name: weight for name, weight in choose(layers, exclude).items() if name != classifier}
+    if not smaller:
+        raise Mistake("exclude leaves no layer whose channels can be removed (the classifier's stay)")
+    if isinstance(sparsity, dict):
+        asked = per_layer(choose(layers, exclude), sparsity, "sparsity")
+        sparsity = {name: asked[name] for name in smaller}
+    bake(student)
+    found = remove(
+        student,
+        images,
+        sparsity,
+        [name for name in layers if name not in smaller],
+        together=scope == "global",
+    )
+    for name, weight in weights_of(student).items():
+        if name in masked:
+            set_mask(weight, weight.value != 0)
+    return found

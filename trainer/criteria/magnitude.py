@@ -1,0 +1,10 @@
+from torch import Tensor
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """The smallest weights go first.
+
+    The score is |w|.
+    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+    """
+    return weight.detach().abs()

@@ -1,0 +1,40 @@
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from trainer.mistakes import Mistake
+
+AMOUNT = "sensitivity"
+SCHEDULES = ("once", "cubic")
+
+
+def std(
+    weight: Tensor, alive: Tensor, parts: int, *, sensitivity: PositiveFloat | dict[str, PositiveFloat]
+) -> tuple[Tensor, list[float]]:
+    """Weights go whose magnitude is at most sensitivity x the standard deviation of the layer's surviving weights.
+
+    sensitivity: one for all layers, or {layer: value}. Gates of a recurrent layer and query, key and value of attention have
+    a threshold each. The deviation is the population's (numpy's `std`).
+    Raises Mistake for a layer without weights that differ, and a sensitivity that prunes every weight.
+    Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+    """
+    masks, thresholds = [], []
+    for part, alive_part in zip(weight.detach().chunk(parts), alive.chunk(parts), strict=True):
+        survivors = part[alive_part]
+        if survivors.numel() == 0 or not survivors.any():
+            raise Mistake("no weights are left to prune: all are zero")
+        if survivors.numel() > 1 and survivors.min() == survivors.max():
+            raise Mistake(
+                f"all weights left are {survivors[0].item():.3g}, so their standard deviation parts none "
+                "from the others: name the layer in exclude"
+            )
+        threshold = sensitivity * survivors.double().std(correction=0).item()
+        thresholds.append(threshold)
+        masks.append(alive_part & (part.abs() > threshold))
+    mask = torch.cat(masks)
+    if not mask.any():
+        raise Mistake(
+            f"sensitivity {sensitivity} prunes every weight "
+            f"(threshold {max(thresholds):.3g}, largest weight {weight.abs().max().item():.3g})"
+        )
+    return mask, thresholds

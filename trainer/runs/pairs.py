@@ -1,0 +1,43 @@
+"""Which student layer a recipe's losses compare with which teacher layer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from trainer.data.batches import make_data
+from trainer.distillation.objective import Objective
+from trainer.networks.build import create
+from trainer.recipe.recipe import read
+from trainer.recipe.stages import terms_of
+from trainer.runs.checks import check_layers
+from trainer.runs.opening import make_teacher
+
+
+def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python: bool = False) -> str:
+    """Tables of the paired layers, one for the stages that share it.
+
+    Raises RecipeError for a faulty recipe, and for layers that do not exist or cannot be paired.
+    """
+    recipe, _ = read(path, changes, allow_python)
+    data = make_data(recipe.data, torch.device("cpu"))
+    teacher = make_teacher(recipe, data)
+    student = create(recipe.student, data.shape, len(data.classes))
+    check_layers(recipe, student, data, teacher, "cpu")
+    tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
+    for number, stage in enumerate(recipe.stages):
+        terms = terms_of(stage)
+        rows = Objective(student, terms, data, teacher).pairs() if terms else []
+        shown = [
+            {
+                key: "x".join(map(str, value)) if isinstance(value, tuple) else value
+                for key, value in row.items()
+            }
+            for row in rows
+        ]
+        if rows:
+            tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
+    if not tables:
+        return f"{path}: no loss looks at layers"
+    return "\n".join(f"{', '.join(stages)}\n{table}\n" for table, stages in tables.items())
