@@ -87,7 +87,6 @@ def seconds_of_fit(
             student_spec={},
             teacher=guide,
             log=log,
-            recipe_path=Path(folder),
             stage_name="train",
         )
         started = clock()

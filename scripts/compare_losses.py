@@ -39,7 +39,7 @@ from trainer.recipe.recipe import read
 from trainer.runs.runner import begun
 from trainer.storage import files
 from trainer.storage.lock import lock
-from trainer.training.evaluate import percent_right, predict, student_view, teacher_answers
+from trainer.training.evaluate import normalized, percent_right, predict, teacher_answers
 from trainer.training.fit import fit
 from trainer.training.run import Run
 
@@ -202,14 +202,15 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
     numbers = fit(own, objective, training, clock)
     objective.finish()
     own.student.eval()
-    view = student_view(own, own.student)
-    answers = predict(own, view, own.data.test)
+    network = normalized(own.student, own.data)
+    answers = predict(network, own.data.test, own.accelerator)
+    answers_validation = predict(network, own.data.validation, own.accelerator)
     steps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
     found = {
         "name": name,
         "facts": facts,
         "top1": percent_right(answers, own.data.test.labels),
-        "top1_validation": percent_right(predict(own, view, own.data.validation), own.data.validation.labels),
+        "top1_validation": percent_right(answers_validation, own.data.validation.labels),
         "agreement": percent_right(answers, teacher_answers(run, "test")),
         "step_seconds": statistics.median(steps),
         "train_seconds": numbers["train_seconds"],

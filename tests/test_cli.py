@@ -254,7 +254,7 @@ def test_a_mistake_inside_a_training_is_one_line(say, monkeypatch, tmp_path):
     def refused(*_):
         raise Mistake("there is nothing to train")
 
-    monkeypatch.setattr("trainer.training.fit.make_optimizer", refused)
+    monkeypatch.setattr("trainer.training.state.make_optimizer", refused)
     status, _, err = say("run", recipe(tmp_path), "--folder", tmp_path / "runs")
     assert status == 2 and err.splitlines()[-1] == "trainer: there is nothing to train"
 

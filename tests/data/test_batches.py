@@ -149,7 +149,7 @@ def test_batches_in_memory():
 def test_batches_from_disk_come_in_order_whatever_the_workers(folder, workers):
     data = data_of(dataset="image_folder", folder=folder, size=8, validation=2, workers=workers)
     order = epoch_order(10, 4, 0, 0, 0, 1)
-    got = list(batches(data.train, order, data.workers, CPU))
+    got = list(batches(data.train, order, data.train.workers, CPU))
     assert [tuple(images.shape) for images, _, _ in got] == [(4, 3, 8, 8), (4, 3, 8, 8), (2, 3, 8, 8)]
     index = torch.cat([index for _, _, index in got])
     assert torch.equal(index, data.train.ids[torch.cat(order)])

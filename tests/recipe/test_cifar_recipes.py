@@ -38,12 +38,13 @@ def test_a_published_pair(path):
     assert "not run yet" in text and read.name == path.stem
     for stage in read.stages:
         how = stage.training
-        assert (how.epochs, how.batch_size, how.lr, how.momentum, how.weight_decay) == (
+        assert (how.epochs, how.batch_size, how.lr, how.momentum, how.weight_decay, how.decay_all) == (
             240,
             64,
             0.05,
             0.9,
             5e-4,
+            True,
         )
         assert (how.optimizer, how.schedule, how.milestones, how.gamma) == (
             "sgd",

@@ -72,7 +72,6 @@ def make_run(folder, spec=None, accelerator=None, **data):
         student_spec=spec,
         teacher=None,
         log=log,
-        recipe_path=Path("x.yaml"),
         stage=1,
         stage_name="prune",
     )

@@ -57,7 +57,6 @@ def make_run(tmp_path):
             student_spec=dict(spec),
             teacher=None,
             log=logs[-1],
-            recipe_path=Path("x.yaml"),
             stage_name="share",
         )
 
@@ -185,10 +184,9 @@ def test_soft_entropy_is_finite_where_values_are_unused_or_coincide(values):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_no_weight_decay_on_what_is_shared(optimizer):
     model, _, _, _ = opened()
-    settings = Training(epochs=1, optimizer=optimizer, weight_decay=0.1)
-    decays = {
-        id(p): g["weight_decay"] for g in make_optimizer(model, settings).param_groups for p in g["params"]
-    }
+    settings = Training(epochs=1, optimizer=optimizer, weight_decay=0.1, decay_all=True)
+    groups = make_optimizer(nn.ModuleDict({"student": model}), settings).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     own = model[0].parametrizations.weight
     assert decays == {id(own.original): 0.0, id(own[0].centroids): 0.0, id(model[0].bias): 0.1}
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ class Tiny(nn.Module):
         return self.fc2(torch.relu(self.norm(self.fc1(x.flatten(1)))))
 
 
+class Alone(nn.Module):
+    """Stands for an objective that has nothing to learn beside its student."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+
 def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **data):
     keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
     accelerator = accelerator or Accelerator(cpu=True)
@@ -81,7 +90,6 @@ def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **da
         student_spec={},
         teacher=teacher,
         log=log,
-        recipe_path=Path("x.yaml"),
         stage=stage,
         stage_name="train",
     )
@@ -174,6 +182,7 @@ def test_one_cycle_rises_for_three_tenths_and_falls_to_a_ten_thousandth():
         {"epochs": 0},
         {"lr": 0},
         {"ema": 1.0},
+        {"decay_all": True},
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings):
@@ -213,7 +222,8 @@ def test_centroids_take_no_weight_decay_and_frozen_parameters_are_left_out(name,
     place = weights_of(model)["fc1"]
     set_codebook(place, *cluster(place, 4))
     model.fc2.bias.requires_grad_(False)
-    optimizer = make_optimizer(model, Training(epochs=1, optimizer=name, weight_decay=0.1, **settings))
+    training = Training(epochs=1, optimizer=name, weight_decay=0.1, decay_all=True, **settings)
+    optimizer = make_optimizer(Alone(model), training)
     assert type(optimizer) is kind
     plain, free = optimizer.param_groups
     assert (plain["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
@@ -225,7 +235,7 @@ def test_centroids_take_no_weight_decay_and_frozen_parameters_are_left_out(name,
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="all parameters are frozen"):
-        make_optimizer(Tiny().requires_grad_(False), Training(epochs=1))
+        make_optimizer(Alone(Tiny().requires_grad_(False)), Training(epochs=1))
 
 
 def test_weight_decay_spares_the_centroids_in_training(tmp_path):
@@ -236,7 +246,7 @@ def test_weight_decay_spares_the_centroids_in_training(tmp_path):
     nn.init.zeros_(run.student.fc2.weight)  # then no gradient reaches fc1, and decay alone would move it
     run.student.fc2.weight.requires_grad_(False)
     before = weights(run)
-    train(run, weight_decay=0.5)
+    train(run, weight_decay=0.5, decay_all=True)
     after = weights(run)
     assert torch.equal(
         before["fc1.parametrizations.weight.original"], after["fc1.parametrizations.weight.original"]
@@ -313,6 +323,25 @@ def test_numbers_and_log(tmp_path, monkeypatch):
     epochs = [line for line in told if "epoch" in line]
     assert [(line["epoch"], line["step"]) for line in epochs] == [(1, 3), (2, 6)]
     assert all(0 <= line["validation"] <= 100 and line["images_per_second"] > 0 for line in epochs)
+
+
+def test_two_frames_of_the_loop_lie_between_a_stage_and_the_objective(tmp_path, monkeypatch):
+    """Whoever debugs a loss sees fit, its epoch and the objective: torch's own frames between them aside."""
+    found, forward = [], Objective.forward
+
+    def watched(self, *given):
+        if self.training:
+            ours = [
+                f
+                for f in traceback.extract_stack()
+                if Path(f.filename).is_relative_to(Path(fitting.__file__).parents[1])
+            ]
+            found.append([(Path(frame.filename).stem, frame.name) for frame in ours])
+        return forward(self, *given)
+
+    monkeypatch.setattr(Objective, "forward", watched)
+    train(make_run(tmp_path), epochs=1)
+    assert found == [[("fit", "fit"), ("fit", "_epoch")]] * 3
 
 
 def test_a_batch_that_does_not_split_over_the_processes_is_refused(tmp_path):
@@ -776,6 +805,15 @@ def test_a_training_of_an_older_version_is_not_gone_on_with(tmp_path, often):
         Mistake, match="an older version of the program was interrupted .* remove that folder"
     ):
         attempt(tmp_path, **SETTINGS[0])
+
+
+def test_a_training_with_other_groups_of_parameters_is_not_gone_on_with(tmp_path, often):
+    """Under the older rule weight decay was on all parameters, which were one group."""
+    settings = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.01, "epochs": 4}
+    assert attempt(tmp_path, 20, decay_all=True, **settings) is None
+    with pytest.raises(Mistake, match="an older version of the program was interrupted"):
+        attempt(tmp_path, **settings)
+    assert attempt(tmp_path, decay_all=True, **settings) is not None
 
 
 # a whole run, killed

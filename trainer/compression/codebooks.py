@@ -137,7 +137,7 @@ def _cheapest(
 
 
 def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable tensors of all shared weights, centroids and latent weights: they take no weight decay."""
+    """The trainable tensors of all shared weights, centroids and latent weights: none takes weight decay (`NoDecay`)."""
     found = {}
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList) and isinstance(

@@ -49,6 +49,16 @@ class Mask(nn.Module):
         self.score.add_(self._criterion(weight, gradient))
 
 
+class NoDecay(nn.Parameter):
+    """A parameter that weight decay would spoil: it has none in any training, and optimizers need know no more.
+
+    A type, since a copy.deepcopy of a plain parameter forgets what is set on it. (torch's parameters that are not
+    initialised yet become their type in the same way, by their `__class__`, and so stay the objects they are.)
+    """
+
+    no_decay = True
+
+
 class _Lookup(torch.autograd.Function):
     """table[codes]; the gradient of an entry is the sum over its codes, added up in float64 where the device can."""
 
@@ -131,7 +141,7 @@ class TrainedCodebook(nn.Module):
         positions = self.alive.reshape(-1).nonzero().reshape(-1)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("group", positions // (alive.numel() // len(centroids)), persistent=False)
-        self.centroids = nn.Parameter(centroids.detach().clone())
+        self.centroids = NoDecay(centroids.detach().clone())
         self.counts_bits = bool(cost.any())
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -224,7 +234,10 @@ def parametrize_weight(layer: "Weight", parametrization: nn.Module) -> None:
         # Registration changes the tensor in place, under the twin's feet: until it is tied again it gets its own.
         setattr(other, name, nn.Parameter(getattr(module, attribute).detach().clone()))
     parametrize.register_parametrization(module, attribute, parametrization)
-    module.parametrizations[attribute].original.requires_grad_(trainable)
+    original = module.parametrizations[attribute].original
+    original.requires_grad_(trainable)
+    if isinstance(parametrization, Codebook | TrainedCodebook):
+        original.__class__ = NoDecay  # the shared values, or the latent weights that choose among them
     for other, name in tied:
         # Registering a second time would make a second trainable tensor: the tie is to one and the same list.
         parametrize.register_parametrization(other, name, parametrization)

@@ -51,9 +51,9 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         order = order.to(device)
     return Data(
         name=keys.dataset,
-        train=Part(train, order[held_out : held_out + size].sort().values),
-        validation=Part(train, order[:held_out].sort().values),
-        test=Part(test, torch.arange(len(test), device=order.device)),
+        train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
+        validation=Part(train, order[:held_out].sort().values, keys.workers),
+        test=Part(test, torch.arange(len(test), device=order.device), keys.workers),
         classes=source.classes,
         mean=mean,
         std=std,
@@ -65,7 +65,6 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         seed=keys.seed,
         mixup=keys.mixup,
         cutmix=keys.cutmix,
-        workers=keys.workers,
         fingerprint=digest.hexdigest(),
     )
 

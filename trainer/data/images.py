@@ -58,10 +58,14 @@ class Source:
 
 @dataclass
 class Part:
-    """Some of a source's images. ids: [len] int64, each sample's position in the source, the same in every run."""
+    """Some of a source's images. ids: [len] int64, each sample's position in the source, the same in every run.
+
+    workers: processes that read the images, where they lie on disk.
+    """
 
     images: Images
     ids: Tensor
+    workers: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,8 +86,8 @@ class Data:
     """The images of a run. The train and validation parts come from the source's training set, test from its own.
 
     num_samples: size of the source's training set, so that every `index` is below it. views: how many different
-    augmented views there are before they repeat, None for endless ones. kept: the `data.KeptViews`, if any. workers:
-    processes that read from disk. fingerprint: tells one set of training images from another.
+    augmented views there are before they repeat, None for endless ones. kept: the `data.KeptViews`, if any.
+    fingerprint: tells one set of training images from another.
     """
 
     name: str
@@ -101,8 +105,12 @@ class Data:
     seed: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
-    workers: int = 0
     fingerprint: str = ""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether training images are mixed with others: what is seen then has no number and no single label."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def labelled(self) -> bool:

@@ -224,8 +224,11 @@ class Training(Entry):
     schedule: `constant`, `cosine` to 0, `one_cycle` (up over the first 30 %, then down to 1/10000), `step` (times `gamma` at
     each epoch of `milestones`); `warmup`: epochs of linear rise before it. clip: largest norm of the gradient. keep: the
     `last` weights or those of the `best` validation accuracy. patience: stop after so many epochs without a better
-    one. ema: decay of the exponential moving average of the weights, which is then what is kept. weight_decay is
-    never put on centroids. momentum and nesterov are sgd's.
+    one. ema: decay of the exponential moving average of the weights, which is then what is kept. momentum and nesterov
+    are sgd's.
+
+    weight_decay: of the student's weights alone, as in timm; its norms and biases, shared values (centroids), projectors
+    and parameters of losses have none. decay_all: of everything but shared values.
 
     How it is run, which changes results by rounding only: compile, by torch.compile (a minute more at the start; on CPUs it
     needs a C++ compiler); channels_last, with images and convolutions in that memory layout. The recipe's `precision` is that
@@ -239,6 +242,7 @@ class Training(Entry):
     lr: PositiveFloat = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     weight_decay: NonNegativeFloat = 0.0
+    decay_all: bool = False
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     nesterov: bool = False
     schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
@@ -262,6 +266,8 @@ class Training(Entry):
             )
         if self.nesterov and not self.momentum:
             raise Mistake("nesterov has no effect without momentum")
+        if self.decay_all and not self.weight_decay:
+            raise Mistake("decay_all has no effect with weight_decay 0")
         if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
             raise Mistake(
                 f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them"

@@ -33,7 +33,9 @@ def guard_teacher(run: Run) -> None:
     doubt = 3 * math.sqrt(chance * (1 - chance) / max(1, int((part.labels >= 0).sum())))
     for number, network in enumerate(guide.networks):
         if several:
-            answers = predict(run, lambda images, n=number, net=network: net(guide.prepare(images, n)), part)
+            answers = predict(
+                lambda images, n=number, net=network: net(guide.prepare(images, n)), part, run.accelerator
+            )
         else:
             answers = teacher_answers(run, "validation")
         share = percent_right(answers, part.labels) / 100

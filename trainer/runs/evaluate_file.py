@@ -10,8 +10,7 @@ from trainer.packing import network as packed
 from trainer.recipe.recipe import read
 from trainer.runs.opening import accelerator_of
 from trainer.storage.weights_file import digest
-from trainer.training.evaluate import percent_right, predict, student_view
-from trainer.training.run import Run
+from trainer.training.evaluate import normalized, percent_right, predict
 
 
 def evaluate_file(
@@ -36,21 +35,9 @@ def evaluate_file(
     if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
         raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
     model.to(accelerator.device)
-    run = Run(
-        name=recipe.name,
-        folder=Path(),
-        seed=0,
-        accelerator=accelerator,
-        data=data,
-        student=model,
-        student_spec={},
-        teacher=None,
-        log=None,
-        recipe_path=path,
-    )
-    top1 = percent_right(predict(run, student_view(run, model), data.test), data.test.labels)
+    answers = predict(normalized(model, data), data.test, accelerator)
     return {
-        "top1": top1,
+        "top1": percent_right(answers, data.test.labels),
         "images": len(data.test),
         "digest": digest(model.state_dict()),
         "file_bytes": len(content),

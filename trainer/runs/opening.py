@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
 
-from trainer.compression.states import dense_bytes
 from trainer.data.batches import make_data
 from trainer.data.images import Data
 from trainer.distillation.onednn import kinds_in_float32
@@ -93,53 +93,47 @@ def _asked_for_more(num_processes: int) -> bool:
 def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> Run:
     with accelerator.local_main_process_first():  # what is missing is fetched once
         data = make_data(recipe.data, accelerator.device)
-        guide = make_teacher(recipe, data)
-    run = Run(
+        teacher = make_teacher(recipe, data)
+    torch.manual_seed(recipe.seed * 2 + 1)
+    student = create(recipe.student, data.shape, len(data.classes))
+    if recipe.student.from_teacher and not copy_layers(student, teacher.network):
+        message = "has no effect: no layer of the student is of a kind that the teacher has"
+        raise RecipeError(recipe.fault(("student", "from_teacher"), message))
+    student.to(accelerator.device)
+    if teacher is not None:
+        teacher.to(accelerator.device)
+    check_layers(recipe, student, data, teacher, accelerator.device)
+    networks = [student, *(teacher.networks if teacher is not None else [])]
+    _report_float32(networks, recipe.precision, accelerator)
+    return Run(
         name=recipe.name,
         folder=here,
         seed=recipe.seed,
         accelerator=accelerator,
         data=data,
-        student=None,
+        student=student,
         student_spec=spec(recipe.student),
-        teacher=guide,
+        teacher=teacher,
         log=log,
-        recipe_path=here / "recipe.yaml",
         allow_python=recipe.allows_python,
     )
-    torch.manual_seed(recipe.seed * 2 + 1)
-    run.student = create(recipe.student, data.shape, len(data.classes))
-    if recipe.student.from_teacher and not copy_layers(run.student, run.teacher.network):
-        told = "has no effect: no layer of the student is of a kind that the teacher has"
-        raise RecipeError(recipe.fault(("student", "from_teacher"), told))
-    run.student.to(accelerator.device)
-    run.student_bytes = dense_bytes(run.student)
-    if run.teacher is not None:
-        run.teacher.to(accelerator.device)
-    check_layers(recipe, run.student, data, run.teacher, accelerator.device)
-    _tell_float32(run, recipe)
-    return run
 
 
-def _tell_float32(run: Run, recipe: Recipe) -> None:
+def _report_float32(networks: list[nn.Module], precision: str, accelerator: Accelerator) -> None:
     """Says what the recipe's precision does not reach, because this machine has it in float32 only."""
-    if (
-        recipe.precision == "no"
-        or run.accelerator.device.type != "cpu"
-        or not run.accelerator.is_main_process
-    ):
+    if precision == "no" or accelerator.device.type != "cpu" or not accelerator.is_main_process:
         return
-    if not run.accelerator.native_amp:
+    if not accelerator.native_amp:
         print(
-            f"precision {recipe.precision}: Accelerate has it on GPUs only: all is computed in float32 here",
+            f"precision {precision}: Accelerate has it on GPUs only: all is computed in float32 here",
             flush=True,
         )
         return
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    kinds = kinds_in_float32([run.student, *(run.teacher.networks if run.teacher is not None else [])], dtype)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    kinds = kinds_in_float32(networks, dtype)
     if kinds:
         print(
-            f"precision {recipe.precision}: this processor does not have {', '.join(kinds)} in it: "
+            f"precision {precision}: this processor does not have {', '.join(kinds)} in it: "
             "these layers compute in float32",
             flush=True,
         )

@@ -24,7 +24,7 @@ from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
 from trainer.runs.runner import begun
 from trainer.storage import files
-from trainer.training.evaluate import percent_right, predict, student_view, truth
+from trainer.training.evaluate import normalized, percent_right, predict, truth
 from trainer.training.run import Run
 
 if TYPE_CHECKING:
@@ -104,11 +104,11 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
     criterion = find("method", keys.method)
     by_std = beside(criterion, "AMOUNT") == "sensitivity"
     run.student.to(run.accelerator.device).eval()
-    view = student_view(run, run.student)
+    view = normalized(run.student, run.data)
     labels = truth(run, run.data.validation)
 
     def accuracy() -> float:
-        return percent_right(predict(run, view, run.data.validation), labels)
+        return percent_right(predict(view, run.data.validation, run.accelerator), labels)
 
     dense = accuracy()
     layers, masks = [], {}

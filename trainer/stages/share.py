@@ -28,7 +28,7 @@ from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys, Training
-from trainer.training.evaluate import student_view, truth
+from trainer.training.evaluate import normalized, truth
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
@@ -201,7 +201,7 @@ def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict
     views = Views(run.data)
     tensors = {name: _trained(layer) for name, layer in layers.items()}
     sums = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    for images, labels, index in batches(run.data.train, order, run.data.workers, device):
+    for images, labels, index in batches(run.data.train, order, run.data.train.workers, device):
         loss = objective(views.augmented(images, index, 0), labels, index)["loss"]
         gradients = torch.autograd.grad(loss, list(tensors.values()))
         for name, gradient in zip(tensors, gradients, strict=True):
@@ -287,11 +287,11 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
 def _loss(run: Run, student: nn.Module) -> float:
     """Mean cross-entropy on the validation images, of their labels or, where there are none, the teacher's answers."""
     part: Part = run.data.validation
-    labels, view = truth(run, part), student_view(run, student)
+    labels, view = truth(run, part), normalized(student, run.data)
     total, number = 0.0, 0
     order = list(torch.arange(len(part)).split(500))
     for positions, (images, _, _) in zip(
-        order, batches(part, order, run.data.workers, run.accelerator.device), strict=True
+        order, batches(part, order, part.workers, run.accelerator.device), strict=True
     ):
         right = labels[positions.to(labels.device)].to(run.accelerator.device)
         known = right >= 0

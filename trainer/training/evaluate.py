@@ -1,28 +1,32 @@
 """Accuracy and agreement of a network, each image counted once, and the report's rows."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trainer.data.batches import batches
-from trainer.data.images import InMemory, Part, normalize
+from trainer.data.images import Data, InMemory, Part, normalize
 from trainer.distributed import summed
 from trainer.training.run import Run
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 @torch.no_grad()
-def predict(run: Run, network: Callable[[Tensor], Tensor], part: Part) -> Tensor:
+def predict(network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accelerator") -> Tensor:
     """The class that `network` (images in [0, 1] -> logits) gives each image of a part: [len(part)] int64.
 
     The processes of a run each take every so many-th batch, and their answers are added up: nothing is counted twice.
     """
-    accelerator = run.accelerator
-    size = 1000 if isinstance(part.images, InMemory) and run.data.shape[1] <= 64 else 128
+    small = isinstance(part.images, InMemory) and part.images.images.shape[2] <= 64
+    size = 1000 if small else 128
     order = list(torch.arange(len(part)).split(size))[accelerator.process_index :: accelerator.num_processes]
     answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
     for positions, (images, _, _) in zip(
-        order, batches(part, order, run.data.workers, accelerator.device), strict=True
+        order, batches(part, order, part.workers, accelerator.device), strict=True
     ):
         answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
     return summed(answers)
@@ -43,9 +47,8 @@ def teacher_answers(run: Run, part_name: str) -> Tensor | None:
         return None
     key = (part_name, run.teacher.version)
     if key not in run.answers:
-        run.answers[key] = predict(
-            run, lambda images: run.teacher.see(images).logits, getattr(run.data, part_name)
-        )
+        part = getattr(run.data, part_name)
+        run.answers[key] = predict(lambda images: run.teacher.see(images).logits, part, run.accelerator)
     return run.answers[key]
 
 
@@ -56,19 +59,19 @@ def truth(run: Run, part: Part) -> Tensor:
     return teacher_answers(run, "validation" if part is run.data.validation else "test")
 
 
-def student_view(run: Run, network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`network` as a function of images in [0, 1], with the data's normalisation."""
-    return lambda images: network(normalize(images, run.data.mean, run.data.std))
+def normalized(network: nn.Module, data: Data) -> Callable[[Tensor], Tensor]:
+    """The network as a function of images in [0, 1], with the data's normalisation."""
+    return lambda images: network(normalize(images, data.mean, data.std))
 
 
 @torch.no_grad()
 def logits(run: Run, most: int | None = None) -> Tensor:
     """The student's outputs [N, K] for the validation images, the first `most` of them."""
     part, device = run.data.validation, run.accelerator.device
-    view = student_view(run, run.student.eval())
+    network = normalized(run.student.eval(), run.data)
     order = list(torch.arange(len(part))[:most].split(500))
     return torch.cat(
-        [view(images.float() / 255) for images, _, _ in batches(part, order, run.data.workers, device)]
+        [network(images.float() / 255) for images, _, _ in batches(part, order, part.workers, device)]
     )
 
 

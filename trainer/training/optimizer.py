@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from trainer.compression.codebooks import centroid_parameters
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.keys import Training
 
 
-def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; centroids are in a group of their own without weight decay."""
-    free = {id(parameter) for parameter in centroid_parameters(module)}
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in trainable if id(p) not in free], "weight_decay": training.weight_decay}]
-    if free:
-        groups.append({"params": [p for p in trainable if id(p) in free], "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+def make_optimizer(objective: Objective, training: Training) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; those without weight decay are in a group of their own."""
+    spared = {id(parameter) for parameter in without_decay(objective, training)}
+    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if not trainable:
         raise Mistake("there is nothing to train: all parameters are frozen")
+    groups = [
+        {"params": [p for p in trainable if id(p) not in spared], "weight_decay": training.weight_decay},
+        {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if training.optimizer == "sgd":
         momentum = 0.0 if training.momentum is None else training.momentum
         return torch.optim.SGD(
@@ -32,6 +32,22 @@ def make_optimizer(module: nn.Module, training: Training) -> torch.optim.Optimiz
         )
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=training.lr, fused=True)
+
+
+def without_decay(objective: Objective, training: Training) -> list[nn.Parameter]:
+    """The parameters that no weight decay is put on, for every optimizer alike.
+
+    Of the student its norms and biases, which have one dimension, as in timm; whatever carries a mark, `no_decay`, such
+    as the values that weights share; and all that is learned beside the student: projectors, parameters of losses.
+    With `decay_all` only what carries the mark.
+    """
+    marked = [parameter for parameter in objective.parameters() if getattr(parameter, "no_decay", False)]
+    # Where nothing decays the groups are as they always were, so that interrupted trainings go on.
+    if training.decay_all or not training.weight_decay:
+        return marked
+    of_student = {id(parameter): parameter for parameter in objective.student.parameters()}
+    beside = [parameter for parameter in objective.parameters() if id(parameter) not in of_student]
+    return [*marked, *beside, *(p for p in of_student.values() if p.ndim <= 1)]
 
 
 def cpp_compiler() -> str:

@@ -91,13 +91,20 @@ class Progress:
             checkpoint.save(self.folder, groups, facts, states=states)
         accelerator.wait_for_everyone()
 
+    def _fits(self, state: dict | None) -> bool:
+        """Whether a kept state of the optimizer has this one's groups of parameters."""
+        if state is None:  # of a training that is finished
+            return True
+        kept, own = state["param_groups"], self.optimizer.param_groups
+        return [len(group["params"]) for group in kept] == [len(group["params"]) for group in own]
+
     def load(self) -> tuple[int, dict]:
         """Takes up the newest valid checkpoint; returns the steps done and the tally, those of a fresh start without one."""
         found = checkpoint.load(self.folder)
         if found is None:
             return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}
         groups, facts = found
-        if "optimizer" in facts:
+        if "optimizer" in facts or not self._fits(groups.get("optimizer")):
             raise Mistake(
                 f"{self.folder}: an older version of the program was interrupted in this training, and this one cannot go on from "
                 "there: remove that folder, and the training begins anew; the stages before it stand"

@@ -5,9 +5,8 @@ import time
 from torch import nn
 
 from trainer.compression import weights
-from trainer.compression.states import dense_bytes
 from trainer.compression.weights import weights_of
-from trainer.training.evaluate import percent_right, predict, student_view, teacher_answers
+from trainer.training.evaluate import normalized, percent_right, predict, teacher_answers
 from trainer.training.run import Run
 
 
@@ -20,8 +19,9 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 
     started = time.monotonic()
     run.student.eval()
-    view = student_view(run, run.student)
-    answers = predict(run, view, run.data.test)
+    network = normalized(run.student, run.data)
+    answers = predict(network, run.data.test, run.accelerator)
+    answers_validation = predict(network, run.data.validation, run.accelerator)
     taught = teacher_answers(run, "test")
     counts = weights.counts(run.student)
     file_bytes = len(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))
@@ -29,11 +29,11 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
         "stage": label,
         "index": run.stage,
         "top1": percent_right(answers, run.data.test.labels),
-        "top1_validation": percent_right(predict(run, view, run.data.validation), run.data.validation.labels),
+        "top1_validation": percent_right(answers_validation, run.data.validation.labels),
         "agreement": None if taught is None else (answers == taught).double().mean().item() * 100,
         **counts,
         "file_bytes": file_bytes,
-        "ratio_student": (run.student_bytes or dense_bytes(run.student)) / file_bytes,
+        "ratio_student": run.student_bytes / file_bytes,
         "ratio_teacher": None if run.teacher is None else run.teacher.num_bytes / file_bytes,
         "seconds": seconds,
         "measure_seconds": time.monotonic() - started,
