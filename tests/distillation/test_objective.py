@@ -734,7 +734,7 @@ def test_several_teachers_against_naive_formulas(batch):
 
     shares = [1.0, 2.0, 0.5]
     for combine in ("logits", "probabilities", "confidence"):
-        guide = teacher_of(*networks, combine=combine, share=shares)
+        guide = teacher_of(*networks, combine=combine, weight=shares)
         objective = Objective(Small(), [term(loss="kl", temperature=1)], some_data(), guide)
         total = 0.0
         student = objective.student(normal(batch[0])).detach().double()

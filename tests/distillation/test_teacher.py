@@ -126,7 +126,7 @@ def test_each_of_several_teachers_is_examined(tmp_path, taught):
         match=r"teachers\[1\] has \d+\.\d\d % of the validation images right, and guessing 10.00 %",
     ):
         runner.run(written(tmp_path, text), folder=tmp_path)
-    text = text.replace(entries[1], entries[0].replace("}", ", share: 3}"))
+    text = text.replace(entries[1], entries[0].replace("}", ", weight: 3}"))
     result = runner.run(written(tmp_path, text), folder=tmp_path)
     assert [row["stage"] for row in result["rows"]] == ["teacher", "distilled"] and result["rows"][0][
         "top1"

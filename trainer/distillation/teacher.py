@@ -77,7 +77,7 @@ class Teacher:
 
     def fingerprint(self) -> str:
         facts = [
-            (digest(n.state_dict()), k.resize, k.mean, k.std, k.share)
+            (digest(n.state_dict()), k.resize, k.mean, k.std, k.weight)
             for n, k in zip(self.networks, self.keys, strict=True)
         ]
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
@@ -103,7 +103,7 @@ class Teacher:
         return Seen(self._agree([first.logits, *rest]), first.embedding, first.maps)
 
     def _agree(self, logits: list[Tensor]) -> Tensor:
-        shares = torch.tensor([k.share for k in self.keys], device=logits[0].device)
+        shares = torch.tensor([k.weight for k in self.keys], device=logits[0].device)
         shares = (shares / shares.sum())[:, None, None]
         stacked = torch.stack(logits).float()
         if self.combine == "logits":

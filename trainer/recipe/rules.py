@@ -140,10 +140,10 @@ def _teacher_faults(
     place: tuple, keys: TeacherKeys, combine: str | None, several: bool
 ) -> Iterator[tuple[tuple, str]]:
     yield from _model_faults(place, keys)
-    if "share" in keys.model_fields_set and not several:
-        yield (*place, "share"), "has no effect with one teacher"
-    elif "share" in keys.model_fields_set and combine == "confidence":
-        yield (*place, "share"), "has no effect with combine: confidence, which weighs each image by itself"
+    if "weight" in keys.model_fields_set and not several:
+        yield (*place, "weight"), "has no effect with one teacher"
+    elif "weight" in keys.model_fields_set and combine == "confidence":
+        yield (*place, "weight"), "has no effect with combine: confidence, which weighs each image by itself"
     if (keys.mean is None) != (keys.std is None):
         yield (
             (*place, "std" if keys.mean is None else "mean"),
