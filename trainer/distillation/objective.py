@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trainer.compression.weights import weights_of
 from trainer.data.images import Data, normalize
 from trainer.distillation import pairing
+from trainer.distillation.answers import Answers
 from trainer.distillation.bound import Bound, WithSettings, map_shapes
 from trainer.distillation.pairing import choose_layer, each_once, partner, weight_pairs
 from trainer.distillation.teacher import Teacher
@@ -37,6 +38,7 @@ class Objective(nn.Module):
     Mistake for a layer that does not exist, pairs that cannot be made, a teacher that is missing, and
     networks that do not give one logit for each class of the data. penalties: terms on the student's weights
     alone, {name: (weight, function of nothing)}. num_epochs: of the stage, for the weights' schedules.
+    cache: the teacher's kept answers; without them it is asked each time.
     prepare: what turns images in [0, 1] into what the student sees; the data's normalisation when not given.
     """
 
@@ -50,6 +52,7 @@ class Objective(nn.Module):
         device: torch.device | str = "cpu",
         prepare: Callable[[Tensor], Tensor] | None = None,
         penalties: Mapping[str, tuple[float, Callable[[], Tensor]]] = {},
+        cache: Answers | None = None,
     ) -> None:
         super().__init__()
         if not terms:
@@ -61,6 +64,7 @@ class Objective(nn.Module):
         self.teacher = (
             teacher  # no nn.Module, so nothing of it is registered here: see the module's docstring
         )
+        self.cache = cache
         self.num_epochs = num_epochs
         self.penalties = dict(penalties)
         self.prepare = prepare or (lambda images: normalize(images, data.mean, data.std))
@@ -234,7 +238,7 @@ class Objective(nn.Module):
         return {"loss": total, **terms}
 
     def _taught(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
-        cache = None if view is None else self.teacher.cache
+        cache = None if view is None else self.cache
         if cache is not None and cache.keeps(*self._see_teacher):
             return self._recalled(images, index, view)
         seen = self.teacher.see(images, *self._see_teacher)
@@ -252,14 +256,14 @@ class Objective(nn.Module):
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:
-        cache = self.teacher.cache
-        before = cache.computed
+        cache = self.cache
+        before = cache.num_computed
         seen = cache.see(images, index, view, *self._see_teacher)
-        self._count(cache.computed - before)
+        self._count(cache.num_computed - before)
         return seen
 
     def _kept(self, seen: features.Seen, index: Tensor, view: int) -> None:
-        self.teacher.cache.keep(seen, index, view)
+        self.cache.keep(seen, index, view)
 
     def _count(self, num_images: int) -> None:
         self._teacher_images += num_images

@@ -1,7 +1,7 @@
 """Whether and where the teacher's answers are kept."""
 
 from trainer.data.fetch import cache_folder
-from trainer.distillation.answers import ViewCache
+from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
@@ -10,7 +10,7 @@ from trainer.recipe.text import RecipeError
 from trainer.training.run import Run
 
 
-def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCache | None:
+def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers | None:
     """Opens the cache of the teacher's answers for the stages to come: as the recipe says, or, where it says nothing, in
     memory, with what the most stages need that fits. Raises RecipeError when what the recipe says cannot be done.
     """
@@ -48,7 +48,7 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCache
             layers |= dict.fromkeys(objective.teacher_layers)
         folder = (cache_folder() if keys.where == "disk" else run.folder) / "views"
         try:
-            cache = ViewCache(
+            cache = Answers(
                 run.teacher,
                 data,
                 folder,
@@ -65,7 +65,7 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCache
                 raise RecipeError(recipe.fault(("cache",), str(error))) from error
             refused = str(error)
             continue
-        run.log.numbers("cache", 0, num_bytes=cache.num_bytes, **lost)
+        run.log.numbers("cache", 0, num_bytes=cache.file.num_bytes, **lost)
         if accelerator.is_main_process:
             told = "".join(f"; {key} {value:.3g}" for key, value in lost.items())
             print(f"the teacher's answers are kept: {cache.describe()}{told}", flush=True)

@@ -15,7 +15,8 @@ class Run:
 
     folder: runs/NAME. teacher: None where the recipe has none. student_bytes: of the student as it was built, dense (0:
     as it is). stage: position of the stage now running. rows and layers are what the report says, histograms the
-    weights of its plots. answers: the teacher's, kept.
+    weights of its plots. answers: the teacher's classes for whole parts of the data. cache: its kept answers to the
+    training images, None where they are not kept.
     seconds_before: what earlier sessions of the run took. allow_python: whether the recipe may name `python:module:name`.
     learned: projectors and other learned parts of losses, handed from stage to stage.
     """
@@ -41,3 +42,4 @@ class Run:
     histograms: dict[str, dict] = field(default_factory=dict)
     learned: dict[str, Tensor] = field(default_factory=dict)
     answers: dict[tuple, Tensor] = field(default_factory=dict)
+    cache: Any = None
