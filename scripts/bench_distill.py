@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trainer.data import fetch
 from trainer.data.batches import make_data
 from trainer.data.images import Data
-from trainer.distillation.answers import ViewCache
+from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
@@ -100,10 +100,11 @@ def ours(
     epochs: int,
     accelerator: Accelerator,
     clock: str,
+    cache: Answers | None = None,
 ) -> float:
     """Seconds of a whole call of `fit`."""
     terms = [TypeAdapter(Term).validate_python(loss) for loss in losses]
-    objective = Objective(student, terms, data, guide, num_epochs=epochs)
+    objective = Objective(student, terms, data, guide, num_epochs=epochs, cache=cache)
     training = Training(epochs=epochs, lr=RATE, batch_size=BATCH)
     with contextlib.redirect_stdout(io.StringIO()):
         return seconds_of_fit(data, objective, training, accelerator, guide, partial(now, clock))
@@ -231,17 +232,15 @@ def compare(
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             numbers = iter(range(10**6))
-            warm = ViewCache(guide, data, folder / "warm")
+            warm = Answers(guide, data, folder / "warm")
 
-            def fitted(cache: ViewCache | None, losses: list[dict], epochs: int, data: Data = data) -> float:
-                guide.cache = cache
-                return ours(
-                    data, student(), guide if losses is TAUGHT else None, losses, epochs, accelerator, clock
-                )
+            def fitted(cache: Answers | None, losses: list[dict], epochs: int, data: Data = data) -> float:
+                teacher = guide if losses is TAUGHT else None
+                return ours(data, student(), teacher, losses, epochs, accelerator, clock, cache)
 
             def cold() -> float:
                 started = now(clock)  # making the file is part of it
-                cache = ViewCache(guide, data, folder / f"cold-{next(numbers)}")
+                cache = Answers(guide, data, folder / f"cold-{next(numbers)}")
                 return now(clock) - started + fitted(cache, TAUGHT, 1)
 
             loops: dict[str, tuple[int, Callable[[], float]]] = {
@@ -270,11 +269,11 @@ def compare(
             seconds: dict[str, list[float]] = {name: [] for name in loops}
             for _, loop in loops.values():
                 loop()  # warming up; fills the warm cache
-            asked = warm.computed
+            asked = warm.num_computed
             for _ in range(options.rounds):
                 for name, (_, loop) in loops.items():
                     seconds[name].append(loop())
-            assert warm.computed == asked, "the warm cache was not warm"
+            assert warm.num_computed == asked, "the warm cache was not warm"
         speeds = {name: [loops[name][0] / taken for taken in seconds[name]] for name in loops}
         report(speeds, threads, augmented, options)
 
@@ -324,8 +323,7 @@ def outside(threads: int, options: argparse.Namespace, accelerator: Accelerator)
     spent = [0.0]
     network.forward = timed(network.forward, spent, options.clock)
 
-    def share(cache: ViewCache | None, epochs: int) -> tuple[float, float]:
-        guide.cache = cache
+    def share(cache: Answers | None, epochs: int) -> tuple[float, float]:
         student = seeded(lambda: lenet5(data.shape, 10))
         student.forward = timed(student.forward, spent, options.clock)
         backward, accelerator.backward = (
@@ -334,14 +332,14 @@ def outside(threads: int, options: argparse.Namespace, accelerator: Accelerator)
         )
         try:
             spent[0] = 0.0
-            seconds = ours(data, student, guide, TAUGHT, epochs, accelerator, options.clock)
+            seconds = ours(data, student, guide, TAUGHT, epochs, accelerator, options.clock, cache)
         finally:
             accelerator.backward = backward
         return 100 * (1 - spent[0] / seconds), count * epochs / seconds
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        warm = ViewCache(guide, data, Path(folder))
+        warm = Answers(guide, data, Path(folder))
         share(warm, VIEWS)
         for name, cache, epochs in [("teacher online", None, 1), ("cache warm", warm, LONG)]:
             found = [share(cache, epochs) for _ in range(options.rounds)]

@@ -31,7 +31,7 @@ from trials import spread
 
 from trainer.cli import changes_of
 from trainer.data.batches import batches, make_data, seed_of
-from trainer.distillation.answers import ViewCache
+from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.networks.build import create, spec
 from trainer.recipe.keys import Augment, CacheKeys, Recipe
@@ -134,7 +134,7 @@ def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
         )
         layers |= dict.fromkeys(objective.teacher_layers)
     keys = CacheKeys(where="disk", embeddings=True, maps=bool(layers))
-    cache = ViewCache(
+    cache = Answers(
         run.teacher, run.data, folder / "views", keys, layers=list(layers), device=run.accelerator.device
     )
     cache.check()
@@ -142,7 +142,7 @@ def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
         run.data.train, list(torch.arange(len(run.data.train)).split(CACHED)), 0, run.accelerator.device
     ):
         cache.see(images.float() / 255, index, 0)
-    run.teacher.cache = cache
+    run.cache = cache
     print(f"the teacher's answers are kept: {cache.describe()}", flush=True)
 
 
@@ -192,6 +192,7 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
         own.teacher,
         num_epochs=training.epochs,
         device=own.accelerator.device,
+        cache=own.cache,
     )
     moments: list[float] = []
 

@@ -13,8 +13,9 @@ from pydantic import TypeAdapter
 
 from trainer.data.batches import batches, epoch_order, make_data
 from trainer.data.views import Views
-from trainer.distillation import answer_file, answers
-from trainer.distillation.answers import ViewCache
+from trainer.distillation import answer_file, answer_space, answers
+from trainer.distillation.answer_file import AnswerFile
+from trainer.distillation.answers import Answers
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.keys import CacheKeys, DataEntry, TeacherKeys
@@ -63,7 +64,7 @@ def epochs(cache, data, numbers, layers=(), embedding=False, rank=0, num_process
 
 def opened(data, guide, folder, keys=None, **settings):
     """A cache whose teacher has not been asked yet."""
-    cache = ViewCache(guide, data, folder, keys, **settings)
+    cache = Answers(guide, data, folder, keys, **settings)
     guide.shown = 0
     return cache
 
@@ -76,7 +77,7 @@ def test_kept_answers_are_the_live_ones_and_asked_for_once(tmp_path):
     guide = a_teacher(data)
     cache = opened(data, guide, tmp_path)
     first = epochs(cache, data, range(3))
-    assert guide.shown == cache.computed == 3 * len(data.train)
+    assert guide.shown == cache.num_computed == 3 * len(data.train)
     again = epochs(cache, data, range(3, 9))
     assert guide.shown == 3 * len(data.train)
     kept = {
@@ -109,7 +110,7 @@ def test_another_run_asks_nothing(tmp_path):
     assert "450 there already" in cache.describe()
     assert cache.check() == 8 and guide.shown == 8
     again = epochs(cache, data, range(3))
-    assert cache.computed == 0 and guide.shown == 8
+    assert cache.num_computed == 0 and guide.shown == 8
     assert all(torch.equal(a[3].logits, b[3].logits) for a, b in zip(first, again, strict=True))
 
 
@@ -119,7 +120,7 @@ def test_a_smaller_subset_and_other_batches_share_records(tmp_path):
     data = some_data()
     cache = opened(data, a_teacher(data), tmp_path)
     epochs(cache, data, [0])
-    assert cache.computed == 50
+    assert cache.num_computed == 50
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16"])
@@ -138,7 +139,7 @@ def test_embeddings_and_maps(tmp_path, kind):
         torch.testing.assert_close(seen.maps["conv2"], live.maps["conv2"], **tolerance)
         torch.testing.assert_close(seen.embedding, live.embedding, **tolerance)
         torch.testing.assert_close(seen.logits, live.logits, **tolerance)
-    assert cache.computed == 3 * len(data.train)
+    assert cache.num_computed == 3 * len(data.train)
 
 
 def test_what_was_asked_online_is_kept_if_it_is_a_whole_record(tmp_path):
@@ -148,11 +149,11 @@ def test_what_was_asked_online_is_kept_if_it_is_a_whole_record(tmp_path):
     images = Views(data).augmented(data.train.images.images[data.train.ids], data.train.ids, 0)
     cache.keep(guide.see(images, ["conv1"]), data.train.ids, 0)
     epochs(cache, data, [0])
-    assert cache.computed == 0
+    assert cache.num_computed == 0
     wide = opened(data, guide, tmp_path, CacheKeys(embeddings=True))
     wide.keep(guide.see(images), data.train.ids, 0)
     epochs(wide, data, [0])
-    assert wide.computed == len(data.train)
+    assert wide.num_computed == len(data.train)
 
 
 def test_a_teacher_that_learned_meanwhile_is_refused(tmp_path):
@@ -202,7 +203,7 @@ def test_what_is_lost_is_measured(tmp_path, keys):
     index = data.train.ids[:64]
     images = Views(data).augmented(data.train.images.images[index], index, 0)
     full, kept = guide.see(images).logits, cache.see(images, index, 0).logits
-    assert cache.computed == 0  # what was measured is kept
+    assert cache.num_computed == 0  # what was measured is kept
     for name, temperature in (("kl_1", 1), ("kl_4", 4)):
         assert lost[name] == pytest.approx(divergence(full, kept, temperature), rel=1e-4, abs=1e-9)
     assert lost["agreement"] == pytest.approx((full.argmax(1) == kept.argmax(1)).double().mean().item() * 100)
@@ -215,7 +216,7 @@ def test_what_is_lost_is_measured(tmp_path, keys):
 def test_top_of_few_classes_is_refused(tmp_path):
     data = some_data()
     with pytest.raises(ValueError, match="top 9 of 10"):
-        ViewCache(a_teacher(data), data, tmp_path, CacheKeys(top=9))
+        Answers(a_teacher(data), data, tmp_path, CacheKeys(top=9))
 
 
 # Fingerprints
@@ -223,9 +224,9 @@ def test_top_of_few_classes_is_refused(tmp_path):
 
 def test_whatever_the_answers_depend_on_has_its_own_folder(tmp_path):
     data = some_data()
-    here = opened(data, a_teacher(data), tmp_path).path
-    assert opened(some_data(), a_teacher(data), tmp_path).path == here
-    assert opened(some_data(subset=50), a_teacher(data), tmp_path).path == here
+    here = opened(data, a_teacher(data), tmp_path).file.folder
+    assert opened(some_data(), a_teacher(data), tmp_path).file.folder == here
+    assert opened(some_data(subset=50), a_teacher(data), tmp_path).file.folder == here
     others = {
         "teacher": opened(data, a_teacher(data, seed=1), tmp_path),
         "augment": opened(some_data(augment={"shift": 1, "rotate": 9}), a_teacher(data), tmp_path),
@@ -234,9 +235,9 @@ def test_whatever_the_answers_depend_on_has_its_own_folder(tmp_path):
         "record": opened(data, a_teacher(data), tmp_path, CacheKeys(type="float16")),
         "precision": opened(data, a_teacher(data), tmp_path, precision="bf16"),
     }
-    assert len({here, *(cache.path for cache in others.values())}) == 7
+    assert len({here, *(cache.file.folder for cache in others.values())}) == 7
     for name, cache in others.items():
-        facts = json.loads((cache.path / "facts.json").read_text())
+        facts = json.loads((cache.file.folder / "facts.json").read_text())
         first = json.loads((here / "facts.json").read_text())
         assert [key for key in facts if facts[key] != first[key]] == [name]
     changed = some_data()
@@ -248,7 +249,7 @@ def test_whatever_the_answers_depend_on_has_its_own_folder(tmp_path):
         patch.setattr("trainer.datasets.digits.digits", lambda *, size=8: fake(changed))
         other = make_data(made, torch.device("cpu"))
     assert other.fingerprint != data.fingerprint
-    assert opened(other, a_teacher(data), tmp_path).path != here
+    assert opened(other, a_teacher(data), tmp_path).file.folder != here
 
 
 def fake(data):
@@ -270,24 +271,26 @@ def test_it_is_told_why_kept_answers_are_not_taken(tmp_path, changes, seed, told
     first = opened(data, a_teacher(data), tmp_path)
     data = some_data(**changes)
     cache = opened(data, a_teacher(data, seed), tmp_path)
-    assert cache.describe().endswith(f"(0 there already; those in {first.path.name} are of another {told})")
+    assert cache.describe().endswith(
+        f"(0 there already; those in {first.file.folder.name} are of another {told})"
+    )
 
 
 def test_facts_of_another_run_are_refused(tmp_path):
     data = some_data()
-    facts = opened(data, a_teacher(data), tmp_path).path / "facts.json"
+    facts = opened(data, a_teacher(data), tmp_path).file.folder / "facts.json"
     facts.write_text(facts.read_text().replace('"seed": 0', '"seed": 5'))
     with pytest.raises(ValueError, match=f"{re.escape(str(facts.parent))}.*another seed; remove that folder"):
-        ViewCache(a_teacher(data), data, tmp_path)
+        Answers(a_teacher(data), data, tmp_path)
     facts.write_text("{")  # a description that was cut off is written again
-    ViewCache(a_teacher(data), data, tmp_path)
+    Answers(a_teacher(data), data, tmp_path)
     assert json.loads(facts.read_text())["seed"] == 0
 
 
 def test_endless_views_cannot_be_kept(tmp_path):
     data = some_data(views=None)
     with pytest.raises(ValueError, match="endless views"):
-        ViewCache(a_teacher(data), data, tmp_path)
+        Answers(a_teacher(data), data, tmp_path)
 
 
 def test_code_that_changed_is_found_out_by_live_answers(tmp_path, monkeypatch):
@@ -296,7 +299,7 @@ def test_code_that_changed_is_found_out_by_live_answers(tmp_path, monkeypatch):
     assert cache.check() == 0  # nothing is kept yet
     epochs(cache, data, range(3))
     monkeypatch.setattr(torch, "relu", torch.tanh)  # the weights are the same
-    with pytest.raises(ValueError, match=f"{re.escape(str(cache.path))}.*remove that folder"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(cache.file.folder))}.*remove that folder"):
         opened(data, a_teacher(data), tmp_path).check()
 
 
@@ -306,6 +309,25 @@ def test_live_answers_agree_with_reduced_records(tmp_path, keys):
     cache = opened(data, a_teacher(data), tmp_path, keys)
     epochs(cache, data, range(3))
     assert opened(data, a_teacher(data), tmp_path, keys).check(100) == 100
+
+
+# The file, which knows nothing of teachers and images
+
+
+def test_records_are_read_as_they_were_written_and_count_once_they_are(tmp_path):
+    layout = {"values": ((3,), torch.float16), "count": ((), torch.int32)}
+    facts, index = {"dataset": "any"}, torch.tensor([4, 0])
+    parts = {"values": torch.arange(6).view(2, 3).half(), "count": torch.tensor([7, 8], dtype=torch.int32)}
+    file = AnswerFile(tmp_path, facts, layout, num_views=2, num_samples=5)
+    file.write(1, index, parts)
+    again = AnswerFile(tmp_path, facts, layout, num_views=2, num_samples=5)
+    assert again.folder == file.folder and again.num_written == 2 and again.hint == ""
+    assert all(torch.equal(again.read(1, index)[name], part) for name, part in parts.items())
+    assert again.verify(1, torch.arange(5)).tolist() == [True, False, False, False, True]
+    assert not again.has_any(0, torch.arange(5)) and again.has_any(1, torch.arange(5))
+    other = AnswerFile(tmp_path, facts | {"seed": 1}, layout, num_views=2, num_samples=5)
+    assert other.folder != file.folder and other.num_written == 0
+    assert other.hint == f"; those in {file.folder.name} are of another seed"
 
 
 # Damage
@@ -324,7 +346,7 @@ def test_a_damaged_record_is_computed_again(tmp_path, caplog, damage, keys):
     guide = a_teacher(data)
     cache = opened(data, guide, tmp_path, keys)
     before = epochs(cache, data, range(3))
-    records, (regions, _) = cache.path / "records", cache._regions()
+    records, regions = cache.file.folder / "records", cache.file.regions
     del cache
     ids = data.train.ids[[3, 70]].tolist()
     sample = 2 * data.num_samples + ids[0]  # in view 2
@@ -342,7 +364,7 @@ def test_a_damaged_record_is_computed_again(tmp_path, caplog, damage, keys):
         flip(records, start + size * sample + size - 1, 1 << 6)
     again = opened(data, guide, tmp_path, keys)
     after = epochs(again, data, range(3))
-    assert again.computed == 1
+    assert again.num_computed == 1
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1 and "1 damaged records in view 2" in warnings[0]
     for (_, _, _, a), (_, _, _, b) in zip(before, after, strict=True):
@@ -354,23 +376,26 @@ def test_every_single_bit_counts(tmp_path):
     cache = opened(data, a_teacher(data), tmp_path)
     epochs(cache, data, [0])
     index = data.train.ids[:1]
-    word = cache._fields["logits"][0, index].view(torch.int32)
-    right = cache._sums[0, index]
-    for place in range(10):
+    word = cache.file.fields["logits"][0, index].view(torch.int32)
+    right = cache.file._sums[0, index]
+    for position in range(10):
         for bit in range(32):
             wrong = word.clone()
-            wrong[0, place] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
-            assert cache._checksums(0, index, {"logits": wrong.view(torch.float32)}) != right
+            wrong[0, position] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+            assert cache.file.checksums(0, index, {"logits": wrong.view(torch.float32)}) != right
 
 
 def test_checksums_are_those_of_plain_integers(tmp_path):
     data = some_data()
-    cache = ViewCache(a_teacher(data), data, tmp_path, CacheKeys(embeddings=True))
+    cache = Answers(a_teacher(data), data, tmp_path, CacheKeys(embeddings=True))
     torch.manual_seed(0)
     index, prime = torch.tensor([3, 0, 149]), 2**31 - 1
-    parts = {"logits": torch.randn(10, 3).T, "embedding": torch.randn(3, cache._shapes["embedding"][0])}
-    found = cache._checksums(2, index, parts)
-    factors = [int(factor) for factor in cache._multipliers]
+    parts = {
+        "logits": torch.randn(10, 3).T,
+        "embedding": torch.randn(3, cache.record.layout["embedding"][0][0]),
+    }
+    found = cache.file.checksums(2, index, parts)
+    factors = [int(factor) for factor in cache.file._factors]
     for number, sample in enumerate(index.tolist()):
         words = b"".join(part[number].contiguous().numpy().tobytes() for part in parts.values())
         total = (2 * data.num_samples + sample) * factors[-1]
@@ -387,11 +412,11 @@ def test_answers_that_lie_otherwise_in_memory_are_kept(tmp_path):
     plain = guide.network.fc3
     guide.network.fc3 = torch.nn.Module()  # its answers are a transposed matrix
     guide.network.fc3.forward = lambda x: (plain.weight @ x.T + plain.bias[:, None]).T
-    cache = ViewCache(guide, data, tmp_path)
+    cache = Answers(guide, data, tmp_path)
     assert not cache.teacher.see(torch.rand(4, *data.shape)).logits.is_contiguous()
     for _, _, images, seen in epochs(cache, data, range(6)):
         torch.testing.assert_close(seen.logits, guide.see(images).logits, rtol=1e-5, atol=1e-5)
-    assert cache.computed == 3 * len(data.train)
+    assert cache.num_computed == 3 * len(data.train)
 
 
 def test_a_checksum_is_never_that_of_an_empty_record(tmp_path):
@@ -399,8 +424,8 @@ def test_a_checksum_is_never_that_of_an_empty_record(tmp_path):
     cache = opened(data, a_teacher(data), tmp_path)
     index = torch.arange(data.num_samples)
     nothing = {"logits": torch.zeros(len(index), 10)}
-    assert all((cache._checksums(view, index, nothing) > 0).all() for view in range(3))
-    assert not cache._verify(0, index).any()
+    assert all((cache.file.checksums(view, index, nothing) > 0).all() for view in range(3))
+    assert not cache.file.verify(0, index).any()
 
 
 def test_checksums_of_long_records_do_not_overflow(tmp_path, monkeypatch):
@@ -409,29 +434,31 @@ def test_checksums_of_long_records_do_not_overflow(tmp_path, monkeypatch):
     cache = opened(data, a_teacher(data), tmp_path, keys, layers=layers)
     index = torch.arange(4)
     parts = {
-        name: torch.full((4, *shape), -1, dtype=torch.int32) for name, (shape, _) in cache._layout.items()
+        name: torch.full((4, *shape), -1, dtype=torch.int32)
+        for name, (shape, _) in cache.record.layout.items()
     }
-    places = index % 2147483647 * cache._multipliers[-1].item()
+    positions = index % 2147483647 * cache.file._factors[-1].item()
     words = sum(2 * t[0].numel() for t in parts.values())
     expected = [
-        (int(place) + 0xFFFF * sum(cache._multipliers[:words].tolist())) % 2147483647 + 1 for place in places
+        (int(position) + 0xFFFF * sum(cache.file._factors[:words].tolist())) % 2147483647 + 1
+        for position in positions
     ]
-    assert cache._checksums(0, index, parts).tolist() == expected
-    monkeypatch.setattr(answers, "_BLOCK", 50)
-    assert cache._checksums(0, index, parts).tolist() == expected
+    assert cache.file.checksums(0, index, parts).tolist() == expected
+    monkeypatch.setattr(answer_file, "_BLOCK", 50)
+    assert cache.file.checksums(0, index, parts).tolist() == expected
 
 
 def test_a_file_of_another_size_is_made_anew(tmp_path, caplog):
     data = some_data()
     cache = opened(data, a_teacher(data), tmp_path)
     epochs(cache, data, [0])
-    records = cache.path / "records"
+    records = cache.file.folder / "records"
     del cache
     os.truncate(records, 1000)
     again = opened(data, a_teacher(data), tmp_path)
     assert "is damaged (1000 bytes" in caplog.text
     epochs(again, data, [0])
-    assert again.computed == len(data.train)
+    assert again.num_computed == len(data.train)
 
 
 def test_data_without_checksum_is_not_read(tmp_path, monkeypatch):
@@ -442,13 +469,13 @@ def test_data_without_checksum_is_not_read(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_checksums", killed)
+        patch.setattr(cache.file, "checksums", killed)
         with pytest.raises(KeyboardInterrupt):
             epochs(cache, data, [0])
-    assert (cache._fields["logits"] != 0).any()
+    assert (cache.file.fields["logits"] != 0).any()
     again = opened(data, a_teacher(data), tmp_path)
     epochs(again, data, [0])
-    assert again.computed == len(data.train)
+    assert again.num_computed == len(data.train)
 
 
 # Room
@@ -457,7 +484,7 @@ def test_data_without_checksum_is_not_read(tmp_path, monkeypatch):
 def test_too_large_for_the_limit(tmp_path):
     data = some_data()
     with pytest.raises(ValueError, match=r"take 0\.2 MiB, and 1e-05 GiB are allowed"):
-        ViewCache(a_teacher(data), data, tmp_path, CacheKeys(limit_gib=1e-5))
+        Answers(a_teacher(data), data, tmp_path, CacheKeys(limit_gib=1e-5))
     assert not any(tmp_path.rglob("records"))
 
 
@@ -467,9 +494,9 @@ def test_only_memory_has_a_limit_of_its_own(tmp_path, monkeypatch, where):
     monkeypatch.setattr(answers, "LIMIT_GIB", 1e-5)
     if where == "memory":
         with pytest.raises(ValueError, match="are allowed"):
-            ViewCache(a_teacher(data), data, tmp_path, CacheKeys(where=where))
+            Answers(a_teacher(data), data, tmp_path, CacheKeys(where=where))
     else:
-        ViewCache(a_teacher(data), data, tmp_path, CacheKeys(where=where))
+        Answers(a_teacher(data), data, tmp_path, CacheKeys(where=where))
 
 
 def test_a_full_disk_is_told_at_the_start(tmp_path, monkeypatch):
@@ -477,7 +504,7 @@ def test_a_full_disk_is_told_at_the_start(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**16))
     with pytest.raises(ValueError, match=r"take 0\.2 MiB, and .* has 0\.1 MiB free.*TRAINER_DATA"):
-        ViewCache(a_teacher(data), data, tmp_path)
+        Answers(a_teacher(data), data, tmp_path)
 
 
 def test_a_disk_that_fills_up_while_space_is_taken(tmp_path, monkeypatch):
@@ -485,18 +512,18 @@ def test_a_disk_that_fills_up_while_space_is_taken(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     data = some_data()
-    monkeypatch.setattr(answer_file, "_take_space", full)
+    monkeypatch.setattr(answer_space, "_take_space", full)
     with pytest.raises(ValueError, match="free"):
-        ViewCache(a_teacher(data), data, tmp_path)
+        Answers(a_teacher(data), data, tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
 
 
 def test_space_is_really_taken(tmp_path, monkeypatch):
     data = some_data()
-    file = opened(data, a_teacher(data), tmp_path).path / "records"
+    file = opened(data, a_teacher(data), tmp_path).file.folder / "records"
     assert file.stat().st_blocks * 512 >= file.stat().st_size
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    other = opened(data, a_teacher(data), tmp_path / "other").path / "records"
+    other = opened(data, a_teacher(data), tmp_path / "other").file.folder / "records"
     assert other.read_bytes() == bytes(file.stat().st_size)
 
 
@@ -504,7 +531,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     data = some_data()
     (tmp_path / "views").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot be kept in .*views/.*: .*TRAINER_DATA"):
-        ViewCache(a_teacher(data), data, tmp_path / "views")
+        Answers(a_teacher(data), data, tmp_path / "views")
 
 
 # Several processes, and kills. Forked by a process of its own, in which nothing else runs.
@@ -529,11 +556,11 @@ def child(function, *arguments):
 # Two processes of a run: each epoch both see their own half, another one in the second pass.
 counts, barrier = context.SimpleQueue(), context.Barrier(2)
 def rank(number):
-    cache = tests.ViewCache(guide, data, top / "ranks")
+    cache = tests.Answers(guide, data, top / "ranks")
     for epoch in range(4):
         tests.epochs(cache, data, [epoch], rank=number, num_processes=2)
         barrier.wait()
-    counts.put(cache.computed)
+    counts.put(cache.num_computed)
 children = [child(rank, 0), child(rank, 1)]
 for one in children:
     one.join()
@@ -543,27 +570,27 @@ def right(cache):
     "Every record that counts is the live answer; returns how many there are."
     total = 0
     for view in range(2):
-        index = cache._verify(view, torch.arange(data.num_samples)).nonzero().flatten()
+        index = cache.file.verify(view, torch.arange(data.num_samples)).nonzero().flatten()
         if len(index):
             live = guide.see(cache._images(index, view)).logits
-            torch.testing.assert_close(cache._fields["logits"][view][index], live, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(cache.file.fields["logits"][view][index], live, rtol=1e-5, atol=1e-5)
         total += len(index)
     return total
-assert right(tests.ViewCache(guide, data, top / "ranks")) == 2 * len(data.train)
+assert right(tests.Answers(guide, data, top / "ranks")) == 2 * len(data.train)
 
 # Two runs that start at the same moment and share a folder that is not there yet.
 def run():
-    cache = tests.ViewCache(guide, data, top / "runs")
+    cache = tests.Answers(guide, data, top / "runs")
     tests.epochs(cache, data, [0])
 children = [child(run), child(run)]
 for one in children:
     one.join()
     assert one.exitcode == 0
-assert right(tests.ViewCache(guide, data, top / "runs")) == len(data.train)
+assert right(tests.Answers(guide, data, top / "runs")) == len(data.train)
 
 # Killed again and again while it fills.
 def fill():
-    cache = tests.ViewCache(guide, data, top / "killed")
+    cache = tests.Answers(guide, data, top / "killed")
     tests.epochs(cache, data, range(2))
 random.seed(0)
 kills, filled, patience = 0, [0], 0.02
@@ -575,7 +602,7 @@ while True:
     os.kill(started.pid, signal.SIGKILL)
     started.join()
     kills += 1
-    cache = tests.ViewCache(guide, data, top / "killed")
+    cache = tests.Answers(guide, data, top / "killed")
     filled.append(right(cache))
     del cache
     if filled[-1] == filled[-2]:  # on a busy machine even a start takes its time
@@ -583,7 +610,7 @@ while True:
     if kills == 20:
         child(fill).join()
         break
-assert right(tests.ViewCache(guide, data, top / "killed")) == 2 * len(data.train)
+assert right(tests.Answers(guide, data, top / "killed")) == 2 * len(data.train)
 assert filled == sorted(filled)
 print(json.dumps([kills, filled]))
 """

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from trainer.recipe.terms import (
 from trainer.training.optimizer import make_optimizer
 
 N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)
+TOP = Path(__file__).parents[2]
 
 
 class Small(Staged):
@@ -202,6 +205,22 @@ def test_the_epoch_and_the_index_arrive(batch):
     objective(*batch, epoch=1.5)
     _, labels, index, epoch = objective.bound[0].function.heard
     assert labels is batch[1] and index is batch[2] and epoch == 1.5
+
+
+def test_between_the_forward_and_a_loss_stands_no_frame_of_ours(batch, monkeypatch):
+    stack = []
+
+    def kl(student_logits, teacher_logits, *, temperature: float = 4.0):
+        stack.extend(frame.filename for frame in traceback.extract_stack())
+        return (student_logits - teacher_logits).square().mean() / temperature
+
+    monkeypatch.setattr("trainer.losses.kl.kl", kl)
+    objective = Objective(Small(), [TermKeys(loss="kl")], some_data(), teacher_of(Small(5)))
+    objective(*batch)
+    ours = [
+        Path(file).relative_to(TOP).as_posix() for file in stack if Path(file).is_relative_to(TOP / "trainer")
+    ]
+    assert ours == ["trainer/distillation/objective.py"] and stack[-2].endswith("objective.py")
 
 
 # ---- what it owns
@@ -732,9 +751,9 @@ def test_several_teachers_against_naive_formulas(batch):
         powers = [math.exp(value) for value in row]
         return [power / sum(powers) for power in powers]
 
-    shares = [1.0, 2.0, 0.5]
+    weights = [1.0, 2.0, 0.5]
     for combine in ("logits", "probabilities", "confidence"):
-        guide = teacher_of(*networks, combine=combine, share=shares)
+        guide = teacher_of(*networks, combine=combine, weight=weights)
         objective = Objective(Small(), [term(loss="kl", temperature=1)], some_data(), guide)
         total = 0.0
         student = objective.student(normal(batch[0])).detach().double()
@@ -743,14 +762,14 @@ def test_several_teachers_against_naive_formulas(batch):
             if combine == "logits":
                 probabilities = softmax(
                     [
-                        sum(s * row[k] for s, row in zip(shares, rows, strict=True)) / sum(shares)
+                        sum(w * row[k] for w, row in zip(weights, rows, strict=True)) / sum(weights)
                         for k in range(K)
                     ]
                 )
             else:
-                says = shares if combine == "probabilities" else [max(softmax(row)) for row in rows]
+                votes = weights if combine == "probabilities" else [max(softmax(row)) for row in rows]
                 probabilities = [
-                    sum(s * softmax(row)[k] for s, row in zip(says, rows, strict=True)) / sum(says)
+                    sum(w * softmax(row)[k] for w, row in zip(votes, rows, strict=True)) / sum(votes)
                     for k in range(K)
                 ]
             total += sum(

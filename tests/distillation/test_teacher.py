@@ -126,7 +126,7 @@ def test_each_of_several_teachers_is_examined(tmp_path, taught):
         match=r"teachers\[1\] has \d+\.\d\d % of the validation images right, and guessing 10.00 %",
     ):
         runner.run(written(tmp_path, text), folder=tmp_path)
-    text = text.replace(entries[1], entries[0].replace("}", ", share: 3}"))
+    text = text.replace(entries[1], entries[0].replace("}", ", weight: 3}"))
     result = runner.run(written(tmp_path, text), folder=tmp_path)
     assert [row["stage"] for row in result["rows"]] == ["teacher", "distilled"] and result["rows"][0][
         "top1"
@@ -164,8 +164,9 @@ def test_pretrained_weights_of_other_classes_leave_a_fresh_head(tmp_path, monkey
     ):
         make_teacher(recipe, data)
     known = 10
-    images = torch.rand(2, 1, 8, 8)
+    images, before = torch.rand(2, 1, 8, 8), recipe.model_copy(deep=True)
     prepared = make_teacher(recipe, data).prepare(images)
+    assert recipe == before and recipe.teacher.mean is None  # the checked recipe stays what its author wrote
     assert torch.allclose(prepared, (images - 0.25) / 0.5)  # its own normalisation, not the data's
     assert data.mean != (0.25,)
 

@@ -191,3 +191,30 @@ stages:
     assert told(tmp_path / "old.yaml") == [
         "6: stages[1].keep: is called exclude now, and exclude is given too"
     ]
+
+
+def test_the_old_name_of_a_teachers_weight_is_taken_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "known.safetensors").touch()
+    text = """name: old
+data: {dataset: digits, size: 16}
+teachers:
+  - {model: lenet5, checkpoint: known.safetensors, share: 2}
+  - {model: lenet5, checkpoint: known.safetensors}
+student: {model: lenet5, width: 2}
+stages:
+  - {stage: distill, training: {epochs: 1}, losses: [{loss: kl}]}
+"""
+    (tmp_path / "old.yaml").write_text(text)
+    recipe, _ = read("old.yaml")
+    assert [keys.weight for keys in recipe.teachers] == [2.0, 1.0]
+    assert recipe.written.notes == [
+        "old.yaml:4: teachers[0].weight: share is called weight now (the old name still works)"
+    ]
+    assert read("old.yaml", {"teachers.1.share": 3})[0].teachers[1].weight == 3
+    (tmp_path / "old.yaml").write_text(text.replace("share: 2", "share: 2, weight: 3"))
+    assert told(tmp_path / "old.yaml") == [
+        "4: teachers[0].share: is called weight now, and weight is given too"
+    ]
+    (tmp_path / "old.yaml").write_text(text.replace("share: 2", "wieght: 2"))
+    assert told(tmp_path / "old.yaml") == ["4: teachers[0].wieght: is no key here (did you mean 'weight'?)"]

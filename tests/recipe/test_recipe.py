@@ -333,7 +333,10 @@ BAD = {
         changed("name: good", "name: good\ncombine: logits"),
         ["2: combine: has no effect without teachers"],
     ),
-    "share of one": (changed("width: 4", "share: 2"), ["3: teacher.share: has no effect with one teacher"]),
+    "weight of one": (
+        changed("width: 4", "weight: 2"),
+        ["3: teacher.weight: has no effect with one teacher"],
+    ),
     "pack twice": (
         GOOD + "  - {stage: pack}\n",
         ["15: stages[5]: has no effect: the student is packed already"],

@@ -17,6 +17,7 @@ from trainer.distillation import onednn
 from trainer.models.lenet5 import lenet5
 from trainer.recipe.text import RecipeError
 from trainer.reporting import report
+from trainer.runs import evaluate_file as evaluate_module
 from trainer.runs import opening, runner, threads
 from trainer.runs.evaluate_file import evaluate_file
 from trainer.runs.opening import make_accelerator
@@ -418,6 +419,24 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
     (tmp_path / "other.tiny").write_bytes(content)
     with pytest.raises(ValueError, match="other.tiny: was made for other images"):
         evaluate_file(tmp_path / "other.tiny", path)
+
+
+def test_evaluating_a_file_keeps_no_views_and_leaves_the_checked_recipe_as_it_is(tmp_path, monkeypatch):
+    text = ALONE.replace("validation: 60", "validation: 60, views: 2, augment: {shift: 1}, keep_views: true")
+    path = write(tmp_path, text + "  - {stage: pack}\n")
+    runner.run(path, folder=tmp_path)
+    recipes, opened = [], []
+    real_read, real_data = evaluate_module.read, evaluate_module.make_data
+    monkeypatch.setattr(
+        evaluate_module, "read", lambda *given: recipes.append(real_read(*given)) or recipes[-1]
+    )
+    monkeypatch.setattr(
+        evaluate_module, "make_data", lambda *given: opened.append(real_data(*given)) or opened[-1]
+    )
+    [packed_file] = (tmp_path / "alone").glob("*.tiny")
+    evaluate_file(packed_file, path)
+    assert opened[0].kept is None
+    assert recipes[0][0] == real_read(path)[0] and recipes[0][0].data.keep_views
 
 
 def test_the_accelerator_has_the_recipes_precision(tmp_path):

@@ -21,7 +21,7 @@ from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.weights import weights_of
 from trainer.data.batches import make_data
 from trainer.distillation import onednn
-from trainer.distillation.answers import ViewCache
+from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
@@ -100,7 +100,13 @@ def train(run, before_step=None, terms=None, **training):
     settings = Training(**({"epochs": 2, "batch_size": 20, "optimizer": "sgd", "lr": 0.1} | training))
     device = run.accelerator.device
     objective = Objective(
-        run.student, terms, run.data, run.teacher, num_epochs=settings.epochs, device=device
+        run.student,
+        terms,
+        run.data,
+        run.teacher,
+        num_epochs=settings.epochs,
+        device=device,
+        cache=run.cache,
     )
     return fit(run, objective, settings, before_step)
 
@@ -414,7 +420,7 @@ def taught(folder, kept=False, accelerator=None, **training):
     run.teacher = Teacher([network], [TeacherKeys(model="lenet5")], run.data.mean, run.data.std).to(device)
     if kept:
         layers = ["conv1", "conv2", "fc1", "fc2"]
-        run.teacher.cache = ViewCache(
+        run.cache = Answers(
             run.teacher, run.data, Path(folder), CacheKeys(maps=True), layers=layers, device=device
         )
     terms = [TypeAdapter(Term).validate_python(loss) for loss in LESSONS]
@@ -469,7 +475,7 @@ def test_compiling_changes_nothing_but_the_speed(tmp_path, kept):
     plain, other = taught(tmp_path / "a", kept), taught(tmp_path / "b", kept, compile=True)
     assert_same(weights(plain), weights(other), 1e-4)
     if kept:
-        assert plain.teacher.cache.computed == other.teacher.cache.computed == 2 * 60
+        assert plain.cache.num_computed == other.cache.num_computed == 2 * 60
 
 
 @pytest.mark.skipif(

@@ -1,49 +1,135 @@
-"""One loss bound to the layers it looks at."""
+"""Losses bound to the layers that they look at."""
 
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainer.compression.weights import Weight
+from trainer.compression.weights import Weight, weights_of
+from trainer.data.images import Data
+from trainer.distillation.examine import Networks
+from trainer.distillation.pairing import map_pairs, weight_pairs
+from trainer.mistakes import Mistake
+from trainer.networks import features
 from trainer.networks.features import Layer
-from trainer.recipe.keys import WeightSchedule
+from trainer.projectors import EmbeddingProjector, MapProjector
+from trainer.recipe import shelves
+from trainer.recipe.keys import TermKeys, WeightSchedule
+from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, wants
+
+Pairs = list[tuple[Layer, Layer]]  # (student's layer, teacher's layer)
 
 
 class Bound(nn.Module):
-    """One loss at one pair of layers, at several together, or at none, with its projector."""
+    """One loss at one pair of layers, at several together, or at none, with its projector.
+
+    function: takes what `asks` names. weights: of losses on weights, the student's and the teacher's.
+    """
 
     def __init__(
         self,
         name: str,
-        function: nn.Module,
+        function: Callable,
         asks: list[str],
-        pairs: list[tuple[Layer, Layer]],
+        pairs: Pairs,
         weight: float | WeightSchedule,
+        projector: nn.Module | None = None,
+        weights: tuple[Weight, Weight] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
-        self.projector: nn.Module | None = None
-        self.holders: tuple[Weight, Weight] | None = None  # of losses on weights
+        self.projector, self.weights = projector, weights
 
     def weight_at(self, epoch: float, num_epochs: float) -> float:
+        """The term's weight when `epoch` epochs of a stage of `num_epochs` are done."""
         return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
 
 
-class WithSettings(nn.Module):
-    """A loss function with its settings; a module only so that all terms are held alike."""
+def bind_all(terms: Sequence[TermKeys], networks: Networks, data: Data) -> list[Bound]:
+    """Every term bound to its layers, in order; a second term of one loss is called LOSS_2.
 
-    def __init__(self, function, settings: dict) -> None:
-        super().__init__()
-        self.function, self.settings = function, settings
+    A loss on layers is bound once for each pair, a loss on lists of maps once for all its pairs. Raises Mistake for a
+    layer that does not exist and for pairs that cannot be made.
+    """
+    counts: dict[str, int] = {}
+    found: list[Bound] = []
+    for term in terms:
+        counts[term.loss] = counts.get(term.loss, 0) + 1
+        name = term.loss if counts[term.loss] == 1 else f"{term.loss}_{counts[term.loss]}"
+        asks = wants(term)
+        pairs = _pairs(term, asks, networks)
+        alone = not MAP_LISTS & set(asks)
+        for group in [[pair] for pair in pairs] if pairs and alone else [pairs]:
+            own_name = f"{name}/{group[0][0].name}" if group and alone else name
+            found.append(_bind(term, own_name, asks, group, networks, data))
+    return found
 
-    def forward(self, *fed: Any) -> Tensor:
-        return self.function(*fed, **self.settings)
+
+def pair_table(bounds: Iterable[Bound]) -> list[dict[str, Any]]:
+    """One row for each pair of layers: term, layer and shape of the student and of the teacher, projector."""
+    return [
+        {
+            "term": bound.name,
+            "student": student.name,
+            "student_shape": student.shape,
+            "teacher": teacher.name,
+            "teacher_shape": teacher.shape,
+            "projector": type(bound.projector).__name__ if bound.projector else "-",
+        }
+        for bound in bounds
+        for student, teacher in bound.pairs
+    ]
 
 
-def map_shapes(group: list[tuple[Layer, Layer]]) -> dict[str, Any]:
-    student_maps = [torch.Size((2, *mine.shape)) for mine, _ in group]
-    teacher_maps = [torch.Size((2, *theirs.shape)) for _, theirs in group]
+def _pairs(term: TermKeys, asks: list[str], networks: Networks) -> Pairs:
+    if WEIGHTS & set(asks):
+        return weight_pairs(networks.student, networks.teacher.network, term.at)
+    if (MAPS | MAP_LISTS) & set(asks):
+        return map_pairs(networks, term.at)
+    if term.at is not None:
+        raise Mistake(f"at: loss {term.loss!r} looks at no layers (it wants {', '.join(asks)})")
+    return []
+
+
+def _bind(term: TermKeys, name: str, asks: list[str], pairs: Pairs, networks: Networks, data: Data) -> Bound:
+    on_weights = bool(WEIGHTS & set(asks))
+    shapes = networks.shapes | (_map_shapes(pairs) if pairs and not on_weights else {})
+    # The loss first, then its projector: both may draw their weights at random.
+    function = _function(term, shapes, data)
+    projector: nn.Module | None = None
+    if "projected_map" in asks:
+        projector = MapProjector(pairs[0][0].shape[0], pairs[0][1].shape[0])
+    if "projected_embedding" in asks:
+        projector = EmbeddingProjector(shapes["student_embedding"][1], shapes["teacher_embedding"][1])
+    weights = None
+    if on_weights:
+        [(student_layer, teacher_layer)] = pairs
+        of_student, of_teacher = weights_of(networks.student), weights_of(networks.teacher.network)
+        weights = (of_student[student_layer.name], of_teacher[teacher_layer.name])
+    if hasattr(function, "finish"):
+        # What it will refuse after the training it should refuse now.
+        head = features.head(networks.teacher.network)
+        function.to(networks.images.device).finish(copy.deepcopy(networks.student), head)
+    return Bound(name, function, asks, pairs, term.weight, projector, weights)
+
+
+def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Callable:
+    """The term's loss with its settings: a module where it has parameters or a memory, else a plain function."""
+    function, settings = shelves.find("loss", term.loss), shelves.own_settings(term, TermKeys)
+    if not inspect.isclass(function):
+        return functools.partial(function, **settings)
+    given = shapes | {"num_samples": len(data.train), "num_classes": len(data.classes)}
+    return function(*(given[word] for word in shelves.built_with(function)), **settings)
+
+
+def _map_shapes(pairs: Pairs) -> dict[str, Any]:
+    """The shapes of the maps that a loss is fed of these pairs, by its word for them."""
+    student_maps = [torch.Size((2, *layer.shape)) for layer, _ in pairs]
+    teacher_maps = [torch.Size((2, *layer.shape)) for _, layer in pairs]
     return {
         "student_maps": student_maps,
         "teacher_maps": teacher_maps,

@@ -1,8 +1,4 @@
-"""What a network sees: logits, pooled embedding and feature maps of one forward pass.
-
-timm's networks are read through `forward_intermediates` and `forward_head`, our own small nets answer the same two
-calls (`Staged`), and forward hooks on dotted module names serve any other `nn.Module` and any layer that is no stage.
-"""
+"""Which layer of the student looks at which layer of the teacher."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from trainer.compression.weights import weights_of
-from trainer.distillation import pairing
+from trainer.distillation.examine import Networks
 from trainer.mistakes import Mistake, closest, nearest
 from trainer.networks import features
 from trainer.networks.features import Layer
@@ -18,7 +14,7 @@ from trainer.recipe.keys import At, Name
 
 
 def pair(student: Sequence[Layer], teacher: Sequence[Layer], image_size: int) -> list[tuple[Layer, Layer]]:
-    """Which student layer looks at which teacher layer, without anybody typing it.
+    """Pairs the layers of two networks, without anybody typing it.
 
     Layers whose maps shrink (convolutional nets) are known by their stride: of each stride the deepest layer is
     taken, and pairs have the same stride, or the nearest one in octaves. Where either net keeps one size
@@ -53,15 +49,49 @@ def _at_depth(layers: Sequence[Layer], fraction: float) -> Layer:
     return layers[max(0, round(fraction * len(layers)) - 1)]
 
 
-def each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
-    names = [mine.name for mine, _ in pairs]
+def map_pairs(networks: Networks, at: At | None) -> list[tuple[Layer, Layer]]:
+    """Pairs of layers whose maps are compared: as `at` names them, else by stride or depth.
+
+    Raises Mistake for a layer that does not exist, one that is named twice, and networks that cannot be paired.
+    """
+    known, of_teacher = networks.student_layers, networks.teacher_layers
+    image_size = networks.images.shape[2]
+    if at is None or isinstance(at, str):
+        pairs = pair(known, of_teacher, image_size)
+        if not pairs:
+            raise Mistake(
+                "at: no layers can be paired by themselves; name them, at: {student layer: teacher layer}"
+            )
+        return pairs[-1:] if at == "last" else pairs
+
+    def student_layer(name: Name) -> Layer:
+        return _choose(networks.student, "student", known, name, lambda: networks.prepare(networks.images))
+
+    def teacher_layer(name: Name) -> Layer:
+        teacher = networks.teacher
+        return _choose(teacher.network, "teacher", of_teacher, name, lambda: teacher.prepare(networks.images))
+
+    if isinstance(at, dict):
+        return _each_once([(student_layer(a), teacher_layer(b)) for a, b in at.items()])
+    pairs = []
+    for name in at:
+        layer = student_layer(name)
+        if isinstance(name, str) and name in {other.name for other in of_teacher}:
+            pairs.append((layer, teacher_layer(name)))
+        else:
+            pairs.append((layer, _partner(layer, known, of_teacher, networks.student, image_size)))
+    return _each_once(pairs)
+
+
+def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
+    names = [layer.name for layer, _ in pairs]
     for name in names:
         if names.count(name) > 1:
             raise Mistake(f"at: names the student's layer {name!r} more than once")
     return pairs
 
 
-def choose_layer(
+def _choose(
     network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
 ) -> Layer:
     """The layer that a name means: a stage's name or number, or a module of the forward pass."""
@@ -83,57 +113,69 @@ def choose_layer(
         raise Mistake(f"at: {who}: {error}") from None
 
 
-def partner(
-    layer: Layer, mine: Sequence[Layer], theirs: Sequence[Layer], student: nn.Module, image_size: int
+def _partner(
+    layer: Layer,
+    student_layers: Sequence[Layer],
+    teacher_layers: Sequence[Layer],
+    student: nn.Module,
+    image_size: int,
 ) -> Layer:
-    """The teacher's stage for a student's layer that is named alone: of the same stride, or depth."""
-    if all(len({other.shape[1] for other in layers}) > 1 for layers in (mine, theirs)):  # both shrink
-        others = [other for other in mine if other.shape[1] != layer.shape[1]]
-        return {a.name: b for a, b in pairing.pair([*others, layer], theirs, image_size)}[layer.name]
-    names = [other.name for other in mine]
+    """The teacher's layer for a student's layer that is named alone: of the same stride, or depth."""
+    if _shrinks(student_layers) and _shrinks(teacher_layers):
+        others = [other for other in student_layers if other.shape[1] != layer.shape[1]]
+        return {a.name: b for a, b in pair([*others, layer], teacher_layers, image_size)}[layer.name]
+    names = [other.name for other in student_layers]
     if layer.name not in names:
         names = [path for path, _ in student.named_modules() if path]
-    depth = (names.index(layer.name) + 1) / len(names)
-    return theirs[max(0, round(depth * len(theirs)) - 1)]
+    return _at_depth(teacher_layers, (names.index(layer.name) + 1) / len(names))
 
 
 def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
     """Pairs of layers whose weights are compared: as `at` names them, else by fraction of the depth.
 
-    The shapes told are the weights'. Raises Mistake for a layer that does not exist.
+    The layers' shapes are those of their weights. Raises Mistake for a layer that does not exist.
     """
-    mine, theirs = (
-        [Layer(name, tuple(place.value.shape)) for name, place in weights_of(net).items()]
-        for net in (student, teacher)
-    )
-    if not mine or not theirs:
-        raise Mistake(f"at: {'student' if not mine else 'teacher'} has no weights of two dimensions or more")
-
-    def choose(name: Name, known: list[Layer], who: str) -> Layer:
-        if isinstance(name, int):
-            if not -len(known) <= name < len(known):
-                raise Mistake(f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0")
-            return known[name]
-        found = [layer for layer in known if layer.name == name]
-        if not found:
-            raise Mistake(
-                f"at: {who} has no weights in {name!r}{nearest(name, [layer.name for layer in known])}"
-            )
-        return found[0]
+    of_student, of_teacher = _weight_layers(student, "student"), _weight_layers(teacher, "teacher")
 
     def at_depth(layer: Layer) -> Layer:
-        return theirs[round(mine.index(layer) / max(1, len(mine) - 1) * (len(theirs) - 1))]
+        return of_teacher[
+            round(of_student.index(layer) / max(1, len(of_student) - 1) * (len(of_teacher) - 1))
+        ]
 
     if isinstance(at, dict):
-        return each_once([(choose(a, mine, "student"), choose(b, theirs, "teacher")) for a, b in at.items()])
+        return _each_once(
+            [
+                (_choose_weight(a, of_student, "student"), _choose_weight(b, of_teacher, "teacher"))
+                for a, b in at.items()
+            ]
+        )
     if at == "last":
-        return [(mine[-1], theirs[-1])]
+        return [(of_student[-1], of_teacher[-1])]
     if at in (None, "auto"):
-        count = min(len(mine), len(theirs))
+        count = min(len(of_student), len(of_teacher))
         steps = [i / max(1, count - 1) for i in range(count)]
         return [
-            (mine[round(step * (len(mine) - 1))], theirs[round(step * (len(theirs) - 1))]) for step in steps
+            (of_student[round(step * (len(of_student) - 1))], of_teacher[round(step * (len(of_teacher) - 1))])
+            for step in steps
         ]
-    chosen = [choose(name, mine, "student") for name in at]
-    by_name = {layer.name: layer for layer in theirs}
-    return each_once([(layer, by_name.get(layer.name) or at_depth(layer)) for layer in chosen])
+    chosen = [_choose_weight(name, of_student, "student") for name in at]
+    by_name = {layer.name: layer for layer in of_teacher}
+    return _each_once([(layer, by_name.get(layer.name) or at_depth(layer)) for layer in chosen])
+
+
+def _weight_layers(network: nn.Module, who: str) -> list[Layer]:
+    layers = [Layer(name, tuple(weight.value.shape)) for name, weight in weights_of(network).items()]
+    if not layers:
+        raise Mistake(f"at: {who} has no weights of two dimensions or more")
+    return layers
+
+
+def _choose_weight(name: Name, known: list[Layer], who: str) -> Layer:
+    if isinstance(name, int):
+        if not -len(known) <= name < len(known):
+            raise Mistake(f"at: {who} has no weight number {name}; it has {len(known)}, counted from 0")
+        return known[name]
+    for layer in known:
+        if layer.name == name:
+            return layer
+    raise Mistake(f"at: {who} has no weights in {name!r}{nearest(name, [layer.name for layer in known])}")

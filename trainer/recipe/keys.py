@@ -119,7 +119,7 @@ class StudentKeys(ModelKeys):
 
 
 class TeacherKeys(ModelKeys):
-    """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `share` is its say among several.
+    """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `weight` counts among several.
 
     Acted on by `teacher`.
     """
@@ -127,7 +127,7 @@ class TeacherKeys(ModelKeys):
     resize: PositiveInt | None = None
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
-    share: PositiveFloat = 1.0
+    weight: PositiveFloat = 1.0
 
 
 class CacheKeys(Entry):

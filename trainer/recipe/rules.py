@@ -140,10 +140,10 @@ def _teacher_faults(
     path: tuple, keys: TeacherKeys, combine: str | None, several: bool
 ) -> Iterator[tuple[tuple, str]]:
     yield from _model_faults(path, keys)
-    if "share" in keys.model_fields_set and not several:
-        yield (*path, "share"), "has no effect with one teacher"
-    elif "share" in keys.model_fields_set and combine == "confidence":
-        yield (*path, "share"), "has no effect with combine: confidence, which weighs each image by itself"
+    if "weight" in keys.model_fields_set and not several:
+        yield (*path, "weight"), "has no effect with one teacher"
+    elif "weight" in keys.model_fields_set and combine == "confidence":
+        yield (*path, "weight"), "has no effect with combine: confidence, which weighs each image by itself"
     if (keys.mean is None) != (keys.std is None):
         yield (
             (*path, "std" if keys.mean is None else "mean"),

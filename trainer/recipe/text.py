@@ -130,7 +130,11 @@ def parse(path: str | Path) -> Text:
 
 
 # Keys that have got another name, by the section that holds them. The old name is taken for the new one.
-RENAMED: dict[str, dict[str, str]] = {"stages": {"keep": "exclude"}}
+RENAMED: dict[str, dict[str, str]] = {
+    "stages": {"keep": "exclude"},
+    "teacher": {"share": "weight"},
+    "teachers": {"share": "weight"},
+}
 
 
 def _entries(plain: dict[str, Any]) -> Iterator[tuple]:

@@ -1,7 +1,8 @@
-"""Whether and where the teacher's answers are kept."""
+"""Whether, where and what of the teacher's answers is kept."""
 
 from trainer.data.fetch import cache_folder
-from trainer.distillation.answers import ViewCache
+from trainer.data.images import Data
+from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
@@ -10,66 +11,82 @@ from trainer.recipe.text import RecipeError
 from trainer.training.run import Run
 
 
-def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> ViewCache | None:
-    """Opens the cache of the teacher's answers for the stages to come: as the recipe says, or, where it says nothing, in
-    memory, with what the most stages need that fits. Raises RecipeError when what the recipe says cannot be done.
+def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers | None:
+    """Opens the cache of the teacher's answers for the stages to come, or says why they are not kept.
+
+    It is as the recipe says, or, where the recipe says nothing, in memory, with what the most stages need that fits.
+    Raises RecipeError when what the recipe says cannot be done.
     """
     teaching = [
         stage
         for stage in stages
         if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])
     ]
-    asked = [asked_of_teacher(stage.losses) for stage in teaching]
-    data, accelerator = run.data, run.accelerator
-    if recipe.cache == "off" or not asked:
+    if recipe.cache == "off" or not teaching:
         return None
     if recipe.cache is not None:
-        wishes = [recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys(where=recipe.cache)]
-    elif data.mixup or data.cutmix or (data.augment != Augment() and data.views is None):
-        wishes = []
-        refused = (
-            "mixed images are never seen twice"
-            if data.mixup or data.cutmix
-            else "data.views does not limit the views"
-        )
-    else:
-        embeddings, maps = (any(kind in kinds for kinds in asked) for kind in ("embedding", "maps"))
-        combinations = dict.fromkeys([(embeddings, maps), (embeddings, False), (False, False)])
-        wishes = [
-            keys
-            for e, m in combinations
-            if any((keys := CacheKeys(embeddings=e, maps=m)).serve(k) for k in asked)
-        ]
-        refused = "every loss asks for more than logits"
-    for keys in wishes:
-        layers: dict[str, None] = {}
-        for stage in teaching if keys.maps else []:
-            objective = Objective(run.student, stage.losses, data, run.teacher, device=accelerator.device)
-            layers |= dict.fromkeys(objective.teacher_layers)
-        folder = (cache_folder() if keys.where == "disk" else run.folder) / "views"
+        keys = recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys(where=recipe.cache)
+        layers = _layers(run, keys, teaching)
         try:
-            cache = ViewCache(
-                run.teacher,
-                data,
-                folder,
-                keys,
-                layers=list(layers),
-                device=accelerator.device,
-                precision=recipe.precision,
-            )
-            with accelerator.autocast():
-                cache.check()
-                lost = cache.measure() if accelerator.is_main_process else {}
+            return _open(run, recipe, keys, layers)
         except Mistake as error:
-            if recipe.cache is not None:
-                raise RecipeError(recipe.fault(("cache",), str(error))) from error
+            raise RecipeError(recipe.fault(("cache",), str(error))) from error
+    refused = _never_seen_twice(run.data)
+    for keys in [] if refused else _useful([asked_of_teacher(stage.losses) for stage in teaching]):
+        layers = _layers(run, keys, teaching)
+        try:
+            return _open(run, recipe, keys, layers)
+        except Mistake as error:
             refused = str(error)
-            continue
-        run.log.numbers("cache", 0, num_bytes=cache.num_bytes, **lost)
-        if accelerator.is_main_process:
-            told = "".join(f"; {key} {value:.3g}" for key, value in lost.items())
-            print(f"the teacher's answers are kept: {cache.describe()}{told}", flush=True)
-        return cache
-    if accelerator.is_main_process:
-        print(f"the teacher's answers are not kept: {refused}", flush=True)
+    if run.accelerator.is_main_process:
+        reason = refused or "every loss asks for more than logits"
+        print(f"the teacher's answers are not kept: {reason}", flush=True)
     return None
+
+
+def _never_seen_twice(data: Data) -> str:
+    """Why no answer would be asked for again; empty where some would be."""
+    if data.mixup or data.cutmix:
+        return "mixed images are never seen twice"
+    if data.augment != Augment() and data.views is None:
+        return "data.views does not limit the views"
+    return ""
+
+
+def _useful(asked: list[set[str]]) -> list[CacheKeys]:
+    """Settings that serve at least one stage, those that serve the most first; asked: what each asks of the teacher."""
+    embeddings, maps = (any(kind in kinds for kinds in asked) for kind in ("embedding", "maps"))
+    combinations = dict.fromkeys([(embeddings, maps), (embeddings, False), (False, False)])
+    settings = [CacheKeys(embeddings=e, maps=m) for e, m in combinations]
+    return [keys for keys in settings if any(keys.serve(kinds) for kinds in asked)]
+
+
+def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str]) -> Answers:
+    """Opens the cache, compares it with the teacher, measures what it loses and says so. Raises Mistake when it cannot."""
+    device, is_main = run.accelerator.device, run.accelerator.is_main_process
+    cache = Answers(
+        run.teacher,
+        run.data,
+        (cache_folder() if keys.where == "disk" else run.folder) / "views",
+        keys,
+        layers=layers,
+        device=device,
+        precision=recipe.precision,
+    )
+    with run.accelerator.autocast():
+        cache.check()
+        lost = cache.measure() if is_main else {}
+    run.log.numbers("cache", 0, num_bytes=cache.file.num_bytes, **lost)
+    if is_main:
+        losses = "".join(f"; {key} {value:.3g}" for key, value in lost.items())
+        print(f"the teacher's answers are kept: {cache.describe()}{losses}", flush=True)
+    return cache
+
+
+def _layers(run: Run, keys: CacheKeys, stages: list[StageKeys]) -> list[str]:
+    """The teacher's layers whose maps the stages' losses look at, where maps are kept."""
+    layers: dict[str, None] = {}
+    for stage in stages if keys.maps else []:
+        objective = Objective(run.student, stage.losses, run.data, run.teacher, device=run.accelerator.device)
+        layers |= dict.fromkeys(objective.teacher_layers)
+    return list(layers)

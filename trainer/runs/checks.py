@@ -10,7 +10,8 @@ from torch import nn
 
 from trainer.compression.weights import Weight, choose, matching, weights_of
 from trainer.data.images import Data, normalize
-from trainer.distillation.objective import Objective, example_images
+from trainer.distillation.examine import example_images
+from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks.build import spec as spec_of

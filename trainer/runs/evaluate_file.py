@@ -30,8 +30,8 @@ def evaluate_file(
     model, header = packed.decode(content, str(file), into)
     # As in a run: the file was measured by the same arithmetic there.
     accelerator = accelerator_of(mixed_precision=recipe.precision)
-    recipe.data.keep_views = False  # of images that are not looked at here
-    data = make_data(recipe.data, accelerator.device)
+    keys = recipe.data.model_copy(update={"keep_views": False})  # of images that are not looked at here
+    data = make_data(keys, accelerator.device)
     if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
         raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
     model.to(accelerator.device)

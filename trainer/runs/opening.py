@@ -19,7 +19,7 @@ from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.mistakes import Mistake
 from trainer.networks.build import create, spec
-from trainer.recipe.keys import Recipe
+from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import any_teaches
 from trainer.recipe.text import RecipeError
@@ -143,19 +143,30 @@ def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
     """The recipe's teacher, None where it has none. Raises Mistake for a head that nobody has trained."""
     if not recipe.teacher_entries:
         return None
-    networks = []
+    networks, entries = [], []
     for number, keys in enumerate(recipe.teacher_entries):
         torch.manual_seed(recipe.seed * 2 + 1000 * number)
         network = create(keys, data.shape, len(data.classes))
-        config = getattr(network, "pretrained_cfg", None) or {}
         if getattr(keys, "pretrained", False):
-            known = config.get("num_classes")
-            if known != len(data.classes) and not any_teaches(recipe.stages):
-                raise Mistake(
-                    f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
-                    "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
-                )
-            if keys.mean is None and len(config.get("mean", ())) == data.shape[0]:
-                keys.mean, keys.std = tuple(config["mean"]), tuple(config["std"])
+            keys = _as_pretrained(keys, network, data, any_teaches(recipe.stages))
         networks.append(network)
-    return Teacher(networks, recipe.teacher_entries, data.mean, data.std, recipe.combine or "logits")
+        entries.append(keys)
+    return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits")
+
+
+def _as_pretrained(keys: TeacherKeys, network: nn.Module, data: Data, is_taught: bool) -> TeacherKeys:
+    """The entry of a network of pretrained weights, with the normalisation that they were trained with.
+
+    Raises Mistake for a head that nobody has trained.
+    """
+    config = getattr(network, "pretrained_cfg", None) or {}
+    known = config.get("num_classes")
+    if known != len(data.classes) and not is_taught:
+        raise Mistake(
+            f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
+            "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
+        )
+    if keys.mean is not None or len(config.get("mean", ())) != data.shape[0]:
+        return keys
+    # A copy: the checked recipe stays what its author wrote.
+    return keys.model_copy(update={"mean": tuple(config["mean"]), "std": tuple(config["std"])})

@@ -103,7 +103,7 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {run.stage_name}", flush=True)
         if run.teacher is not None and number == max(first, kept_from):
-            run.teacher.cache = keep_answers(run, recipe, recipe.stages[kept_from:])
+            run.cache = keep_answers(run, recipe, recipe.stages[kept_from:])
         torch.manual_seed(
             seed_of(recipe.seed, number)
         )  # of what the stage makes new, the same in a resumed one
@@ -186,7 +186,5 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
         "rows": run.rows,
         "layers": layers,
-        "cache": run.teacher.cache.facts()
-        if run.teacher is not None and run.teacher.cache is not None
-        else None,
+        "cache": run.cache.facts() if run.cache is not None else None,
     }

@@ -21,7 +21,13 @@ def check(settings) -> None:
 def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> None:
     """Trains the student by `losses` with the teacher as its guide (Hinton et al. 2015; Romero et al. 2015)."""
     objective = Objective(
-        run.student, losses, run.data, run.teacher, num_epochs=training.epochs, device=run.accelerator.device
+        run.student,
+        losses,
+        run.data,
+        run.teacher,
+        num_epochs=training.epochs,
+        device=run.accelerator.device,
+        cache=run.cache,
     )
     numbers = fit(run, objective, training)
     objective.finish()

@@ -332,6 +332,7 @@ def _recover(
         run.teacher,
         num_epochs=training.epochs,
         device=run.accelerator.device,
+        cache=run.cache,
     )
     numbers = fit(run, objective, training, before_step)
     objective.finish()

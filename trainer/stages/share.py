@@ -151,6 +151,7 @@ def share(
         num_epochs=training.epochs,
         device=device,
         penalties={"entropy": (entropy, lambda: code_entropy(layers.values()))} if entropy else {},
+        cache=run.cache,
     )
     numbers = fit(run, objective, training)
     objective.finish()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer.compression.states import dense_bytes
 from trainer.data.images import Data
+from trainer.distillation.answers import Answers
 from trainer.distillation.teacher import Teacher
 
 if TYPE_CHECKING:  # a recipe is read without them
@@ -26,7 +27,8 @@ class Run:
     name `python:module:name`. seconds_before: what earlier sessions of the run took.
     stage: position of the stage now running. num_fits: how many trainings it has begun. rows and layers are what the
     report says, histograms the weights of its plots. learned: projectors and other learned parts of losses, handed
-    from stage to stage. answers: the teacher's classes, by part of the data and the teacher's version.
+    from stage to stage. answers: the teacher's classes, by part of the data and the teacher's version. cache: its kept
+    answers to the training images, None where they are not kept.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Run:
     histograms: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     learned: dict[str, Tensor] = field(default_factory=dict)
     answers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    cache: Answers | None = None
 
     def __post_init__(self) -> None:
         self.student_bytes = dense_bytes(self.student)
