@@ -81,9 +81,13 @@ def order(_settings: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]:
 
 
 def check_student(settings: StageKeys, student: nn.Module) -> None:
-    own = beside(find("method", settings.method), "check_student")
+    criterion = find("method", settings.method)
+    own = beside(criterion, "check_student")
     if own is not None:
         own(settings, student)
+    if beside(criterion, "AMOUNT") is not None:  # it makes the masks itself, of any weights: what it refuses shows
+        keys = {name: getattr(settings, name) for name in fields(criterion)}
+        _decision(choose(weights_of(student), settings.exclude), criterion, "once", keys)(1.0)
 
 
 def becomes(
