@@ -9,13 +9,7 @@ import torch
 import torch.distributed as dist
 
 # What takes seconds to import; the server is started by the first pair, and has used none of it (so it may be forked).
-PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "accelerate",
-    "trainer.training.fit",
-    "trainer.distillation.objective",
-]
+PRELOAD = ["accelerate", "trainer.runs.runner", "trainer.stages.pack", "sklearn.datasets"]
 
 
 def in_two(function, folder: Path, *arguments, seconds: float = 300) -> list[Any]:

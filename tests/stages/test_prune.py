@@ -4,7 +4,6 @@ after a kill.
 
 import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from tests import making
 from tests.compression import test_compression
 from tests.processes import in_two
 from trainer.compression import channels
@@ -21,57 +21,26 @@ from trainer.compression.masks import position_bits, score_masks
 from trainer.compression.states import dense_state
 from trainer.compression.weights import counts, weights_of
 from trainer.criteria.magnitude import magnitude
-from trainer.data.batches import make_data
 from trainer.networks.build import build
 from trainer.networks.sizes import resize, sizes_of
 from trainer.packing import network as packed
-from trainer.recipe import shelves
-from trainer.recipe.keys import DataKeys, Stage, Training
+from trainer.recipe.keys import Stage, Training
 from trainer.recipe.text import RecipeError
-from trainer.reporting import report
 from trainer.reporting.log import Log
 from trainer.runs import runner
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
 from trainer.storage.weights_file import digest
 from trainer.training import fit
-from trainer.training.run import Run
 
 TRAINING = Training(epochs=2, batch_size=20, lr=5e-3)
-OPEN: list[Log] = []
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    while OPEN:
-        OPEN.pop().close()
-
-
-def make_run(folder, spec=None, accelerator=None, **data):
+def make_run(folder, spec=None, **more):
     """A run of a freshly built student on a few digits."""
-    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
-    data = make_data(
-        keys.model_validate({"dataset": "digits", "subset": 100, "validation": 50} | data),
-        torch.device("cpu"),
-    )
-    torch.manual_seed(7)
     spec = spec or {"model": "lenet5", "width": 4}
-    student = build(spec, data.shape, len(data.classes))
-    log = Log(Path(folder) / "log.jsonl")
-    OPEN.append(log)
-    return Run(
-        name="x",
-        folder=Path(folder),
-        seed=3,
-        accelerator=accelerator or Accelerator(cpu=True),
-        data=data,
-        student=student,
-        student_spec=spec,
-        teacher=None,
-        log=log,
-        stage=1,
-        stage_name="prune",
+    return making.make_run(
+        folder, spec, stage=1, stage_name="prune", **{"subset": 100, "validation": 50} | more
     )
 
 
@@ -669,9 +638,8 @@ def test_resizing_every_kind_of_layer():
 
 
 def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(
-    tmp_path, monkeypatch, capsys
+    tmp_path, fresh_process, no_plots, capsys
 ):
-    monkeypatch.setattr(report, "write", lambda folder, result, weights: None)
     path = tmp_path / "given.yaml"
     path.write_text(
         recipe(
@@ -801,8 +769,7 @@ def every_method(rank, accelerator, folder):
         prune(run, training=None if number == 2 else Training(epochs=2, batch_size=20), **given)
         masks = {name: place.mask for name, place in weights_of(run.student).items()}
         found.append((run.student.state_dict(), masks))
-    while OPEN:
-        OPEN.pop().close()
+    making.close()
     return found
 
 
