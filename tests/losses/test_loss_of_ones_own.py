@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parents[2]
 
 
 FILES = [
     "test_floors.py",
     "losses/test_contract.py",
-    "losses/test_two_processes.py",
     "distillation/test_objective.py",
     "scripts/test_compare_losses.py",
     "recipe/test_recipe.py",
@@ -31,7 +32,12 @@ MORE = {"cosine": [({"margin": 0.9},)]}
 """
 
 
-def test_the_readmes_loss_is_droppable(tmp_path):
+@pytest.mark.parametrize(
+    ("files", "num_tests"),
+    [(FILES, 30), pytest.param(["losses/test_two_processes.py"], 1, marks=pytest.mark.slow)],
+    ids=["one-process", "two-processes"],
+)
+def test_the_readmes_loss_is_droppable(files, num_tests, tmp_path):
     told = (HERE / "README.md").read_text(encoding="utf-8").partition("## Extending")[2]
     (source,) = re.findall(r"```python\n(.*?\ndef cosine\(.*?)```", told, re.DOTALL)
     for name in ("trainer", "tests", "scripts", "recipes"):
@@ -41,9 +47,9 @@ def test_the_readmes_loss_is_droppable(tmp_path):
     (tmp_path / "tests" / "losses" / "references_ones_own.py").write_text(REFERENCE)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", "cosine or vocabulary or row_is_of or the_schema_knows",
-         *(f"tests/{file}" for file in FILES)],
+         *(f"tests/{file}" for file in files)],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 30, done.stdout
+    assert passed and int(passed[1]) >= num_tests, done.stdout
