@@ -174,9 +174,10 @@ def test_pruned_and_shared_and_packed_it_loads_as_the_same_network(name, tmp_pat
     settings = VARIANTS.get(name, [{}])[-1]
     model = made(name, DIGITS, settings).eval()
     dense = sum(4 * parameter.numel() for parameter in model.parameters())
-    zeros = trainer.prune(model, sparsity=0.97)
-    assert zeros.keys() == weights_of(model).keys() and zeros
-    assert all(fraction == pytest.approx(0.97, abs=0.05) for fraction in zeros.values())
+    # The large ones more, so that large networks are quick.
+    wished = {name: 0.97 if layer.value.numel() > 1000 else 0.5 for name, layer in weights_of(model).items()}
+    zeros = trainer.prune(model, sparsity=wished)
+    assert zeros == pytest.approx(wished, abs=0.05)
     trainer.share(model, bits=3)
     images = torch.randn(4, *shape)
     with torch.no_grad():
