@@ -85,7 +85,8 @@ def check_student(settings: StageKeys, student: nn.Module) -> None:
     own = beside(criterion, "check_student")
     if own is not None:
         own(settings, student)
-    if beside(criterion, "AMOUNT") is not None:  # it makes the masks itself, of any weights: what it refuses shows
+    if beside(criterion, "AMOUNT") is not None:
+        # It makes the masks itself: what it refuses, it refuses of the weights at the start too.
         keys = {name: getattr(settings, name) for name in fields(criterion)}
         _decision(choose(weights_of(student), settings.exclude), criterion, "once", keys)(1.0)
 
