@@ -281,7 +281,6 @@ def test_a_real_file_counts_once_however_links_and_loops_lead_to_it(tmp_path):
 
 def test_the_order_of_classes_is_a_function_of_their_names_alone():
     names = ["10", "2", "02", "1", "b", "B", "a10", "a9", "é", "Z"]
-    assert in_order(set(names)) == in_order(set(names[::-1]))
     assert in_order(set(names)) == ["1", "02", "2", "10", "a9", "a10", "B", "b", "Z", "é"]
 
 
