@@ -102,11 +102,22 @@ class DataKeys(Entry):
 class ModelKeys(Entry):
     """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`.
 
-    Acted on by `teacher`.
+    checkpoint: a file of its weights, of this program or of another (see `weights`). prefix: of the keys to take, where the
+    file holds several networks. use_ema: take the averaged weights in it.
+
+    Acted on by `weights`.
     """
 
     model: str
     checkpoint: Path | None = None
+    prefix: str | None = None
+    use_ema: bool = False
+
+    @model_validator(mode="after")
+    def _from_a_file(self) -> "ModelKeys":
+        if self.checkpoint is None and (self.prefix is not None or self.use_ema):
+            raise Mistake("prefix and use_ema have no effect without checkpoint")
+        return self
 
 
 class StudentKeys(ModelKeys):

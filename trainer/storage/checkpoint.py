@@ -33,11 +33,13 @@ def save(
     facts: Mapping[str, Any],
     keep: int = 2,
     states: Mapping[str, Mapping[str, Any]] = {},
+    about: Mapping[str, Mapping[str, Any]] = {},
 ) -> Path:
     """Write a new checkpoint into `folder` and return its path, folder/NNNNNNNN.
 
     tensors: NAME -> {key: tensor}, each written as NAME.safetensors (any device, any strides, in order).
     states: NAME -> an optimizer's state_dict, each written as NAME.pt by torch.save.
+    about: NAME -> what is known of those tensors, kept in their file's own header ("facts").
     facts: what JSON can hold, so tuples come back as lists and keys as text.
 
     The number is facts["step"], or one above the newest checkpoint's where there is no step or it is not
@@ -53,7 +55,11 @@ def save(
     newest = max((int(path.name) for path in _checkpoints(folder)), default=-1)
     final = folder / f"{max(newest + 1, int(facts.get('step', 0))):08d}"
 
-    content = {f"{_checked(name)}.safetensors": to_bytes(entry, name) for name, entry in tensors.items()}
+    headers = {name: {"facts": json.dumps(facts)} for name, facts in about.items()}
+    content = {
+        f"{_checked(name)}.safetensors": to_bytes(entry, name, headers.get(name))
+        for name, entry in tensors.items()
+    }
     content |= {f"{_checked(name)}.pt": _pickled(state) for name, state in states.items()}
     content["facts.json"] = json_bytes(facts)
     sums = {
