@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from trainer.compression.parametrizations import Codebook, Mask
 from trainer.compression.weights import Weight, weights_of
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 from trainer.recipe import shelves
 
 
 def norms(model: nn.Module) -> list[tuple[str, str]]:
-    """The (layer, BatchNorm after it) pairs that can be folded (`Staged.norms`), those aside that were folded already."""
-    known = model.norms() if isinstance(model, Staged) else []
+    """The (layer, BatchNorm after it) pairs that can be folded (`Blocks.norms`), those aside that were folded already."""
+    known = model.norms() if isinstance(model, Blocks) else []
     return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.compression.folding import norms, own_tensors
 from trainer.compression.weights import Weight, weights_of
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
 class _Link(NamedTuple):
@@ -34,7 +34,7 @@ class _Link(NamedTuple):
 
 def can_tidy(model: nn.Module) -> None:
     """Raises Mistake for a network that `tidy` cannot put in order: one that is no chain of layers, or not folded."""
-    if not (isinstance(model, Staged) and model.chain()):
+    if not (isinstance(model, Blocks) and model.chain()):
         raise Mistake(
             "the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
             "separable (residual: false) are"

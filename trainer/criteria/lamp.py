@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from trainer.tensors import share_among_larger
+from trainer.tensors import fraction_among_larger
 
 SCOPES = ("global", "layer")  # scores of different layers are made to be compared
 
@@ -12,4 +12,4 @@ def lamp(weight: Tensor, parts: int) -> Tensor:
     different layers can be compared: each layer's largest weight has the score 1.
     Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning" (LAMP).
     """
-    return share_among_larger(weight.detach(), parts)
+    return fraction_among_larger(weight.detach(), parts)

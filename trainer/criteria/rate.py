@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from trainer.tensors import share_among_larger
+from trainer.tensors import fraction_among_larger
 
 SCHEDULES = ("cubic", "iterative")  # without a mask all positions cost the same
 SCOPES = ("global", "layer")
@@ -13,5 +13,5 @@ def rate(weight: Tensor, parts: int, cost: Tensor) -> Tensor:
     an emptier row and column goes first: rate-distortion's choice of what lowers the loss most a bit, in the sense of
     Oktay et al. 2020, "Scalable Model Compression by Entropy Penalized Reparameterization".
     """
-    score = share_among_larger(weight.detach(), parts)
+    score = fraction_among_larger(weight.detach(), parts)
     return score / cost.to(score.dtype).sqrt()

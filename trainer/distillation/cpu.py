@@ -15,7 +15,7 @@ def make_ready(network: nn.Module) -> nn.Module:
 
     In place, if its weights are on a CPU: 2-D convolutions are laid out with channels last, and fully connected layers
     are multiplied by oneDNN wherever no gradient is wanted. Weights, statistics and their names stay as they are. A
-    network that tells where BatchNorm can be folded away (`Staged.norms`) is copied for that: the copy has the same
+    network that tells where BatchNorm can be folded away (`Blocks.norms`) is copied for that: the copy has the same
     stages, and takes no part in what becomes of the original.
     """
     if any(tensor.device.type != "cpu" for tensor in network.state_dict().values()):

@@ -94,19 +94,19 @@ def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
 def _choose(
     network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
 ) -> Layer:
-    """The layer that a name means: a stage's name or number, or a module of the forward pass."""
+    """Returns the layer that a name means: a block's name or number, or a dotted name of a module."""
     if isinstance(name, int):
         if not -len(known) <= name < len(known):
-            raise Mistake(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
+            raise Mistake(f"at: {who} has no block {name}; it has {len(known)}, counted from 0")
         return known[name]
     for layer in known:
         if layer.name == name:
             return layer
     modules = [path for path, _ in network.named_modules() if path]
     if name not in modules:
-        stages = [layer.name for layer in known]
-        near = closest(name, stages + modules)
-        raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else stages)}")
+        blocks = [layer.name for layer in known]
+        near = closest(name, blocks + modules)
+        raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else blocks)}")
     try:
         return features.look(network, prepared(), [name])[0]
     except Mistake as error:

@@ -115,8 +115,8 @@ class Teacher:
         """What the teacher sees in images [N, C, H, W] in [0, 1]."""
         if not torch.compiler.is_compiling():
             self.make_ready()
-        # A layer that is no stage may be gone from the copy without BatchNorm, or give something else there.
-        asked = self._ready[0] if set(layers) <= set(features.stage_names(self.network)) else self.network
+        # A layer that is not a block may be missing in the copy without BatchNorm, or return something else there.
+        asked = self._ready[0] if set(layers) <= set(features.block_names(self.network)) else self.network
         first = features.see(asked, self.prepare(images), layers, embedding)
         if len(self.networks) == 1:
             return first

@@ -1,4 +1,4 @@
-"""Building the networks of a recipe."""
+"""Builds the networks of a recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.storage.weights_file import load_file
 
 
 def spec(keys: ModelKeys) -> dict[str, Any]:
-    """What rebuilds the network: the model's name and those settings that differ from their defaults."""
+    """Returns what rebuilds the network: the model's name and the settings that differ from their defaults."""
     settings = shelves.own_settings(keys, _base(keys))
     fields = type(keys).model_fields
     return {"model": keys.model} | {
@@ -26,9 +26,15 @@ def _base(keys: ModelKeys) -> type[ModelKeys]:
 
 
 def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises Mistake when it cannot be built.
+    """Builds the network of a spec, initialised from torch's global generator.
 
-    spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
+    Args:
+        spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers.
+        shape: (C, H, W) of the images.
+        num_classes: Width K of the logits.
+
+    Raises:
+        Mistake: If the network cannot be built.
     """
     settings = {key: value for key, value in spec.items() if key not in ("model", "resized")}
     function = shelves.find("model", spec["model"])
@@ -47,16 +53,16 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         AssertionError,
         ArithmeticError,
     ) as error:
-        told = (
+        message = (
             f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
         )
-        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
+        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {message}") from error
     resize(model, spec.get("resized", {}))
     return model
 
 
 def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a recipe entry, its checkpoint loaded where one is named."""
+    """Builds the network of a recipe entry, and loads its checkpoint if it names one."""
     size = getattr(keys, "resize", None)
     if size:
         shape = (shape[0], size, size)
@@ -68,7 +74,7 @@ def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises Mistake naming the file when it does not fit."""
+    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises Mistake, with the file's name, if it does not fit."""
     state = load_file(path)
     try:
         model.load_state_dict(state)

@@ -156,7 +156,7 @@ class CacheKeys(Entry):
         return bool(asked) and all(kept[kind] for kind in asked)
 
 
-# A layer: a stage's name, a module's dotted name, or a stage's number (from 0; -1 is the last).
+# A layer: a block's name, a module's dotted name, or a block's number (from 0; -1 is the last).
 Name = str | int
 At = (
     Literal["auto", "last"]

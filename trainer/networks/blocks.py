@@ -10,7 +10,10 @@ from trainer.mistakes import Mistake
 
 
 def as_map(tensor: Tensor) -> Tensor:
-    """Any layer's output as a map: [N, D] becomes [N, D, 1, 1], a sequence [N, T, D] becomes [N, D, T, 1]."""
+    """Returns any layer's output as a map: [N, D] becomes [N, D, 1, 1], a sequence [N, T, D] becomes [N, D, T, 1].
+
+    Raises Mistake for what is no tensor, and for other numbers of dimensions (4 stay as they are).
+    """
     if not isinstance(tensor, Tensor):
         raise Mistake(f"a layer's output of type {type(tensor).__name__} is no feature map: a tensor is")
     if tensor.dim() == 4:
@@ -23,10 +26,10 @@ def as_map(tensor: Tensor) -> Tensor:
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """Max pooling of 2 x 2 windows, [N, C, H, W] to [N, C, H // 2, W // 2]: `max_pool2d(x, 2)` to the bit.
+    """Returns the maximum of each 2 x 2 window, [N, C, H, W] to [N, C, H // 2, W // 2]: `max_pool2d(x, 2)`, bit for bit.
 
-    Where no gradient is wanted on a CPU it is made of plain maxima, which take a tenth of the time. A network that is
-    traced, to be compiled or exported, keeps its pooling.
+    Without a gradient on a CPU, elementwise maxima replace the pooling: they take a tenth of the time. A network
+    that is traced (compiled or exported) keeps the pooling operator.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced or x.device.type != "cpu" or torch.is_grad_enabled() and x.requires_grad:
@@ -36,44 +39,44 @@ def max_pool(x: Tensor) -> Tensor:
     return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
-class Staged(nn.Module):
-    """A network written as a chain of named stages; answers the calls that timm's models answer.
+class Blocks(nn.Module):
+    """A network written as a chain of named blocks. It has the same feature calls as timm's models.
 
-    A subclass defines `stages()`, a list of (name, function), each fed the one before's output, and
-    `forward_head(x, pre_logits=False)`, which turns the last stage's output into logits [N, K], or with `pre_logits`
+    A subclass defines `blocks()`, a list of (name, function), where each function gets the output of the one before, and
+    `forward_head(x, pre_logits=False)`, which turns the last block's output into logits [N, K], or with `pre_logits`
     into the pooled embedding [N, D].
     """
 
-    def stages(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        raise NotImplementedError(f"{type(self).__name__} does not list its stages")
+    def blocks(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        raise NotImplementedError(f"{type(self).__name__} does not list its blocks")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no head")
 
     def chain(self) -> list[str]:
-        """Names of the learned layers where each feeds the next one only, by way of ReLU and pooling; [] elsewhere.
+        """Returns the names of all learned layers if each feeds only the next, through ReLU and pooling; else [].
 
-        A depthwise convolution without bias feeds the next directly. The order of the units between two such layers is
-        free, and those that are dead can be dropped: see `compression.units.tidy`.
+        Only a depthwise convolution without bias may feed the next layer directly. The units between two layers of a
+        chain can be reordered, and dead ones dropped: see `compression.units.tidy`.
         """
         return []
 
     def norms(self) -> list[tuple[str, str]]:
-        """(layer, BatchNorm that directly follows it) where the network of `batch_norm: false` is what folding gives."""
+        """Returns the pairs (layer, BatchNorm directly after it). Folding them gives the network of `batch_norm: false`."""
         return []
 
     def forward_features(self, x: Tensor) -> Tensor:
-        for _, stage in self.stages():
-            x = stage(x)
+        for _, block in self.blocks():
+            x = block(x)
         return x
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last stage's output, and the maps of the stages in `indices` (all of them for None)."""
+        """Returns the last block's output, and the maps of the blocks in `indices` (of all blocks for None)."""
         maps = []
-        for number, (_, stage) in enumerate(self.stages()):
-            x = stage(x)
+        for number, (_, block) in enumerate(self.blocks()):
+            x = block(x)
             if indices is None or number in indices:
                 maps.append(as_map(x))
         return x, maps
