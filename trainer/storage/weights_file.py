@@ -1,4 +1,4 @@
-"""Weights in safetensors files, and in pickles of tensors alone, which run no code."""
+"""Writes weights as safetensors, and reads them from safetensors or from pickles of tensors alone, which run no code."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from torch import Tensor
 from trainer.mistakes import Mistake
 from trainer.storage import files
 
-ORDER = "key_order"  # in a safetensors header: the keys in order, and the mark of our own files
+ORDER = "key_order"  # in a safetensors header: the keys in order; it marks our own files
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
 PREFIXES = ("module.", "model.", "_orig_mod.", "state_dict.")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """A digest of named tensors: equal only for bit-equal weights. It stands in kept runs and reports: it must not change."""
+    """Returns a digest of named tensors, equal only for bit-equal weights. Runs and reports keep it: it must not change."""
     found = hashlib.sha256()
     for name in sorted(state):
         found.update(name.encode())
@@ -33,20 +33,20 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the tensors as one safetensors file, whole or not at all; a file of that name is replaced.
+    """Writes tensors as one safetensors file, whole or not at all, and replaces a file of that name.
 
-    metadata: text that goes into the file's header.
+    metadata: texts for the file's header.
     """
     files.write_bytes(path, to_bytes(tensors, path, metadata))
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """Read the weights in a safetensors file, or in a pickle (.pth, .pt, .bin, .ckpt, .tar) of tensors alone.
+    """Reads weights from a safetensors file, or from a pickle (.pth, .pt, .bin, .ckpt, .tar) of tensors alone.
 
-    Weights nested under "state_dict", "model" and the like are found, and a prefix that every key carries
-    ("module.", "model.", "_orig_mod.", "state_dict.") is taken off, also several in turn; a file that
-    `save_file` wrote comes back as it was. Mistake naming the file when it is missing, damaged, holds no
-    weights, or is a pickle with code in it, which is never run.
+    Weights nested under "state_dict", "model" and the like are found, and prefixes that every key has ("module.",
+    "model.", "_orig_mod.", "state_dict.") are removed. A file that `save_file` wrote is returned unchanged.
+    Raises Mistake, with the file's name, if it is missing, damaged, holds no weights, or is a pickle with code in
+    it, which is never run.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,12 +64,12 @@ def load_file(path: Path) -> dict[str, Tensor]:
 def to_bytes(
     tensors: Mapping[str, Tensor], where: object, metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The tensors in the safetensors format, with the order of the keys, which the format does not keep."""
+    """Returns the tensors in the safetensors format, with the order of the keys, which the format alone does not keep."""
     copies = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: {key!r} is a {type(tensor).__name__}; only tensors are saved")
-        # A copy of its own: the format refuses strides and tensors that share memory (tied weights).
+        # A copy, because the format refuses strides and tensors that share memory (tied weights).
         copies[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
         return safetensors.torch.save(copies, {**(metadata or {}), ORDER: json.dumps(list(copies))})
@@ -78,7 +78,7 @@ def to_bytes(
 
 
 def from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
-    """The tensors in the order they were given, and whether the file is one of ours."""
+    """Returns the tensors in their order, and whether the file is one of ours. Raises Mistake for a damaged file."""
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -90,10 +90,13 @@ def from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
 
 
 def unpickled(file: Path | BinaryIO, path: Path) -> Any:
-    """What a file named `path` holds, tensors and plain values alone."""
+    """Returns the content of a pickle of tensors and plain values. path: its name in messages.
+
+    Raises Mistake for a pickle with anything else in it, and for a damaged one.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: they are read or refused
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols, which are read or refused
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -102,13 +105,13 @@ def unpickled(file: Path | BinaryIO, path: Path) -> Any:
             f"{path}: refused: a pickle can run code, so only tensors are read, and {found}; "
             "save model.state_dict() alone, or safetensors"
         ) from error
-    except Exception as error:  # whatever a damaged pickle or archive makes torch stumble over
+    except Exception as error:  # a damaged pickle or archive may raise anything in torch
         why = f"{type(error).__name__} {error}".strip().splitlines()[0]
         raise Mistake(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
 
 
 def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state_dict in what was loaded: the thing itself, or nested in it."""
+    """Returns the state_dict in a loaded object: the object itself, or nested in it. Raises Mistake if there is none."""
     while isinstance(loaded, Mapping):
         if loaded and all(isinstance(k, str) and isinstance(value, Tensor) for k, value in loaded.items()):
             return {key: value.detach() for key, value in loaded.items()}
