@@ -20,6 +20,7 @@ INSTALL = "method 'channels' needs the package torch-pruning: pip install 'tiny-
 
 
 def installed() -> bool:
+    """Returns whether torch-pruning is installed."""
     return importlib.util.find_spec("torch_pruning") is not None
 
 

@@ -19,6 +19,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def chunks(size: int, length: int = CHUNK) -> Iterator[slice]:
+    """Yields slices of at most `length` that cover 0 .. size."""
     return (slice(start, start + length) for start in range(0, size, length))
 
 
@@ -63,6 +64,7 @@ def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -
 
 
 def merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """Joins lists of points (position, mass, count) into one, sorted by position."""
     if len(held) == 1:
         return held[0]
     position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
@@ -137,6 +139,7 @@ class Line:
         return np.where(empty, np.inf, cost)
 
     def total_cost(self, bounds: np.ndarray) -> float:
+        """Returns the cost of all intervals between consecutive bounds."""
         return float(self.cost(bounds[:-1], bounds[1:]).sum())
 
     def coarse(self, bins: int) -> tuple[Line, np.ndarray]:

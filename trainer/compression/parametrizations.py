@@ -177,6 +177,7 @@ class TrainedCodebook(nn.Module):
 
     @torch.no_grad()
     def count_bits(self, codes: Tensor) -> None:
+        """Sets the bits of each code from how often `codes` use it."""
         used = (
             torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(
                 self.bits.shape
@@ -233,6 +234,7 @@ def _own_class(layer: "Weight") -> None:
 
 
 def parametrize_weight(layer: "Weight", parametrization: nn.Module) -> None:
+    """Registers a parametrization on a weight, in place, on all modules that it is tied to."""
     _own_class(layer)
     (module, attribute), *tied = layer.holders
     trainable = getattr(module, attribute).requires_grad

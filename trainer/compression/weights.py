@@ -25,6 +25,7 @@ class Weight:
 
     @property
     def parametrization(self) -> nn.Module | None:
+        """The mask or codebook of the weight; None without one."""
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
             return module.parametrizations[attribute][0]
@@ -57,6 +58,7 @@ class Weight:
 
     @property
     def trainable(self) -> bool:
+        """Whether the weight requires a gradient."""
         return self.parameter.requires_grad
 
     @property

@@ -74,6 +74,7 @@ class Teacher:
         return sum(t.numel() * t.element_size() for n in self.networks for t in n.state_dict().values())
 
     def to(self, device: torch.device) -> "Teacher":
+        """Moves all networks to a device; returns the teacher."""
         for network in self.networks:
             network.to(device)
         self._ready = []

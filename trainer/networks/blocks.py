@@ -48,9 +48,11 @@ class Blocks(nn.Module):
     """
 
     def blocks(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """Returns (name, function) of each block, in order."""
         raise NotImplementedError(f"{type(self).__name__} does not list its blocks")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Returns logits [N, K] for the last block's output, or the embedding [N, D] with `pre_logits`."""
         raise NotImplementedError(f"{type(self).__name__} has no head")
 
     def chain(self) -> list[str]:
@@ -66,6 +68,7 @@ class Blocks(nn.Module):
         return []
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Returns the last block's output."""
         for _, block in self.blocks():
             x = block(x)
         return x

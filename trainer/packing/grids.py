@@ -22,6 +22,7 @@ class Grid:
 
     @property
     def flat(self) -> bool:
+        """Whether no column has a neighbour."""
         return self.height * self.width == 1
 
     def waves(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -39,6 +39,7 @@ def code_numbers(stream: Stream, patterns: np.ndarray, dtype: np.dtype) -> np.nd
 
 
 def fraction_bits(dtype: np.dtype) -> int:
+    """Returns the number of fraction bits of a floating-point dtype."""
     return {2: 10, 4: 23, 8: 52}[dtype.itemsize]
 
 

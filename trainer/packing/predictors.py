@@ -130,6 +130,7 @@ class Scalars:
         self._counts: dict[Hashable, list[int]] = {}
 
     def bit(self, context: Hashable, bit: int = 0) -> int:
+        """Codes one bit with the frequencies of its context so far."""
         count = self._counts.setdefault(context, [0, 0])
         probability = ONE * (2 * count[1] + 1) // (2 * (count[0] + count[1]) + 2)
         bit = self.coder.bit(min(max(probability, LOWEST), ONE - LOWEST), bit)

@@ -52,6 +52,7 @@ class Stream:
         self.text = Text(self.coder, _PRIMER)
 
     def here(self) -> tuple[float, int]:
+        """Returns the bits and literal bytes so far, for `part`."""
         return self.coder.bits, len(self.literal)
 
     def part(self, tensor: str, name: str, start: tuple[float, int]) -> None:

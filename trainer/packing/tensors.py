@@ -95,6 +95,7 @@ def _choose(
 
 
 def entropy_bits(counts: np.ndarray) -> float:
+    """Returns the entropy of a message with these counts of symbols, in bits."""
     counts = counts[counts > 0]
     return float((counts * np.log2(counts.sum() / counts)).sum())
 

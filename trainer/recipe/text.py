@@ -281,6 +281,7 @@ def _mark(node: yaml.Node) -> tuple[int, int]:
 
 
 def change(text: Text, name: str, value: Any) -> None:
+    """Sets the value at a path such as 'stages.1.training.epochs'. Raises RecipeError for an entry that cannot exist."""
     keys = [key for key in re.split(r"[.\[\]]+", name) if key]
     if keys and len(keys) == (2 if keys[0] == "teacher" else 3):
         keys[-1] = RENAMED.get(keys[0], {}).get(keys[-1], keys[-1])
@@ -308,6 +309,7 @@ def change(text: Text, name: str, value: Any) -> None:
 
 
 def holds(plain: Any, key: Any) -> bool:
+    """Returns whether a list or mapping has an entry `key`."""
     if isinstance(plain, list):
         return isinstance(key, int) and key < len(plain)
     return isinstance(plain, dict) and key in plain
@@ -321,6 +323,7 @@ def at_path(plain: Any, path: tuple) -> dict | list:
 
 
 def short(value: Any) -> str:
+    """Formats a value for a message, in at most 60 characters."""
     if value is None:
         return "nothing"
     text = str(value).lower() if isinstance(value, bool) else repr(value)

@@ -16,6 +16,7 @@ INK, GRID, BLUE, GREY = "#33383d", "#e3e6e8", "#2f6f9f", "#b4babf"
 
 
 def png(figure: "Figure") -> bytes:
+    """Returns a figure as PNG bytes."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     return image.getvalue()
@@ -55,12 +56,14 @@ def grid(
 
 
 def title(figure: "Figure", text: str) -> None:
+    """Writes a title at the upper left of a figure."""
     figure.text(
         0.1 / figure.get_figwidth(), 1 - 0.1 / figure.get_figheight(), text, fontsize=11, color=INK, va="top"
     )
 
 
 def calm(axes: "Axes") -> None:
+    """Removes the upper and right spines and greys the others."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, which="both", labelsize=8, length=3, color=GREY)
@@ -68,6 +71,7 @@ def calm(axes: "Axes") -> None:
 
 
 def byte_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """Makes the x axis a logarithmic axis of bytes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)

@@ -147,6 +147,7 @@ def _ratio(value: float | None) -> str:
 
 
 def missing(value: float | None) -> bool:
+    """Returns whether a value is None, infinite or NaN."""
     return value is None or not math.isfinite(value)
 
 

@@ -69,6 +69,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Updates the averages after an optimizer step."""
         self._mix(self.average, [t.detach() for t in self.live], None)
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ class Window:
         self._names: list[str] = []
 
     def add(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
+        """Adds the losses of one batch."""
         self._names = list(terms)
         self._kept.append(torch.stack([value.detach().float() for value in terms.values()]))
         self._where.append((epoch, step))
@@ -66,6 +67,7 @@ class Progress:
         self.best: dict[str, Tensor] | None = None
 
     def remember_best(self) -> None:
+        """Copies the present weights, averaged if there is an average, as the best ones."""
         if self.averaged is not None:
             self.averaged.swap()
         self.best = {name: tensor.detach().clone() for name, tensor in self.objective.state_dict().items()}
@@ -73,10 +75,12 @@ class Progress:
             self.averaged.swap()
 
     def recall_best(self) -> None:
+        """Loads the best weights, if any were remembered."""
         if self.best is not None:
             self.objective.load_state_dict(self.best)
 
     def save(self, step: int, tally: dict) -> None:
+        """Writes a checkpoint on the main process; all processes wait for it."""
         accelerator = self.run.accelerator
         if accelerator.is_main_process:
             facts = {"step": step, "tally": tally, "layers": self.run.layers}

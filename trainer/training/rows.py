@@ -67,6 +67,7 @@ def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dic
 
 
 def add_row(run: Run, row: dict) -> dict:
+    """Adds a row to the report and the log, and prints it; returns the row."""
     run.rows.append(row)
     run.log.row(row)
     if run.accelerator.is_main_process:
