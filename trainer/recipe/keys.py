@@ -82,7 +82,7 @@ class DataKeys(Entry):
         dataset: A file of the datasets shelf, or `python:module:function`.
         seed: Of the validation split and of the augmented views. The run's own seed does not change them, so that a
             teacher's kept logits serve every seed.
-        validation: The part of the training set that is held out, as a fraction or a number of images.
+        validation: A fraction of the training set or a number of images, held out of it; or a folder.
         subset: Number of training images to use; all by default.
         views: Number of distinct augmentations per image. With a finite number the teacher's answers can be kept.
             Endless by default.
@@ -98,7 +98,7 @@ class DataKeys(Entry):
 
     dataset: str
     seed: NonNegativeInt = 0
-    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] = 0.1
+    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] | Path = 0.1
     subset: PositiveInt | None = None
     views: PositiveInt | None = None
     keep_views: bool = False
