@@ -1,4 +1,4 @@
-"""Building the networks of a recipe."""
+"""Builds the networks of a recipe."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ FAULTS = (
 
 
 def spec(keys: ModelKeys) -> dict[str, Any]:
-    """What rebuilds the network: the model's name and those settings that differ from their defaults."""
+    """Returns what rebuilds the network: the model's name and the settings that differ from their defaults."""
     settings = shelves.own_settings(keys, _base(keys))
     fields = type(keys).model_fields
     return {"model": keys.model} | {
@@ -30,9 +30,15 @@ def _base(keys: ModelKeys) -> type[ModelKeys]:
 
 
 def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises Mistake when it cannot be built.
+    """Builds the network of a spec, initialised from torch's global generator.
 
-    spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
+    Args:
+        spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers.
+        shape: (C, H, W) of the images.
+        num_classes: Width K of the logits.
+
+    Raises:
+        Mistake: If the network cannot be built.
     """
     settings = {key: value for key, value in spec.items() if key not in ("model", "resized")}
     function = shelves.find("model", spec["model"])
@@ -42,14 +48,14 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     except Mistake:
         raise
     except FAULTS as error:
-        told = (
+        message = (
             f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
         )
-        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
+        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {message}") from error
     resize(model, spec.get("resized", {}))
     return model
 
 
 def build_entry(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a recipe's entry, with timm's pretrained weights where the entry asks for them."""
+    """Builds the network of a recipe's entry, with timm's pretrained weights where the entry asks for them."""
     return build({"model": keys.model} | shelves.own_settings(keys, _base(keys)), shape, num_classes)

@@ -1,4 +1,4 @@
-"""Teaches the teacher or the student from labels, or loads a checkpoint and checks its accuracy."""
+"""Trains the teacher or the student on labels, or loads a checkpoint and checks its accuracy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,11 +51,18 @@ def train(
     use_ema: bool = False,
     at_least: Percent | None = None,
 ) -> None:
-    """Trains on labels (cross-entropy, or the `losses` given), or loads `checkpoint`.
+    """Trains the teacher or the student on labels, or loads a checkpoint.
 
-    checkpoint, prefix, use_ema: the file, and what of it to take (`weights`).
-    at_least: percent of the validation images that must then be right; fewer is an error. Of several teachers each
-    is trained. Raises Mistake when the accuracy is missed or the checkpoint does not fit.
+    Args:
+        who: `student`, or `teacher`; of several teachers each is trained.
+        training: How to train.
+        losses: By default cross-entropy.
+        checkpoint: The weights to load instead of training.
+        prefix, use_ema: What of the checkpoint to take (`training.weights`).
+        at_least: Validation accuracy in percent that must be reached.
+
+    Raises:
+        Mistake: If the accuracy is below at_least, or the checkpoint does not fit.
     """
     losses = losses or [TermKeys(loss="cross_entropy")]
     networks = run.teacher.networks if who == "teacher" else [run.student]

@@ -1,4 +1,4 @@
-"""Weights in safetensors files, and in pickles of tensors alone, which run no code."""
+"""Writes weights as safetensors, and reads them from safetensors or from pickles of tensors alone, which run no code."""
 
 import argparse
 import hashlib
@@ -20,12 +20,12 @@ from torch import Tensor
 from trainer.mistakes import Mistake
 from trainer.storage import files
 
-ORDER = "key_order"  # in a safetensors header: the keys in order, and the mark of our own files
+ORDER = "key_order"  # in a safetensors header: the keys in order; it marks our own files
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """A digest of named tensors: equal only for bit-equal weights. It stands in kept runs and reports: it must not change."""
+    """Returns a digest of named tensors, equal only for bit-equal weights. Runs and reports keep it: it must not change."""
     found = hashlib.sha256()
     for name in sorted(state):
         found.update(name.encode())
@@ -34,15 +34,15 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the tensors as one safetensors file, whole or not at all; a file of that name is replaced.
+    """Writes tensors as one safetensors file, whole or not at all, and replaces a file of that name.
 
-    metadata: text that goes into the file's header.
+    metadata: texts for the file's header.
     """
     files.write_bytes(path, to_bytes(tensors, path, metadata))
 
 
 def read_file(path: Path) -> tuple[Any, dict[str, str]]:
-    """What is in a file of weights, and the text in its header.
+    """Reads a file of weights: its content, and the text in its header.
 
     Args:
         path: A safetensors file, or a pickle (.pth, .pt, .bin, .ckpt, .tar) of tensors and plain values.
@@ -68,12 +68,12 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
 def to_bytes(
     tensors: Mapping[str, Tensor], where: object, metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The tensors in the safetensors format, with the order of the keys, which the format does not keep."""
+    """Returns the tensors in the safetensors format, with the order of the keys, which the format alone does not keep."""
     copies = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: {key!r} is a {type(tensor).__name__}; only tensors are saved")
-        # A copy of its own: the format refuses strides and tensors that share memory (tied weights).
+        # A copy, because the format refuses strides and tensors that share memory (tied weights).
         copies[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
         return safetensors.torch.save(copies, {**(metadata or {}), ORDER: json.dumps(list(copies))})
@@ -82,7 +82,7 @@ def to_bytes(
 
 
 def from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, of our own files in the order they were given, and the text in the header."""
+    """Returns the tensors, those of our own files in their order, and the text in the header. Raises Mistake for a damaged file."""
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -96,7 +96,10 @@ def from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], dict[str,
 
 
 def unpickled(file: Path | BinaryIO, path: Path) -> Any:
-    """What a file named `path` holds, tensors and plain values alone."""
+    """Returns the content of a pickle of tensors and plain values. path: its name in messages.
+
+    Raises Mistake for a pickle with anything else in it, and for a damaged one.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: they are read or refused
@@ -110,13 +113,13 @@ def unpickled(file: Path | BinaryIO, path: Path) -> Any:
             f"  loaded = torch.load({str(path)!r}, weights_only=False, map_location='cpu')\n"
             f"  torch.save(loaded.state_dict() if hasattr(loaded, 'state_dict') else loaded['state_dict'], 'weights.pth')"
         ) from error
-    except Exception as error:  # whatever a damaged pickle or archive makes torch stumble over
+    except Exception as error:  # a damaged pickle or archive may raise anything in torch
         why = f"{type(error).__name__} {error}".strip().splitlines()[0]
         raise Mistake(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
 
 
 def _harmless() -> list[Any]:
-    """Classes beside tensors that other trainers' files hold, and that do nothing when they are made."""
+    """Returns classes beside tensors that other trainers' files hold, and that do nothing when they are made."""
     # numpy has two names for each of these, before and since its version 2.
     scalar, reconstruct = numpy._core.multiarray.scalar, numpy._core.multiarray._reconstruct
     moved = [
