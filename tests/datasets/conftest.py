@@ -8,6 +8,12 @@ from tests.datasets.files import save
 from trainer.data import fetch
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """What was found out about pictures is remembered apart from the user's."""
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Puts files into the cache folder that pass for a data set's raw files."""

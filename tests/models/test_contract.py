@@ -15,9 +15,9 @@ from tests.losses.feeding import required
 from trainer.compression.weights import weights_of
 from trainer.distillation.pairing import pair
 from trainer.models.lenet5 import lenet5
+from trainer.networks.blocks import Blocks
 from trainer.networks.build import build
-from trainer.networks.features import head, look, see, stage_names
-from trainer.networks.staged import Staged
+from trainer.networks.features import block_names, head, look, see
 from trainer.recipe import shelves
 
 NAMES = shelves.names("model")
@@ -82,7 +82,7 @@ def test_signature_is_the_schema(name):
 def test_contract(name, sizes, settings):
     shape, num_classes = sizes
     model = made(name, sizes, settings)
-    assert isinstance(model, Staged) and model.training
+    assert isinstance(model, Blocks) and model.training
     images = torch.randn(5, *shape)
 
     # Backward reaches every parameter; no weight is left out of the forward pass.
@@ -105,7 +105,7 @@ def test_contract(name, sizes, settings):
     with torch.no_grad():
         assert torch.equal(model.forward_head(model.forward_features(images)), logits)
         layers = [layer.name for layer in look(model, images)]
-        assert layers == stage_names(model) and len(set(layers)) == len(layers)
+        assert layers == block_names(model) and len(set(layers)) == len(layers)
         seen = see(model, images, layers, embedding=True)
         assert torch.equal(seen.logits, logits)
         assert torch.equal(head(model)(seen.embedding), logits)

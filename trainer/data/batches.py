@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,12 +18,19 @@ from trainer.recipe.keys import DataKeys
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
     """Opens the dataset, splits off the validation part and puts what is in memory on the device."""
-    source: Source = shelves.find("dataset", keys.dataset)(**shelves.own_settings(keys, DataKeys))
+    source = _source(keys)
+    own_validation = source.validation is not None
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
-    held_out = round(keys.validation * total) if isinstance(keys.validation, float) else keys.validation
+    held_out = (
+        0
+        if own_validation
+        else round(keys.validation * total)
+        if isinstance(keys.validation, float)
+        else keys.validation
+    )
     size = total - held_out if keys.subset is None else keys.subset
-    if held_out < 1 or size < 1 or held_out + size > total:
+    if (held_out < 1 and not own_validation) or size < 1 or held_out + size > total:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
@@ -52,7 +60,9 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     return Data(
         name=keys.dataset,
         train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
-        validation=Part(train, order[:held_out].sort().values, keys.workers),
+        validation=Part(train, order[:held_out].sort().values, keys.workers)
+        if source.validation is None
+        else Part(source.validation, torch.arange(len(source.validation), device=order.device), keys.workers),
         test=Part(test, torch.arange(len(test), device=order.device), keys.workers),
         classes=source.classes,
         mean=mean,
@@ -60,13 +70,37 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         shape=tuple(source.shape),
         num_samples=total,
         augment=keys.augment,
+        reading=source.reading,
         views=keys.views,
         kept=kept,
         seed=keys.seed,
         mixup=keys.mixup,
         cutmix=keys.cutmix,
         fingerprint=digest.hexdigest(),
+        notes=source.notes,
     )
+
+
+def _source(keys: DataKeys) -> Source:
+    """What the dataset's file gives; validation images of their own where the recipe says nothing else."""
+    function, settings = shelves.find("dataset", keys.dataset), shelves.own_settings(keys, DataKeys)
+    if isinstance(keys.validation, Path):
+        if "validation_folder" not in shelves.fields(function):
+            raise Mistake(
+                f"data: validation: got {str(keys.validation)!r}; dataset {keys.dataset!r} takes a fraction or a number"
+            )
+        settings["validation_folder"] = keys.validation
+    source: Source = function(**settings)
+    if (
+        source.validation is not None
+        and "validation" in keys.model_fields_set
+        and not isinstance(keys.validation, Path)
+    ):
+        source.notes.append(
+            f"the validation images that are there are left out: validation: {keys.validation} says otherwise"
+        )
+        source.validation = None
+    return source
 
 
 def seed_of(*numbers: int) -> int:
