@@ -33,7 +33,8 @@ def wants(term: TermKeys) -> list[str]:
 
 def needs_teacher(term: TermKeys) -> bool:
     """Whether the term's loss asks for anything of the teacher's, or for layers, which come in pairs."""
-    return bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
+    finishes = hasattr(shelves.find("loss", term.loss), "finish")  # which is given the teacher's classifier
+    return finishes or bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
 
 
 def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
