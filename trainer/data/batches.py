@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,10 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
-    kept = (
-        KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
-        if keys.keep_views
-        else None
-    )
+    kept = None
+    if keys.keep_views:
+        assert keys.views is not None  # or the recipe is refused
+        kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
         raise Mistake(
@@ -43,21 +43,24 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         if isinstance(source.train, InMemory)
         else source.train.__getitems__(order[:256].tolist())[0]
     )
-    digest.update(some.contiguous().numpy())
+    digest.update(some.contiguous().numpy().data)
     train, test = source.train, source.test
+    ids = torch.arange(len(test))
     if isinstance(train, InMemory) and device.type != "cpu":
         train = InMemory(train.images.to(device), train.labels.to(device))
-        test = InMemory(test.images.to(device), test.labels.to(device))
         order = order.to(device)
+    if isinstance(test, InMemory) and device.type != "cpu":
+        test = InMemory(test.images.to(device), test.labels.to(device))
+        ids = ids.to(device)
     return Data(
         name=keys.dataset,
         train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
         validation=Part(train, order[:held_out].sort().values, keys.workers),
-        test=Part(test, torch.arange(len(test), device=order.device), keys.workers),
+        test=Part(test, ids, keys.workers),
         classes=source.classes,
         mean=mean,
         std=std,
-        shape=tuple(source.shape),
+        shape=tuple(source.shape),  # type: ignore[arg-type]  # of three
         num_samples=total,
         augment=keys.augment,
         views=keys.views,
@@ -69,7 +72,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     )
 
 
-def seed_of(*numbers: int) -> int:
+def seed_of(*numbers: int | str) -> int:
     """A seed that is a function of the numbers alone: what is drawn after it is the same in a resumed run."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
 
@@ -99,8 +102,9 @@ def batches(
         for positions in order:
             yield part.__getitems__(positions.to(part.ids.device))
         return
-    loader = DataLoader(
-        _Telling(part),
+    told: Any = _Telling(part)
+    loader: DataLoader[Any] = DataLoader(
+        told,
         batch_sampler=[positions.tolist() for positions in order],
         collate_fn=_as_it_is,
         num_workers=workers,
