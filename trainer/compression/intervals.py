@@ -16,6 +16,7 @@ MAX_POINTS = 1 << 20  # points in hand before they are summed up again
 FEW_POINTS = 256  # up to here looking at every pair is quicker than divide and conquer
 WINDOW = 8  # positions to either side where a refinement may move the end of an interval
 LARGEST = float(np.finfo(np.float32).max)
+Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # position, mass, count
 
 
 def chunks(size: int, length: int = CHUNK) -> Iterator[slice]:
@@ -32,13 +33,14 @@ def as_floats(chunk: np.ndarray) -> np.ndarray:
     return chunk
 
 
-def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> tuple[np.ndarray, ...]:
+def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> Points:
     """The values as sorted points: position, mass (sum of weights) and count (number of values), all float64.
 
     Points are the distinct values where each chunk has at most `chunk_bins`, else means of narrow bins.
     """
     most = max(MAX_POINTS, 8 * chunk_bins)
-    held, num_held = [], 0
+    held: list[Points] = []
+    num_held = 0
     for part in chunks(values.size):
         chunk = as_floats(values[part])
         if weights is None:
@@ -59,7 +61,7 @@ def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -
     return binned(*merged(held), most)
 
 
-def merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+def merged(held: list[Points]) -> Points:
     if len(held) == 1:
         return held[0]
     position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
@@ -67,9 +69,7 @@ def merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     return position[order], mass[order], count[order]
 
 
-def binned(
-    position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int
-) -> tuple[np.ndarray, ...]:
+def binned(position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int) -> Points:
     """Sum sorted points into at most `bins` points; equal positions become one. None stands for ones."""
     heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1]]))
     exact = len(heads) <= bins

@@ -143,7 +143,7 @@ def assign(
     `code_cost` without lengths.
     """
     values = np.asarray(values)
-    codes = np.empty(values.shape, _code_type(np.size(centroids)))
+    codes: np.ndarray = np.empty(values.shape, _code_type(np.size(centroids)))
     flat_values, flat_codes = values.reshape(-1), codes.reshape(-1)
     find = _Finder(np.asarray(centroids), code_bits, code_cost)
     for part in chunks(values.size, CHUNK // 8):
@@ -245,7 +245,7 @@ class _Finder:
         if offset[order].any():
             order = _envelope(centroids, offset, order)
         self.thresholds = _crossings(centroids[order], offset[order])
-        self.codes = order.astype(_code_type(len(centroids)))
+        self.codes: np.ndarray = order.astype(_code_type(len(centroids)))
         self.cache: dict[np.dtype, tuple] = {}
 
     def __call__(self, values: np.ndarray) -> np.ndarray:

@@ -4,12 +4,13 @@ Works for Linear, Conv, Embedding, LSTM, GRU and attention weights.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer.compression.parametrizations import OURS, Codebook, Mask, TrainedCodebook
+from trainer.compression.parametrizations import OURS, Codebook, Mask, TrainedCodebook, parametrized
 from trainer.mistakes import Mistake, nearest
 
 
@@ -30,7 +31,7 @@ class Weight:
     def parametrization(self) -> nn.Module | None:
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute][0]
+            return parametrized(module, attribute)[0]
         return None
 
     @property
@@ -55,7 +56,8 @@ class Weight:
         """What is trained: the weight itself, what a mask lets through of it, or the centroids."""
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute].original
+            original: Any = parametrized(module, attribute).original  # torch calls it a Tensor
+            return original
         return getattr(module, attribute)
 
     @property

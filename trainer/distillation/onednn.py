@@ -9,7 +9,7 @@ without AVX-512, and one in float16 on most.
 
 from collections.abc import Iterable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 _LEAST = 2**21  # multiplications in a product below which the calls take the time
+_RECURRENT: tuple[type[nn.LSTM | nn.GRU | nn.RNN], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -38,7 +39,7 @@ def attach(network: nn.Module, learning: bool) -> None:
     for module in network.modules():
         if _is_linear(module) and (_attached(module) or "forward" not in vars(module)):
             # No closure: in a copy of the network it has the copy's layer.
-            module.forward = partial(_forward, module, learning)
+            module.forward = partial(_forward, module, learning)  # type: ignore[method-assign]  # of this layer alone
 
 
 def detach(network: nn.Module) -> None:
@@ -48,7 +49,7 @@ def detach(network: nn.Module) -> None:
             del module.forward
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
     return kind is nn.Linear
 
@@ -60,19 +61,19 @@ def _attached(module: nn.Module) -> bool:
 def missing_types(layer: nn.Module) -> frozenset[torch.dtype]:
     """The types of autocast in which a recurrent layer cannot be computed on this CPU; none for any other layer."""
     kind = _recurrent_kind(layer)
-    return frozenset() if kind is None else _missing_types(kind)
+    return frozenset() if kind is None else _missing_types(kind)  # type: ignore[arg-type]  # a class can be hashed
 
 
-def _recurrent_kind(layer: nn.Module) -> type[nn.RNNBase] | None:
-    return next((kind for kind in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(layer, kind)), None)
+def _recurrent_kind(layer: nn.Module) -> type[nn.LSTM | nn.GRU | nn.RNN] | None:
+    return next((kind for kind in _RECURRENT if isinstance(layer, kind)), None)
 
 
 @cache
-def _missing_types(kind: type[nn.RNNBase]) -> frozenset[torch.dtype]:
+def _missing_types(kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype in _HALVES if not _computes(kind, dtype))
 
 
-def _computes(kind: type[nn.RNNBase], dtype: torch.dtype) -> bool:
+def _computes(kind: type[nn.LSTM | nn.GRU | nn.RNN], dtype: torch.dtype) -> bool:
     """A tiny rehearsal, forward and backward: what a processor has is not told by its name."""
     with (
         torch.random.fork_rng(devices=[]),
@@ -95,10 +96,11 @@ def _computes(kind: type[nn.RNNBase], dtype: torch.dtype) -> bool:
 def kinds_in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> list[str]:
     """The kinds of layers of these networks that compute in float32 inside a CPU's autocast to this type."""
     layers = (layer for network in networks for layer in network.modules())
-    return sorted({_recurrent_kind(layer).__name__ for layer in layers if dtype in missing_types(layer)})
+    kinds = {_recurrent_kind(layer) for layer in layers if dtype in missing_types(layer)}
+    return sorted(kind.__name__ for kind in kinds if kind is not None)
 
 
-def _recurrent(layer: nn.RNNBase, lacking: frozenset[torch.dtype], *given: Any, **named: Any) -> Any:
+def _recurrent(layer: nn.Module, lacking: frozenset[torch.dtype], *given: Any, **named: Any) -> Any:
     forward = type(layer).forward
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") not in lacking:
         return forward(layer, *given, **named)

@@ -1,5 +1,5 @@
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ class contrastive(nn.Module):
     for.
     Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation" (CRD).
     """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    log_constants: Tensor
+    num_updates: Tensor
 
     def __init__(
         self,
@@ -74,7 +79,7 @@ class contrastive(nn.Module):
                 _scores(teacher, self.student_bank, seen) / self.temperature,
             ]
             log_constants = self._constants(scores)
-            loss = sum(self._estimate(s - c) for s, c in zip(scores, log_constants, strict=True))
+            loss: Any = sum(self._estimate(s - c) for s, c in zip(scores, log_constants, strict=True))
         if self.training:
             self._remember(student.detach(), teacher.detach(), index, log_constants)
         return loss

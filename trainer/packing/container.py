@@ -33,28 +33,29 @@ VERSION = 1
 MAX_NUMEL = 1 << 28  # of all tensors of a file together: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 _LONG, _LONGEST = 4096, 1 << 24  # bytes of a header that is deflated, and of the longest that is read
-Layout = Mapping[str, tuple[tuple[int, ...], str]]
+Layout = Mapping[str, tuple[tuple[int, ...], str | np.dtype]]
+Normal = dict[str, tuple[tuple[int, ...], str]]
 LayoutSource = Layout | Callable[[dict], Layout] | None
 
 
-def _normal(layout: Layout) -> dict[str, tuple[tuple[int, ...], str]]:
+def _normal(layout: Layout) -> Normal:
     """A layout with plain tuples and dtype names. Mistake where it asks for too much."""
-    layout = {
+    normal = {
         str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
         for name, (shape, dtype) in layout.items()
     }
-    for name, (_, dtype) in layout.items():
+    for name, (_, dtype) in normal.items():
         if dtype not in DTYPES:
             raise Mistake(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
         if "\0" in name:
             raise Mistake(f"tensor {name!r}: a name may not hold the byte 0")
-    total = sum(math.prod(shape) for shape, _ in layout.values())
+    total = sum(math.prod(shape) for shape, _ in normal.values())
     if total > MAX_NUMEL:
         raise Mistake(f"{total} numbers in all tensors together; at most {MAX_NUMEL} are allowed")
-    return layout
+    return normal
 
 
-def _code_layout(stream: Stream, layout: Layout | None, stored: bool) -> Layout:
+def _code_layout(stream: Stream, layout: Normal | None, stored: bool) -> Normal:
     """Names, shapes and dtypes; of a layout that both sides know, only a check.
 
     stored: whether an Encoder writes it all. A Decoder is handed the layout that it knows, or None.
@@ -67,8 +68,8 @@ def _code_layout(stream: Stream, layout: Layout | None, stored: bool) -> Layout:
         if stream.coder.uniform(8, check) != check:
             raise Mistake("the layout given is not the one that it was written with")
         return layout
-    items = list(layout.items()) if stream.coder.writes else []
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    items = list(layout.items()) if stream.coder.writes and layout is not None else []
+    found: Normal = {}
     for i in range(scalars.number("tensors", len(items), 1 << 20)):
         name, (shape, dtype) = items[i] if stream.coder.writes else ("", ((), DTYPES[0]))
         name = stream.text.code(name)

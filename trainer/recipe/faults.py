@@ -35,7 +35,8 @@ class Entry(BaseModel):
             checked = handler({key: value for key, value in given.items() if key in cls.model_fields})
         except ValidationError as error:
             # One slip of the pen, one message: the key that is missing is the one that was misspelt.
-            faults += [f for f in restated(error) if f["type"].type != "missing" or f["loc"] not in meant]
+            # (A type's bare name, which pydantic allows beside our errors, `restated` does not give.)
+            faults += [f for f in restated(error) if f["type"].type != "missing" or f["loc"] not in meant]  # type: ignore[union-attr]
         wrong = {told["loc"][0] for told in faults if told["loc"]}
         for name, field in cls.model_fields.items():
             if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):

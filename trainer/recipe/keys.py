@@ -5,7 +5,7 @@ Light to import: whoever reads a recipe reads this, and nothing that computes.
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -73,7 +73,17 @@ class Augment(BaseModel):
     )
 
 
-class DataKeys(Entry):
+if TYPE_CHECKING:
+
+    class _ShelfEntry(Entry):
+        """Names a file of a shelf, and has that file's keys too; which they are, the type checker cannot know."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    _ShelfEntry = Entry
+
+
+class DataKeys(_ShelfEntry):
     """The data section. validation: a fraction of the training set or a number of images, held out of it.
 
     seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
@@ -99,7 +109,7 @@ class DataKeys(Entry):
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
 
 
-class ModelKeys(Entry):
+class ModelKeys(_ShelfEntry):
     """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`.
 
     Acted on by `teacher`.
@@ -204,7 +214,7 @@ class WeightSchedule(Entry):
         return self.value + (end - self.value) * fraction
 
 
-class TermKeys(Entry):
+class TermKeys(_ShelfEntry):
     """One term of an objective. weight: a number or a schedule; a term of weight 0 is only logged.
 
     at: which layers look at which, for losses on layers: `auto` (when not given), `last`, the student's
@@ -281,7 +291,7 @@ class Training(Entry):
         return self
 
 
-class StageKeys(Entry):
+class StageKeys(_ShelfEntry):
     """One stage of a recipe.
 
     Acted on by `runner`.
@@ -290,12 +300,19 @@ class StageKeys(Entry):
     stage: str
 
 
-# What names a shelf's file has that file's keys too.
-DataEntry = shelves.from_shelf("dataset", DataKeys)
-Student = shelves.from_shelf("model", StudentKeys)
-TeacherEntry = shelves.from_shelf("model", TeacherKeys)
-Term = shelves.from_shelf("loss", TermKeys)
-Stage = shelves.from_shelf("stage", StageKeys)
+# What names a shelf's file has that file's keys too. The type checker, which cannot run this, sees the keys of all.
+if TYPE_CHECKING:
+    DataEntry = DataKeys
+    Student = StudentKeys
+    TeacherEntry = TeacherKeys
+    Term = TermKeys
+    Stage = StageKeys
+else:
+    DataEntry = shelves.from_shelf("dataset", DataKeys)
+    Student = shelves.from_shelf("model", StudentKeys)
+    TeacherEntry = shelves.from_shelf("model", TeacherKeys)
+    Term = shelves.from_shelf("loss", TermKeys)
+    Stage = shelves.from_shelf("stage", StageKeys)
 
 
 class Recipe(Entry):
@@ -336,6 +353,7 @@ class Recipe(Entry):
     @property
     def written(self) -> Text:
         """What it was read from."""
+        assert self._text is not None, "this recipe was not read from a text"
         return self._text
 
     def fault(self, path: tuple, message: str) -> str:

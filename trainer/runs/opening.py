@@ -96,9 +96,11 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
         teacher = make_teacher(recipe, data)
     torch.manual_seed(recipe.seed * 2 + 1)
     student = create(recipe.student, data.shape, len(data.classes))
-    if recipe.student.from_teacher and not copy_layers(student, teacher.network):
-        message = "has no effect: no layer of the student is of a kind that the teacher has"
-        raise RecipeError(recipe.fault(("student", "from_teacher"), message))
+    if recipe.student.from_teacher:
+        assert teacher is not None
+        if not copy_layers(student, teacher.network):
+            message = "has no effect: no layer of the student is of a kind that the teacher has"
+            raise RecipeError(recipe.fault(("student", "from_teacher"), message))
     student.to(accelerator.device)
     if teacher is not None:
         teacher.to(accelerator.device)

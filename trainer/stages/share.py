@@ -118,10 +118,12 @@ def share(
 
     def cluster(name: str, layer: Weight, num_values: int) -> tuple[Tensor, Tensor]:
         method = kmeans.kmeans_linear if init == "linear" else kmeans.kmeans_optimal
-        num_groups = {"layer": 1, "channel": len(layer.value), "group": groups}[per]
+        num_groups = groups if per == "group" else {"layer": 1, "channel": len(layer.value)}[per]
+        assert num_groups is not None
         return codebooks.cluster(layer, num_values, method, num_groups, importance.get(name), code_cost)
 
     if bits == "auto":
+        assert budget_bytes is not None
         bits = _choose_bits(run, layers, cluster, codebook, biases, rest, budget_bytes)
     wanted = per_layer(layers, bits if values is None else values, "bits" if values is None else "values")
     for name, layer in layers.items():  # as the main process decides
@@ -219,7 +221,7 @@ def _trained(layer: Weight) -> Tensor:
         raise Mistake(
             f"layer {layer.name!r} shares its weights already: weighting 'fisher' wants them as they were"
         )
-    return module.parametrizations[attribute].original
+    return layer.parameter
 
 
 def _choose_bits(run: Run, layers, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
@@ -262,7 +264,8 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
         return packed.encode(shares(choice), run.student_spec, facts)
 
     base = _loss(run, plain.eval())
-    loss, size = {}, {}
+    loss: dict[tuple[str, int], float] = {}
+    size: dict[tuple[str, int], float] = {}
     for bits in AUTO_BITS:
         for part in packed.account(encoded(dict.fromkeys(layers, bits)))[0]:
             tensor = part["tensor"]
@@ -280,7 +283,7 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
                 steps[name, lower] = (loss[name, lower] - loss[name, bits]) / saved
         if not steps:
             return dict.fromkeys(layers, 0)
-        name, lower = min(steps, key=steps.get)
+        name, lower = min(steps, key=steps.__getitem__)
         choice[name] = lower
     return choice
 

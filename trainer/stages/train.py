@@ -53,13 +53,16 @@ def train(
     is trained. Raises Mistake when the accuracy is missed or the checkpoint does not fit.
     """
     losses = losses or [TermKeys(loss="cross_entropy")]
-    networks = run.teacher.networks if who == "teacher" else [run.student]
+    teacher = run.teacher if who == "teacher" else None
+    assert teacher is not None or who == "student"
+    networks = [run.student] if teacher is None else teacher.networks
     numbers: dict = {}
     for number, network in enumerate(networks):
         if checkpoint is not None:
             load_weights(network, checkpoint)
             continue
-        prepare = (lambda images, n=number: run.teacher.prepare(images, n)) if who == "teacher" else None
+        assert training is not None
+        prepare = None if teacher is None else (lambda images, n=number: teacher.prepare(images, n))
         network.requires_grad_(True)
         objective = Objective(
             network,
@@ -75,10 +78,10 @@ def train(
             for k, v in fitted.items()
         }
         network.eval()
-        if who == "teacher":
+        if teacher is not None:
             network.requires_grad_(False)
-    if who == "teacher":
-        run.teacher.version += 1
+    if teacher is not None:
+        teacher.version += 1
         row = record_teacher(run, "teacher", numbers.get("train_seconds", 0.0), **numbers)
     else:
         row = record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)

@@ -45,6 +45,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
     """Measures the teacher and adds its row; its bytes are those of its dense weights."""
     test, validation = teacher_answers(run, "test"), teacher_answers(run, "validation")
+    assert run.teacher is not None and test is not None and validation is not None
     networks = nn.ModuleList(run.teacher.networks)
     row = {
         "stage": label,
