@@ -21,7 +21,8 @@ from trainer.data.batches import make_data
 from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.recipe import shelves
-from trainer.recipe.keys import DataKeys, StageKeys, Training
+from trainer.recipe.keys import DataKeys, StageKeys
+from trainer.recipe.training import Training
 from trainer.reporting.log import Log
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
