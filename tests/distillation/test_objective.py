@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import traceback
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.compression.masks import set_mask
 from trainer.compression.weights import weights_of
@@ -20,7 +21,7 @@ from trainer.models.lenet5 import lenet5
 from trainer.networks.blocks import Blocks
 from trainer.networks.features import head
 from trainer.recipe import shelves
-from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightSchedule
+from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, WeightSchedule
 from trainer.recipe.terms import (
     EMBEDDINGS,
     MAP_LISTS,
@@ -31,6 +32,7 @@ from trainer.recipe.terms import (
     needs_teacher,
     wants,
 )
+from trainer.recipe.training import Training
 from trainer.training.optimizer import make_optimizer
 
 N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)
@@ -601,6 +603,22 @@ def test_the_table_of_pairs():
 
 
 # ---- mistakes
+
+
+class Finishing(nn.Module):
+    """Sees nothing of the teacher but what `finish` is given."""
+
+    def forward(self, student_logits: Tensor) -> Tensor:
+        return student_logits.square().mean()
+
+    def finish(self, student: nn.Module, teacher_head: nn.Module) -> None:
+        pass
+
+
+def test_a_loss_that_finishes_needs_a_teacher(monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
+    with pytest.raises(ValueError, match="loss 'python:own:Finishing' needs a teacher, and there is none"):
+        Objective(Small(), [TermKeys(loss="python:own:Finishing")], some_data())
 
 
 def test_mistakes():

@@ -24,8 +24,9 @@ from trainer.criteria.magnitude import magnitude
 from trainer.networks.build import build
 from trainer.networks.sizes import resize, sizes_of
 from trainer.packing import network as packed
-from trainer.recipe.keys import Stage, Training
+from trainer.recipe.keys import Stage
 from trainer.recipe.text import RecipeError
+from trainer.recipe.training import Training
 from trainer.reporting.log import Log
 from trainer.runs import runner
 from trainer.stages import prune as stage
@@ -296,6 +297,7 @@ def settings(**given):
         ({"sparsity": {"conv1": 1.0}, "method": "magnitude"}, "less than 1"),
         ({"sparsity": 0.0, "method": "magnitude"}, "greater than 0"),
         ({"sensitivity": 0}, "greater than 0"),
+        ({"sensitivity": {"conv1": {"conv2": 1}}}, "should be a valid number"),
         ({}, "sensitivity\n  Field required"),
         ({"sensitivity": 1, "sparsity": 0.5}, "sparsity\n  is no key with method 'std'; with channels, lamp"),
         ({"sensitivity": 1, "scope": "global"}, "scope\n  is no key with method 'std'; with channels, lamp"),
@@ -317,6 +319,7 @@ def settings(**given):
         ({"method": "n_m"}, "pattern\n  Field required"),
         ({"method": "n_m", "pattern": "4:2"}, "pattern: got '4:2'; N of every M .* less than M"),
         ({"method": "n_m", "pattern": "4:4"}, "less than M"),
+        ({"method": "n_m", "pattern": {"conv1": "2:4", "conv2": "4:2"}}, "pattern: got '4:2'"),
         ({"method": "n_m", "pattern": "0:4"}, "at least 1"),
         ({"method": "n_m", "pattern": "half"}, "should match pattern"),
         ({"method": "n_m", "pattern": "2:4", "sparsity": 0.5}, "sparsity\n  is no key with method 'n_m'"),

@@ -18,7 +18,8 @@ from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
 from trainer.packing import network as packed
 from trainer.recipe import shelves
-from trainer.recipe.keys import StageKeys, Training
+from trainer.recipe.keys import StageKeys
+from trainer.recipe.training import Training
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
 from trainer.training import fit

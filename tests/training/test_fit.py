@@ -28,7 +28,8 @@ from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.recipe import shelves
-from trainer.recipe.keys import CacheKeys, TeacherKeys, Term, TermKeys, Training
+from trainer.recipe.keys import CacheKeys, TeacherKeys, Term, TermKeys
+from trainer.recipe.training import Training
 from trainer.runs import runner
 from trainer.storage import checkpoint
 from trainer.training import fit as fitting

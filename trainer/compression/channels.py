@@ -74,6 +74,7 @@ def remove(
         for fraction, norm in zip(fractions, norms, strict=True)
     ]
     if together:
+        assert not isinstance(sparsity, Mapping), "one ranking has one sparsity"
         counts = _counts_together(norms, sparsity)
     for (module, handler), norm, count in zip(roots, norms, counts, strict=True):
         chosen = torch.argsort(norm, stable=True)[:count].tolist()
@@ -125,7 +126,7 @@ def _fraction(graph, group, sparsity: float | Mapping[str, float], names: Mappin
     layers = [
         names.get(dep.target.module) for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)
     ]
-    asked = {name: sparsity[name] for name in layers if name in sparsity}
+    asked = {name: sparsity[name] for name in layers if name is not None and name in sparsity}
     if len(set(asked.values())) > 1:
         raise Mistake(
             f"sparsity: the channels of {', '.join(asked)} hang together, so theirs must be one number"

@@ -1,6 +1,7 @@
 """Makes a layer's weights share few values, found by k-means or trained."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,21 +49,22 @@ def open_codebook(layer: Weight, codes: Tensor, centroids: Tensor, code_cost: fl
 
 def close_codebook(layer: Weight) -> tuple[Tensor, Tensor]:
     """Returns the present codes and centroids of a weight's open codebook, for `set_codebook`."""
-    (module, attribute), *_ = layer.holders
     trained = layer.parametrization
+    assert isinstance(trained, TrainedCodebook)
     centroids = trained.centroids.detach().clone()
-    codes = trained.codes(module.parametrizations[attribute].original)
+    codes = trained.codes(layer.parameter)
     return codes, centroids if len(centroids) > 1 else centroids[0]
 
 
 def code_entropy(layers: Iterable[Weight]) -> Tensor:
     """Returns the mean bits of a surviving weight's code over all open codebooks, by their soft entropy (differentiable)."""
-    bits, number = 0.0, 0
+    bits: Any = 0.0
+    number = 0
     for layer in layers:
-        (module, attribute), *_ = layer.holders
-        trained = module.parametrizations[attribute]
-        bits = bits + trained[0].entropy(trained.original)
-        number += len(trained[0].positions)
+        trained = layer.parametrization
+        assert isinstance(trained, TrainedCodebook)
+        bits = bits + trained.entropy(layer.parameter)
+        number += len(trained.positions)
     return bits / number
 
 
@@ -111,11 +113,10 @@ def cluster(
         survivors = block[alive].numpy()
         if survivors.size == 0:
             continue
-        settings = {} if weight is None else {"weights": weight[alive].numpy()}
+        settings: dict[str, Any] = {} if weight is None else {"weights": weight[alive].numpy()}
         cost = code_cost * float(np.mean(survivors.astype(np.float64) ** 2 * settings.get("weights", 1.0)))
-        found = (method or kmeans.kmeans_optimal)(
-            survivors, num_values, **settings, **({"code_cost": cost} if code_cost else {})
-        )
+        extra: dict[str, Any] = {"code_cost": cost} if code_cost else {}
+        found = (method or kmeans.kmeans_optimal)(survivors, num_values, **settings, **extra)
         chosen = kmeans.assign(survivors, found)
         for _ in range(10 if code_cost else 0):
             before, bits = chosen, kmeans.code_lengths(chosen, len(found))

@@ -53,7 +53,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
     pairs = can_fold(model)
     layers = weights_of(model)
     for layer, norm_name in pairs:
-        module, norm = model.get_submodule(layer), model.get_submodule(norm_name)
+        module: Any = model.get_submodule(layer)
+        norm: Any = model.get_submodule(norm_name)
         gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
         scale = gain.double() / torch.sqrt(norm.running_var.double() + norm.eps)
         shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
@@ -89,5 +90,5 @@ def own_tensors(layer: Weight) -> list[Tensor]:
     if isinstance(found, Codebook):
         return [found.codes]
     if isinstance(found, Mask):
-        return [module.parametrizations[attribute].original, found.mask]
+        return [layer.parameter, found.mask]
     raise Mistake(f"layer {layer.name!r} is still deciding which values it shares")

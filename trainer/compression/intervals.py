@@ -16,6 +16,7 @@ MAX_POINTS = 1 << 20  # points in memory before they are summed into bins again
 FEW_POINTS = 256  # up to here, trying every pair is faster than divide and conquer
 WINDOW = 8  # positions to either side where a refinement may move the end of an interval
 LARGEST = float(np.finfo(np.float32).max)
+Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # position, mass, count
 
 
 def chunks(size: int, length: int = CHUNK) -> Iterator[slice]:
@@ -36,13 +37,14 @@ def as_floats(chunk: np.ndarray) -> np.ndarray:
     return chunk
 
 
-def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> tuple[np.ndarray, ...]:
+def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> Points:
     """Returns the values as sorted points: position, mass (sum of weights) and count (number of values), all float64.
 
     Points are the distinct values if each chunk has at most `chunk_bins` of them, else means of narrow bins.
     """
     most = max(MAX_POINTS, 8 * chunk_bins)
-    held, num_held = [], 0
+    held: list[Points] = []
+    num_held = 0
     for part in chunks(values.size):
         chunk = as_floats(values[part])
         if weights is None:
@@ -63,8 +65,7 @@ def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -
     return binned(*merged(held), most)
 
 
-def merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """Joins lists of points (position, mass, count) into one, sorted by position."""
+def merged(held: list[Points]) -> Points:
     if len(held) == 1:
         return held[0]
     position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
@@ -72,9 +73,7 @@ def merged(held: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
     return position[order], mass[order], count[order]
 
 
-def binned(
-    position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int
-) -> tuple[np.ndarray, ...]:
+def binned(position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int) -> Points:
     """Sums sorted points into at most `bins` points; equal positions become one. None stands for ones."""
     heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1]]))
     exact = len(heads) <= bins

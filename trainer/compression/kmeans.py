@@ -152,7 +152,7 @@ def assign(
         ValueError: For no centroids, lengths of another number or all infinite, and a `code_cost` without lengths.
     """
     values = np.asarray(values)
-    codes = np.empty(values.shape, _code_type(np.size(centroids)))
+    codes: np.ndarray = np.empty(values.shape, _code_type(np.size(centroids)))
     flat_values, flat_codes = values.reshape(-1), codes.reshape(-1)
     find = _Finder(np.asarray(centroids), code_bits, code_cost)
     for part in chunks(values.size, CHUNK // 8):
@@ -254,7 +254,7 @@ class _Finder:
         if offset[order].any():
             order = _envelope(centroids, offset, order)
         self.thresholds = _crossings(centroids[order], offset[order])
-        self.codes = order.astype(_code_type(len(centroids)))
+        self.codes: np.ndarray = order.astype(_code_type(len(centroids)))
         self.cache: dict[np.dtype, tuple] = {}
 
     def __call__(self, values: np.ndarray) -> np.ndarray:

@@ -61,8 +61,9 @@ def score_masks(
     flat = {}
     for name, score in scores.items():
         score = score.detach().double().reshape(-1)
-        if alive[name] is not None:
-            score = torch.where(alive[name].reshape(-1), score, -torch.inf)
+        mask = alive[name]
+        if mask is not None:
+            score = torch.where(mask.reshape(-1), score, -torch.inf)
         flat[name] = score
     if together:
         joined = torch.cat(list(flat.values()))
@@ -150,7 +151,9 @@ def watch_gradients(layers: Iterable[Weight], criterion: Callable, **keys: Any) 
     for layer in layers:
         if layer.mask is None:
             set_mask(layer, layer.alive)
-        layer.parametrization.watch(score, torch.zeros_like(layer.value.detach()))
+        found = layer.parametrization
+        assert isinstance(found, Mask)
+        found.watch(score, torch.zeros_like(layer.value.detach()))
 
 
 def unwatch_gradients(layers: Iterable[Weight]) -> None:

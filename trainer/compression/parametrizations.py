@@ -6,7 +6,7 @@ under any optimizer, and the state is plain tensors in the `state_dict`.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Mask(nn.Module):
             They cover pruned weights too, because the gradient of the masked weight is known at every position.
     """
 
+    mask: Tensor
+    score: Tensor | None
     _criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, mask: Tensor) -> None:
@@ -49,6 +51,7 @@ class Mask(nn.Module):
 
     @torch.no_grad()
     def _feed(self, weight: Tensor, gradient: Tensor) -> None:
+        assert self.score is not None and self._criterion is not None  # while it is watched
         self.score.add_(self._criterion(weight, gradient))
 
 
@@ -109,6 +112,8 @@ class Codebook(nn.Module):
     codes: integers of the weight's shape. centroids: [k], or [groups, k] if each group of rows has its own.
     """
 
+    codes: Tensor
+
     def __init__(self, codes: Tensor, centroids: Tensor) -> None:
         super().__init__()
         self.register_buffer("codes", codes.to(torch.int32, copy=True))
@@ -138,6 +143,12 @@ class TrainedCodebook(nn.Module):
         centroids: [groups, k], the first ones.
         cost: [groups, 1], the cost of a bit in squared error; 0 for free bits.
     """
+
+    alive: Tensor
+    cost: Tensor
+    bits: Tensor
+    positions: Tensor
+    group: Tensor
 
     def __init__(self, alive: Tensor, centroids: Tensor, cost: Tensor) -> None:
         super().__init__()
@@ -218,6 +229,12 @@ class TrainedCodebook(nn.Module):
 OURS = Mask | Codebook | TrainedCodebook
 
 
+def parametrized(module: nn.Module, attribute: str) -> parametrize.ParametrizationList:
+    """What torch holds of a parametrized tensor: the trainable one, `original`, and what makes the tensor of it."""
+    lists: Any = module.parametrizations
+    return lists[attribute]
+
+
 def _own_class(layer: "Weight") -> None:
     """Gives each parametrized module of a weight a class of its own.
 
@@ -242,14 +259,15 @@ def parametrize_weight(layer: "Weight", parametrization: nn.Module) -> None:
         # Registration changes the tensor in place. A tied module gets a tensor of its own until it is tied again below.
         setattr(other, name, nn.Parameter(getattr(module, attribute).detach().clone()))
     parametrize.register_parametrization(module, attribute, parametrization)
-    original = module.parametrizations[attribute].original
+    original = parametrized(module, attribute).original
     original.requires_grad_(trainable)
     if isinstance(parametrization, Codebook | TrainedCodebook):
         original.__class__ = NoDecay  # the centroids, or the latent weights that choose among them
     for other, name in tied:
         # Registration alone would make a second trainable tensor, so both modules get the same ParametrizationList.
         parametrize.register_parametrization(other, name, parametrization)
-        other.parametrizations[name] = module.parametrizations[attribute]
+        lists: Any = other.parametrizations
+        lists[name] = parametrized(module, attribute)
 
 
 def bake_weight(layer: "Weight") -> None:
@@ -260,7 +278,7 @@ def bake_weight(layer: "Weight") -> None:
         if not parametrize.is_parametrized(module, attribute):
             continue
         if plain is None:
-            trainable = module.parametrizations[attribute].original.requires_grad
+            trainable = parametrized(module, attribute).original.requires_grad
             plain = nn.Parameter(getattr(module, attribute).detach().clone(), requires_grad=trainable)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
         setattr(module, attribute, plain)

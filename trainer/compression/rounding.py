@@ -19,6 +19,7 @@ def round_to(values: Tensor, kind: str | int) -> Tensor:
     if kind == "float16":
         rounded = values.half().to(values.dtype)
     else:
+        assert isinstance(kind, int)
         fraction, exponent = torch.frexp(values)
         rounded = torch.ldexp((fraction * 2 ** (kind + 1)).round(), exponent - (kind + 1))
     if not torch.isfinite(rounded).all():

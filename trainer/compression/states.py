@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from trainer.compression.codebooks import set_codebook
 from trainer.compression.masks import set_mask
-from trainer.compression.parametrizations import (
-    bake_weight,
-)
+from trainer.compression.parametrizations import Mask, bake_weight
 from trainer.compression.weights import weights_of
 from trainer.mistakes import Mistake
 
@@ -60,7 +58,9 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             if ending == ".0.mask":
                 set_mask(layer, tensor.to(layer.value.device))
                 if key.removesuffix("mask") + "score" in state:
-                    layer.parametrization.watch(None, torch.zeros_like(layer.value.detach()))
+                    found = layer.parametrization
+                    assert isinstance(found, Mask)
+                    found.watch(None, torch.zeros_like(layer.value.detach()))
             else:
                 original = state[key.removesuffix(".0.codes") + ".original"]
                 set_codebook(layer, tensor, original)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ class _Link(NamedTuple):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return self.layer.holders[0][0].bias
+        holder: Any = self.layer.holders[0][0]
+        return holder.bias
 
 
 def can_tidy(model: nn.Module) -> None:
@@ -48,6 +49,7 @@ def can_tidy(model: nn.Module) -> None:
 
 def _links(model: nn.Module) -> Iterator[_Link]:
     can_tidy(model)
+    assert isinstance(model, Blocks)
     layers = weights_of(model)
     chain = model.chain()
     depthwise = {name for name in chain if getattr(model.get_submodule(name), "groups", 1) > 1}
@@ -92,7 +94,7 @@ def _drop_units(link: _Link) -> int:
     constant = torch.zeros(num_units, device=comes_in.device) if link.bias is None else torch.relu(link.bias)
     silent = ~comes_in & (constant == 0)
     moved = ~comes_in & (constant != 0) & goes_on
-    following = link.following.holders[0][0]
+    following: Any = link.following.holders[0][0]
     if moved.any() and following.bias is not None and not _padded(link):
         given = torch.where(moved, constant.double(), 0.0)
         if link.through is not None:

@@ -1,12 +1,13 @@
 """Finds the weights of a network that can be pruned and shared: Linear, Conv, Embedding, LSTM, GRU, attention."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer.compression.parametrizations import OURS, Codebook, Mask, TrainedCodebook
+from trainer.compression.parametrizations import OURS, Codebook, Mask, TrainedCodebook, parametrized
 from trainer.mistakes import Mistake, nearest
 
 
@@ -28,7 +29,7 @@ class Weight:
         """The mask or codebook of the weight; None without one."""
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute][0]
+            return parametrized(module, attribute)[0]
         return None
 
     @property
@@ -53,7 +54,8 @@ class Weight:
         """The tensor that is trained: the weight itself (under a mask too), the centroids, or the latent weights."""
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
-            return module.parametrizations[attribute].original
+            original: Any = parametrized(module, attribute).original  # torch calls it a Tensor
+            return original
         return getattr(module, attribute)
 
     @property

@@ -11,7 +11,9 @@ SCHEDULES = ("once",)
 
 
 def check(settings) -> None:
-    _n_and_m(settings.pattern)
+    patterns = settings.pattern
+    for pattern in patterns.values() if isinstance(patterns, dict) else [patterns]:
+        _n_and_m(pattern)
 
 
 def n_m(

@@ -9,7 +9,7 @@ SCHEDULES = ("once", "cubic")
 
 
 def std(
-    weight: Tensor, alive: Tensor, parts: int, *, sensitivity: PositiveFloat | dict[str, PositiveFloat]
+    weight: Tensor, alive: Tensor, parts: int, *, sensitivity: PositiveFloat
 ) -> tuple[Tensor, list[float]]:
     """Prunes weights whose magnitude is at most sensitivity x the standard deviation of the layer's surviving weights.
 

@@ -5,6 +5,9 @@ and their samples' numbers into the images that a network sees. An image's resul
 own numbers, so whatever a teacher says about (view, index) can be kept and used again.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -81,8 +84,9 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
         out = out * _factor(number["brightness"], augment.brightness)[:, :, None, None]
     if augment.contrast:
         # The mean of the stored image: a sum of whole numbers is the same in any order.
-        means = means[:, None, None, None]
-        out = means + (out - means) * _factor(number["contrast"], augment.contrast)[:, :, None, None]
+        assert means is not None
+        mean = means[:, None, None, None]
+        out = mean + (out - mean) * _factor(number["contrast"], augment.contrast)[:, :, None, None]
     if augment.brightness or augment.contrast:
         out = out.clamp(0, 1)
     if augment.erase:
@@ -113,9 +117,7 @@ def _shifted(images: Tensor, shift: Tensor, limit: int) -> Tensor:
     return windows[torch.arange(len(images), device=images.device), :, limit - down, limit - right]
 
 
-def _grid(
-    augment: Augment, number: dict[str, Tensor], shift: Tensor | None, shape: tuple[int, int]
-) -> Tensor:
+def _grid(augment: Augment, number: dict[str, Tensor], shift: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Where each pixel of the views comes from, [N, H, W, 2] as grid_sample wants it.
 
     In pixels from the image's centre: the output position less the shift, slanted, turned and divided by the
@@ -159,11 +161,12 @@ def _smooth(control: Tensor, height: int, width: int) -> Tensor:
         for side in (height, width)
     )
     # Sums written out: a matrix product's order of summation changes with the number of images.
-    rows = sum(control[:, :, point, None] * across[point] for point in range(_CONTROL_POINTS))
-    return sum(rows[:, point, None, :] * down[point][:, None] for point in range(_CONTROL_POINTS))
+    rows: Any = sum(control[:, :, point, None] * across[point] for point in range(_CONTROL_POINTS))
+    found: Any = sum(rows[:, point, None, :] * down[point][:, None] for point in range(_CONTROL_POINTS))
+    return found
 
 
-def _rectangles(numbers: Tensor, fraction: float, shape: tuple[int, int]) -> Tensor:
+def _rectangles(numbers: Tensor, fraction: float, shape: Sequence[int]) -> Tensor:
     """True in a rectangle of a `fraction` of the images, [N, 1, H, W]."""
     height, width = shape
     chosen, area, ratio, top, left = numbers.unbind(1)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +23,20 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     own_validation = source.validation is not None
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
-    held_out = (
-        0
-        if own_validation
-        else round(keys.validation * total)
-        if isinstance(keys.validation, float)
-        else keys.validation
-    )
+    held_out = 0
+    if not own_validation:
+        assert not isinstance(keys.validation, Path)  # that is the source's own
+        fraction = isinstance(keys.validation, float)
+        held_out = round(keys.validation * total) if fraction else int(keys.validation)
     size = total - held_out if keys.subset is None else keys.subset
     if (held_out < 1 and not own_validation) or size < 1 or held_out + size > total:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
-    kept = (
-        KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
-        if keys.keep_views
-        else None
-    )
+    kept = None
+    if keys.keep_views:
+        assert keys.views is not None  # or the recipe is refused
+        kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
         raise Mistake(
@@ -51,23 +49,26 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         if isinstance(source.train, InMemory)
         else source.train.__getitems__(order[:256].tolist())[0]
     )
-    digest.update(some.contiguous().numpy())
+    digest.update(some.contiguous().numpy().data)
     train, test = source.train, source.test
+    ids = torch.arange(len(test))
     if isinstance(train, InMemory) and device.type != "cpu":
         train = InMemory(train.images.to(device), train.labels.to(device))
-        test = InMemory(test.images.to(device), test.labels.to(device))
         order = order.to(device)
+    if isinstance(test, InMemory) and device.type != "cpu":
+        test = InMemory(test.images.to(device), test.labels.to(device))
+        ids = ids.to(device)
     return Data(
         name=keys.dataset,
         train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
         validation=Part(train, order[:held_out].sort().values, keys.workers)
         if source.validation is None
-        else Part(source.validation, torch.arange(len(source.validation), device=order.device), keys.workers),
-        test=Part(test, torch.arange(len(test), device=order.device), keys.workers),
+        else Part(source.validation, torch.arange(len(source.validation)), keys.workers),
+        test=Part(test, ids, keys.workers),
         classes=source.classes,
         mean=mean,
         std=std,
-        shape=tuple(source.shape),
+        shape=tuple(source.shape),  # type: ignore[arg-type]  # of three
         num_samples=total,
         augment=keys.augment,
         reading=source.reading,
@@ -103,7 +104,7 @@ def _source(keys: DataKeys) -> Source:
     return source
 
 
-def seed_of(*numbers: int) -> int:
+def seed_of(*numbers: int | str) -> int:
     """A seed that is a function of the numbers alone: what is drawn after it is the same in a resumed run."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
 
@@ -133,8 +134,9 @@ def batches(
         for positions in order:
             yield part.__getitems__(positions.to(part.ids.device))
         return
-    loader = DataLoader(
-        _Telling(part),
+    told: Any = _Telling(part)
+    loader: DataLoader[Any] = DataLoader(
+        told,
         batch_sampler=[positions.tolist() for positions in order],
         collate_fn=_as_it_is,
         num_workers=workers,

@@ -233,8 +233,8 @@ def _debian_fashion_mnist(name: str, files: list[str]) -> dict[str, bytes]:
             _run([*apt, "update"], place)
             _run([*apt, "download", "dataset-fashion-mnist"], place)
         _run(["dpkg", "-x", str(_only(Path(place), "dataset-fashion-mnist_*.deb")), f"{place}/tree"], place)
-        folder = Path(place) / "tree/usr/share/datasets/fashion-mnist"
-        return {file: gzip.decompress((folder / f"{file}.gz").read_bytes()) for file in files}
+        where = Path(place) / "tree/usr/share/datasets/fashion-mnist"
+        return {file: gzip.decompress((where / f"{file}.gz").read_bytes()) for file in files}
 
 
 SOURCES: dict[str, dict[str, Source]] = {

@@ -110,7 +110,7 @@ def _is_deep_colour(path: str | Path, image: Image.Image) -> bool:
         with open(path, "rb") as file:
             head = file.read(26)
         return len(head) == 26 and head[24] == 16 and struct.unpack("B", head[25:26])[0] in (2, 4, 6)
-    return any("16" in str(tile[3]) for tile in image.tile if image.mode in ("RGB", "RGBA"))
+    return any("16" in str(tile[3]) for tile in getattr(image, "tile", ()) if image.mode in ("RGB", "RGBA"))
 
 
 def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> Tensor:

@@ -85,4 +85,5 @@ class Views:
                 images.device
             )
             self._view = view
+        assert self._table is not None
         return apply(self.data.augment, images, self._table[index])

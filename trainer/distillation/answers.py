@@ -63,8 +63,8 @@ class Answers:
         precision: str = "no",
     ) -> None:
         keys = keys or CacheKeys()
-        augmented = data.augment != Augment()
-        if augmented and data.views is None:
+        num_views = data.views if data.augment != Augment() else 1
+        if num_views is None:
             raise Mistake(
                 "the teacher's answers to endless views cannot be kept: data needs views, their number"
             )
@@ -76,7 +76,7 @@ class Answers:
         # Accelerate's processes on a CPU use cpu:0, and .to("cpu:0") copies a tensor on "cpu".
         self._device = torch.device("cpu") if torch.device(device).type == "cpu" else torch.device(device)
         self._tolerance = TOLERANCE if precision == "no" else HALF_TOLERANCE
-        self._num_views = data.views if augmented else 1
+        self._num_views = num_views
         with torch.no_grad():
             seen = self._ask(torch.zeros(1, *data.shape, device=self._device))
         self.record = record_of(seen, getattr(torch, keys.type), keys.top)
@@ -153,7 +153,7 @@ class Answers:
         new = self._new(index)
         if new is not None:
             maps = {name: seen.maps[name][new] for name in self.layers}
-            embedding = seen.embedding[new] if self.keys.embeddings else None
+            embedding = seen.embedding[new] if self.keys.embeddings and seen.embedding is not None else None
             self._write(Seen(seen.logits[new], embedding, maps), index[new])
 
     @torch.no_grad()
@@ -213,8 +213,11 @@ class Answers:
 
     def _images(self, index: Tensor, view: int) -> Tensor:
         images = self.data.train.images
-        where = index.to(images.images.device) if isinstance(images, InMemory) else index.tolist()
-        stored = images.__getitems__(where)[0].to(self._device)
+        if isinstance(images, InMemory):
+            stored, _ = images.__getitems__(index.to(images.images.device))
+        else:
+            stored, _ = images.__getitems__(index.tolist())
+        stored = stored.to(self._device)
         return Views(self.data).augmented(stored, index.to(self._device), view)
 
     def _turn_to(self, view: int) -> None:
@@ -236,6 +239,7 @@ class Answers:
         """Returns the positions in the batch of records that no process has kept yet; None if there are none."""
         if not self._num_missing:
             return None
+        assert self._view is not None
         known = self._known[self._view].index_select(0, index)
         new = (~known).nonzero().flatten() if known.any() else slice(None)
         samples = index[new]
@@ -248,6 +252,7 @@ class Answers:
     def _take_up(self, samples: Tensor) -> None:
         """Loads records of the current view that another process has kept."""
         if self._device.type != "cpu":
+            assert self._view is not None
             for name, part in self.file.read(self._view, samples.cpu()).items():
                 self._table[name][samples] = part.to(self._device)
         self._mark(samples)
@@ -257,6 +262,7 @@ class Answers:
         if self._device.type != "cpu":
             for name, table in self._table.items():
                 table.index_copy_(0, index, packed[name])
+        assert self._view is not None
         self.file.write(self._view, index.cpu(), {name: part.cpu() for name, part in packed.items()})
         self._mark(index)
 

@@ -94,6 +94,7 @@ def pair_table(bounds: Iterable[Bound]) -> list[dict[str, Any]]:
 
 def _pairs(term: TermKeys, asks: list[str], networks: Networks) -> Pairs:
     if WEIGHTS & set(asks):
+        assert networks.teacher is not None
         return weight_pairs(networks.student, networks.teacher.network, term.at)
     if (MAPS | MAP_LISTS) & set(asks):
         return map_pairs(networks, term.at)
@@ -114,17 +115,19 @@ def _bind(term: TermKeys, name: str, asks: list[str], pairs: Pairs, networks: Ne
         projector = EmbeddingProjector(shapes["student_embedding"][1], shapes["teacher_embedding"][1])
     weights = None
     if on_weights:
+        assert networks.teacher is not None
         [(student_layer, teacher_layer)] = pairs
         of_student, of_teacher = weights_of(networks.student), weights_of(networks.teacher.network)
         weights = (of_student[student_layer.name], of_teacher[teacher_layer.name])
     if hasattr(function, "finish"):
         # A student that `finish` will refuse after the training is refused now.
+        assert networks.teacher is not None
         head = features.head(networks.teacher.network)
         function.to(networks.images.device).finish(copy.deepcopy(networks.student), head)
     return Bound(name, function, asks, pairs, term.weight, projector, weights)
 
 
-def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Callable:
+def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Any:
     """Returns the term's loss with its settings: a module if the loss is a class, else a partial function."""
     function, settings = shelves.find("loss", term.loss), shelves.own_settings(term, TermKeys)
     if not inspect.isclass(function):

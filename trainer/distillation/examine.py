@@ -66,18 +66,21 @@ def examine(
     seen = look(student, prepare(images), embedding, num_classes, "the student")
     examples = {"student_logits": seen.logits, "student_embedding": seen.embedding}
     for number, network in enumerate(teacher.networks if teacher is not None else []):
+        assert teacher is not None
         who = "the teacher" if len(teacher.networks) == 1 else f"teachers[{number}]"
         seen = look(network, teacher.prepare(images, number), embedding and number == 0, num_classes, who)
         if number == 0:
             examples |= {"teacher_logits": seen.logits, "teacher_embedding": seen.embedding}
     finishes = any(hasattr(shelves.find("loss", term.loss), "finish") for term in terms)
     if "teacher_head" in asked or finishes:
+        assert teacher is not None
         check_head(teacher.network, teacher.prepare(images), "the teacher")
     if finishes:
         check_head(student, prepare(images), "the student")
     student_layers, teacher_layers = [], []
     if (MAPS | MAP_LISTS) & asked:
         student_layers = features.look(student, prepare(images))
+        assert teacher is not None
         teacher_layers = features.look(teacher.network, teacher.prepare(images))
     shapes = {word: tensor.shape for word, tensor in examples.items() if tensor is not None}
     return Networks(student, prepare, teacher, images, student_layers, teacher_layers, shapes)

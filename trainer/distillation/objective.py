@@ -45,6 +45,8 @@ class Objective(nn.Module):
             not return one logit for each class of the data.
     """
 
+    bound: Sequence[Bound]
+
     def __init__(
         self,
         student: nn.Module,
@@ -70,7 +72,7 @@ class Objective(nn.Module):
         self.penalties = dict(penalties)
         self.prepare = prepare or (lambda images: normalize(images, data.mean, data.std))
         networks = examine(student, self.prepare, teacher, terms, data, torch.device(device))
-        self.bound = nn.ModuleList(bind_all(terms, networks, data))
+        self.bound = nn.ModuleList(bind_all(terms, networks, data))  # type: ignore[assignment]  # torch does not say of what
         asks = {word for bound in self.bound for word in bound.asks}
         # What a forward pass asks of each network: the layers whose maps are needed, and whether the embedding is.
         self._see_student = (
@@ -83,6 +85,7 @@ class Objective(nn.Module):
         )
         self._asks_teacher = bool(TEACHER_WORDS & asks - WEIGHTS)
         if self._asks_teacher:
+            assert teacher is not None
             teacher.make_ready()  # now, because torch.compile would trace it in the first step
         self._teacher_images = 0
         self._ids = data.train.ids.to(device) if "index" in asks else None
@@ -114,7 +117,7 @@ class Objective(nn.Module):
         if student.logits.dtype in (torch.float16, torch.bfloat16):
             student = student._replace(logits=student.logits.float())
         terms: dict[str, Tensor] = {}
-        total: Tensor | float = 0.0
+        total: Any = 0.0
         for bound in self.bound:
             value = bound.function(*self._feed(bound, student, teacher, labels, index, epoch))
             terms[bound.name] = value
@@ -125,12 +128,13 @@ class Objective(nn.Module):
         return {"loss": total, **terms}
 
     def _ask_teacher(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
-        cache = None if view is None else self.cache
-        if cache is not None and cache.keeps(*self._see_teacher):
+        assert self.teacher is not None
+        cache = self.cache
+        if cache is not None and view is not None and cache.keeps(*self._see_teacher):
             return self._recalled(images, index, view)
         seen = self.teacher.see(images, *self._see_teacher)
         self._count(len(images))
-        if cache is not None:
+        if cache is not None and view is not None:
             self._keep(seen, index, view)  # for later stages, whose losses may take less
         return seen
 
@@ -143,12 +147,14 @@ class Objective(nn.Module):
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:
+        assert self.cache is not None
         before = self.cache.num_computed
         seen = self.cache.see(images, index, view, *self._see_teacher)
         self._count(self.cache.num_computed - before)
         return seen
 
     def _keep(self, seen: features.Seen, index: Tensor, view: int) -> None:
+        assert self.cache is not None
         self.cache.keep(seen, index, view)
 
     def _count(self, num_images: int) -> None:
@@ -187,6 +193,7 @@ class Objective(nn.Module):
         if teacher is not None:
             available["teacher_logits"], available["teacher_embedding"] = teacher.logits, teacher.embedding
         if "teacher_head" in bound.asks:
+            assert self.teacher is not None
             available["teacher_head"] = features.head(self.teacher.network)
         if bound.weights is not None:
             available["student_weight"], available["teacher_weight"] = (w.value for w in bound.weights)
@@ -199,9 +206,12 @@ class Objective(nn.Module):
             available |= {"teacher_maps": teacher_maps, "teacher_map": teacher_maps[0]}
             if "projected_map" in bound.asks:
                 # Pooling first: the 1x1 convolution commutes with it, and costs less on the smaller map.
-                student_map, available["teacher_map"] = same_size(student_maps[0], teacher_maps[0])
+                student_map, teacher_map = student_maps[0], teacher_maps[0]
+                assert student_map is not None and teacher_map is not None and bound.projector is not None
+                student_map, available["teacher_map"] = same_size(student_map, teacher_map)
                 available["projected_map"] = bound.projector(student_map)
         if "projected_embedding" in bound.asks:
+            assert bound.projector is not None
             available["projected_embedding"] = bound.projector(student.embedding)
         return [available[word] for word in bound.asks]
 
@@ -260,4 +270,5 @@ class Objective(nn.Module):
     def _finish(self, student: nn.Module) -> None:
         for bound in self.bound:
             if hasattr(bound.function, "finish"):
+                assert self.teacher is not None
                 bound.function.finish(student, features.head(self.teacher.network))

@@ -10,7 +10,7 @@ compute in float32.
 
 from collections.abc import Iterable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 _LEAST = 2**21  # multiplications: in smaller products the overhead of the calls dominates
+_RECURRENT: tuple[type[nn.LSTM | nn.GRU | nn.RNN], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -41,7 +42,7 @@ def attach(network: nn.Module, learning: bool) -> None:
     for module in network.modules():
         if _is_linear(module) and (_attached(module) or "forward" not in vars(module)):
             # A partial, not a closure: deepcopy of the network copies its layer too.
-            module.forward = partial(_forward, module, learning)
+            module.forward = partial(_forward, module, learning)  # type: ignore[method-assign]  # of this layer alone
 
 
 def detach(network: nn.Module) -> None:
@@ -51,7 +52,7 @@ def detach(network: nn.Module) -> None:
             del module.forward
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
     return kind is nn.Linear
 
@@ -63,19 +64,19 @@ def _attached(module: nn.Module) -> bool:
 def missing_types(layer: nn.Module) -> frozenset[torch.dtype]:
     """Returns the autocast types in which this CPU cannot compute a recurrent layer; none for any other layer."""
     kind = _recurrent_kind(layer)
-    return frozenset() if kind is None else _missing_types(kind)
+    return frozenset() if kind is None else _missing_types(kind)  # type: ignore[arg-type]  # a class can be hashed
 
 
-def _recurrent_kind(layer: nn.Module) -> type[nn.RNNBase] | None:
-    return next((kind for kind in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(layer, kind)), None)
+def _recurrent_kind(layer: nn.Module) -> type[nn.LSTM | nn.GRU | nn.RNN] | None:
+    return next((kind for kind in _RECURRENT if isinstance(layer, kind)), None)
 
 
 @cache
-def _missing_types(kind: type[nn.RNNBase]) -> frozenset[torch.dtype]:
+def _missing_types(kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype in _HALVES if not _computes(kind, dtype))
 
 
-def _computes(kind: type[nn.RNNBase], dtype: torch.dtype) -> bool:
+def _computes(kind: type[nn.LSTM | nn.GRU | nn.RNN], dtype: torch.dtype) -> bool:
     """Returns whether this CPU computes such a layer in this type, by trying a tiny one, forward and backward."""
     with (
         torch.random.fork_rng(devices=[]),
@@ -98,10 +99,11 @@ def _computes(kind: type[nn.RNNBase], dtype: torch.dtype) -> bool:
 def kinds_in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> list[str]:
     """Returns the names of the kinds of layers that compute in float32 inside a CPU's autocast to this type."""
     layers = (layer for network in networks for layer in network.modules())
-    return sorted({_recurrent_kind(layer).__name__ for layer in layers if dtype in missing_types(layer)})
+    kinds = {_recurrent_kind(layer) for layer in layers if dtype in missing_types(layer)}
+    return sorted(kind.__name__ for kind in kinds if kind is not None)
 
 
-def _recurrent(layer: nn.RNNBase, lacking: frozenset[torch.dtype], *given: Any, **named: Any) -> Any:
+def _recurrent(layer: nn.Module, lacking: frozenset[torch.dtype], *given: Any, **named: Any) -> Any:
     forward = type(layer).forward
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") not in lacking:
         return forward(layer, *given, **named)

@@ -69,6 +69,7 @@ def map_pairs(networks: Networks, at: At | None) -> list[tuple[Layer, Layer]]:
 
     def teacher_layer(name: Name) -> Layer:
         teacher = networks.teacher
+        assert teacher is not None
         return _choose(teacher.network, "teacher", of_teacher, name, lambda: teacher.prepare(networks.images))
 
     if isinstance(at, dict):

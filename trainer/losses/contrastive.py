@@ -1,5 +1,5 @@
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,11 @@ class contrastive(nn.Module):
     Raises:
         Mistake: For a training set of one sample, or one with fewer than num_negatives others.
     """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    log_constants: Tensor
+    num_updates: Tensor
 
     def __init__(
         self,
@@ -81,7 +86,7 @@ class contrastive(nn.Module):
                 _scores(teacher, self.student_bank, seen) / self.temperature,
             ]
             log_constants = self._constants(scores)
-            loss = sum(self._estimate(s - c) for s, c in zip(scores, log_constants, strict=True))
+            loss: Any = sum(self._estimate(s - c) for s, c in zip(scores, log_constants, strict=True))
         if self.training:
             self._remember(student.detach(), teacher.detach(), index, log_constants)
         return loss

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,5 +44,5 @@ def correlation(
 def _kernel(embedding: Tensor, gamma: float, order: int) -> Tensor:
     unit = unit_length(embedding)
     exponent = 2 * gamma * (unit @ unit.T)
-    series = sum(exponent**p / math.factorial(p) for p in range(order + 1))
+    series: Any = sum(exponent**p / math.factorial(p) for p in range(order + 1))
     return math.exp(-2 * gamma) * series

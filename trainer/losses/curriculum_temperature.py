@@ -40,7 +40,7 @@ class curriculum_temperature(nn.Module):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, epoch: float) -> Tensor:
         strength = (1 - math.cos(math.pi * min(epoch / self.warm_up_epochs, 1.0))) / 2
         # The value of raw_temperature, and -strength times its gradient.
-        raw = self.raw_temperature
+        raw: Tensor = self.raw_temperature
         raw = raw + (1 + strength) * (raw.detach() - raw)
         temperature = self.start + self.span * torch.sigmoid(raw)
         student = F.log_softmax(full_precision(student_logits) / temperature, dim=1)

@@ -22,6 +22,9 @@ class margin_relu(nn.Module):
     Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation".
     """
 
+    margin: Tensor
+    num_negative: Tensor
+
     def __init__(self, student_map: torch.Size, teacher_map: torch.Size) -> None:
         super().__init__()
         self.connector = ConvNorm(student_map[1], teacher_map[1])

@@ -39,8 +39,8 @@ class reuse_classifier(nn.Module):
                 "Linear one folds into the student's"
             )
         classifier = head(student)
-        plain = isinstance(classifier, nn.Linear) and not parametrize.is_parametrized(classifier)
-        if not plain or classifier.bias is None:
+        changed = parametrize.is_parametrized(classifier)
+        if not isinstance(classifier, nn.Linear) or changed or classifier.bias is None:
             raise Mistake(
                 f"reuse_classifier: the student's classifier is a {type(classifier).__name__}; a plain "
                 "Linear layer with a bias is needed, neither pruned nor shared yet"

@@ -6,7 +6,7 @@ timm's models are read through `forward_intermediates` and `forward_head`. Our o
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Layer(NamedTuple):
     """A layer with a feature map: its name and the shape (C, H, W) of the map for the run's images."""
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -70,14 +70,15 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
         for layer in hooked:
             handles.append(_watch(model, layer, seen))
         if names:
+            answering: Any = model  # timm's calls, which `block_names` has found
             extra = {} if isinstance(model, Blocks) else {"norm": False, "output_fmt": "NCHW"}
             if indices:
-                final, found = model.forward_intermediates(images, indices=indices, **extra)
+                final, found = answering.forward_intermediates(images, indices=indices, **extra)
                 seen.update({names[i]: as_map(m) for i, m in zip(indices, found, strict=True)})
             else:
-                final = model.forward_features(images)
-            logits = model.forward_head(final)
-            pooled = model.forward_head(final, pre_logits=True) if embedding else None
+                final = answering.forward_features(images)
+            logits = answering.forward_head(final)
+            pooled = answering.forward_head(final, pre_logits=True) if embedding else None
         else:
             head = _last_linear(model) if embedding else None
             inputs: list[Tensor] = []
@@ -101,7 +102,8 @@ def head(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "get_classifier"):
         return _last_linear(model)
-    classifier = model.get_classifier()
+    answering: Any = model
+    classifier = answering.get_classifier()
     if not isinstance(classifier, nn.Module):
         raise Mistake(f"{type(model).__name__} has several classifiers; none alone gives its logits")
     # In some families the classifier starts with the pooling, or is a 1 x 1 convolution; our embedding is pooled and flat.

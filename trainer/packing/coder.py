@@ -8,6 +8,7 @@ its argument and returns the bits it reads. So each model is written once, for b
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -120,7 +121,7 @@ class Decoder:
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
         value, span = self._value, self._span
-        out = []
+        out: list[int] = []
         append = out.append
         for probability in probabilities.tolist():
             bound = (span >> PROBABILITY_BITS) * probability
@@ -190,10 +191,11 @@ class Meter:
         self.bits = 0.0
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
-        bits = self._coder.code(probabilities, bits)
-        likelihood = np.where(bits, probabilities, ONE - probabilities)
-        self.bits += PROBABILITY_BITS * bits.size - float(np.log2(likelihood).sum())
-        return bits
+        coder: Any = self._coder  # an Encoder must be given the bits
+        coded = coder.code(probabilities, bits)
+        likelihood = np.where(coded, probabilities, ONE - probabilities)
+        self.bits += PROBABILITY_BITS * coded.size - float(np.log2(likelihood).sum())
+        return coded
 
     def bit(self, probability: int, bit: int = 0) -> int:
         bit = self._coder.bit(probability, bit)

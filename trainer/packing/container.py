@@ -34,28 +34,29 @@ VERSIONS = (1, 2)  # that are read; they are coded alike, and 2 says how images 
 MAX_NUMEL = 1 << 28  # numbers in all tensors of a file: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 _LONG, _LONGEST = 4096, 1 << 24  # bytes: a longer header is deflated; a still longer one is refused
-Layout = Mapping[str, tuple[tuple[int, ...], str]]
+Layout = Mapping[str, tuple[tuple[int, ...], str | np.dtype]]
+Normal = dict[str, tuple[tuple[int, ...], str]]
 LayoutSource = Layout | Callable[[dict], Layout] | None
 
 
-def _normal(layout: Layout) -> dict[str, tuple[tuple[int, ...], str]]:
+def _normal(layout: Layout) -> Normal:
     """Returns a layout with plain tuples and dtype names. Raises Mistake for unknown dtypes and too many numbers."""
-    layout = {
+    normal = {
         str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
         for name, (shape, dtype) in layout.items()
     }
-    for name, (_, dtype) in layout.items():
+    for name, (_, dtype) in normal.items():
         if dtype not in DTYPES:
             raise Mistake(f"tensor {name}: dtype {dtype} is not one of {', '.join(DTYPES)}")
         if "\0" in name:
             raise Mistake(f"tensor {name!r}: a name may not hold the byte 0")
-    total = sum(math.prod(shape) for shape, _ in layout.values())
+    total = sum(math.prod(shape) for shape, _ in normal.values())
     if total > MAX_NUMEL:
         raise Mistake(f"{total} numbers in all tensors together; at most {MAX_NUMEL} are allowed")
-    return layout
+    return normal
 
 
-def _code_layout(stream: Stream, layout: Layout | None, stored: bool) -> Layout:
+def _code_layout(stream: Stream, layout: Normal | None, stored: bool) -> Normal:
     """Codes names, shapes and dtypes, or only a check of a layout that both sides know.
 
     layout: of an Encoder, the tensors'; of a Decoder, the one it knows, or None. stored: whether an Encoder writes all.
@@ -68,8 +69,8 @@ def _code_layout(stream: Stream, layout: Layout | None, stored: bool) -> Layout:
         if stream.coder.uniform(8, check) != check:
             raise Mistake("the layout given is not the one that it was written with")
         return layout
-    items = list(layout.items()) if stream.coder.writes else []
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    items = list(layout.items()) if stream.coder.writes and layout is not None else []
+    found: Normal = {}
     for i in range(scalars.number("tensors", len(items), 1 << 20)):
         name, (shape, dtype) = items[i] if stream.coder.writes else ("", ((), DTYPES[0]))
         name = stream.text.code(name)

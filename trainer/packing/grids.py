@@ -81,7 +81,7 @@ def grid_of(shape: tuple[int, ...], live: np.ndarray | None) -> Grid:
         grid.height, grid.width = math.prod(shape[2:-1]), shape[-1]
         return grid
     # The columns of a matrix may be pixels: of the previous layer's channels, or of a grey or coloured image.
-    for channels in (1, 3) if grid.column_live is None else (len(live),):
+    for channels in (1, 3) if grid.column_live is None or live is None else (len(live),):
         side = math.isqrt(columns // channels)
         if channels * side * side == columns and (side >= 8 or grid.column_live is not None):
             grid.height = grid.width = side

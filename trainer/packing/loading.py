@@ -36,7 +36,8 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         Mistake: With the file's name, if it is damaged, needs `into`, or does not fit it.
     """
     data = _content(path)
-    model, header = packed.decode(data, str(path), into)
+    network, header = packed.decode(data, str(path), into)
+    model: Any = network  # with attributes of its own
     model.classes = header["classes"]
     if header["shape"] and header["mean"]:
         prepare = partial(
@@ -67,6 +68,7 @@ def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Seq
     Raises:
         Mistake: For a tensor of another type or size, and for files that cannot be read.
     """
+    stacked: Tensor
     if isinstance(images, Tensor):
         stacked = images if images.dim() == 4 else images[None]
         if stacked.dtype != torch.uint8 or tuple(stacked.shape[1:]) != reading.shape:
@@ -75,8 +77,8 @@ def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Seq
                 f"images: got {stacked.dtype} {tuple(stacked.shape)}; uint8 [N, {shape}] is allowed, or image files"
             )
     else:
-        one = isinstance(images, (str, Path, Image.Image, np.ndarray))
-        stacked = torch.stack([read_image(image, reading) for image in ([images] if one else images)])
+        several = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else images
+        stacked = torch.stack([read_image(image, reading) for image in several])
     return normalize(stacked.float() / 255, mean, std)
 
 

@@ -145,7 +145,7 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
     if set(order) != set(tensors):
         odd = sorted(set(order) ^ set(tensors))
         raise Mistake(
-            f"the network is not what {dict(spec)} builds: {', '.join(odd)} are in one of them only"
+            f"the network is not what {header['net']} builds: {', '.join(odd)} are in one of them only"
         )
     # A masked weight comes later in the state_dict than in the plain network, whose order the reader knows.
     return container.encode(header, {name: tensors[name] for name in order}, steps, layout=order)

@@ -177,7 +177,8 @@ class Text:
 
     def __init__(self, coder: Coder, primer: str) -> None:
         self._coder = coder
-        self._states, self._weights, self._past = (part.copy() for part in self._primed(primer))
+        states, weights, past = self._primed(primer)
+        self._states, self._weights, self._past = states.copy(), weights.copy(), past.copy()
 
     @staticmethod
     @cache

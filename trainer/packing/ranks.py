@@ -65,7 +65,7 @@ def code_ranks(
         inputs[1] = _odds(row_signs[r])
         inputs[2] = _odds(column_signs[c])
         inputs[3] = sign[here - stride] * (size[here - stride] + 64)
-        if spatial:
+        if near is not None:
             where = (r + 2) * stride + near.take(c, 1)
             near_sign, near_size = sign.take(where), size.take(where)
             near_signed = near_sign * (3 * near_size + 128)
@@ -89,7 +89,7 @@ def code_ranks(
         inputs[2] = ((row_sizes[r, 0] + 3 * mean) // (row_sizes[r, 1] + 3) - mean) * 4
         inputs[3] = ((column_sizes[c, 0] + 3 * mean) // (column_sizes[c, 1] + 3) - mean) * 4
         inputs[4] = row_live[r]
-        if spatial:
+        if crowd is not None:
             larger = np.where(near_size > 0, near_size - mean, 0) * 4
             inputs[5:9] = larger[:4]
             inputs[9] = np.add.reduce(larger[4:])
@@ -119,12 +119,12 @@ def code_ranks(
             low += bits * half
             node = node * 2 + bits
         out[r, c] = (low + 1) * (2 * positive - 1)
-        level = np.maximum((2 * low + 1) * 128 // full, 1)
-        size[here], sign[here] = level, 2 * positive - 1
+        scaled = np.maximum((2 * low + 1) * 128 // full, 1)
+        size[here], sign[here] = scaled, 2 * positive - 1
         for sums, line in ((row_sizes, r), (column_sizes, c)):
-            np.add.at(sums, (line, 0), level)
+            np.add.at(sums, (line, 0), scaled)
             np.add.at(sums, (line, 1), 1)
-        total += int(level.sum())
+        total += int(scaled.sum())
         number += len(r)
         fresh += len(r)
         if fresh >= 1024:

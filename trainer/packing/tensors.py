@@ -91,7 +91,7 @@ def _choose(
     values, counts = np.unique(patterns[present], return_counts=True)
     if len(values) <= MAX_CLUSTERS:
         sizes[_CODEBOOK, zeros] = mask_bits + entropy_bits(counts) + len(values) * (number_bits + 2)
-    return min(sizes, key=sizes.get)
+    return min(sizes, key=sizes.__getitem__)
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -125,8 +125,8 @@ def _code_codebook(
         if out and out[-1] >> sign:
             raise Mistake("the coded stream is damaged: a codebook overflows")
         halves.append([size | negative << sign for size in out])
-    negative, positive = halves
-    return np.array(negative[::-1] + positive, patterns.dtype), (len(negative), len(positive))
+    below, above = halves
+    return np.array(below[::-1] + above, patterns.dtype), (len(below), len(above))
 
 
 def _code_steps(stream: Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:

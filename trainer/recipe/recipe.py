@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from trainer.mistakes import nearest
 from trainer.recipe.keys import (
@@ -104,7 +105,7 @@ def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[
         yield path, message, near
 
 
-def _real_path(plain: Any, detail: dict) -> tuple:
+def _real_path(plain: Any, detail: ErrorDetails) -> tuple:
     """Returns the keys of a fault's path that are the recipe's: pydantic adds names of types if several are allowed."""
     path: list = []
     for key in detail["loc"]:
@@ -137,7 +138,7 @@ def _sound_parts(plain: dict[str, Any], context: dict[str, Any]) -> Recipe:
     def each(kind: Any, given: Any) -> list:
         return [sound(kind, one) for one in given] if isinstance(given, list) else []
 
-    return Recipe.model_construct(
+    return Recipe.model_construct(  # type: ignore[call-arg]  # what is faulty is left out
         data=sound(DataEntry, plain.get("data")),
         student=sound(Student, plain.get("student")),
         teacher=sound(TeacherEntry, plain.get("teacher")),

@@ -44,7 +44,9 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
             if recipe.student.from_teacher and getattr(recipe.student, other, None):
                 yield ("student", "from_teacher"), f"overwrites what {other} loads; one of them is allowed"
     if recipe.data is not None:
-        yield from _data_faults(recipe.data, at_path(plain, ("data", "augment")))
+        augment = at_path(plain, ("data", "augment"))
+        assert isinstance(augment, dict)
+        yield from _data_faults(recipe.data, augment)
     yield from _stage_faults(recipe, plain, has_teacher, entries)
     if recipe.cache not in (None, "off"):
         yield from _cache_faults(recipe, has_teacher)
@@ -149,7 +151,7 @@ def _teacher_faults(
             (*path, "std" if keys.mean is None else "mean"),
             "mean and std go together: give both or neither",
         )
-    elif keys.mean is not None and len(keys.mean) != len(keys.std):
+    elif keys.mean is not None and keys.std is not None and len(keys.mean) != len(keys.std):
         yield (
             (*path, "std"),
             f"got {len(keys.std)} values, and mean has {len(keys.mean)}: one for each channel is allowed",

@@ -121,7 +121,7 @@ def beside(function: Callable, name: str) -> Any:
 def fed(function: Callable) -> list[str]:
     """Returns the names of the positional arguments of a function, or of a class's `forward`."""
     if inspect.isclass(function):
-        function = function.forward
+        function = function.forward  # type: ignore[attr-defined]  # every loss that is a class has it
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind in kinds and p.name != "self"]
@@ -129,7 +129,7 @@ def fed(function: Callable) -> list[str]:
 
 def built_with(cls: type) -> list[str]:
     """Returns the names of the positional arguments of a class's constructor."""
-    return fed(cls.__init__)
+    return fed(cls.__init__)  # type: ignore[misc]  # that of this very class is wanted
 
 
 def fields(function: Callable) -> dict[str, tuple[Any, Any]]:
@@ -164,7 +164,7 @@ def checker(
         base: The common keys of its shelf.
         chosen: (argument, function) of each file that an `OnShelf` argument chooses.
     """
-    keys = fields(function)
+    keys: dict[str, Any] = fields(function)
     for name, other in chosen:
         keys_of = beside(function, f"{name}_keys") or fields
         keys |= keys_of(other)
@@ -174,14 +174,15 @@ def checker(
                 f"{function.__module__}.{function.__qualname__}: {name} is a key of every {base.__name__}"
             )
     checks = [beside(found, "check") for found in (function, *(other for _, other in chosen))]
-    validators = {
+    validators: dict[str, Any] = {
         f"check_{number}": model_validator(mode="after")(_checked_by(check))
         for number, check in enumerate(checks)
         if check is not None
     }
     made = create_model(function.__name__, __base__=base, __validators__=validators, **keys)
     if chosen:
-        made.no_key = classmethod(lambda cls, key: _no_key(cls, key, function, chosen))
+        no_key = classmethod(lambda cls, key: _no_key(cls, key, function, chosen))
+        made.no_key = no_key  # type: ignore[attr-defined]  # as `base`, an Entry, has it
     return made
 
 

@@ -33,7 +33,8 @@ def wants(term: TermKeys) -> list[str]:
 
 def needs_teacher(term: TermKeys) -> bool:
     """Returns whether the term's loss takes anything of the teacher, or layers, which come in pairs."""
-    return bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
+    finishes = hasattr(shelves.find("loss", term.loss), "finish")  # which is given the teacher's classifier
+    return finishes or bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
 
 
 def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:

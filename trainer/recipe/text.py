@@ -156,6 +156,7 @@ def _entries(plain: dict[str, Any]) -> Iterator[tuple]:
 def _take_new_names(text: Text, path: tuple) -> None:
     """Renames old keys of one entry, and notes it. Somebody else's stage (`python:`) may have any key."""
     entry = at_path(text.plain, path)
+    assert isinstance(entry, dict)
     if str(entry.get("stage", "")).startswith("python:"):
         return
     for old, new in RENAMED[path[0]].items():

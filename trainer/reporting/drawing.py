@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -144,6 +144,7 @@ def label(
             )
             if best is None or 1000 * outside + hides + far < best[0]:
                 best = (1000 * outside + hides + far, x, y, side, box)
+        assert best is not None
         _, x, y, side, box = best
         note.set_position((x, y))
         note.set_horizontalalignment(side)
@@ -160,9 +161,9 @@ def label(
             axes.annotate("", position, (x, y), textcoords="offset points", arrowprops=arrow)
 
 
-def _offsets() -> list[tuple[float, float, str]]:
+def _offsets() -> list[tuple[float, float, Literal["left", "center", "right"]]]:
     """Returns offsets of a label from its point (in points, 1/72 inch), and the end of the text that faces the point."""
-    found = []
+    found: list[tuple[float, float, Literal["left", "center", "right"]]] = []
     for far in (9, 18, 30, 45, 60):
         for height in (0, far, -far, far / 2, -far / 2):
             found += [(far, height, "left"), (-far, height, "right")]

@@ -57,7 +57,7 @@ def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
     Further columns have the bytes of masks and values in other codes: the i.i.d. entropy, Huffman-coded relative
     indexes and codes, Huffman-coded codes of all weights, and zlib. account: of `packing.container.account`.
     """
-    tensors: dict[str, dict[str, float]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for part in account:
         name = part["tensor"] or f"({part['part']})"
         row = tensors.setdefault(name, {"tensor": name, "bytes": 0.0})
@@ -68,11 +68,18 @@ def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
     rows = list(tensors.values())
     numbers = ("mask", "values", "codebook", "other", "bytes", "numel", "nonzero", *OTHERWISE)
     whole = {key: sum(row[key] for row in rows if key in row) for key in numbers}
+
+    def count_of(key: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda row: _count(row.get(key))
+
+    def bytes_of(key: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda row: _decimals(row.get(key), 1)
+
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "tensor": lambda row: row["tensor"],
-        **{title: lambda row, key=key: _count(row.get(key)) for key, title in COUNTED.items()},
-        **{key: lambda row, key=key: _decimals(row.get(key), 1) for key in numbers[:5]},
-        **{title: lambda row, key=key: _decimals(row.get(key), 1) for key, title in OTHERWISE.items()},
+        **{title: count_of(key) for key, title in COUNTED.items()},
+        **{key: bytes_of(key) for key in numbers[:5]},
+        **{title: bytes_of(key) for key, title in OTHERWISE.items()},
     }
     text = _aligned(columns, [*rows, {"tensor": "file", **whole}], num_text=1)
     compared = [row for row in rows if "iid_bytes" in row]
@@ -133,7 +140,7 @@ def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], 
 
 
 def _decimals(value: float | None, digits: int, times: float = 1) -> str:
-    return NOTHING if missing(value) else f"{value * times:,.{digits}f}"
+    return NOTHING if value is None or missing(value) else f"{value * times:,.{digits}f}"
 
 
 def _count(value: float | None) -> str:
@@ -143,7 +150,9 @@ def _count(value: float | None) -> str:
 
 
 def _ratio(value: float | None) -> str:
-    return NOTHING if missing(value) else f"{value:,.1f}×" if value < 1000 else f"{value:,.0f}×"
+    if value is None or missing(value):
+        return NOTHING
+    return f"{value:,.1f}×" if value < 1000 else f"{value:,.0f}×"
 
 
 def missing(value: float | None) -> bool:

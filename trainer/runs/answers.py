@@ -64,6 +64,7 @@ def _useful(asked: list[set[str]]) -> list[CacheKeys]:
 def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str]) -> Answers:
     """Opens the cache, compares it with the teacher, measures what it loses and says so. Raises Mistake when it cannot."""
     device, is_main = run.accelerator.device, run.accelerator.is_main_process
+    assert run.teacher is not None
     cache = Answers(
         run.teacher,
         run.data,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.compression.weights import Weight, choose, matching, weights_of
 from trainer.data.images import Data, normalize
@@ -29,16 +29,21 @@ def guard_teacher(run: Run) -> None:
     Raises Mistake when one only guesses.
     """
     guide, part = run.teacher, run.data.validation
+    assert guide is not None
     several = len(guide.networks) > 1
     chance = 1 / len(run.data.classes)
     doubt = 3 * math.sqrt(chance * (1 - chance) / max(1, int((part.labels >= 0).sum())))
     for number, network in enumerate(guide.networks):
         if several:
-            answers = predict(
-                lambda images, n=number, net=network: net(guide.prepare(images, n)), part, run.accelerator
-            )
+
+            def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:
+                return net(guide.prepare(images, n))
+
+            answers = predict(alone, part, run.accelerator)
         else:
-            answers = teacher_answers(run, "validation")
+            known = teacher_answers(run, "validation")
+            assert known is not None
+            answers = known
         share = percent_right(answers, part.labels) / 100
         if share < max(chance + doubt, 1.2 * chance):
             who = f"teachers[{number}]" if several else "the teacher"

@@ -49,7 +49,9 @@ def ladder(
     recipe, _ = read(path, changes, allow_python)
     number = prune_stage(recipe, stage)
     share = _check(recipe, number, sparsity, bits)
-    points = [_point(recipe, number, share, s, b) for s in sparsity or [None] for b in bits or [None]]
+    sparsities: Sequence[float | None] = sparsity or [None]
+    widths: Sequence[int | None] = bits or [None]
+    points = [_point(recipe, number, share, s, b) for s in sparsities for b in widths]
     names = [name for name, _ in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -123,11 +125,13 @@ def _point(
     recipe: Recipe, number: int, share: int | None, sparsity: float | None, bits: int | None
 ) -> tuple[str, dict[str, Any]]:
     """A point's name and what it changes in the recipe."""
-    words, asked = [], {}
+    words: list[str] = []
+    asked: dict[str, Any] = {}
     if sparsity is not None:
         words.append(f"sparsity-{sparsity}")
         asked[f"stages.{number}.sparsity"] = sparsity
     if bits is not None:
+        assert share is not None
         words.append(f"bits-{bits}")
         asked[f"stages.{share}.bits"] = bits
         if recipe.stages[share].values is not None:

@@ -97,9 +97,11 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
         teacher, notes = make_teacher(recipe, data)
     made = make_student(recipe, data)
     student = made.network
-    if recipe.student.from_teacher and not copy_layers(student, teacher.network):
-        message = "has no effect: no layer of the student is of a kind that the teacher has"
-        raise RecipeError(recipe.fault(("student", "from_teacher"), message))
+    if recipe.student.from_teacher:
+        assert teacher is not None
+        if not copy_layers(student, teacher.network):
+            message = "has no effect: no layer of the student is of a kind that the teacher has"
+            raise RecipeError(recipe.fault(("student", "from_teacher"), message))
     if accelerator.is_main_process:
         for line in (*data.notes, *notes, *made.notes):
             print(line, flush=True)

@@ -18,6 +18,7 @@ from trainer.compression.masks import (
     unwatch_gradients,
     watch_gradients,
 )
+from trainer.compression.parametrizations import Mask
 from trainer.compression.states import dense_state, rewind_weights
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.data.images import normalize
@@ -26,8 +27,9 @@ from trainer.distributed import broadcast
 from trainer.mistakes import Mistake, nearest
 from trainer.networks.build import build
 from trainer.networks.sizes import sizes_of
-from trainer.recipe.keys import PER_LAYER, Exclude, StageKeys, Term, TermKeys, Training
+from trainer.recipe.keys import PER_LAYER, Exclude, StageKeys, Term, TermKeys
 from trainer.recipe.shelves import OnShelf, beside, fed, fields, find
+from trainer.recipe.training import Training
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
@@ -46,7 +48,8 @@ def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
     amount = beside(criterion, "AMOUNT")
     if amount is not None:
         kind, default = keys[amount]
-        keys[amount] = (Annotated[kind | dict[str, kind], PER_LAYER], default)
+        either = kind | dict[str, kind]  # type: ignore[valid-type]  # it is made here, as the criterion runs
+        keys[amount] = (Annotated[either, PER_LAYER], default)
     elif not _resizes(criterion):
         scopes = beside(criterion, "SCOPES") or SCOPES
         keys["sparsity"] = (Annotated[Sparsity | dict[str, Sparsity], PER_LAYER], ...)
@@ -229,7 +232,7 @@ def _decision(
         for name, layer in layers.items():
             setting = settings[name]
             if isinstance(setting, Real):
-                setting = cubic(setting, progress)
+                setting = cubic(float(setting), progress)
             found[name] = ask(criterion, layer, **others, **{amount: setting})
         return found
 
@@ -255,7 +258,11 @@ def _ranking(
     def decide(progress: float) -> Masks:
         if adds_up:
             # This stage's pruned weights may return if their scores rise, an earlier stage's may not.
-            alive, scores = before, {name: layer.parametrization.score for name, layer in layers.items()}
+            alive, scores = before, {}
+            for name, layer in layers.items():
+                found = layer.parametrization
+                assert isinstance(found, Mask) and found.score is not None
+                scores[name] = found.score
         else:
             alive = {name: layer.mask for name, layer in layers.items()}
             scores = {name: ask(criterion, layer, **others) for name, layer in layers.items()}

@@ -27,7 +27,8 @@ from trainer.distillation.objective import Objective
 from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
-from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys, Training
+from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys
+from trainer.recipe.training import Training
 from trainer.training.evaluate import normalized, truth
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
@@ -133,10 +134,12 @@ def share(
 
     def cluster(name: str, layer: Weight, num_values: int) -> tuple[Tensor, Tensor]:
         method = kmeans.kmeans_linear if init == "linear" else kmeans.kmeans_optimal
-        num_groups = {"layer": 1, "channel": len(layer.value), "group": groups}[per]
+        num_groups = groups if per == "group" else {"layer": 1, "channel": len(layer.value)}[per]
+        assert num_groups is not None
         return codebooks.cluster(layer, num_values, method, num_groups, importance.get(name), code_cost)
 
     if bits == "auto":
+        assert budget_bytes is not None
         bits = _choose_bits(run, layers, cluster, codebook, biases, rest, budget_bytes)
     wanted = per_layer(layers, bits if values is None else values, "bits" if values is None else "values")
     for name, layer in layers.items():  # the main process decides
@@ -232,7 +235,7 @@ def _trained(layer: Weight) -> Tensor:
         raise Mistake(
             f"layer {layer.name!r} shares its weights already: weighting 'fisher' wants them as they were"
         )
-    return module.parametrizations[attribute].original
+    return layer.parameter
 
 
 def _choose_bits(run: Run, layers, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
@@ -275,7 +278,8 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
         return packed.encode(clustered(choice), run.student_spec, facts)
 
     base = _loss(run, plain.eval())
-    loss, size = {}, {}
+    loss: dict[tuple[str, int], float] = {}
+    size: dict[tuple[str, int], float] = {}
     for bits in AUTO_BITS:
         for part in packed.account(encoded(dict.fromkeys(layers, bits)))[0]:
             tensor = part["tensor"]
@@ -293,7 +297,7 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
                 steps[name, lower] = (loss[name, lower] - loss[name, bits]) / saved
         if not steps:
             return dict.fromkeys(layers, 0)
-        name, lower = min(steps, key=steps.get)
+        name, lower = min(steps, key=steps.__getitem__)
         choice[name] = lower
     return choice
 

@@ -8,9 +8,10 @@ from pydantic import Field
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
-from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.recipe.keys import Term, TermKeys
 from trainer.recipe.stages import changes_student
 from trainer.recipe.terms import needs_teacher
+from trainer.recipe.training import Training
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record, record_teacher
 from trainer.training.run import Run
@@ -65,13 +66,16 @@ def train(
         Mistake: If the accuracy is below at_least, or the checkpoint does not fit.
     """
     losses = losses or [TermKeys(loss="cross_entropy")]
-    networks = run.teacher.networks if who == "teacher" else [run.student]
+    teacher = run.teacher if who == "teacher" else None
+    assert teacher is not None or who == "student"
+    networks = [run.student] if teacher is None else teacher.networks
     numbers: dict = {}
     for number, network in enumerate(networks):
         if checkpoint is not None:
             _load(run, who, number, checkpoint, prefix, use_ema)
             continue
-        prepare = (lambda images, n=number: run.teacher.prepare(images, n)) if who == "teacher" else None
+        assert training is not None
+        prepare = None if teacher is None else (lambda images, n=number: teacher.prepare(images, n))
         network.requires_grad_(True)
         objective = Objective(
             network,
@@ -87,10 +91,10 @@ def train(
             for k, v in fitted.items()
         }
         network.eval()
-        if who == "teacher":
+        if teacher is not None:
             network.requires_grad_(False)
-    if who == "teacher":
-        run.teacher.version += 1
+    if teacher is not None:
+        teacher.version += 1
         row = record_teacher(run, "teacher", numbers.get("train_seconds", 0.0), **numbers)
     else:
         row = record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)
@@ -107,6 +111,7 @@ def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_e
         made = load_weights(run.student, run.student_spec, run.data.shape, classes, path, prefix, use_ema)
         run.student, run.student_spec = made.network.to(run.accelerator.device), made.spec
         return
+    assert run.teacher is not None
     network, member = run.teacher.networks[number], run.teacher.members[number]
     shape = (run.data.shape[0], member.size, member.size) if member.size else run.data.shape
     made = load_weights(network, member.spec, shape, classes, path, prefix, use_ema)

@@ -48,20 +48,22 @@ def percent_right(answers: Tensor, labels: Tensor) -> float:
 
 def teacher_answers(run: Run, part_name: str) -> Tensor | None:
     """Returns the teacher's classes for a part ('validation', 'test'), computed once; None without a teacher."""
-    if run.teacher is None:
+    teacher = run.teacher
+    if teacher is None:
         return None
-    key = (part_name, run.teacher.version)
+    key = (part_name, teacher.version)
     if key not in run.answers:
         part = getattr(run.data, part_name)
-        run.answers[key] = predict(lambda images: run.teacher.see(images).logits, part, run.accelerator)
+        run.answers[key] = predict(lambda images: teacher.see(images).logits, part, run.accelerator)
     return run.answers[key]
 
 
 def truth(run: Run, part: Part) -> Tensor:
     """Returns the labels of a part, or the teacher's classes if none of its images has a label."""
-    if (part.labels >= 0).any() or run.teacher is None:
+    if (part.labels >= 0).any():
         return part.labels
-    return teacher_answers(run, "validation" if part is run.data.validation else "test")
+    answers = teacher_answers(run, "validation" if part is run.data.validation else "test")
+    return part.labels if answers is None else answers
 
 
 def normalized(network: nn.Module, data: Data) -> Callable[[Tensor], Tensor]:

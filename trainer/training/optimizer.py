@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
-from trainer.recipe.keys import Training
+from trainer.recipe.training import Training
 
 
 def make_optimizer(objective: Objective, training: Training) -> torch.optim.Optimizer:
@@ -62,7 +63,7 @@ class Averaged:
     """The exponential moving average of a module's trainable parameters and floating buffers."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.live += [b for b in module.buffers() if b.is_floating_point()]
         self.average = [t.detach().clone() for t in self.live]
         self._mix = get_ema_multi_avg_fn(decay)
@@ -81,7 +82,7 @@ class Averaged:
             average.copy_(kept)
 
 
-def freeze_unused(objective: Objective, batch: Sequence[Tensor]) -> list[nn.Parameter]:
+def freeze_unused(objective: Objective, batch: Sequence[Any]) -> list[nn.Parameter]:
     """Freezes the parameters that the losses do not reach (a head, under losses on maps alone), and returns them.
 
     DDP waits for a gradient of every trainable parameter, so these must be frozen before. batch: the objective's arguments.

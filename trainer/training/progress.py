@@ -34,7 +34,7 @@ class Window:
         values = self.run.accelerator.reduce(torch.stack(self._kept), "mean").cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            row = bad[0, 0].item()
+            row = int(bad[0, 0])
             broken = [
                 n
                 for n, v in zip(self._names, values[row], strict=True)

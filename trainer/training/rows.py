@@ -49,6 +49,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
     """Measures the teacher and adds its row, with the bytes of its dense weights; see `record`."""
     test, validation = teacher_answers(run, "test"), teacher_answers(run, "validation")
+    assert run.teacher is not None and test is not None and validation is not None
     networks = nn.ModuleList(run.teacher.networks)
     row = {
         "stage": label,

@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.recipe.keys import Training
+from trainer.recipe.training import Training
 
 
 def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
@@ -14,7 +14,7 @@ def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
     if training.schedule == "constant":
         return training.lr
     if training.schedule == "step":
-        passed = sum(step >= milestone * steps_per_epoch for milestone in training.milestones)
+        passed = sum(step >= milestone * steps_per_epoch for milestone in training.milestones or [])
         return training.lr * (0.1 if training.gamma is None else training.gamma) ** passed
     if training.schedule == "cosine":
         return training.lr * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2

@@ -275,7 +275,8 @@ def _misfit(
     network: nn.Module, own: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Tensor]], prefix
 ) -> str:
     """The first odd keys of each side, of the group that has most in common, and the likely cause."""
-    best, place, common = {}, "", -1
+    best: Mapping[str, Tensor] = {}
+    place, common = "", -1
     for tensors in groups.values():
         counts: dict[str, int] = defaultdict(int)
         for key in tensors:
