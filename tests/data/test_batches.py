@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from trainer.data.augment import apply, draw
-from trainer.data.batches import batches, epoch_order, make_data, mix, seed_of
+from trainer.data.batches import batches, epoch_order, make_data, mix, num_batches, seed_of
 from trainer.data.images import InMemory, Part
 from trainer.data.views import Views
 from trainer.recipe import shelves
@@ -113,6 +113,30 @@ def test_the_processes_share_each_batch_of_one_order_exactly(num_images, batch_s
         assert torch.equal(joined[: len(batch)], batch)
         missing = len(joined) - len(batch)
         assert missing < num_processes and (missing == 0 or number == len(alone) - 1)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "num_processes", "sizes"),
+    [
+        (129, 64, 1, [64, 65]),
+        (130, 64, 1, [64, 64, 2]),
+        (128, 64, 1, [64, 64]),
+        (1, 64, 1, [1]),
+        (65, 64, 2, [33]),
+        (66, 64, 2, [33]),
+        (67, 64, 2, [32, 2]),
+        (2, 64, 2, [1]),
+    ],
+)
+def test_no_last_batch_of_one_image(num_images, batch_size, num_processes, sizes):
+    for rank in range(num_processes):
+        order = epoch_order(num_images, batch_size, 0, 0, rank, num_processes)
+        assert [len(positions) for positions in order] == sizes
+    assert num_batches(num_images, batch_size, num_processes) == len(sizes)
+    seen = torch.cat(
+        [torch.cat(epoch_order(num_images, batch_size, 0, 0, r, num_processes)) for r in range(num_processes)]
+    )
+    assert set(seen.tolist()) == set(range(num_images))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():

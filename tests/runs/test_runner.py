@@ -368,6 +368,28 @@ def test_a_launch_that_asked_for_more(monkeypatch, environment, got, more):
     assert opening._asked_for_more(got) is more
 
 
+def test_the_launch_divides_no_losses(tmp_path, monkeypatch, capsys):
+    """84 % were 20 % where `--gradient_accumulation_steps 4` divided every loss."""
+    text = "name: NAME\ndata: {dataset: digits}\nstudent: {model: lenet5, width: 2}\nstages:\n"
+    text += (
+        "  - {stage: train, training: {epochs: 1, batch_size: 64, lr: 0.05, optimizer: sgd, momentum: 0.9}}\n"
+    )
+    plain = runner.run(write(tmp_path, text.replace("NAME", "plain")), folder=tmp_path)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    capsys.readouterr()
+    launched = runner.run(write(tmp_path, text.replace("NAME", "launched")), folder=tmp_path)
+    told = capsys.readouterr().out
+    assert "--gradient_accumulation_steps 4 has no effect: accumulate: 4 in the recipe" in told
+    assert "--mixed_precision bf16 has no effect: the recipe's precision is 'no'" in told
+    first, second = (
+        read_file(next((tmp_path / name / "checkpoints" / "00-train").glob("*/student.safetensors")))[0]
+        for name in ("plain", "launched")
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert plain["rows"][0]["top1"] == launched["rows"][0]["top1"]
+
+
 def test_more_processes_than_started_is_an_error_that_names_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -491,10 +491,25 @@ def test_average_is_the_naive_one(tmp_path):
     train(kept, epochs=2, ema=0.7)
     for name, got in weights(kept).items():
         average = states[0][name].double()
-        for state in states[1:]:
-            average = 0.7 * average + 0.3 * state[name]
+        for step, state in enumerate(states[1:], 1):
+            decay = min(0.7, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * state[name]
         expected = average if got.is_floating_point() else states[-1][name]
         torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_short_training_forgets_the_first_weights(tmp_path):
+    """A decay of 0.9998 alone would leave 97 % of them after 150 steps, and the accuracy at chance."""
+    run = make_run(tmp_path, Tiny)
+    first = weights(run)
+    train(run, epochs=8, lr=0.05, ema=0.9998)
+    steps = 8 * -(-len(run.data.train) // 32)
+    left = 1.0
+    for step in range(1, steps + 1):
+        left *= min(0.9998, (1 + step) / (10 + step))
+    assert left < 1e-5
+    moved = weights(run)["fc1.weight"] - first["fc1.weight"]
+    assert moved.abs().max() > 0.01
 
 
 def test_swapping_twice_changes_nothing():
@@ -503,7 +518,7 @@ def test_swapping_twice_changes_nothing():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    averaged.update()
+    averaged.update(1000)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     averaged.swap()
     torch.testing.assert_close(model.fc1.weight, before["fc1.weight"] - 0.5)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer.data.images import Data, InMemory, Part, Source
+from trainer.data.images import Data, Images, InMemory, Part, Source
 from trainer.data.views import KeptViews
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
@@ -50,21 +50,16 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         else source.train.__getitems__(order[:256].tolist())[0]
     )
     digest.update(some.contiguous().numpy().data)
-    train, test = source.train, source.test
-    ids = torch.arange(len(test))
-    if isinstance(train, InMemory) and device.type != "cpu":
-        train = InMemory(train.images.to(device), train.labels.to(device))
-        order = order.to(device)
-    if isinstance(test, InMemory) and device.type != "cpu":
-        test = InMemory(test.images.to(device), test.labels.to(device))
-        ids = ids.to(device)
+    train = _placed(source.train, device)
+    if isinstance(train, InMemory):
+        order = order.to(train.images.device)
     return Data(
         name=keys.dataset,
         train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
         validation=Part(train, order[:held_out].sort().values, keys.workers)
         if source.validation is None
-        else Part(source.validation, torch.arange(len(source.validation)), keys.workers),
-        test=Part(test, ids, keys.workers),
+        else _whole(_placed(source.validation, device), keys.workers),
+        test=_whole(_placed(source.test, device), keys.workers),
         classes=source.classes,
         mean=mean,
         std=std,
@@ -80,6 +75,18 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         fingerprint=digest.hexdigest(),
         notes=source.notes,
     )
+
+
+def _placed(images: Images, device: torch.device) -> Images:
+    """Returns images in memory on the device, and images that are read from disk as they are."""
+    if isinstance(images, InMemory) and device.type != "cpu":
+        return InMemory(images.images.to(device), images.labels.to(device))
+    return images
+
+
+def _whole(images: Images, workers: int) -> Part:
+    device = images.images.device if isinstance(images, InMemory) else None
+    return Part(images, torch.arange(len(images), device=device), workers)
 
 
 def _source(keys: DataKeys) -> Source:
@@ -114,16 +121,25 @@ def epoch_order(
 ) -> list[Tensor]:
     """Positions of this process's fraction of every batch of an epoch: a function of (seed, epoch) alone.
 
-    batch_size counts the images of all processes together; the last batch may be smaller. With several processes
-    each batch is filled up from the start of the order, so that all have equally many.
+    batch_size counts the images of all processes together. The last batch may be smaller; if it would give each process
+    one image, which BatchNorm cannot normalise, it joins the one before. With several processes each batch is filled up
+    from the start of the order, so that all have equally many.
     """
     order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_images))
     batches = list(order.split(batch_size))
+    if len(batches) > num_batches(num_images, batch_size, num_processes):
+        batches[-2:] = [torch.cat(batches[-2:])]
     if num_processes == 1:
         return batches
     missing = -len(batches[-1]) % num_processes
     batches[-1] = torch.cat([batches[-1], order[torch.arange(missing) % num_images]])
     return [batch[rank::num_processes] for batch in batches]
+
+
+def num_batches(num_images: int, batch_size: int, num_processes: int) -> int:
+    """Returns the number of batches in an epoch (`epoch_order`)."""
+    full, rest = divmod(num_images, batch_size)
+    return full + (rest > num_processes or (rest > 0 and full == 0))
 
 
 def batches(

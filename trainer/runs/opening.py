@@ -4,13 +4,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
 from trainer.data.batches import batches, make_data
@@ -61,14 +62,37 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         log_with=recipe.track,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # Given here: else Accelerate takes a number from the launch, and divides every loss by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the main process works alone for long
+        ],
     )
+    if accelerator.is_main_process:
+        for line in _without_effect(recipe):
+            print(line, flush=True)
     if _asked_for_more(accelerator.num_processes):
         raise RecipeError(
             f"the launch asked for more processes than the {accelerator.num_processes} it got; these commands work: "
             f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
         )
     return accelerator
+
+
+def _without_effect(recipe: Recipe) -> Iterator[str]:
+    """What the launch says and the recipe decides. (`accelerate launch` passes "no" on where no precision was asked for.)"""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", recipe.precision):
+        yield (
+            f"--mixed_precision {precision} has no effect: the recipe's precision is {recipe.precision!r} "
+            f"(precision: {precision} in the recipe)"
+        )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        yield (
+            f"--gradient_accumulation_steps {steps} has no effect: accumulate: {steps} in the recipe's training does that"
+        )
 
 
 def accelerator_of(**settings: Any) -> Accelerator:

@@ -149,7 +149,7 @@ def _take_step(state: State) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     if state.averaged is not None:
-        state.averaged.update()
+        state.averaged.update(state.step)
 
 
 def _look(state: State) -> None:

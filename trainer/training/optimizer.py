@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
@@ -60,18 +59,23 @@ def cpp_compiler() -> str:
 
 
 class Averaged:
-    """The exponential moving average of a module's trainable parameters and floating buffers."""
+    """The exponential moving average of a module's trainable parameters and floating buffers.
+
+    The decay rises to the one asked for, min(decay, (1 + step) / (10 + step)), so that short trainings too forget the
+    initial weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.live: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self.live += [b for b in module.buffers() if b.is_floating_point()]
         self.average = [t.detach().clone() for t in self.live]
-        self._mix = get_ema_multi_avg_fn(decay)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Updates the averages after an optimizer step."""
-        self._mix(self.average, [t.detach() for t in self.live], None)
+    def update(self, step: int) -> None:
+        """Updates the averages after optimizer step number `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [t.detach() for t in self.live], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

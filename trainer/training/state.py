@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from trainer.data.batches import batches, seed_of
+from trainer.data.batches import num_batches as batches_of_an_epoch
 from trainer.data.views import Views
 from trainer.distillation.objective import Objective
 from trainer.distillation.onednn import attach, detach
@@ -138,7 +139,8 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     attach(objective, learning=True)
     progress = Progress(run, folder, objective, optimizer, averaged)
     step, tally = progress.load()
-    num_batches = math.ceil(len(run.data.train) / training.batch_size)
+    processes = run.accelerator.num_processes
+    num_batches = batches_of_an_epoch(len(run.data.train), training.batch_size, processes)
     steps_per_epoch = math.ceil(num_batches / training.accumulate)
     now = time.monotonic()
     return State(
