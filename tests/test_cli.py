@@ -554,7 +554,7 @@ def test_unpack(student, finished, say, tmp_path):
 def test_predict(student, finished, say, tmp_path):
     from trainer.data.images import normalize
     from trainer.datasets.digits import digits
-    from trainer.packing.network import load
+    from trainer.packing.loading import load
 
     source = digits(size=16)
     images, _ = source.test.__getitems__(list(range(8)))

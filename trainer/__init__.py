@@ -13,7 +13,7 @@ _WHERE = {
     "prune": "trainer.functional",
     "share": "trainer.functional",
     "pack": "trainer.functional",
-    "load": "trainer.packing.network",
+    "load": "trainer.packing.loading",
 }
 __all__ = ["load", "pack", "prune", "run", "share"]
 

@@ -21,6 +21,9 @@ REPORT = "trainer: this is a fault of the program, not of your recipe: please re
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 2 for a user's mistake, 1 for a run that went wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the console cannot show must not end a run
+            stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
@@ -83,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     def recipe_options(made: argparse.ArgumentParser, of_a_run: bool) -> None:
-        made.add_argument("recipe", type=Path)
+        made.add_argument("recipe", type=_path)
         made.add_argument(
             "--set",
             action="append",
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
     recipe_options(run, of_a_run=True)
-    run.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    run.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
     run.add_argument(
         "--threads", type=_count, help="threads of each process (those of the recipe, or all physical cores)"
     )
@@ -118,38 +121,43 @@ def _parser() -> argparse.ArgumentParser:
         _scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage."
     )
     recipe_options(scan, of_a_run=True)
-    scan.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    scan.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
     scan.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
     scan.add_argument(
         "--cost", type=float, default=1.0, help="points of validation accuracy a setting may cost (1)"
     )
     ladder = command(_ladder, "ladder", "Prune, share and pack at several sizes, from one distilled student.")
     recipe_options(ladder, of_a_run=True)
-    ladder.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+    ladder.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
     ladder.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
     ladder.add_argument("--sparsity", type=_numbers(float), default=[], help="shares of zeros: 0.9,0.95,0.98")
     ladder.add_argument("--bits", type=_numbers(int), default=[], help="bits of the shared values: 3,4,5")
     fetch = command(_fetch, "fetch", "Fetch datasets ahead of time.")
     fetch.add_argument("dataset", nargs="+")
     inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", type=_path)
     inspect.add_argument("--json", action="store_true", help="for programs: one line")
     unpack = command(_unpack, "unpack", "Write the weights of a packed file as safetensors.")
-    unpack.add_argument("file", type=Path)
+    unpack.add_argument("file", type=_path)
     unpack.add_argument(
-        "output", type=Path, nargs="?", help="FILE with the ending .safetensors, when not given"
+        "output", type=_path, nargs="?", help="FILE with the ending .safetensors, when not given"
     )
     predict = command(_predict, "predict", "Classify images with a packed file.")
-    predict.add_argument("file", type=Path)
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    predict.add_argument("file", type=_path)
+    predict.add_argument("images", type=_path, nargs="+", metavar="IMAGE")
     predict.add_argument("--top", type=_count, default=3, help="how many classes to tell (3)")
     evaluate = command(_evaluate, "evaluate", "Measure a packed file on the test split of a recipe's data.")
-    evaluate.add_argument("file", type=Path)
+    evaluate.add_argument("file", type=_path)
     recipe_options(evaluate, of_a_run=False)
     evaluate.add_argument("--json", action="store_true", help="for programs: one line")
     evaluate.add_argument("--threads", type=_count, help="threads to compute with")
     command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
+
+
+def _path(word: str) -> Path:
+    """A path of the command line; the shell leaves ~ and $HOME in quotes, or behind an =, as they are."""
+    return Path(os.path.expanduser(os.path.expandvars(word)))
 
 
 def _count(word: str) -> int:
@@ -299,23 +307,22 @@ def _unpack(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     import torch
 
-    from trainer.data.image_file import read_image
-    from trainer.data.images import normalize
     from trainer.packing import network as packed
+    from trainer.packing.loading import load
 
-    model, header = packed.decode(_read(options.file), str(options.file))
-    if not header["shape"] or not header["mean"]:
-        raise Mistake(
-            f"{options.file}: was packed without shape, mean and std: what its images are like is not known"
+    data = _read(options.file)
+    packed.reading(data, str(options.file))  # a file that does not say how its images are read is refused
+    model: Any = load(options.file)  # with what it has beside a network
+    if data[2] == 1:
+        _say(
+            f"{options.file}: of format version 1: images are resized bilinearly and then cut, as that version did"
         )
-    shape, classes = tuple(header["shape"]), header["classes"]
     for path in options.images:
-        image = read_image(path, shape)
         with torch.inference_mode():
-            shares = model(normalize(image[None].float() / 255, header["mean"], header["std"])).softmax(-1)[0]
-        best = shares.topk(min(options.top, len(shares)))
-        told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        print(f"{path}: {'  '.join(f'{classes[i]} {share * 100:.1f} %' for i, share in told)}")
+            probabilities = model(model.preprocess(path)).softmax(-1)[0]
+        best = probabilities.topk(min(options.top, len(probabilities)))
+        answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        print(f"{path}: {'  '.join(f'{model.classes[i]} {value * 100:.1f} %' for i, value in answers)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@ import inspect
 import io
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,7 +253,7 @@ def test_sixteen_bits_are_brought_to_eight(animals):
     ):
         Image.fromarray(pixels).save(file)
         with pytest.raises(ValueError, match="1.tiff: has pixels of .*; 8 and 16 bits are allowed"):
-            image_folder(folder=animals, size=16).train.__getitems__([4])
+            image_folder(folder=animals, size=16)
 
 
 def test_classes_are_the_folders_at_the_top_however_deep_images_lie(animals):
@@ -271,7 +272,7 @@ def test_classes_are_the_folders_at_the_top_however_deep_images_lie(animals):
 def test_one_class_is_refused(tmp_path):
     for part in ("train", "test"):
         save(tmp_path / part / "only" / "x.png", (1, 1, 1))
-    with pytest.raises(ValueError, match="of one class, 'only'; two or more are needed"):
+    with pytest.raises(ValueError, match="of one class, 'only'; two or more classes are needed"):
         image_folder(folder=tmp_path, size=8)
 
 
@@ -292,14 +293,41 @@ def test_image_folder_classes_are_in_natural_order_and_the_test_may_lack_some(tm
     assert source.classes == ["1", "2", "10"] and source.test.labels.tolist() == [2]
 
 
-def test_a_damaged_image_is_an_error_that_names_the_file(animals):
-    file = animals / "train" / "cat" / "1.png"
-    for damage in (file.read_bytes()[:-30], b"no image", b""):
-        file.write_bytes(damage)
-        source = image_folder(folder=animals, size=8)
-        source.train.__getitems__([0, 2])
-        with pytest.raises(ValueError, match="cat/1.png: is no image that can be read"):
-            source.train.__getitems__([0, 1, 2])
+def test_damaged_images_are_found_at_the_start_all_in_one_list(animals):
+    good = (animals / "train" / "cat" / "1.png").read_bytes()
+    bad = [animals / "train" / "cat" / "1.png", animals / "test" / "dog" / "damaged.png"]
+    for damage in (good[:-30], b"no image", b""):
+        for file in bad:
+            file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"2 of \d+ pictures cannot be read") as caught:
+            image_folder(folder=animals, size=8)
+        assert all(f"{file}: is no image that can be read" in str(caught.value) for file in bad)
+
+
+def test_damaged_images_may_be_skipped_up_to_one_in_a_hundred(animals):
+    bad = animals / "train" / "cat" / "bad.png"
+    bad.write_bytes(b"no image")
+    source = image_folder(folder=animals, size=8, bad_images="skip")
+    assert bad not in map(Path, source.train.files) and len(source.train) == 4
+    assert any(note.startswith("1 of 7 pictures cannot be read and are skipped") for note in source.notes)
+    (animals / "train" / "dog" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="2 of 8 pictures cannot be read; at most 1 % are skipped"):
+        image_folder(folder=animals, size=8, bad_images="skip")
+
+
+def test_pictures_are_opened_once_and_again_when_they_change(animals, monkeypatch):
+    from trainer.data import examined
+
+    opened, look = [], examined._look
+    monkeypatch.setattr(examined, "_look", lambda path: opened.append(path) or look(path))
+    image_folder(folder=animals, size=8)
+    assert len(opened) == 6
+    image_folder(folder=animals, size=8)
+    assert len(opened) == 6
+    (animals / "train" / "cat" / "1.png").write_bytes(b"damaged since")
+    with pytest.raises(ValueError, match="1 of 6 pictures cannot be read"):
+        image_folder(folder=animals, size=8)
+    assert len(opened) == 7
 
 
 def test_wrong_folders_are_refused(animals, tmp_path):
@@ -309,13 +337,13 @@ def test_wrong_folders_are_refused(animals, tmp_path):
 
     refused("there is no folder .*nowhere", folder=tmp_path / "nowhere")
     refused("there is no folder .*nowhere", folder=animals, test_folder=tmp_path / "nowhere")
-    refused("no subfolder 'train': give test_folder", folder=animals / "test")
+    refused("no subfolder 'train': give test too", folder=animals / "test")
     refused("one lies in the other", folder=animals / "train", test_folder=animals / "train" / "cat")
     refused("one lies in the other", folder=animals / "train" / "cat", test_folder=animals / "train")
     (tmp_path / "empty").mkdir()
-    refused("no file under .*empty ends with .jpg", folder=animals, test_folder=tmp_path / "empty")
+    refused("there are no test images", folder=animals, test_folder=tmp_path / "empty")
     (animals / "alone" / "train").mkdir(parents=True)
-    refused("no subfolder 'test', 'val' or 'validation'", folder=animals / "alone")
+    refused("no subfolder 'test', 'val', 'valid' or 'validation'", folder=animals / "alone")
     save(animals / "more" / "cow" / "x.png", (1, 1, 1))
     refused(
         "cow/x.png: there are no training images of class 'cow'", folder=animals, test_folder=animals / "more"

@@ -430,7 +430,7 @@ def test_other_files_are_refused():
         with pytest.raises(ValueError, match=f"a.tiny: {message}"):
             read_header(data, "a.tiny")
     body = b"tS\x63" + encode({}, {})[3:-4]
-    with pytest.raises(ValueError, match="a.tiny: format version 99; this program reads version 1"):
+    with pytest.raises(ValueError, match="a.tiny: format version 99; this program reads versions 1 and 2"):
         decode(body + container._checksum(body), "a.tiny")
     body = encode({}, network(np.random.default_rng(0)))[:-4] + b"more than enough"
     with pytest.raises(ValueError, match="a.tiny: .* bytes follow the last tensor"):

@@ -10,6 +10,7 @@ from trainer.networks import build as building
 from trainer.packing import container
 from trainer.packing import network as packed
 from trainer.packing import tensors as packing_tensors
+from trainer.packing.loading import load
 
 FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": ["a", "b"]}
 
@@ -32,8 +33,8 @@ def test_a_file_that_names_code_or_a_hub_builds_nothing(net, tmp_path, monkeypat
     path.write_bytes(packed.encode(model, net, FACTS))
     assert main(["inspect", str(path)]) == 0
     with pytest.raises(ValueError, match="x.tiny: holds the weights of .* give the network as `into`"):
-        packed.load(path)
-    decoded = packed.load(path, into=nn.Linear(4, 2))
+        load(path)
+    decoded = load(path, into=nn.Linear(4, 2))
     assert torch.equal(decoded.weight, model.weight)
     capsys.readouterr()
 

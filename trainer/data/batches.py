@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer.data.images import Data, InMemory, Part, Source
+from trainer.data.images import Data, Images, InMemory, Part, Source
 from trainer.data.views import KeptViews
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
@@ -18,12 +19,19 @@ from trainer.recipe.keys import DataKeys
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
     """Opens the dataset, splits off the validation part and puts what is in memory on the device."""
-    source: Source = shelves.find("dataset", keys.dataset)(**shelves.own_settings(keys, DataKeys))
+    source = _source(keys)
+    own_validation = source.validation is not None
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
-    held_out = round(keys.validation * total) if isinstance(keys.validation, float) else keys.validation
+    held_out = (
+        0
+        if own_validation or isinstance(keys.validation, Path)
+        else round(keys.validation * total)
+        if isinstance(keys.validation, float)
+        else keys.validation
+    )
     size = total - held_out if keys.subset is None else keys.subset
-    if held_out < 1 or size < 1 or held_out + size > total:
+    if (held_out < 1 and not own_validation) or size < 1 or held_out + size > total:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
@@ -44,32 +52,65 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         else source.train.__getitems__(order[:256].tolist())[0]
     )
     digest.update(some.contiguous().numpy().data)
-    train, test = source.train, source.test
-    ids = torch.arange(len(test))
-    if isinstance(train, InMemory) and device.type != "cpu":
-        train = InMemory(train.images.to(device), train.labels.to(device))
-        order = order.to(device)
-    if isinstance(test, InMemory) and device.type != "cpu":
-        test = InMemory(test.images.to(device), test.labels.to(device))
-        ids = ids.to(device)
+    train = _placed(source.train, device)
+    if isinstance(train, InMemory):
+        order = order.to(train.images.device)
     return Data(
         name=keys.dataset,
         train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
-        validation=Part(train, order[:held_out].sort().values, keys.workers),
-        test=Part(test, ids, keys.workers),
+        validation=Part(train, order[:held_out].sort().values, keys.workers)
+        if source.validation is None
+        else _whole(_placed(source.validation, device), keys.workers),
+        test=_whole(_placed(source.test, device), keys.workers),
         classes=source.classes,
         mean=mean,
         std=std,
         shape=tuple(source.shape),  # type: ignore[arg-type]  # of three
         num_samples=total,
         augment=keys.augment,
+        reading=source.reading,
         views=keys.views,
         kept=kept,
         seed=keys.seed,
         mixup=keys.mixup,
         cutmix=keys.cutmix,
         fingerprint=digest.hexdigest(),
+        notes=source.notes,
     )
+
+
+def _placed(images: Images, device: torch.device) -> Images:
+    """What is in memory, on the device; what is read from disk, as it is."""
+    if isinstance(images, InMemory) and device.type != "cpu":
+        return InMemory(images.images.to(device), images.labels.to(device))
+    return images
+
+
+def _whole(images: Images, workers: int) -> Part:
+    device = images.images.device if isinstance(images, InMemory) else None
+    return Part(images, torch.arange(len(images), device=device), workers)
+
+
+def _source(keys: DataKeys) -> Source:
+    """What the dataset's file gives; validation images of their own where the recipe says nothing else."""
+    function, settings = shelves.find("dataset", keys.dataset), shelves.own_settings(keys, DataKeys)
+    if isinstance(keys.validation, Path):
+        if "validation_folder" not in shelves.fields(function):
+            raise Mistake(
+                f"data: validation: got {str(keys.validation)!r}; dataset {keys.dataset!r} takes a fraction or a number"
+            )
+        settings["validation_folder"] = keys.validation
+    source: Source = function(**settings)
+    if (
+        source.validation is not None
+        and "validation" in keys.model_fields_set
+        and not isinstance(keys.validation, Path)
+    ):
+        source.notes.append(
+            f"the validation images that are there are left out: validation: {keys.validation} says otherwise"
+        )
+        source.validation = None
+    return source
 
 
 def seed_of(*numbers: int | str) -> int:

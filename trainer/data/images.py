@@ -1,12 +1,13 @@
 """Images in memory or on disk, and the parts of a run's data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
 
@@ -43,9 +44,11 @@ class InMemory:
 
 @dataclass
 class Source:
-    """What a dataset file gives: two sets of images and how they look.
+    """What a dataset file gives: training and test images and how they look.
 
-    mean, std: per channel, of the training images scaled to [0, 1]. shape: (C, H, W).
+    mean, std: per channel, of the training images scaled to [0, 1]. shape: (C, H, W). validation: images of their own;
+    None where they are split off the training set. reading: how an image file becomes such an image; the default of the
+    shape for data that is in no image files. notes: what the user should know of the data, a line each.
     """
 
     train: Images
@@ -54,6 +57,9 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shape: tuple[int, int, int]
+    validation: Images | None = None
+    reading: Reading | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -88,7 +94,8 @@ class Data:
 
     num_samples: size of the source's training set, so that every `index` is below it. views: how many different
     augmented views there are before they repeat, None for endless ones. kept: the `data.KeptViews`, if any.
-    fingerprint: tells one set of training images from another.
+    fingerprint: tells one set of training images from another. reading: how an image file becomes such an image
+    (None: by the default for the shape). notes: what the user should know of the data.
     """
 
     name: str
@@ -107,6 +114,8 @@ class Data:
     mixup: float = 0.0
     cutmix: float = 0.0
     fingerprint: str = ""
+    reading: Reading | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def mixed(self) -> bool:

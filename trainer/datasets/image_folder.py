@@ -1,135 +1,262 @@
 """Image folder: images of any size in a folder of yours, one subfolder for each class."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from trainer.data.image_file import open_image
+from trainer.data.examined import Examined, examine
+from trainer.data.image_file import read_image
 from trainer.data.images import Source
+from trainer.data.listing import Listing, in_order, list_images, notes_on_names
+from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+TEST = ("test", "val", "valid", "validation")
+VALIDATION = ("val", "valid", "validation")
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Number = Annotated[int, Field(gt=0, strict=True)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 def image_folder(
     *,
     folder: Path,
+    test: Fraction | Number | Path | None = None,
     test_folder: Path | None = None,
+    test_seed: NonNegativeInt = 0,
+    validation_folder: Path | None = None,
     size: PositiveInt = 224,
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255),
+    bad_images: Literal["stop", "skip"] = "stop",
 ) -> Source:
     """Images read from disk when needed, as RGB of 3 x size x size; the subfolder's name is the class, however deep they lie.
 
-    folder: has the subfolder `train` and one of `test`, `val` and `validation`, the first that is there; or
-    is itself the folder of the training images, and test_folder gives the others. Training images that lie in
+    folder: has the subfolder `train` and one of `test`, `val`, `valid` and `validation`; or is itself the folder of the
+    training images. A `val` folder beside `train` and `test` holds the validation images. Training images that lie in
     no subfolder are unlabelled (-1): a teacher can distil with them. Test images are labelled, and their
-    classes are the training's. Classes are in natural order (2 before 10), as timm has them.
-    size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased).
-    Normalised with ImageNet's mean and deviation, unless the data section gives its own.
-    What begins with a dot is passed over. Raises Mistake for a folder or class that is not there, a single
-    class and, on reading, for a damaged image file.
+    classes are the training's. Classes are in natural order (2 before 10), a function of their names alone.
+    test: another folder of test images (test_folder is its old name), or, where `folder` holds the classes themselves, the
+    fraction or number of its images that are split off as the test set, class by class, by test_seed.
+    size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased). Pictures are
+    turned upright by their EXIF orientation. background: (R, G, B) under transparent pixels.
+    bad_images: what damaged files do, which are all found at the start: `stop`, or `skip` up to 1 % of the files.
+    Normalised with ImageNet's mean and deviation, unless the data section gives its own. Files that Pillow cannot read by
+    their ending, dot files, and links to what is listed already are passed over, and counted.
+    Raises Mistake for a folder or class that is not there, a class without pictures, a single class, and damaged files.
     """
     if not folder.is_dir():
         raise Mistake(f"image_folder: there is no folder {folder}")
-    train_folder = folder / "train" if (folder / "train").is_dir() else folder
-    if test_folder is None:
-        if train_folder == folder:
-            raise Mistake(f"image_folder: {folder} has no subfolder 'train': give test_folder too")
-        found = [folder / name for name in ("test", "val", "validation") if (folder / name).is_dir()]
-        if not found:
-            raise Mistake(f"image_folder: {folder} has no subfolder 'test', 'val' or 'validation'")
-        test_folder = found[0]
-    places = train_folder.resolve(), test_folder.resolve()
-    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
-        raise Mistake(
-            f"image_folder: of {train_folder} and {test_folder} (test images) one lies in the other"
+    try:
+        return _opened(
+            folder,
+            test if test is not None else test_folder,
+            test_seed,
+            validation_folder,
+            size,
+            crop,
+            background,
+            bad_images,
         )
+    except Mistake as error:
+        message = str(error)
+        raise Mistake(
+            message if message.startswith("image_folder: ") else f"image_folder: {message}"
+        ) from None
 
-    files, names = _find(train_folder)
-    test_files, test_names = _find(test_folder)
-    if "" in test_names:
+
+def _opened(
+    folder: Path,
+    test: float | Path | None,
+    test_seed: int,
+    validation_folder: Path | None,
+    size: int,
+    crop: float,
+    background: tuple[int, int, int],
+    bad_images: str,
+) -> Source:
+    train_folder = folder / "train" if (folder / "train").is_dir() else folder
+    fraction = test if isinstance(test, (int, float)) else None
+    if fraction is not None and train_folder != folder:
         raise Mistake(
-            f"image_folder: {test_files[test_names.index('')]} lies in no subfolder; "
-            "test images need a class each"
+            f"test: {test} splits a plain folder of classes; {folder} has a subfolder 'train': name the test folder"
         )
-    labelled = [name for name in names if name]
-    if labelled and len(labelled) < len(names):
-        raise Mistake(
-            f"image_folder: {files[names.index('')]} lies beside the classes' subfolders; "
-            "either all training images lie in one, or none does"
-        )
-    classes = _in_order(labelled or test_names)
-    if len(classes) < 2:
-        raise Mistake(
-            f"image_folder: all images of {train_folder} are of one class, {classes[0]!r}; two or more are needed"
-        )
+    test_folder = None if isinstance(test, (int, float)) else _test_folder(folder, train_folder, test)
+    if validation_folder is None and train_folder != folder:
+        beside = [
+            folder / name for name in VALIDATION if (folder / name).is_dir() and folder / name != test_folder
+        ]
+        validation_folder = beside[0] if beside else None
+    parts = {"training": train_folder, "test": test_folder, "validation": validation_folder}
+    _refuse_nested({name: path for name, path in parts.items() if path is not None})
+
+    listings = {name: list_images(path) for name, path in parts.items() if path is not None}
+    examined = examine([file for found in listings.values() for file in found.files], str(folder.resolve()))
+    notes = _without_damaged(listings, examined, bad_images)
+    train = listings["training"]
+    classes = _classes(train, listings, train_folder)
+    notes += notes_on_names(set(classes), set(_raw_names(train_folder)))
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
-    for name, file in zip(test_names, test_files, strict=True):
-        if name not in number:
-            raise Mistake(f"image_folder: {file}: there are no training images of class {name!r}")
+    reading = Reading((3, size, size), crop=crop, background=background, depth=examined.depth)
+    images = {name: _OnDisk(found, number, reading) for name, found in listings.items()}
+    if fraction is not None:
+        images["training"], images["test"] = _split(images["training"], fraction, test_seed)
+    if examined.num_deep:
+        notes.append(
+            f"{examined.num_deep:,} pictures have 16 bits; their samples have {examined.depth}, and are scaled by that"
+        )
     return Source(
-        train=_OnDisk(files, [number[name] for name in names], size, crop),
-        test=_OnDisk(test_files, [number[name] for name in test_names], size, crop),
+        train=images["training"],
+        test=images["test"],
+        validation=images.get("validation"),
         classes=classes,
         mean=(0.485, 0.456, 0.406),  # ImageNet's
         std=(0.229, 0.224, 0.225),
-        shape=(3, size, size),
+        shape=reading.shape,
+        reading=reading,
+        notes=[_found(folder, classes, images, listings), *notes],
     )
 
 
-def _find(folder: Path) -> tuple[list[str], list[str]]:
-    """The image files under a folder and the class name of each, '' where it lies in no subfolder."""
-    from timm.data.readers import create_reader  # only here: the import takes seconds
-
-    if not folder.is_dir():
-        raise Mistake(f"image_folder: there is no folder {folder}")
-    try:
-        reader = create_reader("", root=str(folder), input_key=";".join(_ENDINGS))
-    except RuntimeError as fault:
-        raise Mistake(f"image_folder: no file under {folder} ends with {', '.join(_ENDINGS)}") from fault
-    files, names = [], []
-    for file, _ in reader.samples:
-        *folders, name = Path(file).relative_to(folder).parts
-        if not any(part.startswith(".") for part in (*folders, name)):
-            files.append(file)
-            names.append(folders[0] if folders else "")
-    if not files:
-        raise Mistake(f"image_folder: there are no images under {folder}")
-    return files, names
+def _test_folder(folder: Path, train_folder: Path, test: Path | None) -> Path:
+    if test is not None:
+        return Path(test)
+    if train_folder == folder:
+        raise Mistake(
+            f"{folder} has no subfolder 'train': give test too, a folder, or the fraction of its images that are split off"
+        )
+    found = [folder / name for name in TEST if (folder / name).is_dir()]
+    if not found:
+        raise Mistake(f"{folder} has no subfolder 'test', 'val', 'valid' or 'validation'")
+    return found[0]
 
 
-def _in_order(names: list[str]) -> list[str]:
-    from timm.utils.misc import natural_key
+def _refuse_nested(parts: dict[str, Path]) -> None:
+    for name, path in parts.items():
+        for other, outer in parts.items():
+            if name != other and path.resolve().is_relative_to(outer.resolve()):
+                raise Mistake(f"of {outer} ({other} images) and {path} ({name} images) one lies in the other")
 
-    return sorted(set(names), key=natural_key)
+
+def _without_damaged(listings: dict[str, Listing], examined: Examined, bad_images: str) -> list[str]:
+    """Takes damaged files out of the listings, and says so. Raises Mistake where they are too many or may not be skipped."""
+    damaged = examined.damaged
+    if not damaged:
+        return []
+    shown = [f"{path}: {fault}" for path, fault in list(damaged.items())[:10]]
+    shown += [f"and {len(damaged) - 10} more"] * (len(damaged) > 10)
+    told = "\n".join(shown)
+    total = sum(len(found.files) for found in listings.values())
+    if bad_images == "stop":
+        raise Mistake(
+            f"{len(damaged)} of {total:,} pictures cannot be read (bad_images: skip leaves them out, up to 1 %):\n{told}"
+        )
+    if len(damaged) > max(1, total // 100):
+        raise Mistake(
+            f"{len(damaged)} of {total:,} pictures cannot be read; at most 1 % are skipped:\n{told}"
+        )
+    for found in listings.values():
+        kept = [i for i, file in enumerate(found.files) if file not in damaged]
+        found.files, found.classes = [found.files[i] for i in kept], [found.classes[i] for i in kept]
+    return [f"{len(damaged)} of {total:,} pictures cannot be read and are skipped: {'; '.join(shown)}"]
+
+
+def _classes(train: Listing, listings: dict[str, Listing], train_folder: Path) -> list[str]:
+    """Names of the classes, in order. Raises Mistake where pictures and classes do not fit together."""
+    for name, found in listings.items():
+        if not found.files:
+            raise Mistake(f"there are no {name} images{found.described()}")
+    labelled = [name for name in train.classes if name]
+    if labelled and len(labelled) < len(train.classes):
+        beside = train.files[train.classes.index("")]
+        raise Mistake(
+            f"{beside} lies beside the classes' subfolders; either all training images lie in one, or none does"
+        )
+    empty = [name for name in train.folders if name not in set(labelled)]
+    if labelled and empty:
+        raise Mistake(
+            f"{train_folder} has class folders without a picture that can be read: {', '.join(empty)}{train.described()}"
+        )
+    for name in ("test", "validation"):
+        part = listings.get(name)
+        if part is not None and "" in part.classes:
+            raise Mistake(
+                f"{part.files[part.classes.index('')]} lies in no subfolder; {name} images need a class each"
+            )
+    classes = in_order(set(labelled) or set(listings["test"].classes if "test" in listings else ()))
+    if len(classes) < 2:
+        told = f"of one class, {classes[0]!r}" if classes else "in no class folder"
+        raise Mistake(f"all images of {train_folder} are {told}; two or more classes are needed")
+    for name in ("test", "validation"):
+        for file, class_name in zip(*_both(listings.get(name)), strict=True):
+            if class_name not in classes:
+                raise Mistake(f"{file}: there are no training images of class {class_name!r}")
+    return classes
+
+
+def _both(found: Listing | None) -> tuple[list[str], list[str]]:
+    return ([], []) if found is None else (found.files, found.classes)
+
+
+def _raw_names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _found(
+    folder: Path, classes: list[str], images: dict[str, "_OnDisk"], listings: dict[str, Listing]
+) -> str:
+    """One line: classes, images of each part, least and most of a class, and what was passed over."""
+    counts = torch.bincount(images["training"].labels[images["training"].labels >= 0], minlength=len(classes))
+    each = f" ({int(counts.min()):,} to {int(counts.max()):,} a class)" if counts.any() else " without labels"
+    parts = [f"{len(images['training']):,} training images{each}"]
+    parts += [f"{len(images[name]):,} {name} images" for name in ("validation", "test") if name in images]
+    passed = Listing()
+    for found in listings.values():
+        passed.passed_over.update(found.passed_over)
+        passed.num_links += found.num_links
+    return f"{folder}: {len(classes)} classes, {', '.join(parts)}{passed.described()}"
+
+
+def _split(images: "_OnDisk", test: float, seed: int) -> tuple["_OnDisk", "_OnDisk"]:
+    """Training and test images, class by class: of each class the same fraction, one at the least."""
+    if (images.labels < 0).any():
+        raise Mistake("images without labels cannot be split class by class: give test, a folder")
+    fraction = test if isinstance(test, float) else test / len(images)
+    if not 0 < fraction < 1:
+        raise Mistake(f"test: {test} of {len(images)} images leaves none to train on")
+    order = torch.from_numpy(np.random.default_rng([seed, 0x7E57]).permutation(len(images)))
+    held_out = torch.zeros(len(images), dtype=torch.bool)
+    for label in images.labels.unique():
+        of_class = order[images.labels[order] == label]
+        count = max(1, round(fraction * len(of_class)))
+        if count >= len(of_class):
+            raise Mistake(f"test: {test} leaves no training image of one class, which has {len(of_class)}")
+        held_out[of_class[:count]] = True
+    return images.some(~held_out), images.some(held_out)
 
 
 class _OnDisk:
     """Image files, decoded and brought to one size when they are asked for."""
 
-    def __init__(self, files: list[str], labels: list[int], size: int, crop: float) -> None:
-        self.files = files
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.size = size
-        self.crop = crop
+    def __init__(self, found: Listing, number: dict[str, int], reading: Reading) -> None:
+        self.files = found.files
+        self.labels = torch.tensor([number[name] for name in found.classes], dtype=torch.int64)
+        self.reading = reading
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        images = torch.stack([self._read(self.files[position]) for position in positions])
+        images = torch.stack([read_image(self.files[position], self.reading) for position in positions])
         return images, self.labels[torch.as_tensor(positions)]
 
-    def _read(self, file: str) -> Tensor:
-        image = open_image(file, "RGB")
-        side = min(image.size) * self.crop
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        image = image.resize(
-            (self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def some(self, chosen: Tensor) -> "_OnDisk":
+        """Those of the images where `chosen` [len] is True."""
+        part = _OnDisk(Listing(), {}, self.reading)
+        part.files = [file for file, wanted in zip(self.files, chosen.tolist(), strict=True) if wanted]
+        part.labels = self.labels[chosen]
+        return part

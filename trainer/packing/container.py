@@ -29,7 +29,11 @@ from trainer.packing.stream import Stream
 from trainer.packing.tensors import MAX_CLUSTERS, code_tensor
 
 MAGIC = b"tS"
-VERSION = 1
+VERSION = 2
+VERSIONS = (
+    1,
+    2,
+)  # of files that are read; they are coded alike, and 2 says how images are brought to the input
 MAX_NUMEL = 1 << 28  # of all tensors of a file together: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 _LONG, _LONGEST = 4096, 1 << 24  # bytes of a header that is deflated, and of the longest that is read
@@ -167,8 +171,9 @@ def _open(data: bytes, name: str, measure: bool = False) -> tuple[Stream, Decode
         raise Mistake(f"{name}: not a packed network (it does not begin with {MAGIC.decode()!r})")
     if len(data) < 7 or _checksum(data[:-4]) != data[-4:]:
         raise Mistake(f"{name}: damaged or cut short (its checksum does not match its {len(data)} bytes)")
-    if data[2] != VERSION:
-        raise Mistake(f"{name}: format version {data[2]}; this program reads version {VERSION}")
+    if data[2] not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise Mistake(f"{name}: format version {data[2]}; this program reads versions {known}")
     body = data[3:-4]
     decoder = Decoder(body)
     # A decision costs no fewer bits than one of the highest probability that there is.

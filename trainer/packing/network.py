@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.compression.states import bake, dense_state, plain_key
 from trainer.data.images import Data
+from trainer.data.reading import Reading, reading_of, reading_of_version_1
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing import container
@@ -20,24 +20,35 @@ MAX_CLASSES = 2**20  # of classes that only count: names that are written cost t
 
 
 def facts_of(data: Data) -> dict[str, Any]:
-    """What a packed file must know of the images: shape (C, H, W), mean and std per channel, class names."""
+    """What a packed file must know of the images: shape, mean and std, class names, and how an image file is read.
+
+    shape: (C, H, W). mean, std: per channel. reading: what differs from the default (`image_file.Reading`).
+    """
     return {
         "shape": list(data.shape),
         "mean": list(data.mean),
         "std": list(data.std),
         "classes": list(data.classes),
+        "reading": {} if data.reading is None else data.reading.settings(),
     }
 
 
 def _compact(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Class names that only count ('0', '1' ...) are stored as their number."""
+    """Class names that only count ('0', '1' ...) are stored as their number; the default reading takes no byte."""
     classes = facts["classes"]
-    return {**facts, "classes": len(classes) if classes == [str(i) for i in range(len(classes))] else classes}
+    found = {
+        **facts,
+        "classes": len(classes) if classes == [str(i) for i in range(len(classes))] else classes,
+    }
+    if not found.get("reading"):
+        found.pop("reading", None)
+    return found
 
 
 def _full(header: Mapping[str, Any]) -> dict[str, Any]:
     classes = header["classes"]
-    return {**header, "classes": [str(i) for i in range(classes)] if isinstance(classes, int) else classes}
+    names = [str(i) for i in range(classes)] if isinstance(classes, int) else classes
+    return {**header, "classes": names, "reading": header.get("reading", {})}
 
 
 def rebuilds(header: Mapping[str, Any]) -> bool:
@@ -84,6 +95,11 @@ def _check(header: Any) -> None:
             wrong.append("classes are not names")
     elif isinstance(classes, bool) or not isinstance(classes, int) or not 0 <= classes <= MAX_CLASSES:
         wrong.append(f"classes are neither names nor a number up to {MAX_CLASSES:,}")
+    if not wrong and header.get("reading") is not None:
+        try:
+            reading_of(header["shape"], header["reading"])
+        except Mistake as error:
+            wrong.append(str(error))
     if wrong:
         raise Mistake(f"its header is not that of a packed network: {'; '.join(wrong)}")
 
@@ -147,6 +163,18 @@ def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
         if np.abs(values).max() <= 255 * step:
             steps[name] = step
     return steps
+
+
+def reading(data: bytes, name: str = "file") -> Reading:
+    """How images are brought to the input of a packed file's network. Raises Mistake where the file does not say."""
+    found = header(data, name)
+    if not found["shape"] or not found["mean"]:
+        raise Mistake(
+            f"{name}: was packed without shape, mean and std: what its images are like is not known"
+        )
+    if data[2] == 1:
+        return reading_of_version_1(tuple(found["shape"]))
+    return reading_of(tuple(found["shape"]), found["reading"])
 
 
 def header(data: bytes, name: str = "file") -> dict[str, Any]:
@@ -222,8 +250,3 @@ def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dty
         name: (tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
         for name, tensor in model.state_dict().items()
     }
-
-
-def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
-    """The network of a packed file, in evaluation mode (see `decode`)."""
-    return decode(Path(path).read_bytes(), str(path), into)[0]

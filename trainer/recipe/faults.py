@@ -1,7 +1,9 @@
 """What is wrong with a recipe, as its author reads it: every fault at once, with the nearest valid name."""
 
+import os
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -32,7 +34,13 @@ class Entry(BaseModel):
             meant.add((closest(str(key), cls.model_fields),))
         checked = None
         try:
-            checked = handler({key: value for key, value in given.items() if key in cls.model_fields})
+            checked = handler(
+                {
+                    key: expanded(value) if _mentions(cls.model_fields[key].annotation, Path) else value
+                    for key, value in given.items()
+                    if key in cls.model_fields
+                }
+            )
         except ValidationError as error:
             # One slip of the pen, one message: the key that is missing is the one that was misspelt.
             # (A type's bare name, which pydantic allows beside our errors, `restated` does not give.)
@@ -60,6 +68,11 @@ def restated(error: ValidationError) -> list[InitErrorDetails]:
         )
         for told in error.errors(include_url=False)
     ]
+
+
+def expanded(value: Any) -> Any:
+    """A path as it is written, with ~ and $HOME taken for what they stand for."""
+    return os.path.expanduser(os.path.expandvars(value)) if isinstance(value, str) else value
 
 
 def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") -> InitErrorDetails:

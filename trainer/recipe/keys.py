@@ -84,7 +84,7 @@ else:
 
 
 class DataKeys(_ShelfEntry):
-    """The data section. validation: a fraction of the training set or a number of images, held out of it.
+    """The data section. validation: a fraction of the training set or a number of images, held out of it; or a folder.
 
     seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
     teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
@@ -97,7 +97,7 @@ class DataKeys(_ShelfEntry):
 
     dataset: str
     seed: NonNegativeInt = 0
-    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] = 0.1
+    validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] | Path = 0.1
     subset: PositiveInt | None = None
     views: PositiveInt | None = None
     keep_views: bool = False

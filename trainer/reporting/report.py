@@ -67,6 +67,8 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
         "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at "
         "that stage; the ratios compare them with the dense student and the dense teacher."
     )
+    if report.get("data"):
+        parts += ["## Data", "\n".join(f"- {note}" for note in report["data"])]
     if report["layers"]:
         parts += ["## Layers", layer_table(report["layers"])]
         parts.append(

@@ -94,6 +94,8 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
     with accelerator.local_main_process_first():  # what is missing is fetched once
         data = make_data(recipe.data, accelerator.device)
         teacher = make_teacher(recipe, data)
+    if accelerator.is_main_process and data.notes:
+        print("\n".join(data.notes), flush=True)
     torch.manual_seed(recipe.seed * 2 + 1)
     student = create(recipe.student, data.shape, len(data.classes))
     if recipe.student.from_teacher:

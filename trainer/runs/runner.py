@@ -184,6 +184,7 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
         "command": command(),
         "student_bytes": run.student_bytes,
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
+        "data": run.data.notes,
         "rows": run.rows,
         "layers": layers,
         "cache": run.cache.facts() if run.cache is not None else None,

@@ -1,0 +1,81 @@
+"""A packed file as a network that looks at images: the classes, what brings images to its input, and its answers."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trainer.data.image_file import read_image
+from trainer.data.images import normalize
+from trainer.data.reading import Reading
+from trainer.mistakes import Mistake
+from trainer.packing import network as packed
+
+Images = Tensor | str | Path | Image.Image | np.ndarray | Iterable[str | Path | Image.Image | np.ndarray]
+BATCH = 64
+
+
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
+    """The network of a packed file, in evaluation mode.
+
+    Args:
+        path: The file.
+        into: A network to fill, for files of networks that are on no shelf; it stays as it was when it does not fit.
+
+    Returns:
+        The network. Where the file knows its images it has three attributes more: `classes`, their names in order;
+        `preprocess(images)`, the input [N, C, H, W] of files, pictures or uint8 tensors [N, C, H, W]; and
+        `predict(images)`, the name of the class of each.
+
+    Raises:
+        Mistake: Naming the file when it is damaged, needs `into`, or does not fit it.
+    """
+    data = _content(path)
+    network, header = packed.decode(data, str(path), into)
+    model: Any = network
+    model.classes = header["classes"]
+    if header["shape"] and header["mean"]:
+        prepare = partial(
+            preprocess, reading=packed.reading(data, str(path)), mean=header["mean"], std=header["std"]
+        )
+        model.preprocess = prepare
+        model.predict = partial(_predicted, model, prepare, header["classes"])
+    return model
+
+
+def _content(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """A network's input [N, C, H, W]: what training and measuring gave it for the same pictures, to the bit.
+
+    images: a path, a PIL image or an array [H, W] or [H, W, 3], or several; or a uint8 tensor [C, H, W] or [N, C, H, W] of
+    the input's own size, which is only scaled and normalised.
+    """
+    if isinstance(images, Tensor):
+        stacked = images if images.dim() == 4 else images[None]
+        if stacked.dtype != torch.uint8 or tuple(stacked.shape[1:]) != reading.shape:
+            shape = "x".join(map(str, reading.shape))
+            raise Mistake(
+                f"images: got {stacked.dtype} {tuple(stacked.shape)}; uint8 [N, {shape}] is allowed, or image files"
+            )
+    else:
+        several = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else images
+        stacked = torch.stack([read_image(image, reading) for image in several])
+    return normalize(stacked.float() / 255, mean, std)
+
+
+@torch.inference_mode()
+def _predicted(model: nn.Module, prepare: Any, classes: Sequence[str], images: Images) -> list[str]:
+    inputs = prepare(images)
+    answers = torch.cat([model(batch).argmax(-1) for batch in inputs.split(BATCH)]) if len(inputs) else inputs
+    return [classes[answer] for answer in answers.tolist()]
