@@ -33,7 +33,7 @@ from trainer.cli import changes_of
 from trainer.data.batches import batches, make_data, seed_of
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
-from trainer.networks.build import create, spec
+from trainer.networks.build import spec
 from trainer.recipe.keys import Augment, CacheKeys, Recipe
 from trainer.recipe.recipe import read
 from trainer.runs.runner import begun
@@ -42,6 +42,7 @@ from trainer.storage.lock import lock
 from trainer.training.evaluate import normalized, percent_right, predict, teacher_answers
 from trainer.training.fit import fit
 from trainer.training.run import Run
+from trainer.training.weights import create
 
 RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")
 STUDENT = {"model": "lenet5"}
@@ -149,7 +150,7 @@ def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
 def student_of(run: Run, recipe: Recipe) -> torch.nn.Module:
     """A student of the run's seed: the same weights for every loss."""
     torch.manual_seed(run.seed * 2 + 1)
-    return create(recipe.student, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
+    return create(recipe.student, run.data.shape, len(run.data.classes)).network.to(run.accelerator.device)
 
 
 def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[str, Any]:

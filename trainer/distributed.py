@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other; with one process, or without torch.distributed, nothing is told.
+"""Communication between the processes of a run. With one process, or without torch.distributed, every call is a no-op.
 
-Where there are several every process must make the same calls, in the same order.
+With several, every process must make the same calls in the same order.
 """
 
 import torch
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """The main process's tensor: it is written into this one, which is returned."""
+    """Overwrites the tensor with the main process's, in place, and returns it."""
     if _several():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def agreed(wish: bool, device: torch.device) -> bool:
-    """The main process's wish, on all processes."""
+    """Returns the main process's decision on all processes."""
     return bool(broadcast(torch.tensor(int(wish), device=device))) if _several() else wish
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of the processes' tensors: it is written into this one, which is returned."""
+    """Overwrites the tensor with the sum over all processes, in place, and returns it."""
     if _several():
         dist.all_reduce(tensor)
     return tensor
@@ -32,12 +32,12 @@ def _several() -> bool:
 
 
 def gather_batch(tensor: Tensor) -> Tensor:
-    """The processes' tensors [N_rank, ...] joined along the first dimension, in order of rank, so that a loss sees every pair.
+    """Returns the tensors [N_rank, ...] of all processes joined along the first dimension, in order of rank.
 
-    Differentiable: a process gets the sum, over all processes, of the gradients of its own rows. So where
-    every process computes the same mean loss of the joined batch, and gradients are then averaged over
-    processes (as DDP does), the network's gradient is that of one process holding the whole batch.
-    Processes may hold batches of different length.
+    A loss on pairs of samples then sees every pair. The call is differentiable: each process gets the sum over all
+    processes of the gradients of its own rows. If every process computes the same mean loss of the joined batch and
+    gradients are then averaged over processes (as DDP does), the network's gradient equals that of one process with the
+    whole batch. Batches may differ in length.
     """
     return _Gather.apply(tensor) if _several() else tensor
 
@@ -49,7 +49,7 @@ class _Gather(torch.autograd.Function):
         lengths = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(lengths, own)
         ctx.lengths = [int(length) for length in lengths]
-        # all_gather wants equal shapes: shorter batches are filled up, and the filling is cut off again.
+        # all_gather needs equal shapes: shorter batches are padded, and the padding is cut off again.
         longest = max(ctx.lengths)
         filled = tensor.new_zeros(longest, *tensor.shape[1:])
         filled[: len(tensor)] = tensor

@@ -1,4 +1,4 @@
-"""Pruning, sharing and packing of anybody's `nn.Module`, without a recipe."""
+"""Prunes, shares and packs anybody's `nn.Module`, without a recipe."""
 
 import math
 import warnings
@@ -29,10 +29,20 @@ def prune(
     exclude: Iterable[str] = (),
     keep: Iterable[str] | None = None,
 ) -> dict[str, float]:
-    """Prunes a network in place; training it afterwards leaves the zeros zero. Returns {layer: share of zeros}.
+    """Prunes a network in place; returns {layer: fraction of zeros}. Later training leaves the zeros zero.
 
-    Exactly one of: sensitivity (threshold = sensitivity x standard deviation of a layer's surviving weights, Han et al.
-    2015) and sparsity (that share of each layer's weights, the smallest, becomes zero); a number or {layer: number}.
+    Exactly one of sensitivity and sparsity is given, as one number for all layers or {layer: number}.
+
+    Args:
+        model: The network. Its weights of two dimensions or more are pruned.
+        sensitivity: Sets the threshold of a layer: sensitivity x standard deviation of its surviving weights (Han et
+            al. 2015).
+        sparsity: Fraction of each layer's weights, the smallest, that become zero.
+        exclude: Layers to leave alone: 'first', 'last', a layer's name or a module's.
+        keep: The old name of exclude.
+
+    Raises:
+        Mistake: For settings or layers that do not allow it. No layer is then pruned.
     """
     if (sensitivity is None) == (sparsity is None):
         raise Mistake("exactly one of sensitivity and sparsity is needed")
@@ -47,9 +57,9 @@ def prune(
         masks = {name: ask(std, layer, sensitivity=factors[name]) for name, layer in layers.items()}
     else:
         target = _numbers(layers, sparsity, "sparsity")
-        for name, share in target.items():
-            if not 0 <= share < 1:
-                raise Mistake(f"sparsity of {name!r}: got {share}; 0 up to, but not, 1 is allowed")
+        for name, fraction in target.items():
+            if not 0 <= fraction < 1:
+                raise Mistake(f"sparsity of {name!r}: got {fraction}; 0 up to, but not, 1 is allowed")
         scores = {name: ask(magnitude, layer) for name, layer in layers.items()}
         alive, parts = {n: p.mask for n, p in layers.items()}, {n: p.parts for n, p in layers.items()}
         masks = score_masks(scores, alive, target, together=False, parts=parts)
@@ -70,10 +80,19 @@ def share(
     codebook: Literal["float16", "float32"] = "float16",
     keep: Iterable[str] | None = None,
 ) -> dict[str, int]:
-    """Makes each layer's non-zero weights share 2^bits values, in place; training it afterwards trains the values.
+    """Makes each layer's non-zero weights share 2^bits values, in place; returns {layer: number of values}.
 
-    The values are found by exact one-dimensional k-means; codebook: what they are rounded to. Returns {layer: number
-    of values}.
+    The values are found by exact one-dimensional k-means. Later training trains the values, not the single weights.
+
+    Args:
+        model: The network. Its weights of two dimensions or more are shared; zeros stay zero.
+        bits: One number from 1 to 16, or {layer: number}.
+        exclude: Layers to leave alone: 'first', 'last', a layer's name or a module's.
+        codebook: The type that the values are rounded to.
+        keep: The old name of exclude.
+
+    Raises:
+        Mistake: For settings or layers that do not allow it. No layer is then shared.
     """
     if codebook not in ("float16", "float32"):
         raise Mistake(f"codebook: got {codebook!r}; 'float16' and 'float32' are allowed")
@@ -128,11 +147,20 @@ def pack(
     classes: Sequence[str] = (),
     spec: Mapping[str, Any] | None = None,
 ) -> int:
-    """Writes a network as one packed file, and returns its bytes.
+    """Writes a network as one packed file; returns its size in bytes.
 
-    spec: {"model": name, settings} as in a recipe, for networks of the models shelf or timm: the file then rebuilds the
-    network by itself. Without it `load(path, into=network)` brings the network. shape (C, H, W), mean, std, classes are kept for
-    whoever predicts with the file.
+    Args:
+        model: The network. Masked and shared weights take little room.
+        path: The file to write.
+        shape: (C, H, W) of the images; needed with spec.
+        mean: Of the images' normalisation, for each channel. Kept in the file, like std and classes, for prediction.
+        std: Of the images' normalisation, for each channel.
+        classes: Names of the classes.
+        spec: {"model": name, settings} as in a recipe, for networks of the models shelf or timm. `load(path)` then
+            rebuilds the network. Without spec, `load(path, into=network)` needs the network.
+
+    Raises:
+        Mistake: For a spec without a shape, and for classes that are no list.
     """
     if spec is not None and len(shape) != 3:
         raise Mistake(

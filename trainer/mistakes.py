@@ -1,25 +1,25 @@
-"""A user's mistake has a type of its own, and a message that names what was probably meant.
+"""The exception for a user's mistake, and the search for the name that was probably meant.
 
-Whatever else is raised is a fault of the program: see `__main__`.
+Any other exception is a fault of the program: see `__main__`.
 """
 
 import difflib
 from collections.abc import Iterable
 
-MOST_NAMES = 40  # more than that are not listed in a message
+MOST_NAMES = 40  # a message lists no more names than this
 
 
 class Mistake(ValueError):
-    """What the user can mend: a recipe, a file, a setting. The command line tells it in one line, and ends with 2."""
+    """A fault that the user can mend: in a recipe, a file, a setting. The command line prints one line and exits with 2."""
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` was probably meant to be, None where nothing is near."""
+    """Returns the known name that `word` was probably meant to be, or None if nothing is close."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)', or, when nothing is near, '; there are: ...' with all names if not many."""
+    """Returns ' (did you mean ...?)', or if nothing is close '; there are: ...' with up to `MOST_NAMES` names, or ''."""
     known = list(known)
     near = closest(word, known)
     if near is not None:

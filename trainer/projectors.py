@@ -7,10 +7,10 @@ from trainer.tensors import full_precision
 
 
 class MapProjector(nn.Module):
-    """A learned 1x1 convolution from the student's width to the teacher's.
+    """A learned 1x1 convolution from the student's width [N, Cs, H, W] to the teacher's [N, Ct, H, W].
 
     It has a bias: a teacher's channels seldom have mean zero (never after a ReLU), and no channel of the
-    student should have to carry that constant. Weights start as PyTorch's convolutions do.
+    student should have to carry that constant. Initialised as PyTorch initialises convolutions.
     """
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
@@ -22,7 +22,7 @@ class MapProjector(nn.Module):
 
 
 class EmbeddingProjector(nn.Module):
-    """A learned Linear, with a bias, from the student's embedding [N, Ds] to the teacher's width [N, Dt]."""
+    """A learned Linear layer with a bias, from the student's embedding [N, Ds] to the teacher's width [N, Dt]."""
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()
@@ -33,11 +33,10 @@ class EmbeddingProjector(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias that keeps the size (odd kernel), then batch normalisation.
+    """A convolution without bias, padded to keep the size (odd kernel), then batch normalisation in full precision.
 
-    Normalised in full precision. A batch with a single value per channel has no variance: the running
-    statistics normalise it, in training too, and are left as they are. Statistics are those of the process,
-    as in any BatchNorm that is not synchronised.
+    A batch with a single value per channel has no variance: the running statistics then normalise it, in training
+    too, and do not change. Statistics are per process, as in any BatchNorm that is not synchronised.
     """
 
     def __init__(self, width: int, out_width: int, kernel_size: int = 1) -> None:

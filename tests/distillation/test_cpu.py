@@ -40,7 +40,7 @@ def some(name):
 
 @torch.no_grad()
 def seen(network, images):
-    return features.see(network, images, features.stage_names(network), embedding=True)
+    return features.see(network, images, features.block_names(network), embedding=True)
 
 
 @pytest.mark.parametrize("name", BUILD)

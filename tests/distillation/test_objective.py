@@ -18,8 +18,8 @@ from trainer.data.images import Data, InMemory, Part
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
+from trainer.networks.blocks import Blocks
 from trainer.networks.features import head
-from trainer.networks.staged import Staged
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightSchedule
 from trainer.recipe.terms import (
@@ -38,7 +38,7 @@ N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)
 TOP = Path(__file__).parents[2]
 
 
-class Small(Staged):
+class Small(Blocks):
     """Two stages that halve the image, then the mean over positions and a Linear."""
 
     def __init__(self, width: int = 3, num_classes: int = K, names=("one", "two")) -> None:
@@ -48,7 +48,7 @@ class Small(Staged):
         self.add_module(names[1], nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
         self.fc = nn.Linear(2 * width, num_classes)
 
-    def stages(self):
+    def blocks(self):
         return [(name, lambda x, name=name: torch.relu(getattr(self, name)(x))) for name in self.names]
 
     def forward_head(self, x, pre_logits=False):
@@ -424,7 +424,7 @@ def pairs_of(at, student=None, network=None, loss="hint"):
 def deep(width: int = 3) -> nn.Module:
     """Five stages at strides 2, 2, 4, 4, 8, with a block inside each."""
 
-    class Deep(Staged):
+    class Deep(Blocks):
         def __init__(self) -> None:
             super().__init__()
             widths = [1, width, width, 2 * width, 2 * width, 4 * width]
@@ -435,7 +435,7 @@ def deep(width: int = 3) -> nn.Module:
                 self.add_module(f"s{i}", block)
             self.fc = nn.Linear(4 * width, K)
 
-        def stages(self):
+        def blocks(self):
             return [(f"s{i}", getattr(self, f"s{i}")) for i in range(5)]
 
         def forward_head(self, x, pre_logits=False):
@@ -496,8 +496,8 @@ def test_at_dotted_modules():
         (["ones"], r"at: student has no layer 'ones' \(did you mean 'one'\?\)"),
         ({"one": "c"}, "at: teacher has no layer 'c' .did you mean 'fc'"),
         ({"one": "xyz"}, "at: teacher has no layer 'xyz'; there are: a, b"),
-        ([2], "at: student has no stage 2; it has 2, counted from 0"),
-        ({"one": -3}, "at: teacher has no stage -3; it has 2, counted from 0"),
+        ([2], "at: student has no block 2; it has 2, counted from 0"),
+        ({"one": -3}, "at: teacher has no block -3; it has 2, counted from 0"),
         ([""], "at: student has no layer ''"),
         (["one", 0], "at: names the student's layer 'one' more than once"),
         ({"one": "a", 0: "b"}, "at: names the student's layer 'one' more than once"),

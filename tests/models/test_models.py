@@ -22,8 +22,8 @@ from trainer.models.lenet300 import lenet300
 from trainer.models.lstm import lstm
 from trainer.models.separable import separable
 from trainer.models.wide_resnet import wide_resnet
-from trainer.networks.features import head, look, see, stage_names
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
+from trainer.networks.features import block_names, head, look, see
 
 # These two open anybody's network by a further name; their own tests are with the teachers.
 DOORS = {"timm", "python"}
@@ -79,7 +79,7 @@ def test_signature_is_the_schema(name):
 def test_contract(name, sizes, settings):
     shape, num_classes = sizes
     model = build(name, sizes, settings)
-    assert isinstance(model, Staged) and model.training
+    assert isinstance(model, Blocks) and model.training
     images = torch.randn(5, *shape)
 
     # Backward reaches every parameter; no weight is left out of the forward pass.
@@ -102,7 +102,7 @@ def test_contract(name, sizes, settings):
     with torch.no_grad():
         assert torch.equal(model.forward_head(model.forward_features(images)), logits)
         layers = [layer.name for layer in look(model, images)]
-        assert layers == stage_names(model) and len(set(layers)) == len(layers)
+        assert layers == block_names(model) and len(set(layers)) == len(layers)
         seen = see(model, images, layers, embedding=True)
         assert torch.equal(seen.logits, logits)
         assert torch.equal(head(model)(seen.embedding), logits)

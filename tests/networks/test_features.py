@@ -12,14 +12,14 @@ from trainer.distillation.pairing import pair
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.lstm import lstm
-from trainer.networks.features import Layer, head, look, see, stage_names
-from trainer.networks.staged import Staged, as_map, max_pool
+from trainer.networks.blocks import Blocks, as_map, max_pool
+from trainer.networks.features import Layer, block_names, head, look, see
 
 DIGITS = ((1, 28, 28), 10)
 
 
 class Plain(nn.Module):
-    """Anybody's network: no stages, no timm calls; one layer that is never called, one that gives a list."""
+    """Anybody's network: no blocks, no timm calls; one layer that is never called, one that gives a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_a_layer_without_a_map_is_an_error_and_leaves_no_hook():
 def test_an_error_in_the_network_leaves_no_hook():
     for model in (lenet5(*DIGITS), Plain()):
         with pytest.raises(RuntimeError):
-            layer = "conv1" if isinstance(model, Staged) else "body"
+            layer = "conv1" if isinstance(model, Blocks) else "body"
             see(model, torch.randn(2, 5, 28, 28), [layer], embedding=True)
         assert num_hooks(model) == 0
 
@@ -192,7 +192,7 @@ def test_look_leaves_the_network_as_it_was():
         model = build("test_resnet").train(training)
         before = copy.deepcopy(model.state_dict())
         layers = look(model, torch.randn(2, 3, 32, 32))
-        assert [layer.name for layer in layers] == stage_names(model)
+        assert [layer.name for layer in layers] == block_names(model)
         assert model.training is training and num_hooks(model) == 0
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -207,7 +207,7 @@ def test_look_names_modules_and_shapes():
 
 def test_stages_that_share_a_module_name_are_numbered():
     coat = build("coat_tiny")
-    assert stage_names(coat) == ["serial_blocks1", "stage1", "stage2", "stage3"]
+    assert block_names(coat) == ["serial_blocks1", "stage1", "stage2", "stage3"]
     assert [layer.shape[1] for layer in look(coat, torch.randn(1, 3, 32, 32))] == [8, 4, 2, 1]
 
 

@@ -10,7 +10,7 @@ import trainer
 from trainer.data.images import Data, InMemory, Part
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
-from trainer.networks.build import create
+from trainer.networks.build import build_entry
 from trainer.recipe import recipe
 from trainer.recipe.text import value
 
@@ -53,7 +53,7 @@ def test_a_published_pair(path):
             None,
         )  # x 0.1
     data = photographs(read.data)
-    networks = [create(keys, data.shape, 100) for keys in (read.teacher, read.student)]
+    networks = [build_entry(keys, data.shape, 100) for keys in (read.teacher, read.student)]
     told = re.search(r"counts are tested: ([\d,]+) and ([\d,]+)\.", text).groups()
     assert [f"{sum(p.numel() for p in net.parameters()):,}" for net in networks] == list(told)
 

@@ -25,7 +25,7 @@ from trainer.runs.threads import available_threads
 from trainer.stages import distill, pack, train
 from trainer.storage import checkpoint
 from trainer.storage.lock import lock
-from trainer.storage.weights_file import load_file, save_file
+from trainer.storage.weights_file import read_file, save_file
 from trainer.training import fit
 from trainer.training.progress import Progress
 
@@ -230,7 +230,7 @@ def test_a_stage_that_changes_the_teacher_stops_the_run(tmp_path, teacher_file, 
 
 def test_a_teacher_that_was_exchanged_meanwhile_is_refused(tmp_path, teacher_file, monkeypatch):
     mine = tmp_path / "mine.safetensors"
-    state = load_file(teacher_file)
+    state, _ = read_file(teacher_file)
     save_file(mine, state)
     path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(mine)))
     runner.run(path, folder=tmp_path)
@@ -265,7 +265,7 @@ def test_a_teacher_that_was_exchanged_in_the_middle_of_the_first_stage_is_refuse
     tmp_path, teacher_file, monkeypatch
 ):
     mine = tmp_path / "mine.safetensors"
-    state = load_file(teacher_file)
+    state, _ = read_file(teacher_file)
     save_file(mine, state)
     path = write(tmp_path, TAUGHT.replace("CHECKPOINT", str(mine)))
     killed_in_the_first_stage(monkeypatch, path, tmp_path)

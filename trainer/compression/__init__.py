@@ -1,1 +1,1 @@
-"""Masks, codebooks, folding and what they stand on: plain functions on anybody's nn.Module."""
+"""Masks, codebooks, folding and their tools: plain functions on anybody's nn.Module."""

@@ -1,8 +1,8 @@
-"""Networks whose layers are really smaller: removing channels, and rebuilding what is left from its sizes.
+"""Removes whole channels, so that layers really become smaller.
 
-Which channels hang together is found by torch-pruning's dependency graph (Fang et al. 2023, DepGraph: Towards
-Any Structural Pruning), an optional extra. The sizes of what is left are plain numbers in the network's spec,
-so that a checkpoint or a packed file builds the small network without that library.
+torch-pruning's dependency graph (Fang et al. 2023, DepGraph: Towards Any Structural Pruning), an optional extra, finds
+which channels are coupled. The new sizes are plain numbers in the network's spec, so a checkpoint or a packed file
+rebuilds the small network without that library.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ INSTALL = "method 'channels' needs the package torch-pruning: pip install 'tiny-
 
 
 def installed() -> bool:
+    """Returns whether torch-pruning is installed."""
     return importlib.util.find_spec("torch_pruning") is not None
 
 
@@ -30,25 +31,31 @@ def remove(
     keep: Iterable[str] = (),
     together: bool = False,
 ) -> dict[str, list[int]]:
-    """Removes the output channels of the least L2 norm from a network, in place; returns the new `sizes`.
+    """Removes the output channels of the least L2 norm from a network, in place; returns {layer: size} of changed layers.
 
-    Channels that hang together (through a residual sum, say) go together; their norm is the mean over the
-    layers they are in. images: an example batch. sparsity: fraction of channels removed of each group of layers
-    that hang together, or {layer: fraction}, or with `together` of all channels in one ranking of the norms,
-    each against its group's mean. A group keeps one channel at least. keep: layers whose outputs stay; the
-    classifier must be one.
-    Raises Mistake for layers that it cannot make smaller, and for a network that no longer gives its
-    outputs.
+    Coupled channels (through a residual sum, say) are removed together; their norm is the mean over their layers. A
+    group of coupled layers keeps at least one channel.
+
+    Args:
+        model: The network.
+        images: An example batch [N, C, H, W].
+        sparsity: Fraction of channels removed from each group of coupled layers, or {layer: fraction}.
+        keep: Layers whose outputs stay; the classifier must be among them.
+        together: Whether all channels are ranked together, by their norm relative to their group's mean. sparsity is
+            then the fraction of all channels.
+
+    Raises:
+        Mistake: For layers that it cannot make smaller, and if the network then fails or loses outputs.
     """
     if not installed():
         raise Mistake(INSTALL)
     refuse_unknown(model)
-    import torch_pruning  # here, since it takes seconds to import and is an extra
+    import torch_pruning  # here, because it takes seconds to import and is an optional extra
 
     modules, names = dict(model.named_modules()), {module: name for name, module in model.named_modules()}
     before, was_training = sizes_of(model), model.training
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.eval().requires_grad_(True)  # the graph is read off autograd's
+    model.eval().requires_grad_(True)  # the dependency graph is read from autograd's
     expected = model(images).shape
     graph = torch_pruning.DependencyGraph().build_dependency(model, images)
     score = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
@@ -90,7 +97,7 @@ def remove(
 
 
 def refuse_unknown(model: nn.Module) -> None:
-    """Raises Mistake for what the graph cannot follow, or what cannot be rebuilt from sizes."""
+    """Raises Mistake for layers that the graph cannot follow, or that cannot be rebuilt from sizes."""
     for name, module in model.named_modules():
         known = isinstance(module, _ConvNd | nn.Linear | _BatchNorm | nn.LayerNorm)
         if not known and any(True for _ in module.parameters(recurse=False)):
@@ -113,7 +120,7 @@ def refuse_unknown(model: nn.Module) -> None:
 
 
 def _fraction(graph, group, sparsity: float | Mapping[str, float], names: Mapping[nn.Module, str]) -> float:
-    """The fraction asked for of a group of layers. Raises Mistake where its layers ask for different ones."""
+    """Returns the fraction asked for a group of layers. Raises Mistake if its layers ask for different ones."""
     if not isinstance(sparsity, Mapping):
         return sparsity
     layers = [
@@ -128,7 +135,7 @@ def _fraction(graph, group, sparsity: float | Mapping[str, float], names: Mappin
 
 
 def _counts_together(norms: list[Tensor], sparsity: float) -> list[int]:
-    """How many channels each group loses in one ranking; its strongest one stays out of it."""
+    """Returns how many channels each group loses in one ranking. Each group's strongest channel is not ranked."""
     total = sum(len(norm) for norm in norms)
     relative = torch.cat([(norm / norm.mean().clamp_min(1e-30)).sort().values[:-1] for norm in norms])
     owner = torch.cat([torch.full((len(norm) - 1,), i) for i, norm in enumerate(norms)])

@@ -1,4 +1,4 @@
-"""Codebooks: a layer's weights share few values, found by k-means or trained."""
+"""Makes a layer's weights share few values, found by k-means or trained."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,10 @@ from trainer.mistakes import Mistake
 
 
 def set_codebook(layer: Weight, codes: Tensor, centroids: Tensor) -> None:
-    """Makes a weight share values, in place; a mask that was there becomes the code 0."""
+    """Makes a weight share values, in place. Code 0 replaces an earlier mask.
+
+    codes: integers of the weight's shape. centroids: [k] or [groups, k], see `Codebook`.
+    """
     value = layer.value.detach()
     if layer.parametrization is not None:
         bake_weight(layer)
@@ -22,10 +25,15 @@ def set_codebook(layer: Weight, codes: Tensor, centroids: Tensor) -> None:
 
 
 def open_codebook(layer: Weight, codes: Tensor, centroids: Tensor, code_cost: float = 0.0) -> None:
-    """Makes a weight share values, in place, its codes decided anew at every step of a training (`TrainedCodebook`).
+    """Makes a weight share values, in place, with codes that are chosen anew at every step (`TrainedCodebook`).
 
-    codes, centroids: those it starts with, as `cluster` gives them; the latent weights start from the weight as it is.
-    code_cost: what a bit is worth, in mean squares of the surviving weights of its group.
+    The latent weights start from the present weight.
+
+    Args:
+        layer: The weight.
+        codes: The first codes, as `cluster` returns them.
+        centroids: The first centroids, as `cluster` returns them.
+        code_cost: Cost of a code's bit, in mean squares of the surviving weights of its group.
     """
     value = layer.value.detach().clone()
     if layer.parametrization is not None:
@@ -40,7 +48,7 @@ def open_codebook(layer: Weight, codes: Tensor, centroids: Tensor, code_cost: fl
 
 
 def close_codebook(layer: Weight) -> tuple[Tensor, Tensor]:
-    """codes and centroids of a weight's open codebook as they are now, for `set_codebook`."""
+    """Returns the present codes and centroids of a weight's open codebook, for `set_codebook`."""
     trained = layer.parametrization
     assert isinstance(trained, TrainedCodebook)
     centroids = trained.centroids.detach().clone()
@@ -49,7 +57,7 @@ def close_codebook(layer: Weight) -> tuple[Tensor, Tensor]:
 
 
 def code_entropy(layers: Iterable[Weight]) -> Tensor:
-    """Mean bits of a surviving weight's code over all open codebooks, by their soft entropy, with a gradient."""
+    """Returns the mean bits of a surviving weight's code over all open codebooks, by their soft entropy (differentiable)."""
     bits: Any = 0.0
     number = 0
     for layer in layers:
@@ -68,15 +76,24 @@ def cluster(
     importance: Tensor | None = None,
     code_cost: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """codes and centroids of one weight by k-means over its surviving values: code 0 is zero, others 1 + cluster.
+    """Clusters a weight's surviving values by k-means; returns codes (int32, the weight's shape) and centroids.
 
-    method: a function of `kmeans`, the exact one when not given. groups: the rows (first axis) are split into so many equal blocks with a codebook each. importance: what the
-    squared error of each value counts (squared gradients, say: Choi et al. 2017, Towards the Limit of Network
-    Quantization). code_cost: what a bit of a code's ideal length counts, in mean squares of the survivors (about 0.05
-    at 3 bits takes as much off the entropy as it adds to the error); fewer values may then be best. A group with fewer
-    distinct survivors than `num_values` keeps them exactly; unused entries of its codebook are zero. Returns codes
-    int32 of the weight's shape, centroids [k] or [groups, k].
-    Raises Mistake for a weight whose values are all zero or not finite, and one without any importance.
+    Code 0 is zero, code 1 + c is centroid c of centroids.flatten(). centroids are [k], or [groups, k] for several groups.
+    A group with fewer distinct survivors than `num_values` keeps them exactly; unused entries of its codebook are zero.
+
+    Args:
+        layer: The weight.
+        num_values: k, the number of centroids of each group.
+        method: A function of `kmeans`; None takes the exact one.
+        groups: Number of equal blocks of rows (first axis) with a codebook each.
+        importance: Factor on the squared error of each value, of the weight's shape (squared gradients, say: Choi et
+            al. 2017, Towards the Limit of Network Quantization).
+        code_cost: Cost of a bit of a code's ideal length, in mean squares of the survivors. Fewer values may then be
+            best. About 0.05 at 3 bits takes as much off the entropy as it adds to the error.
+
+    Raises:
+        Mistake: For a weight whose values are all zero or not finite, for rows that do not split into the groups, and
+            for an importance of zeros.
     """
     from trainer.compression import kmeans  # here: a recipe is read without it
 
@@ -112,7 +129,7 @@ def cluster(
 
 
 def _damped(layer: Weight, importance: Tensor) -> Tensor:
-    """Importance with a thousandth of its mean added: a weight that a few batches did not need is not worth nothing."""
+    """Adds a thousandth of the mean importance: a weight without a gradient in a few batches is not worth nothing."""
     importance = importance.detach().cpu().double()
     if not importance.any():
         raise Mistake(
@@ -124,7 +141,7 @@ def _damped(layer: Weight, importance: Tensor) -> Tensor:
 def _cheapest(
     values: np.ndarray, centroids: np.ndarray, prices: np.ndarray, weights: np.ndarray | None
 ) -> np.ndarray:
-    """The code of the least weight x squared distance + price, for each value."""
+    """Returns for each value the code of the least weight x squared distance + price."""
     from trainer.compression import kmeans
 
     if weights is None:
@@ -138,7 +155,7 @@ def _cheapest(
 
 
 def centroid_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable tensors of all shared weights, centroids and latent weights: none takes weight decay (`NoDecay`)."""
+    """Returns the trainable tensors of all shared weights: centroids and latent weights, without weight decay (`NoDecay`)."""
     found = {}
     for module in model.modules():
         if isinstance(module, parametrize.ParametrizationList) and isinstance(

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the layers before it: the same function from fewer tensors."""
+"""Folds BatchNorm into the layers before it: the same function from fewer tensors."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from trainer.compression.parametrizations import Codebook, Mask
 from trainer.compression.weights import Weight, weights_of
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 from trainer.recipe import shelves
 
 
 def norms(model: nn.Module) -> list[tuple[str, str]]:
-    """The (layer, BatchNorm after it) pairs that can be folded (`Staged.norms`), those aside that were folded already."""
-    known = model.norms() if isinstance(model, Staged) else []
+    """Returns the pairs (layer, BatchNorm after it) that can be folded (`Blocks.norms`) and are not folded yet."""
+    known = model.norms() if isinstance(model, Blocks) else []
     return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
 
 
 def can_fold(model: nn.Module) -> list[tuple[str, str]]:
-    """The (layer, norm) pairs that `fold` would fold. Raises Mistake where there are none, or the weights are shared."""
+    """Returns the pairs (layer, norm) that `fold` would fold. Raises Mistake if there are none or a weight is shared."""
     pairs = norms(model)
     if not pairs:
         raise Mistake(
@@ -35,7 +35,7 @@ def can_fold(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Folds BatchNorm away as `fold_norms`; returns the network and its spec, that of `batch_norm: false`.
+    """Folds BatchNorm away by `fold_norms`; returns the network and its new spec, that of `batch_norm: false`.
 
     spec: {"model": name, settings} as in a recipe.
     """
@@ -45,9 +45,9 @@ def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str
 
 @torch.no_grad()
 def fold_norms(model: nn.Module) -> nn.Module:
-    """Takes BatchNorm into the layers before it, in place; returns the network.
+    """Folds BatchNorm into the layers before it, in place; returns the network.
 
-    In evaluation mode the outputs are the same up to rounding. Each output channel is scaled, so masks stay as they are.
+    In evaluation mode the outputs stay the same up to rounding. Whole output channels are scaled, so masks do not change.
     Raises Mistake for a network that has nothing to fold or whose weights are shared already.
     """
     pairs = can_fold(model)
@@ -64,7 +64,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         shape = (-1,) + (1,) * (weight.dim() - 1)
         weight.copy_(
             weight.double() * scale.reshape(shape) + 0.0
-        )  # + 0.0: a scale below zero must leave no -0.0
+        )  # + 0.0: a negative scale must leave no -0.0
         module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
         owner, _, name = norm_name.rpartition(".")
         setattr(model.get_submodule(owner), name, nn.Identity())
@@ -82,7 +82,7 @@ def _without_norms(spec: Mapping[str, Any], norms: set[str]) -> dict[str, Any]:
 
 
 def own_tensors(layer: Weight) -> list[Tensor]:
-    """The tensors of a weight's own shape that make it up: itself, weight and mask, or the codes of a codebook."""
+    """Returns the tensors of the weight's shape that define it: itself, weight and mask, or the codes of a codebook."""
     module, attribute = layer.holders[0]
     found = layer.parametrization
     if found is None:

@@ -1,6 +1,6 @@
-"""The intervals of an optimal clustering of sorted values: points, the dynamic programme, its refinement.
+"""Finds the intervals of an optimal clustering of sorted values, by dynamic programming and refinement.
 
-See `kmeans`, which says why the clusters are intervals and what makes this quick.
+See `kmeans` for why the clusters are intervals and why this is fast.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import numpy as np
 
 from trainer.mistakes import Mistake
 
-CHUNK = 1 << 18  # values in work at a time: what is allocated beside the input does not grow with it
-MAX_POINTS = 1 << 20  # points in hand before they are summed up again
-FEW_POINTS = 256  # up to here looking at every pair is quicker than divide and conquer
+CHUNK = 1 << 18  # values processed at a time, so that memory beside the input does not grow with it
+MAX_POINTS = 1 << 20  # points in memory before they are summed into bins again
+FEW_POINTS = 256  # up to here, trying every pair is faster than divide and conquer
 WINDOW = 8  # positions to either side where a refinement may move the end of an interval
 LARGEST = float(np.finfo(np.float32).max)
 Points = tuple[np.ndarray, np.ndarray, np.ndarray]  # position, mass, count
 
 
 def chunks(size: int, length: int = CHUNK) -> Iterator[slice]:
+    """Yields slices of at most `length` that cover 0 .. size."""
     return (slice(start, start + length) for start in range(0, size, length))
 
 
 def as_floats(chunk: np.ndarray) -> np.ndarray:
-    """The chunk as float32 or float64, whichever holds it; Mistake where a value is no usable number."""
+    """Returns the chunk as float32 or float64, whichever holds it exactly.
+
+    Raises Mistake for values that are not finite or beyond float32, ValueError for values that are no real numbers.
+    """
     if chunk.dtype.kind not in "fiub":
         raise ValueError(f"values must be real numbers, got {chunk.dtype}")
     chunk = chunk.astype(np.float32 if chunk.dtype in (np.float16, np.float32) else np.float64, copy=False)
@@ -34,9 +38,9 @@ def as_floats(chunk: np.ndarray) -> np.ndarray:
 
 
 def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -> Points:
-    """The values as sorted points: position, mass (sum of weights) and count (number of values), all float64.
+    """Returns the values as sorted points: position, mass (sum of weights) and count (number of values), all float64.
 
-    Points are the distinct values where each chunk has at most `chunk_bins`, else means of narrow bins.
+    Points are the distinct values if each chunk has at most `chunk_bins` of them, else means of narrow bins.
     """
     most = max(MAX_POINTS, 8 * chunk_bins)
     held: list[Points] = []
@@ -62,6 +66,7 @@ def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -
 
 
 def merged(held: list[Points]) -> Points:
+    """Joins lists of points (position, mass, count) into one, sorted by position."""
     if len(held) == 1:
         return held[0]
     position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
@@ -70,7 +75,7 @@ def merged(held: list[Points]) -> Points:
 
 
 def binned(position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | None, bins: int) -> Points:
-    """Sum sorted points into at most `bins` points; equal positions become one. None stands for ones."""
+    """Sums sorted points into at most `bins` points; equal positions become one. None stands for ones."""
     heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1]]))
     exact = len(heads) <= bins
     if not exact:
@@ -89,10 +94,10 @@ def binned(position: np.ndarray, mass: np.ndarray | None, count: np.ndarray | No
 
 
 def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.ndarray:
-    """Index of the first point of each of at most `bins` bins, spread by Panter and Dite's rule.
+    """Returns the index of the first point of each of at most `bins` bins, spaced by Panter and Dite's rule.
 
-    Between neighbouring knots of mass m and distance d the density is m / d, so the fraction of bins that the
-    rule gives to them is (m / d)^(1/3) * d = (m * d^2)^(1/3).
+    Between neighbouring knots of mass m and distance d the density is m / d, so the rule gives them a number of bins
+    proportional to (m / d)^(1/3) * d = (m * d^2)^(1/3).
     """
     step = max(1, len(position) // (4 * bins))
     knots = np.append(position[:-1:step], position[-1]).astype(np.float64)
@@ -101,7 +106,7 @@ def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.n
         between = np.add.reduceat(mass, np.arange(0, len(position) - 1, step))
         fraction *= between
     fraction = np.cbrt(fraction)
-    for _ in range(30):  # an empty gap before an outlier must not swallow the bins: no gap gets over 64
+    for _ in range(30):  # an empty gap before an outlier must not take all bins: no gap gets more than 64
         cap = 64 * fraction.sum() / bins
         if fraction.max() <= cap:
             break
@@ -114,7 +119,7 @@ def _bin_heads(position: np.ndarray, mass: np.ndarray | None, bins: int) -> np.n
 
 
 class Line:
-    """Sorted points and what an interval of them costs: up to a constant, its inertia and its codes' bits."""
+    """Sorted points, and the cost of an interval of them: its inertia plus its codes' bits, up to a constant."""
 
     def __init__(self, position: np.ndarray, mass: np.ndarray, count: np.ndarray):
         self.position, self.mass, self.count = position, mass, count
@@ -124,7 +129,7 @@ class Line:
         self.code_cost = 0.0
 
     def cost(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Cost of the points first .. last - 1 in one cluster; infinite where there are none."""
+        """Returns the cost of the points first .. last - 1 as one cluster; infinite for an empty one."""
         empty = last <= first
         mass = np.where(empty, 1.0, self.masses[last] - self.masses[first])
         cost = -((self.moments[last] - self.moments[first]) ** 2) / mass
@@ -134,10 +139,11 @@ class Line:
         return np.where(empty, np.inf, cost)
 
     def total_cost(self, bounds: np.ndarray) -> float:
+        """Returns the cost of all intervals between consecutive bounds."""
         return float(self.cost(bounds[:-1], bounds[1:]).sum())
 
     def coarse(self, bins: int) -> tuple[Line, np.ndarray]:
-        """A line of at most `bins` points, and the bounds of its points among ours."""
+        """Returns a line of at most `bins` points, and the bounds of its points among this line's."""
         if len(self.position) <= bins:
             return self, np.arange(len(self.position) + 1)
         heads = _bin_heads(self.position, self.mass, bins)
@@ -150,7 +156,7 @@ class Line:
 
 
 def start_of(line: Line, k: int, bins: int) -> np.ndarray:
-    """Bounds of k intervals: optimal on at most `bins` bins where these are enough, else spaced by rule."""
+    """Returns the bounds of k intervals: optimal on at most `bins` bins if that is enough for k, else spaced by rule."""
     if k >= len(line.position):
         return np.arange(len(line.position) + 1)
     coarse, bounds = line.coarse(bins)
@@ -169,18 +175,18 @@ def start_of(line: Line, k: int, bins: int) -> np.ndarray:
 
 
 def divide_and_conquer(line: Line, k: int) -> np.ndarray:
-    """Bounds of the cheapest k intervals, without cost for codes; needs at least k points.
+    """Returns the bounds of the cheapest k intervals, without a cost for codes. Needs at least k points.
 
-    Layer c finds the least cost of the points 0 .. j - 1 in c intervals, for every j that leaves a point
-    for each of the other k - c, from layer c - 1: the last interval starts at some i, which grows with j.
-    Indices are offsets: j = c + t and i = c - 1 + r with 0 <= r <= t <= spare.
+    Round c finds the least cost of the points 0 .. j - 1 in c intervals from round c - 1, for every j that leaves a
+    point for each of the other k - c. The best start i of the last interval never falls as j rises. Indices are offsets:
+    j = c + t and i = c - 1 + r with 0 <= r <= t <= spare.
     """
     masses, moments = line.masses, line.moments
     spare = len(line.position) - k
     offsets = np.arange(spare + 1)
     strides = [1 << level for level in range((spare + 1).bit_length() - 1, -1, -1)]
     levels = [(stride, np.arange(stride, spare + 2, 2 * stride)) for stride in strides]  # positions are t + 1
-    best_r = np.zeros(2 * strides[0] + 1, np.int64)  # by place; place 0 and those after the last are walls
+    best_r = np.zeros(2 * strides[0] + 1, np.int64)  # by position; 0 and those after the last are sentinels
     best_r[spare + 2 :] = spare
     choices = np.zeros((k, spare + 1), np.int16 if spare < 1 << 15 else np.int32)
     cost = line.cost(np.zeros(1, np.int64), offsets + 1)
@@ -211,10 +217,10 @@ def divide_and_conquer(line: Line, k: int) -> np.ndarray:
 
 
 def all_pairs(line: Line, k: int) -> np.ndarray:
-    """Bounds of the cheapest k intervals, looking at every pair of points; of 1 to k where codes cost bits.
+    """Returns the bounds of the cheapest k intervals by trying every pair of points; of 1 to k intervals if codes cost bits.
 
-    The cost of bits is concave in the count, so the best start of an interval need not grow with its end,
-    and divide and conquer does not hold.
+    The cost of bits is concave in the count, so the best start of an interval may fall as its end rises, and divide and
+    conquer would be wrong.
     """
     size = len(line.position)
     k = min(k, size)
@@ -233,10 +239,10 @@ def all_pairs(line: Line, k: int) -> np.ndarray:
 
 
 def refined(line: Line, bounds: np.ndarray) -> np.ndarray:
-    """Move all inner bounds jointly to the best of 2 * WINDOW + 1 positions about each, until none moves.
+    """Moves all inner bounds jointly to the best of 2 * WINDOW + 1 positions around each, until none moves.
 
-    Places are first far apart, then neighbouring points. Exact within the window, so never worse than the
-    start.
+    The positions are first far apart, then neighbouring points. Each move is exact within its window, so the result is
+    never worse than the start.
     """
     k, size = len(bounds) - 1, len(line.position)
     if k == 1 or k == size:
@@ -255,12 +261,12 @@ def refined(line: Line, bounds: np.ndarray) -> np.ndarray:
 
 
 def _best_positions(line: Line, positions: np.ndarray) -> np.ndarray:
-    """One place of each row so that the intervals between them cost least in sum."""
+    """Picks one position of each row so that the intervals between them cost least in sum."""
     cost = line.cost(np.zeros(1, np.int64), positions[0])
     choices = []
     for start in range(0, len(positions) - 1, 512):
         block = positions[start : start + 513]
-        for pair in line.cost(block[:-1, None, :], block[1:, :, None]):  # [place, place before]
+        for pair in line.cost(block[:-1, None, :], block[1:, :, None]):  # [position, position before]
             trial = pair + cost
             choice = trial.argmin(axis=1)
             choices.append(choice)

@@ -1,23 +1,22 @@
-"""Clustering of numbers on a line: which few values should the weights of a layer share?
+"""K-means in one dimension: finds the few values that the weights of a layer should share.
 
-`kmeans_linear` is the classic choice (Lloyd's algorithm from evenly spaced values, Han et al. 2016);
-`kmeans_optimal` finds the best one, optionally weighted and optionally counting the bits of the codes;
-`assign` gives each value its code and `inertia` says what the sharing costs.
+`kmeans_linear` is the classic choice (Lloyd's algorithm from evenly spaced values, Han et al. 2016).
+`kmeans_optimal` finds the optimum, optionally weighted, optionally with a cost for the bits of the codes.
+`assign` returns the code of each value, `inertia` the squared error.
 
-In one dimension the clusters of an optimal solution are intervals of the sorted values, so the optimum is
-found by dynamic programming over where the intervals end (Wang & Song 2011; Gronlund et al. 2017). What
-makes it quick here:
+In one dimension the clusters of an optimal solution are intervals of the sorted values, so dynamic programming
+over the ends of the intervals finds the optimum (Wang & Song 2011; Gronlund et al. 2017). Three steps make it
+fast here:
 
 1. Values are sorted a chunk at a time and summed into narrow bins, each kept as a point (mean, weight,
-   count). A bin's own spread costs the same in every clustering that keeps the bin whole, so only its sums
-   matter.
-2. The dynamic programme runs over a few thousand bins, each layer by divide and conquer with a whole level
-   at a time in numpy (the best start of the last interval never moves left when its end moves right).
-3. Then every end may move within a window over the hundreds of thousands of points, all ends jointly.
+   count). The spread inside a bin costs the same in every clustering that keeps the bin whole, so only its
+   sums matter.
+2. The dynamic programme runs over a few thousand bins. Each round is divide and conquer, a whole level at a time
+   in numpy (the best start of the last interval never moves left when its end moves right).
+3. Then all ends move jointly, each within a window, over the hundreds of thousands of points.
 
-Bins are not equally wide: their density follows (density of the values)^(1/3), which is how the centroids
-of a fine optimal quantizer are spread (Panter & Dite 1951). A far outlier therefore costs nothing in
-resolution.
+Bins are not equally wide: their density follows (density of the values)^(1/3), as the centroids of a fine
+optimal quantizer do (Panter & Dite 1951). A far outlier therefore costs no resolution.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ from trainer.compression.intervals import (
 )
 from trainer.mistakes import Mistake
 
-CHUNK_BINS = 1 << 13  # points kept of each chunk at the least
-NUM_POINTS = 1 << 18  # points kept in sum at the least: as many distinct values are kept as they are
-DP_BINS = 4096  # bins of the dynamic programme: at most as many distinct values are solved exactly
-ENTROPY_BINS = 1024  # the same where codes cost bits: there every pair of bins is looked at
+CHUNK_BINS = 1 << 13  # points kept of each chunk, at least
+NUM_POINTS = 1 << 18  # points kept altogether, at least: up to here distinct values stay exact
+DP_BINS = 4096  # bins of the dynamic programme: up to so many distinct values the result is exact
+ENTROPY_BINS = 1024  # the same if codes cost bits, where every pair of bins is tried
 
 
 def kmeans_linear(values: np.ndarray, k: int) -> np.ndarray:
-    """Cluster values by scikit-learn's KMeans from k evenly spaced centroids between minimum and maximum.
+    """Clusters values by scikit-learn's KMeans from k evenly spaced centroids between minimum and maximum.
 
-    The initialisation that Han et al. 2016 (Deep Compression) found best; one start, no randomness.
-    Returns float32 centroids in ascending order: k of them, or the distinct values where these are fewer.
-    Raises Mistake for k < 1, no values, NaN or infinity.
+    This is the initialisation that Han et al. 2016 (Deep Compression) found best; one start, no randomness.
+    Returns float32 centroids in ascending order: k of them, or the distinct values if these are fewer.
+    Raises Mistake for no values, NaN or infinity, ValueError for k < 1.
     """
     from sklearn.cluster import KMeans  # here: importing it takes a second
 
@@ -68,35 +67,40 @@ def kmeans_optimal(
     bins: int | None = None,
     code_cost: float = 0.0,
 ) -> np.ndarray:
-    """Cluster values so that the (weighted) sum of squared distances to k centroids is least.
+    """Finds the k centroids with the least (weighted) sum of squared distances of the values.
 
-    With `code_cost` > 0 the clusters are those of the least
+    Returns float32 centroids in ascending order, at most k. If at most k values are distinct and codes cost
+    nothing, these are the values. Deterministic.
+
+    With `code_cost` > 0 it minimises
 
         sum_i weights_i * (values_i - centroid_i)^2  +  code_cost * sum_clusters n_c * log2(n / n_c)
 
     where n_c of the n values fall in cluster c: an ideal entropy coder spends log2(n / n_c) bits on each of
-    them (entropy-constrained quantization, Chou, Lookabaugh & Gray 1989, here by dynamic programming on
-    that very cost, where code lengths and clusters are not found in turn but together). Clusters are
-    intervals of the values, which without `weights` are the best there are; with both, others may cost less. Fewer
-    than k clusters may then be best. To use such a codebook, alternate `assign` with `code_bits` and
-    `code_lengths` a few times.
+    them (entropy-constrained quantization, Chou, Lookabaugh & Gray 1989; here dynamic programming finds code
+    lengths and clusters together, not in turn). Fewer than k clusters may then be best. Clusters are intervals
+    of the values; these are optimal unless `weights` and `code_cost` are both given. To use such a codebook,
+    alternate `assign` with `code_bits` and `code_lengths` a few times.
 
-    Exact where at most `bins` values are distinct (default 4096; 1024 where `code_cost` > 0). Otherwise the
-    ends of the intervals are optimal on `bins` bins, then jointly optimal within a window over some hundred
-    thousand points. Where k exceeds half of the bins and more values are distinct, the start is the
-    Panter-Dite spacing instead, which is quick but ends a few per cent above the optimum: raise `bins`.
-    Deterministic.
+    The result is exact if at most `bins` values are distinct. Otherwise the ends of the intervals are optimal on
+    `bins` bins, then jointly optimal within a window over some hundred thousand points. If k exceeds half of the
+    bins and more values are distinct, the start is the Panter-Dite spacing instead, which is fast but ends a few
+    per cent above the optimum: raise `bins`. Sums are in double precision about the mean: structure finer than
+    about 1e-8 of the range is not resolved. Memory beside the input is at most about 40 MB for k <= 256 (75 MB if
+    codes cost bits), for any number of values.
 
-    `weights` has the shape of `values`, for example squared gradients; only ratios matter unless
-    `code_cost` > 0. A value of weight 0 takes no part.
+    Args:
+        values: Any array of real numbers.
+        k: Number of centroids.
+        weights: Factors on the squared distances, of the shape of `values`, such as squared gradients. Only
+            ratios matter unless `code_cost` > 0. A value of weight 0 is ignored.
+        bins: Bins of the dynamic programme; None takes 4096 (1024 for `code_cost` > 0).
+        code_cost: Cost of a bit, in squared distance.
 
-    Returns float32 centroids in ascending order: at most k, and where at most k values are distinct and
-    codes cost nothing, these values. Sums are in double precision about the mean: structure finer than
-    about 1e-8 of the range is not resolved. Takes about 40 MB beside the input at most for k <= 256 (75 MB
-    where codes cost bits), however many values there are.
-
-    Raises Mistake for k < 1, bins < 1, no values, NaN or infinity, values beyond float32, a negative or
-    not finite `code_cost`, and weights that are negative, not finite, all zero or of another number.
+    Raises:
+        Mistake: For no values, NaN, infinity or values beyond float32, and for weights that are negative, not
+            finite or all zero.
+        ValueError: For k < 1, bins < 1, a negative or not finite `code_cost`, and weights of another number.
     """
     values = _checked(values, k)
     bins = DP_BINS if bins is None else bins
@@ -115,8 +119,8 @@ def kmeans_optimal(
     total = mass.sum()
     centre = (position * mass).sum() / total
     scale = np.abs(position - centre).max()
-    share = np.maximum(mass / total, 1e-15)  # so that sums of doubles still grow with every point
-    line = Line((position - centre) / scale, share, count)
+    fraction = np.maximum(mass / total, 1e-15)  # so that sums of doubles still grow with every point
+    line = Line((position - centre) / scale, fraction, count)
     bounds = start_of(line, k, bins)
     if len(position) > bins:
         bounds = refined(line, bounds)
@@ -132,15 +136,20 @@ def kmeans_optimal(
 def assign(
     values: np.ndarray, centroids: np.ndarray, *, code_bits: np.ndarray | None = None, code_cost: float = 0.0
 ) -> np.ndarray:
-    """Give each value the code (index) of its nearest centroid; of two equally near, the smaller centroid.
+    """Returns the code (index) of each value's nearest centroid, the smaller centroid of two equally near.
 
-    With `code_bits` (one length per centroid, as from `code_lengths`) it is the code of the least
-    (value - centroid)^2 + code_cost * bits; an infinite length bars a code. Centroids may come in any order;
-    of equal ones the cheaper code is used, then the first.
+    Codes have the shape of `values`: uint8 for up to 256 centroids, int16 up to 32,768, then int32.
 
-    Returns codes in the shape of `values`: uint8 for up to 256 centroids, int16 up to 32,768, then int32.
-    Raises Mistake for no centroids, NaN or infinity, lengths of another number or all infinite, and a
-    `code_cost` without lengths.
+    Args:
+        values: Any array of real numbers.
+        centroids: In any order. Of equal ones the code of fewer bits is used, then the first.
+        code_bits: One length per centroid, as from `code_lengths`. The code is then that of the least (value -
+            centroid)^2 + code_cost * bits. A code of infinite length is not used.
+        code_cost: Cost of a bit, in squared distance.
+
+    Raises:
+        Mistake: For NaN or infinity.
+        ValueError: For no centroids, lengths of another number or all infinite, and a `code_cost` without lengths.
     """
     values = np.asarray(values)
     codes: np.ndarray = np.empty(values.shape, _code_type(np.size(centroids)))
@@ -152,9 +161,9 @@ def assign(
 
 
 def code_lengths(codes: np.ndarray, num_codes: int) -> np.ndarray:
-    """Ideal length of each code in bits, log2(number of codes / times used); infinite where it is unused.
+    """Returns the ideal length of each code in bits, log2(number of codes / times used); infinite for an unused code.
 
-    Raises Mistake where there are no codes or one is not below `num_codes`.
+    Raises ValueError if there are no codes, or one is not below `num_codes`.
     """
     used = np.bincount(np.asarray(codes).reshape(-1), minlength=num_codes)
     total = used.sum()
@@ -167,10 +176,10 @@ def code_lengths(codes: np.ndarray, num_codes: int) -> np.ndarray:
 
 
 def inertia(values: np.ndarray, centroids: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Sum of the (weighted) squared distances of values to their nearest centroids, in double precision.
+    """Returns the sum of the (weighted) squared distances of values to their nearest centroids, in double precision.
 
-    Raises Mistake as `assign` does, and for weights that are negative, not finite, all zero or of
-    another shape.
+    Raises as `assign` does; Mistake also for weights that are negative, not finite or all zero, ValueError for
+    weights of another number.
     """
     values = np.asarray(values).reshape(-1)
     if weights is not None:
@@ -214,15 +223,15 @@ def _code_type(num_codes: int) -> type:
 
 
 class _Finder:
-    """Codes of values: those of the lower envelope of the parabolas (value - centroid)^2 + code_cost * bits.
+    """Finds the codes of values: those of the lower envelope of the parabolas (value - centroid)^2 + code_cost * bits.
 
-    Between thresholds the best code is constant. A value's cell in an even grid over the thresholds says
-    which thresholds lie below its cell; those within the cell are compared one by one. Rounding cannot
-    hurt, since thresholds are put into cells by the same monotone arithmetic.
+    Between thresholds the best code is constant. The cell of a value, in an even grid over the thresholds, says
+    which thresholds lie below that cell; those within the cell are compared one by one. Rounding does no harm,
+    because thresholds are assigned to cells by the same monotone arithmetic.
     """
 
     CELLS = 1 << 14
-    STEPS = 4  # most thresholds in one cell before a binary search is quicker
+    STEPS = 4  # with more thresholds in one cell a binary search is faster
 
     def __init__(self, centroids: np.ndarray, bits: np.ndarray | None, code_cost: float):
         if centroids.ndim != 1 or not len(centroids):
@@ -262,7 +271,7 @@ class _Finder:
         return self.codes.take(rank)
 
     def _tables(self, dtype: np.dtype) -> tuple:
-        with np.errstate(over="ignore"):  # a threshold beyond float32 becomes infinite, which is right
+        with np.errstate(over="ignore"):  # a threshold beyond float32 becomes infinite, as it should
             thresholds = self.thresholds.astype(dtype)
         above = thresholds > self.thresholds  # round down: then value <= threshold is the same question
         thresholds[above] = np.nextafter(thresholds[above], dtype.type(-np.inf))
@@ -282,10 +291,10 @@ class _Finder:
 
 
 def _envelope(centroids: np.ndarray, offset: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Those of the sorted parabolas that are lowest somewhere."""
+    """Returns those of the sorted parabolas that are lowest somewhere."""
     positions, offsets, codes = centroids.tolist(), offset.tolist(), order.tolist()
     kept: list[int] = []
-    begins: list[float] = []  # where each becomes the lowest
+    begins: list[float] = []  # from where on each is the lowest
     for code in codes:
         begin = -np.inf
         while kept:
@@ -303,5 +312,5 @@ def _envelope(centroids: np.ndarray, offset: np.ndarray, order: np.ndarray) -> n
 
 
 def _crossings(centroids: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Where neighbouring parabolas meet: at and below it the left one is at least as low."""
+    """Returns where neighbouring parabolas meet: at and below that value the left one is at least as low."""
     return centroids[:-1] / 2 + centroids[1:] / 2 + np.diff(offset) / np.diff(centroids) / 2

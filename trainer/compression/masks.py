@@ -1,6 +1,6 @@
-"""Masks: which weights stay, and how sparse a network is at each moment of a schedule.
+"""Turns a criterion's scores into masks, and computes the sparsity at each point of a schedule.
 
-What is pruned first is said by a criterion (trainer/criteria/). Source of the cubic schedule: Zhu & Gupta 2017.
+Criteria are in trainer/criteria/.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +16,9 @@ from trainer.recipe.shelves import fed
 
 
 def ask(criterion: Callable, layer: Weight, **keys: Any) -> Any:
-    """What a criterion (see trainer/criteria/) says of one layer: its scores, or its mask and thresholds.
+    """Calls a criterion (see trainer/criteria/) for one layer; returns its scores, or its mask and thresholds.
 
-    Raises Mistake, which names the layer, for what the criterion refuses and for a word that nobody knows.
+    Raises Mistake, with the layer's name, if the criterion refuses it, or for an argument of an unknown name.
     """
     known = {
         "weight": lambda: layer.value.detach(),
@@ -44,12 +44,19 @@ def score_masks(
     together: bool,
     parts: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[Tensor, list[float]]]:
-    """Masks that zero exactly round(sparsity x n) weights, the lowest scores first; a dead weight stays dead.
+    """Makes masks that zero exactly round(sparsity x n) weights, the lowest scores first.
 
-    together: one ranking over all layers (then all sparsities are the same number); otherwise one a layer, or of each
-    of the `parts` stacked in it (gates; query, key, value), whose counts then add up to the layer's. Of equal scores
-    the first in the weight's order go, so that the count is exact. Where more are dead already than are asked for,
-    those are all the zeros. Returns {layer: (mask, [the lowest score kept, of each ranking])}.
+    Returns {layer: (mask, thresholds)}, where thresholds has the lowest kept score of each ranking. Pruned weights stay
+    pruned; if there are more of them than asked for, no others are. Of equal scores the first in memory order go, so that
+    the count is exact.
+
+    Args:
+        scores: {layer: score of the weight's shape}.
+        alive: {layer: present mask}, None for a weight that is not pruned.
+        sparsity: {layer: fraction of zeros}.
+        together: Whether all layers are in one ranking (all sparsities are then the same number).
+        parts: {layer: number of stacked matrices} (gates; query, key, value). Each has a ranking of its own, unless
+            together; their counts add up to the layer's.
     """
     flat = {}
     for name, score in scores.items():
@@ -76,7 +83,7 @@ def score_masks(
 
 
 def _keep_highest(score: Tensor, zeros: int) -> tuple[Tensor, float]:
-    """All but the `zeros` lowest of flat scores (-inf: dead, never kept), and the lowest of those kept."""
+    """Returns a mask of all but the `zeros` lowest scores [n] (-inf: pruned, never kept), and the lowest kept score."""
     mask = score > -torch.inf
     if zeros:
         highest_out = score.kthvalue(zeros).values
@@ -89,25 +96,26 @@ def _keep_highest(score: Tensor, zeros: int) -> tuple[Tensor, float]:
 
 
 def cubic(final: float, progress: float, initial: float = 0.0) -> float:
-    """The sparsity at `progress` (0 to 1) of a gradual pruning (Zhu & Gupta 2017, To Prune, or Not to Prune).
+    """Returns the sparsity at `progress` (0 to 1) of a gradual pruning (Zhu & Gupta 2017, To Prune, or Not to Prune).
 
-    final + (initial - final) x (1 - progress)^3: fast while there is much to choose from, slow towards the end.
+    It is final + (initial - final) x (1 - progress)^3: fast at first, slow towards the end.
     """
     return final + (initial - final) * (1 - min(1.0, max(0.0, progress))) ** 3
 
 
 def geometric(final: float, progress: float, initial: float = 0.0) -> float:
-    """The sparsity at `progress` (0 to 1) of rounds that each prune the same fraction of the weights then left.
+    """Returns the sparsity at `progress` (0 to 1) if every round prunes the same fraction of the remaining weights.
 
-    As the rounds of Frankle & Carbin 2019 (The Lottery Ticket Hypothesis): 1 - (1 - initial) x rest^progress.
+    These are the rounds of Frankle & Carbin 2019 (The Lottery Ticket Hypothesis): 1 - (1 - initial) x ratio^progress,
+    where ratio = (1 - final) / (1 - initial).
     """
     if progress >= 1:
-        return final  # without the rounding of a power
+        return final  # a power would round
     return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** max(0.0, progress)
 
 
 def refuse_shared(layer: Weight) -> None:
-    """Raises Mistake for a weight that shares its values: it can be pruned no more."""
+    """Raises Mistake for a weight with a codebook: it can no longer be pruned."""
     if isinstance(layer.parametrization, Codebook | TrainedCodebook):
         raise Mistake(
             f"layer {layer.name!r} shares its weights already: prune before sharing, or name it in exclude"
@@ -115,7 +123,7 @@ def refuse_shared(layer: Weight) -> None:
 
 
 def set_mask(layer: Weight, mask: Tensor) -> None:
-    """Prunes a weight, in place; a mask that is there already is replaced."""
+    """Prunes a weight, in place. mask: bool of the weight's shape; it replaces an earlier one."""
     found = layer.parametrization
     if isinstance(found, Mask):
         found.mask.copy_(mask)
@@ -125,9 +133,10 @@ def set_mask(layer: Weight, mask: Tensor) -> None:
 
 
 def watch_gradients(layers: Iterable[Weight], criterion: Callable, **keys: Any) -> None:
-    """From now on every backward pass adds the criterion's scores of it to each layer's; unpruned ones get a mask of ones.
+    """Makes every later backward pass add the criterion's score to each layer's sum (`Mask.score`).
 
-    criterion: a function of `weight` and `gradient`, both of the weight's shape.
+    Layers without a mask get one of ones. criterion: a function of `weight` and `gradient`, both of the weight's shape.
+    Raises Mistake for one with other arguments.
     """
     words = fed(criterion)
     if set(words) != {"weight", "gradient"}:
@@ -148,21 +157,21 @@ def watch_gradients(layers: Iterable[Weight], criterion: Callable, **keys: Any) 
 
 
 def unwatch_gradients(layers: Iterable[Weight]) -> None:
-    """Drops the scores that backward passes have added up; the masks stay."""
+    """Stops `watch_gradients` and drops the sums of scores; the masks stay."""
     for layer in layers:
         if isinstance(layer.parametrization, Mask):
             layer.parametrization.watch(None, None)
 
 
-VALUE_BITS = 4.0  # what a survivor's shared value takes besides its position: sign and rank
+VALUE_BITS = 4.0  # bits of a surviving weight's shared value, sign and rank, besides its position
 
 
 def position_bits(mask: Tensor) -> Tensor:
-    """Bits that a file spends on keeping each position of a mask rather than pruning it, 1 or more. float64.
+    """Returns the bits that a packed file spends on keeping each position instead of pruning it: float64, at least 1.
 
-    That is its value's bits, and log2((1 - p) / p) for the probability p that the file's model gives to a
-    weight there. As in `packing.masks`, the odds start from the density of the layer and are shifted by how many more
-    weights the column and the row hold than the density says, the position itself left out. Rows are the
+    These are the bits of the value, plus log2((1 - p) / p) for the probability p that the file's model gives to a
+    weight at that position. As in `packing.masks`, the odds start from the density of the layer, and are shifted by how
+    many more weights the column and the row hold than the density says, without the position itself. Rows are the
     first axis.
     """
     alive = mask.reshape(len(mask), -1).double()

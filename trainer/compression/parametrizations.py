@@ -1,7 +1,7 @@
-"""Pruned and shared weights as parametrizations of PyTorch.
+"""Pruned and shared weights as PyTorch parametrizations.
 
-A pruned weight is `where(mask, weight, 0)`, a shared one `centroids[codes]` whose trainable tensor is the centroids, so
-autograd itself sums each cluster's gradient (Han et al. 2016, Deep Compression). Zeros and ties hold by construction
+A pruned weight is `where(mask, weight, 0)`. A shared weight is `centroids[codes]`, whose trainable tensor is the centroids,
+so autograd sums each cluster's gradient (Han et al. 2016, Deep Compression). Zeros and shared values hold by construction
 under any optimizer, and the state is plain tensors in the `state_dict`.
 """
 
@@ -15,15 +15,18 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from trainer.compression.weights import Weight
 
-LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in hand at a time
-SOFTNESS = 0.5  # how softly weights are shared out among centroids, in mean distances of these
+LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in memory at a time
+SOFTNESS = (
+    0.5  # width of a weight's soft assignment to centroids, in mean distances of neighbouring centroids
+)
 
 
 class Mask(nn.Module):
-    """Holds pruned weights at zero: `where(mask, weight, 0)`; the mask is a buffer of booleans.
+    """Holds pruned weights at zero: `where(mask, weight, 0)`. The mask is a bool buffer of the weight's shape.
 
-    score: None, or a buffer in which every backward pass adds up what a criterion says of all weights, the pruned ones
-    included: the gradient of the masked weight reaches those too (see `masks.watch_gradients`).
+    Attributes:
+        score: None, or a buffer to which every backward pass adds a criterion's scores (see `masks.watch_gradients`).
+            They cover pruned weights too, because the gradient of the masked weight is known at every position.
     """
 
     mask: Tensor
@@ -36,14 +39,14 @@ class Mask(nn.Module):
         self.register_buffer("score", None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Not a product: that would give -0.0 for a negative weight and NaN for an infinite one.
+        # A product would give -0.0 for a negative weight and NaN for an infinite one.
         masked = torch.where(self.mask, weight, 0.0)
         if self._criterion is not None and masked.requires_grad:
             masked.register_hook(lambda gradient: self._feed(weight, gradient))
         return masked
 
     def watch(self, criterion: Callable[[Tensor, Tensor], Tensor] | None, score: Tensor | None) -> None:
-        """Adds criterion(weight, gradient) of each backward pass to `score` from now on; None drops what was added up."""
+        """Makes every later backward pass add criterion(weight, gradient) to `score`; None, None stops and drops it."""
         self._criterion, self.score = criterion, score
 
     @torch.no_grad()
@@ -53,17 +56,17 @@ class Mask(nn.Module):
 
 
 class NoDecay(nn.Parameter):
-    """A parameter that weight decay would spoil: it has none in any training, and optimizers need know no more.
+    """A parameter without weight decay in any training: the optimizer looks for its mark, `no_decay`.
 
-    A type, since a copy.deepcopy of a plain parameter forgets what is set on it. (torch's parameters that are not
-    initialised yet become their type in the same way, by their `__class__`, and so stay the objects they are.)
+    The mark is a type because copy.deepcopy of a plain parameter drops its attributes. A parameter gets the type by its
+    `__class__`, as torch's uninitialised parameters do, so that it stays the same object.
     """
 
     no_decay = True
 
 
 class _Lookup(torch.autograd.Function):
-    """table[codes]; the gradient of an entry is the sum over its codes, added up in float64 where the device can."""
+    """Computes table[codes]. The gradient of an entry is the sum over its codes, in float64 where the device has it."""
 
     @staticmethod
     def forward(ctx, table: Tensor, codes: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """table[codes]; the gradient of a surviving weight goes to its latent weight too, as if it were that weight."""
+    """Computes table[codes]. The gradient of a surviving weight also goes straight through to its latent weight."""
 
     @staticmethod
     def forward(ctx, latent: Tensor, table: Tensor, codes: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ def _sum_by_code(gradient: Tensor, codes: Tensor, length: int) -> Tensor:
 class Codebook(nn.Module):
     """Weights that share few values: code 0 is zero and stays zero, code c >= 1 is centroids.flatten()[c - 1].
 
-    codes: integers of the weight's shape. centroids: [k], or [groups, k] when each group of rows has its own.
+    codes: integers of the weight's shape. centroids: [k], or [groups, k] if each group of rows has its own.
     """
 
     codes: Tensor
@@ -117,7 +120,7 @@ class Codebook(nn.Module):
         self._centroids = centroids
 
     def right_inverse(self, _weight: Tensor) -> Tensor:
-        # Called once, on registration: what becomes the trainable tensor.
+        # Called once, on registration; the result becomes the trainable tensor.
         return self._centroids.detach().clone()
 
     def forward(self, centroids: Tensor) -> Tensor:
@@ -126,16 +129,19 @@ class Codebook(nn.Module):
 
 
 class TrainedCodebook(nn.Module):
-    """A codebook that is still open: at every step each surviving weight takes the shared value that is cheapest for it.
+    """An open codebook: at every step each surviving weight takes the shared value that is cheapest for it.
 
-    Trained are a latent weight for each position (the tensor that is parametrized) and the centroids [groups, k]. A
-    weight is the centroid of the least (latent - centroid)^2 + cost x bits of its code; its gradient goes straight
-    through to the latent one (Bengio et al. 2013) and, summed over each code, to the centroids. Pruned weights stay
-    zero. A centroid of exactly 0 is an unused layer in the codebook. Codes are a function of parameters and buffers;
-    the bits of the codes, log2(survivors / times used) with half a use added to each, are counted anew at every
-    forward in training mode. See `close_codebook`.
+    The trainable tensors are a latent weight for each position (the parametrized tensor) and the centroids [groups, k].
+    A weight is the centroid of the least (latent - centroid)^2 + cost x bits of its code. Its gradient goes straight
+    through to the latent weight (Bengio et al. 2013) and, summed over each code, to the centroids. Pruned weights stay
+    zero. A centroid of exactly 0 is an unused entry of the codebook. The codes are a function of parameters and buffers.
+    The bits of a code are log2(survivors / times used), with half a use added to each code; every forward pass in
+    training mode counts them anew. `codebooks.close_codebook` ends it.
 
-    alive: booleans of the weight's shape. cost: [groups, 1], what a bit is worth in squared error; 0: bits are free.
+    Args:
+        alive: Bool of the weight's shape.
+        centroids: [groups, k], the first ones.
+        cost: [groups, 1], the cost of a bit in squared error; 0 for free bits.
     """
 
     alive: Tensor
@@ -164,7 +170,7 @@ class TrainedCodebook(nn.Module):
 
     @torch.no_grad()
     def codes(self, latent: Tensor) -> Tensor:
-        """The codes of the weights, as a `Codebook` has them: 0 for zero, others 1 + layer in centroids.flatten()."""
+        """Returns the codes of the weights, as in `Codebook`: 0 for zero, others 1 + index in centroids.flatten()."""
         k = self.centroids.shape[1]
         extra = torch.where(self.centroids == 0, torch.inf, self.cost * self.bits)
         flat = latent.reshape(-1)
@@ -177,11 +183,12 @@ class TrainedCodebook(nn.Module):
 
     @staticmethod
     def _of(group: Tensor, table: Tensor) -> Tensor:
-        """The row of a table [groups, ...] for each weight; one row for all where there is but one."""
+        """Returns for each weight its group's row of a table [groups, ...]; the table itself for one group."""
         return table[group] if len(table) > 1 else table
 
     @torch.no_grad()
     def count_bits(self, codes: Tensor) -> None:
+        """Sets the bits of each code from how often `codes` use it."""
         used = (
             torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(
                 self.bits.shape
@@ -191,11 +198,11 @@ class TrainedCodebook(nn.Module):
         self.bits.copy_(torch.log2(used.sum(1, keepdim=True) / used))
 
     def entropy(self, latent: Tensor) -> Tensor:
-        """Bits of all codes together, by their entropy, were each weight shared out softly among the centroids.
+        """Returns the bits of all codes together, by the entropy of a soft assignment of weights to centroids.
 
-        Its share of a centroid falls with the squared distance, as a normal distribution's density whose deviation is
-        `SOFTNESS` times the mean distance of neighbouring centroids. The gradient goes to the latent weights alone: codes are to
-        move, not values.
+        A weight's fraction of a centroid falls with the squared distance, as a normal density whose deviation is
+        `SOFTNESS` times the mean distance of neighbouring centroids. The gradient goes to the latent weights alone: it
+        should change codes, not values.
         """
         centroids = self.centroids.detach()
         used = centroids != 0
@@ -207,12 +214,12 @@ class TrainedCodebook(nn.Module):
         scale = (-0.5 / width.square())[:, None]
         closed = torch.where(used, 0.0, -torch.inf)
         distance = (latent.reshape(-1)[self.positions, None] - self._of(self.group, centroids)).square()
-        shares = (distance * self._of(self.group, scale) + self._of(self.group, closed)).softmax(1)
+        fractions = (distance * self._of(self.group, scale) + self._of(self.group, closed)).softmax(1)
         many = len(centroids) > 1
         sums = (
-            torch.zeros_like(centroids).index_add(0, self.group, shares)
+            torch.zeros_like(centroids).index_add(0, self.group, fractions)
             if many
-            else shares.sum(0, keepdim=True)
+            else fractions.sum(0, keepdim=True)
         )
         return (
             sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())
@@ -231,8 +238,8 @@ def parametrized(module: nn.Module, attribute: str) -> parametrize.Parametrizati
 def _own_class(layer: "Weight") -> None:
     """Gives each parametrized module of a weight a class of its own.
 
-    torch hangs a parametrized weight on the module's class, which a copy.deepcopy of the module shares: what is done to the
-    one would be done to the other.
+    torch stores a parametrized weight as a property of the module's class, and a copy.deepcopy of the module has the same
+    class: a change of one would change the other.
     """
     for module, _ in layer.holders:
         if parametrize.is_parametrized(module):
@@ -244,19 +251,20 @@ def _own_class(layer: "Weight") -> None:
 
 
 def parametrize_weight(layer: "Weight", parametrization: nn.Module) -> None:
+    """Registers a parametrization on a weight, in place, on all modules that it is tied to."""
     _own_class(layer)
     (module, attribute), *tied = layer.holders
     trainable = getattr(module, attribute).requires_grad
     for other, name in tied:
-        # Registration changes the tensor in place, under the twin's feet: until it is tied again it gets its own.
+        # Registration changes the tensor in place. A tied module gets a tensor of its own until it is tied again below.
         setattr(other, name, nn.Parameter(getattr(module, attribute).detach().clone()))
     parametrize.register_parametrization(module, attribute, parametrization)
     original = parametrized(module, attribute).original
     original.requires_grad_(trainable)
     if isinstance(parametrization, Codebook | TrainedCodebook):
-        original.__class__ = NoDecay  # the shared values, or the latent weights that choose among them
+        original.__class__ = NoDecay  # the centroids, or the latent weights that choose among them
     for other, name in tied:
-        # Registering a second time would make a second trainable tensor: the tie is to one and the same list.
+        # Registration alone would make a second trainable tensor, so both modules get the same ParametrizationList.
         parametrize.register_parametrization(other, name, parametrization)
         lists: Any = other.parametrizations
         lists[name] = parametrized(module, attribute)

@@ -1,4 +1,4 @@
-"""Values rounded to what a file can hold in few bits."""
+"""Rounds values to few bits, for a smaller packed file."""
 
 import math
 
@@ -10,9 +10,9 @@ from trainer.mistakes import Mistake
 
 
 def round_to(values: Tensor, kind: str | int) -> Tensor:
-    """Values rounded to what 'float16' can hold, to so many bits of their fraction, or for 'float32' not at all.
+    """Rounds values to 'float16', or to a number of fraction bits; 'float32' leaves them unchanged.
 
-    Raises Mistake where one is then infinite. A zero has no sign.
+    The type of the tensor stays. No zero is -0.0. Raises Mistake if a value becomes infinite.
     """
     if kind == "float32":
         return values
@@ -28,7 +28,7 @@ def round_to(values: Tensor, kind: str | int) -> Tensor:
 
 
 def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:
-    """Centroids by `round_to`. Raises Mistake also where they are so small that float16 has few values for them."""
+    """Rounds centroids by `round_to`. Raises Mistake also if they are so small that float16 is coarse for them."""
     rounded = round_to(centroids, kind)
     if kind == "float16" and (rounded - centroids).abs().max() > 2**-8 * centroids.abs().max():
         raise Mistake(
@@ -38,10 +38,10 @@ def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:
 
 
 def to_grid(values: Tensor, bits: int) -> Tensor:
-    """Values rounded to multiples of the smallest power of two of which none of them is more than 2^(bits-1) - 1.
+    """Rounds values to integers times a step: the smallest power of two that keeps all integers within +-(2^(bits-1) - 1).
 
-    A step that is a power of two can be read off the values, and costs no more for the same error: see `packing.network.grid_steps`.
-    Raises Mistake where one is then infinite.
+    A step that is a power of two can be found from the values alone, and costs no more for the same error: see
+    `packing.network.grid_steps`. Raises Mistake if a value becomes infinite.
     """
     largest = values.abs().max().item()
     if largest == 0:
@@ -55,10 +55,16 @@ def to_grid(values: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def round_unshared(model: nn.Module, biases: int | None = None, rest: str = "float32") -> None:
-    """Rounds what is not shared, in place: biases `to_grid` of so many bits, all other parameters and statistics `rest`.
+    """Rounds all parameters and statistics that are not shared, in place.
 
-    Biases are the parameters of one dimension with 'bias' in their name, those of norms and recurrent layers included.
-    Without `biases` they are among the rest. Raises Mistake, naming the tensor, where one is not finite then.
+    Args:
+        model: The network.
+        biases: Bits of the biases, rounded by `to_grid`; None rounds them like the rest. Biases are the parameters of one
+            dimension with 'bias' in their name, those of norms and recurrent layers included.
+        rest: The kind of `round_to` for all others.
+
+    Raises:
+        Mistake: With the tensor's name, for a value that is not finite, before or after.
     """
     shared = {id(parameter) for parameter in centroid_parameters(model)}
     tensors = [

@@ -1,4 +1,4 @@
-"""The state of a pruned or shared network: as plain weights, and back from a checkpoint."""
+"""Converts a pruned or shared network to plain weights, and restores one from a checkpoint."""
 
 from collections.abc import Mapping
 
@@ -21,31 +21,28 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict the model would have without masks, codebooks and all else that parametrizes its weights.
-
-    These are as the network uses them.
-    """
+    """Returns the state_dict that the model would have without parametrizations, with the weights as the network uses them."""
     state = {}
     for key, tensor in model.state_dict().items():
         head, found, tail = key.partition("parametrizations.")
         attribute, _, part = tail.partition(".")
         if not found:
             state[key] = tensor
-        elif part.startswith("original"):  # of which weight_norm has two
+        elif part.startswith("original"):  # weight_norm has two of them
             module = model.get_submodule(head.rstrip("."))
             state[head + attribute] = getattr(module, attribute).detach()
     return state
 
 
 def plain_key(key: str) -> str:
-    """The key that a tensor of a masked or shared network has in `dense_state`."""
+    """Returns the key in `dense_state` of a key of a masked or shared network."""
     return key.replace("parametrizations.", "").removesuffix(".original")
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads a state_dict of a masked or shared model into a model, making the masks and codebooks it tells of.
+    """Loads a state_dict of a masked or shared model; masks and codebooks are made as its keys say.
 
-    Raises Mistake when keys or shapes do not fit.
+    Raises Mistake if keys or shapes do not fit.
     """
     bake(model)
     layers = weights_of(model)
@@ -56,7 +53,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 continue
             weight_key = key.removesuffix(ending).replace("parametrizations.", "")
             if weight_key not in by_key:
-                continue  # a tied twin, or a layer that is not there: load_state_dict below says so
+                continue  # a tied weight's second name, or a missing layer, which load_state_dict below reports
             layer = by_key[weight_key]
             if ending == ".0.mask":
                 set_mask(layer, tensor.to(layer.value.device))
@@ -79,12 +76,12 @@ def _key(model: nn.Module, module: nn.Module, attribute: str) -> str:
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and statistics, dense, as the network holds them (float32: 4 each)."""
+    """Returns the bytes of all parameters and statistics, dense, in the network's own types (float32: 4 each)."""
     return sum(tensor.numel() * tensor.element_size() for tensor in dense_state(model).values())
 
 
 def rewind_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts parameters and statistics back to an earlier `dense_state` (its own copy), in place; the masks stay as they are.
+    """Copies an earlier `dense_state` back into parameters and statistics, in place; the masks stay.
 
     Frankle & Carbin 2019 (The Lottery Ticket Hypothesis); Renda et al. 2020 (Comparing Rewinding and Fine-tuning).
     """

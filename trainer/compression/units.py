@@ -1,4 +1,4 @@
-"""Hidden units: dead ones are dropped, the others put in an order that packs smaller."""
+"""Drops dead hidden units, and sorts the others so that they pack smaller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.compression.folding import norms, own_tensors
 from trainer.compression.weights import Weight, weights_of
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
 class _Link(NamedTuple):
@@ -34,8 +34,8 @@ class _Link(NamedTuple):
 
 
 def can_tidy(model: nn.Module) -> None:
-    """Raises Mistake for a network that `tidy` cannot put in order: one that is no chain of layers, or not folded."""
-    if not (isinstance(model, Staged) and model.chain()):
+    """Raises Mistake for a network that `tidy` cannot handle: one that is not a chain of layers, or not folded."""
+    if not (isinstance(model, Blocks) and model.chain()):
         raise Mistake(
             "the network is no chain of layers whose units could be moved: lenet300, lenet5, lenet5_caffe and "
             "separable (residual: false) are"
@@ -49,7 +49,7 @@ def can_tidy(model: nn.Module) -> None:
 
 def _links(model: nn.Module) -> Iterator[_Link]:
     can_tidy(model)
-    assert isinstance(model, Staged)
+    assert isinstance(model, Blocks)
     layers = weights_of(model)
     chain = model.chain()
     depthwise = {name for name in chain if getattr(model.get_submodule(name), "groups", 1) > 1}
@@ -60,22 +60,22 @@ def _links(model: nn.Module) -> Iterator[_Link]:
 
 
 def _by_unit(tensor: Tensor, num_units: int) -> Tensor:
-    """[outputs, units, weights of each]: what a weight does with each unit that feeds it, maps laid flat included."""
+    """Reshapes a weight to [outputs, units, weights of each unit]; a unit's flattened map has several inputs."""
     return tensor.reshape(len(tensor), num_units, -1)
 
 
 @torch.no_grad()
 def drop_dead(model: nn.Module) -> dict[str, int]:
-    """Sets all weights and the bias of hidden units that do not matter to zero, in place; {layer: such units, in all}.
+    """Sets all weights and the bias of dead hidden units to zero, in place; returns {layer: number of dead units}.
 
-    A unit of which nothing goes on is dropped: the outputs stay as they are. So is one that nothing comes into: what it
-    gives, relu(bias), is the same for every image, and goes into the biases of the layer that it feeds (outputs are
-    then the same up to rounding). That unit stays where it gives something to a convolution that is padded, whose
-    borders do not see it, or to a layer without bias. Raises Mistake as `can_tidy`.
+    A unit without outgoing weights is dead; the outputs stay exactly the same. A unit without incoming weights is dead
+    too: its output relu(bias) is the same for every image, and moves into the biases of the next layer (outputs then
+    stay the same up to rounding). Such a unit stays if its output is not zero and the next layer has no bias or is a
+    padded convolution, where the padding has no such output. Raises Mistake as `can_tidy` does.
     """
     links = list(_links(model))
     counts: dict[str, int] = {}
-    while True:  # what fed a dropped unit, or was fed by it, may be dead too now
+    while True:  # units before or after a dropped one may now be dead too
         found = {link.layer.name: _drop_units(link) for link in links}
         if found == counts:
             return counts
@@ -83,7 +83,7 @@ def drop_dead(model: nn.Module) -> dict[str, int]:
 
 
 def _drop_units(link: _Link) -> int:
-    """Drops the dead units of a layer; returns how many there are."""
+    """Drops the dead units of a layer; returns their number."""
     num_units = link.num_units
     outgoing = _by_unit(link.following.value, num_units)
     goes_on = outgoing.ne(0).any(2).any(0)
@@ -93,16 +93,16 @@ def _drop_units(link: _Link) -> int:
     comes_in = link.layer.value.reshape(num_units, -1).ne(0).any(1)
     constant = torch.zeros(num_units, device=comes_in.device) if link.bias is None else torch.relu(link.bias)
     silent = ~comes_in & (constant == 0)
-    told = ~comes_in & (constant != 0) & goes_on
+    moved = ~comes_in & (constant != 0) & goes_on
     following: Any = link.following.holders[0][0]
-    if told.any() and following.bias is not None and not _padded(link):
-        given = torch.where(told, constant.double(), 0.0)
+    if moved.any() and following.bias is not None and not _padded(link):
+        given = torch.where(moved, constant.double(), 0.0)
         if link.through is not None:
             given = given * passing.double().sum(1)
         following.bias.copy_(following.bias.double() + outgoing.double().sum(2) @ given)
     else:
-        told[:] = False
-    dead = ~goes_on | silent | told
+        moved[:] = False
+    dead = ~goes_on | silent | moved
     for tensor in own_tensors(link.layer):
         tensor[dead] = 0
     if link.bias is not None:
@@ -121,10 +121,10 @@ def _padded(link: _Link) -> bool:
 
 @torch.no_grad()
 def tidy(model: nn.Module, order: Literal["alike", "count"] = "alike") -> dict[str, int]:
-    """`drop_dead`, and hidden units sorted so that the positions of their weights are cheap to code, in place.
+    """Drops dead hidden units (`drop_dead`) and sorts the others, in place; returns {layer: number of dead units}.
 
-    order: `alike`, each unit followed by the one most like it (`unit_order`); `count`, by their number of
-    weights. The outputs are the same up to the order in which sums are added up. Returns {layer: units dropped}.
+    The sorted weights' positions are cheaper to code. The outputs stay the same up to the order of summation.
+    order: `alike`, each unit is followed by the one most like it (`unit_order`); `count`, most weights first.
     """
 
     counts = drop_dead(model)
@@ -143,10 +143,10 @@ def tidy(model: nn.Module, order: Literal["alike", "count"] = "alike") -> dict[s
 
 
 def unit_order(weight: np.ndarray) -> np.ndarray:
-    """An order of a layer's units that makes it pack smaller: each is followed by the one most like it.
+    """Returns an order of a layer's units that packs smaller: each unit is followed by the one most like it.
 
-    weight: [units, ...]. Where nothing depends on the order (hidden units, channels), the rows of the weight,
-    the bias and the next layer's columns, all in this order, make the same network in fewer bytes.
+    weight: [units, ...]. The rows of the weight, the bias and the next layer's columns, all in this order, make the
+    same network in fewer bytes.
     """
     rows = weight.reshape(len(weight), math.prod(weight.shape[1:]))
     signs = np.sign(np.nan_to_num(rows)).astype(np.float64)

@@ -1,7 +1,4 @@
-"""The weights of a network that can be pruned and shared: which there are, and which are meant.
-
-Works for Linear, Conv, Embedding, LSTM, GRU and attention weights.
-"""
+"""Finds the weights of a network that can be pruned and shared: Linear, Conv, Embedding, LSTM, GRU, attention."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +12,7 @@ from trainer.mistakes import Mistake, nearest
 
 
 class Weight:
-    """A weight of a network: its name, and the (module, attribute) pairs that hold it (several when it is tied)."""
+    """A weight of a network: its name, and the (module, attribute) pairs that hold it (several for a tied weight)."""
 
     def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
         self.name = name
@@ -29,6 +26,7 @@ class Weight:
 
     @property
     def parametrization(self) -> nn.Module | None:
+        """The mask or codebook of the weight; None without one."""
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
             return parametrized(module, attribute)[0]
@@ -36,7 +34,7 @@ class Weight:
 
     @property
     def mask(self) -> Tensor | None:
-        """Which weights are alive, boolean; None for a weight that is neither pruned nor shared."""
+        """Bool of the weight's shape, False where it is pruned; None for a weight that is neither pruned nor shared."""
         found = self.parametrization
         if isinstance(found, Mask):
             return found.mask
@@ -48,12 +46,12 @@ class Weight:
 
     @property
     def alive(self) -> Tensor:
-        """As `mask`, and all ones for a weight that has none."""
+        """Like `mask`, but all True for a weight without one."""
         return torch.ones_like(self.value, dtype=torch.bool) if self.mask is None else self.mask
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What is trained: the weight itself, what a mask lets through of it, or the centroids."""
+        """The tensor that is trained: the weight itself (under a mask too), the centroids, or the latent weights."""
         module, attribute = self.holders[0]
         if parametrize.is_parametrized(module, attribute):
             original: Any = parametrized(module, attribute).original  # torch calls it a Tensor
@@ -62,11 +60,12 @@ class Weight:
 
     @property
     def trainable(self) -> bool:
+        """Whether the weight requires a gradient."""
         return self.parameter.requires_grad
 
     @property
     def parts(self) -> int:
-        """How many stacked matrices the weight is (along its first axis): gates of a LSTM or GRU; query, key, value."""
+        """Number of matrices stacked along the first axis: gates of an LSTM or GRU; query, key, value."""
         module, attribute = self.holders[0]
         if (
             isinstance(module, nn.LSTM | nn.LSTMCell)
@@ -84,17 +83,17 @@ class Weight:
 
     @property
     def input_axis(self) -> int:
-        """The axis of the weight that its inputs lie along (in a convolution: its input channels)."""
+        """The axis of the layer's inputs (in a convolution: of its input channels)."""
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
         return 0 if isinstance(self.holders[0][0], transposed) else 1
 
 
 def weights_of(model: nn.Module) -> dict[str, Weight]:
-    """The weights that can be pruned and shared, by layer name, in the order of the network.
+    """Returns the weights that can be pruned and shared, by layer name, in the order of the network.
 
-    These are all parameters whose name holds 'weight', of two dimensions or more (no biases, no norms). `fc1.weight`
+    These are all parameters of two dimensions or more whose name holds 'weight' (no biases, no norms). `fc1.weight`
     is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
-    Raises Mistake for a weight that something else parametrizes (`weight_norm`).
+    Raises Mistake for a weight with a foreign parametrization (`weight_norm`).
     """
     found: dict[int, Weight] = {}
     others: list[tuple[int, nn.Module, str]] = []
@@ -130,9 +129,9 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
 
 def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:
-    """The weights without those in `exclude`: 'first', 'last', a layer's name or a module's (all weights below it).
+    """Returns the weights that are not in `exclude`: 'first', 'last', a layer's name or a module's (all weights below it).
 
-    Raises Mistake for a name that no layer has, and for a frozen weight that is not in `exclude`.
+    Raises Mistake for a name that no layer has, and for a frozen or not finite weight that is not in `exclude`.
     """
     left = dict(layers)
     order = list(layers)
@@ -153,7 +152,7 @@ def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[st
 
 
 def matching(layers: Mapping[str, Weight], word: str) -> list[str]:
-    """Names of the weights that `word` means. Raises Mistake, with the nearest name, when there are none."""
+    """Returns the names of the weights that `word` means. Raises Mistake, with the nearest name, if there are none."""
     found = [name for name in layers if name == word or name.startswith(word + ".")]
     if not found:
         raise Mistake(f"there is no layer {word!r}{nearest(word, layers)}")
@@ -161,7 +160,10 @@ def matching(layers: Mapping[str, Weight], word: str) -> list[str]:
 
 
 def per_layer(layers: Mapping[str, Weight], setting, what: str) -> dict:
-    """A setting given once for all or as {layer: value} as one value a layer; every layer must then be named."""
+    """Returns {layer: value} of a setting that is one value for all layers, or a mapping that must name every layer.
+
+    what: the setting's name. Raises Mistake for a layer without a value, and for an unknown name.
+    """
     if not isinstance(setting, Mapping):
         return dict.fromkeys(layers, setting)
     values = {}
@@ -175,7 +177,7 @@ def per_layer(layers: Mapping[str, Weight], setting, what: str) -> dict:
 
 
 def counts(model: nn.Module) -> dict[str, float]:
-    """num_weights, num_nonzero and sparsity (share of zeros) over the weights of the layers, biases and norms left out."""
+    """Returns num_weights, num_nonzero and sparsity (fraction of zeros) over all layers, without biases and norms."""
     total = nonzero = 0
     for layer in weights_of(model).values():
         total += layer.value.numel()

@@ -33,12 +33,13 @@ def channels(
     sparsity: Annotated[Sparsity | dict[str, Sparsity], PER_LAYER],
     scope: Literal["layer", "global"] = "layer",
 ) -> dict[str, list[int]]:
-    """Whole channels of the least L2 norm are taken out: layers really become smaller. Needs the package torch-pruning.
+    """Removes whole channels, those of the least L2 norm: layers really become smaller. Needs the package torch-pruning.
 
-    sparsity: fraction of the channels that are removed. scope: of each group of layers that hang together (`layer`), or
-    in one ranking over all (`global`). The classifier's outputs stay, and masks of earlier stages do.
-    Returns the sizes of the layers that have changed. Raises Mistake for layers that it cannot make smaller.
+    The classifier's outputs and the masks of earlier stages stay. Returns {layer: new size} of the changed layers.
     Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
+
+    sparsity: fraction of the channels that are removed. scope: whether channels are ranked within each group of
+    coupled layers (`layer`) or over the whole network (`global`). Raises Mistake for layers that it cannot make smaller.
     """
     layers = weights_of(student)
     masked = [name for name, weight in layers.items() if weight.mask is not None]

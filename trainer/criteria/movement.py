@@ -1,12 +1,12 @@
 from torch import Tensor
 
-SCHEDULES = ("cubic",)  # there is no score before a training
+SCHEDULES = ("cubic",)  # without training steps there is no score
 
 
 def movement(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Weights go first that a training moves towards zero; they may come back while the masks tighten.
+    """Prunes weights first that the training moves towards zero. Pruned ones may return while the sparsity still rises.
 
-    The score of a step is -w x gradient, and the steps add up.
+    The score is the sum of -w x gradient over the steps.
     Sanh, Wolf, Rush 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning".
     """
     return -(weight.detach() * gradient.detach())

@@ -23,10 +23,10 @@ def n_m(
     *,
     pattern: Annotated[str, Field(pattern=r"^[0-9]+:[0-9]+$")],
 ) -> tuple[Tensor, list[float]]:
-    """All go but the N largest of every M weights along a layer's inputs.
+    """Keeps the N largest of every M weights along a layer's inputs, and prunes the rest.
 
-    pattern: N:M, such as "2:4". Of weights of one size the first stay.
-    Raises Mistake for inputs that do not split into groups of M.
+    pattern: N:M, such as "2:4". Of weights of equal magnitude the first stay.
+    Raises Mistake if the number of inputs is not a multiple of M.
     2:4 is Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks"; any N:M Zhou et al. 2021, "Learning N:M
     Fine-grained Structured Sparse Neural Networks From Scratch".
     """

@@ -11,11 +11,11 @@ SCHEDULES = ("once", "cubic")
 def std(
     weight: Tensor, alive: Tensor, parts: int, *, sensitivity: PositiveFloat
 ) -> tuple[Tensor, list[float]]:
-    """Weights go whose magnitude is at most sensitivity x the standard deviation of the layer's surviving weights.
+    """Prunes weights whose magnitude is at most sensitivity x the standard deviation of the layer's surviving weights.
 
-    sensitivity: one for all layers, or {layer: value}. Gates of a recurrent layer and query, key and value of attention have
-    a threshold each. The deviation is the population's (numpy's `std`).
-    Raises Mistake for a layer without weights that differ, and a sensitivity that prunes every weight.
+    The deviation is the population's (numpy's `std`). Each gate of a recurrent layer, and each of query, key and value of
+    attention, has its own threshold. sensitivity: one for all layers, or {layer: value}.
+    Raises Mistake for a layer whose surviving weights are all equal, and for a sensitivity that prunes every weight.
     Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
     """
     masks, thresholds = [], []

@@ -1,7 +1,7 @@
-"""The file that the teacher's answers are kept in: records of named fields, mapped, each with its checksum.
+"""The file of the teacher's answers: memory-mapped records of named fields, each with a checksum.
 
-It knows nothing of teachers and images: what a record holds is the caller's layout, what it depends on the caller's
-facts.
+It knows nothing of teachers and images: the caller's layout says what a record holds, the caller's facts what it
+depends on.
 """
 
 import hashlib
@@ -24,34 +24,35 @@ from trainer.storage import files
 FORMAT = 1
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {field: (shape in one record, type)}
 _PRIME = 2**31 - 1
-_BLOCK = 2**15  # 16-bit words summed at once: below 2^16 * 2^31 * 2^15, so that int64 does not overflow
+_BLOCK = 2**15  # 16-bit words summed at once: the sum is below 2^16 * 2^31 * 2^15, so int64 does not overflow
 _CHUNK = 2**16  # records verified at once
-_SEED = 0x7EAC4E12  # of the checksums' factors: part of the format
+_SEED = 0x7EAC4E12  # of the checksums' factors; part of the format
 logger = logging.getLogger(__name__)
 
 
 class AnswerFile:
-    """Records [num_views, num_samples] in a file that any number of processes and runs may share at once.
+    """Records [num_views, num_samples] in a file that any number of processes and runs may use at once.
 
-    The file is in a folder of its own, named after a hash of the facts. It is mapped, so its records are memory as long
-    as there is some. A record counts once its checksum is right: no half-written, damaged, moved or empty one has it.
-    Damaged records are reported once and then count as missing. The file's space is taken at the start, so a disk that
-    fills up later does no harm.
+    The file is in a folder of its own, named after a hash of the facts. It is memory-mapped, so its records stay in
+    memory while there is room. A record is valid if its checksum is right; half-written, damaged, moved or empty
+    records are not. Damaged records are reported once and then count as missing. The file's space is allocated at the
+    start, so a disk that fills up later does no harm.
 
     Args:
         parent: The folder that holds the folders of all such files.
-        facts: Everything that the records depend on, as JSON can hold it.
+        facts: Everything that the records depend on, in JSON's types.
         layout: The fields of one record.
-        num_views, num_samples: How many records there are.
-        limit_gib: The largest size that is allowed.
+        num_views: Number of views.
+        num_samples: Number of records of each view.
+        limit_gib: The largest allowed size in GiB, None for any.
 
     Attributes:
-        folder: Where the file is.
-        fields: {field: [num_views, num_samples, *shape]}, the file's own memory.
-        hint: Why the kept records most like these were not taken, where the file was made anew; else empty.
+        folder: The file's folder.
+        fields: {field: [num_views, num_samples, *shape]}, views of the file's memory.
+        hint: If the file is new, how the facts of the most similar file differ; else empty.
 
     Raises:
-        Mistake: Too little room (naming sizes), a folder that cannot be written, or one whose facts are others.
+        Mistake: If there is too little room (with the sizes), if the folder cannot be written, or if its facts differ.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class AnswerFile:
         self._warned = False
 
     def _mapped(self, facts: dict[str, Any]) -> mmap.mmap:
-        """The file's bytes; it is made first where there is none of this size."""
+        """Maps the file into memory; it is made first if there is none of this size."""
         path = self.folder / "records"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
@@ -106,26 +107,26 @@ class AnswerFile:
 
     @property
     def num_written(self) -> int:
-        """How many records the file says that it has."""
+        """Number of records with a checksum, right or wrong."""
         return int((self._sums != 0).sum())
 
     def has_any(self, view: int, index: Tensor) -> bool:
-        """Whether the file says that it has any of the records [N]."""
+        """Returns whether any of the records [N] has a checksum, right or wrong."""
         return bool(self._sums[view].numpy()[index.numpy()].any())
 
     def read(self, view: int, index: Tensor) -> dict[str, Tensor]:
-        """Copies of the records [N] as they are, right or not: {field: [N, ...]}."""
+        """Returns copies of the records [N] without checking them: {field: [N, ...]}."""
         return {name: field[view][index] for name, field in self.fields.items()}
 
     def write(self, view: int, index: Tensor, parts: dict[str, Tensor]) -> None:
         """Writes the records [N]: {field: [N, ...]} of the layout's types, on the CPU."""
         for name, part in parts.items():
             self.fields[name][view].index_copy_(0, index, part)
-        # The checksum comes last: only then does the record count.
+        # The checksum is written last: it makes the record valid.
         self._sums[view].index_copy_(0, index, self.checksums(view, index, parts))
 
     def verify(self, view: int, index: Tensor) -> Tensor:
-        """Which of the records [N] are whole: bool [N]."""
+        """Returns which of the records [N] are valid: bool [N]. Logs a warning at the first damaged ones."""
         parts = [torch.empty(0, dtype=torch.bool)]
         num_damaged = 0
         for some in index.split(_CHUNK):
@@ -149,8 +150,8 @@ class AnswerFile:
         return torch.cat(parts)
 
     def checksums(self, view: int, index: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        """int32 [N], never 0: a universal hash, modulo a prime, of the records' position and their 16-bit words."""
-        # numpy: of so few numbers the calls are what takes the time, and torch's take four times as long.
+        """Returns int32 [N], never 0: a universal hash, modulo a prime, of each record's position and 16-bit words."""
+        # numpy, because with so few numbers the calls take the time, and torch's take four times as long.
         total = (view * self.num_samples + index.numpy()) % _PRIME * self._factors[-1] % _PRIME
         start = 0
         for name in self.layout:
@@ -165,7 +166,10 @@ class AnswerFile:
 def _regions(
     layout: Layout, num_records: int
 ) -> tuple[dict[str, tuple[int, int, tuple[int, ...], torch.dtype]], int]:
-    """Where each field lies: {name: (start, bytes, shape of one, type)}, the checksums under ''; and the file's size."""
+    """Returns where each field lies, {name: (start, bytes, shape in one record, type)}, and the file's size in bytes.
+
+    The checksums are the field ''.
+    """
     regions, start = {}, 0
     for name, (shape, kind) in {"": ((), torch.int32), **layout}.items():
         count = num_records * math.prod(shape) * kind.itemsize
@@ -175,7 +179,7 @@ def _regions(
 
 
 def _factors(count: int) -> np.ndarray:
-    """The checksums' factors: one for each 16-bit word of a record, and the last for its position."""
+    """Returns the checksums' factors: one for each 16-bit word of a record, the last for its position."""
     raw = np.random.PCG64(_SEED).random_raw(count)
     return (raw % (_PRIME - 1) + 1).astype(np.int64)
 
@@ -189,10 +193,10 @@ def _read_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def _same_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """Raises Mistake where a folder's records were kept for other facts."""
+    """Raises Mistake if a folder's records were kept for other facts."""
     kept = _read_facts(folder)
     if kept is None:
-        # Only a description: the folder's name already says that the facts are these.
+        # The file of facts is only a description: the folder's name is already their hash.
         files.write_bytes(folder / "facts.json", json.dumps(facts, indent=1).encode())
     elif kept != facts:
         wrong = sorted(key for key in facts.keys() | kept.keys() if facts.get(key) != kept.get(key))
@@ -200,7 +204,7 @@ def _same_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _other_facts(folder: Path, facts: dict[str, Any]) -> str:
-    """Why the records most like these were not taken; nothing where there are none of this dataset."""
+    """Returns how the facts of the most similar file differ; '' if there is none of this dataset."""
     nearest: tuple[int, str] | None = None
     for other in sorted(folder.parent.iterdir()):
         kept = _read_facts(other) if other != folder else None

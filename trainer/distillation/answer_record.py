@@ -1,4 +1,4 @@
-"""What is kept of one answer of the teacher: fields packed out of its outputs, and logits restored from them."""
+"""Packs the teacher's outputs into the fields of a record, and restores logits from them."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from trainer.networks.features import Seen
 class Record(NamedTuple):
     """How one answer is kept: all logits [K], or the `top` highest and the mass of the rest; embedding [D], maps.
 
-    layout: the fields of one record, in their order. top: None where all logits are kept.
+    layout: the fields of one record, in order. num_classes: K. top: None if all logits are kept.
     """
 
     layout: Layout
@@ -23,7 +23,7 @@ class Record(NamedTuple):
 
 
 def record_of(seen: Seen, kind: torch.dtype, top: int | None) -> Record:
-    """The record that keeps all of `seen`. Raises Mistake for a `top` that saves nothing."""
+    """Returns the record that keeps all outputs of `seen` in type `kind`. Raises Mistake for a `top` that saves nothing."""
     num_classes = seen.logits.shape[1]
     layout: Layout = {name: (tuple(part.shape[1:]), kind) for name, part in _parts(seen).items()}
     if top is not None:
@@ -36,12 +36,12 @@ def record_of(seen: Seen, kind: torch.dtype, top: int | None) -> Record:
 
 
 def logit_fields(record: Record) -> list[str]:
-    """The fields that the logits are restored from."""
+    """Returns the fields that the logits are restored from."""
     return ["logits"] if record.top is None else ["values", "classes", "rest"]
 
 
 def pack(record: Record, seen: Seen) -> dict[str, Tensor]:
-    """What is written for a batch of answers: {field: [N, ...]}."""
+    """Returns the fields of a batch of answers, in the record's types: {field: [N, ...]}."""
     found = _parts(seen)
     if record.top is not None:
         logits = found.pop("logits").float()
@@ -52,7 +52,7 @@ def pack(record: Record, seen: Seen) -> dict[str, Tensor]:
 
 
 def restore(record: Record, kept: dict[str, Tensor]) -> Tensor:
-    """Logits [N, K] in float32; with `top` the mass of the rest is spread evenly over the rest."""
+    """Returns logits [N, K] in float32; with `top` all other classes have an equal part of the rest's mass."""
     if record.top is None:
         return kept["logits"].float()
     num_others = record.num_classes - record.top
@@ -61,7 +61,7 @@ def restore(record: Record, kept: dict[str, Tensor]) -> Tensor:
 
 
 def differences(record: Record, kept: dict[str, Tensor], live: Seen) -> tuple[list[float], list[float]]:
-    """Greatest difference of each kept record's logits from the live ones (of the kept ones alone), and their size."""
+    """Returns for each record the largest difference of a kept logit from the live one, and the largest |live logit|."""
     full = live.logits.float()
     if record.top is None:
         difference = (kept["logits"].float() - full).abs().amax(1)

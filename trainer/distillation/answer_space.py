@@ -1,4 +1,4 @@
-"""Room for the file of the teacher's answers: how much it takes, and whether there is so much."""
+"""Allocates the file of the teacher's answers, and refuses one that is too large."""
 
 import errno
 import os
@@ -14,12 +14,12 @@ _SMALLER = (
 
 
 def size_text(num_bytes: int) -> str:
-    """A number of bytes in MiB, or in GiB from a tenth of one on."""
+    """Formats a number of bytes in MiB, or in GiB from 0.1 GiB on."""
     return f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def refuse_above(num_bytes: int, limit_gib: float) -> None:
-    """Raises Mistake, naming both sizes, where the answers take more than is allowed."""
+    """Raises Mistake, with both sizes, if the answers take more than the limit."""
     if num_bytes > limit_gib * GIB:
         raise Mistake(
             f"the teacher's answers take {size_text(num_bytes)}, and {limit_gib:g} GiB are allowed; {_SMALLER}"
@@ -27,8 +27,8 @@ def refuse_above(num_bytes: int, limit_gib: float) -> None:
 
 
 def make_file(path: Path, size: int) -> None:
-    """Makes a file of zeros whose space is really taken. Raises Mistake naming sizes when there is no room."""
-    partial = path.with_suffix(".partial")  # the caller holds the lock: one left here is a killed process's
+    """Makes a file of zeros whose space is really allocated. Raises Mistake, with the sizes, if there is no room."""
+    partial = path.with_suffix(".partial")  # the caller holds the lock, so an old one is a killed process's
     partial.unlink(missing_ok=True)
     if size > shutil.disk_usage(path.parent).free:
         raise _full(path.parent, size)
@@ -53,7 +53,7 @@ def _full(folder: Path, size: int) -> Mistake:
 
 
 def _take_space(file, size: int) -> None:
-    # Writing through a map to space that was promised but is not there kills the process, without an error to catch.
+    # Without this a full disk would kill the process when it writes through the map, with no error to catch.
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(file.fileno(), 0, size)

@@ -1,8 +1,8 @@
-"""The teacher runs once: what it answers to (view, index) is kept, and used by every later epoch, stage, loss and run.
+"""The cache of the teacher's answers: it runs once for each (view, index); later epochs, stages, losses and runs reuse it.
 
-A view is a number (see `views`), so an augmented image is known by its view and its sample's index, and the teacher's
-answer to it never changes. Raw logits are kept, which serve any loss at any temperature. They are filled in the first
-time that they are needed, hence never slower than a teacher asked each time.
+A view is a number (see `data.views`), so its number and the sample's index define an augmented image, and the teacher's
+answer to it never changes. Raw logits are kept, which serve any loss at any temperature. A record is computed when it is
+first needed.
 """
 
 from collections.abc import Sequence
@@ -23,34 +23,32 @@ from trainer.mistakes import Mistake
 from trainer.networks.features import Seen
 from trainer.recipe.keys import Augment, CacheKeys
 
-LIMIT_GIB = 2.0  # of a cache in memory, where the recipe names no limit
-TOLERANCE = (
-    1e-2  # between a kept and a live answer, relative to 1 + the greatest logit: devices round differently
-)
-HALF_TOLERANCE = 5e-2  # the same where the teacher computes in half precision
+LIMIT_GIB = 2.0  # of a cache in memory, if the recipe has no limit
+TOLERANCE = 1e-2  # between kept and live logits, relative to 1 + the largest logit: devices round differently
+HALF_TOLERANCE = 5e-2  # the same if the teacher computes in half precision
 
 
 class Answers:
     """A teacher's kept answers to the views of a run's training images: [views, num_samples] records, empty at first.
 
-    A record holds the logits [K], or the `top` highest of them and the log of the rest's mass, and where asked the
-    embedding [D] and the maps of `layers`. Without augmentation there is one view. On a GPU the records of the current
-    view are held there.
+    A record holds the logits [K], or the `top` highest of them and the log of the rest's mass; if the keys ask for them,
+    also the embedding [D] and the maps of `layers`. Without augmentation there is one view. A GPU holds the records of
+    the current view in its own memory.
 
-    A kept answer may differ from a live one in its last bits, since how a library sums depends on the batch. A run
-    that was interrupted finds its answers where it left them, and ends in the same weights.
+    A kept answer may differ from a live one in its last bits, because a library's order of summation depends on the
+    batch. An interrupted run finds its answers again, and ends in the same weights.
 
     Args:
-        teacher: The teacher that is asked for what is not kept yet.
+        teacher: Computes the answers that are not kept yet.
         data: The images, and the number of their views.
-        folder: Where the files of records are, each in a folder named after all that its answers depend on.
-        keys: What is kept, and of which type.
-        layers: The layers whose maps are kept, where `keys` asks for maps.
-        device: Where answers are wanted.
-        precision: That of the run, which the answers depend on.
+        folder: The folder of all such files, each in a folder named after everything that its answers depend on.
+        keys: What is kept, and in which type.
+        layers: The layers whose maps are kept, if `keys` asks for maps.
+        device: The device of the answers.
+        precision: The run's, which the answers depend on.
 
     Raises:
-        Mistake: Endless views, or what `AnswerFile` raises.
+        Mistake: For endless views, and as `AnswerFile` does.
     """
 
     def __init__(
@@ -72,10 +70,10 @@ class Answers:
             )
         self.teacher, self.data, self.keys = teacher, data, keys
         self.layers = list(layers) if keys.maps else []
-        self.num_computed = 0  # images that the teacher was shown for the cache's sake, by this process
+        self.num_computed = 0  # images that the teacher saw for the cache, in this process
         self.error: dict[str, float] = {}
         self._version = teacher.version
-        # Accelerate's processes on a CPU work on cpu:0, and .to("cpu:0") copies what lies on "cpu".
+        # Accelerate's processes on a CPU use cpu:0, and .to("cpu:0") copies a tensor on "cpu".
         self._device = torch.device("cpu") if torch.device(device).type == "cpu" else torch.device(device)
         self._tolerance = TOLERANCE if precision == "no" else HALF_TOLERANCE
         self._num_views = num_views
@@ -97,7 +95,7 @@ class Answers:
         self._num_missing = 0
 
     def describe(self) -> str:
-        """What is kept, where, and how much of it is there, for the user."""
+        """Returns a line for the user: what is kept, where, and how many records there are."""
         num_classes, views = self.record.num_classes, f"view{'s' * (self._num_views > 1)}"
         what = f"{num_classes} logits"
         if self.keys.top is not None:
@@ -113,7 +111,7 @@ class Answers:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What the report says of the cache: its settings, size, folder, and what its records lose (see `measure`)."""
+        """Returns the report's facts of the cache: settings, size, folder, and the error of its records (see `measure`)."""
         return {
             **self.keys.model_dump(),
             "views": self._num_views,
@@ -123,20 +121,20 @@ class Answers:
         }
 
     def keeps(self, layers: Sequence[str], embedding: bool) -> bool:
-        """Whether the cache can answer what is asked."""
+        """Returns whether the cache holds the maps of all `layers`, and the embedding if asked."""
         return (not embedding or self.keys.embeddings) and set(layers) <= set(self.layers)
 
     def see(
         self, images: Tensor, index: Tensor, view: int, layers: Sequence[str] = (), embedding: bool = False
     ) -> Seen:
-        """What the teacher sees in a batch; what is not kept yet is asked and kept.
+        """Returns the teacher's answers to a batch; those that are not kept yet are computed and kept.
 
         Args:
-            images: [N, C, H, W] in [0, 1], as the view shows them.
-            index: [N], the samples of the training part that they are.
+            images: [N, C, H, W] in [0, 1], augmented as in the view.
+            index: [N] sample ids.
             view: The number of the view.
-            layers: The layers whose maps are wanted.
-            embedding: Whether the embedding is wanted.
+            layers: The layers whose maps are returned.
+            embedding: Whether the embedding is returned.
         """
         assert self.teacher.version == self._version, "the teacher was trained on after its answers were kept"
         self._turn_to(view)
@@ -148,7 +146,7 @@ class Answers:
         return self._recall(index, layers, embedding)
 
     def keep(self, seen: Seen, index: Tensor, view: int) -> None:
-        """Keeps what the teacher was asked for anyway, if it is all that a record holds."""
+        """Keeps answers that were computed anyway, if they have everything that a record holds."""
         if (self.keys.embeddings and seen.embedding is None) or not set(self.layers) <= set(seen.maps):
             return
         self._turn_to(view)
@@ -160,10 +158,10 @@ class Answers:
 
     @torch.no_grad()
     def check(self, count: int = 8) -> int:
-        """Compares some of the kept records, taken at random, with the teacher's live answers; returns how many.
+        """Compares some random kept records with the teacher's live answers; returns how many.
 
-        Raises Mistake, which says what to remove, where they differ by more than rounding: the network's code or
-        the images are then not what they were, whatever the fingerprint says.
+        Raises Mistake, which says what to remove, if they differ by more than rounding: the network's code or the images
+        have then changed, although the fingerprint has not.
         """
         random = np.random.default_rng()
         for view in random.permutation(self._num_views).tolist():
@@ -188,10 +186,11 @@ class Answers:
 
     @torch.no_grad()
     def measure(self, count: int = 256) -> dict[str, float]:
-        """What the records lose against full float32 logits, on some of the run's own images in view 0; these are kept.
+        """Measures the error of the records against full float32 logits, on some training images in view 0, and keeps these.
 
-        kl_1, kl_4: mean KL(full || kept) at temperatures 1 and 4, in nats. agreement: percent with the same first
-        class. largest: greatest difference of a kept logit. Nothing is lost by float32 without `top`: then {}.
+        Returns kl_1 and kl_4, the mean KL(full || kept) at temperatures 1 and 4, in nats; agreement, the percentage with
+        the same prediction; largest, the largest difference of a kept logit. Returns {} for float32 without `top`,
+        which has no error.
         """
         if self.keys.type == "float32" and self.keys.top is None:
             return {}
@@ -209,7 +208,7 @@ class Answers:
         return self.error
 
     def _ask(self, images: Tensor) -> Seen:
-        """The teacher's live answers: all that a record holds."""
+        """Returns the teacher's live answers, with everything that a record holds."""
         return self.teacher.see(images, self.layers, self.keys.embeddings)
 
     def _images(self, index: Tensor, view: int) -> Tensor:
@@ -222,14 +221,14 @@ class Answers:
         return Views(self.data).augmented(stored, index.to(self._device), view)
 
     def _turn_to(self, view: int) -> None:
-        """Opens a view: from now on its records are at hand on the device, those that others kept among them."""
+        """Makes `view` the current one: loads its valid records to the device, those of other processes included."""
         if view == self._view:
             return
         assert 0 <= view < self._num_views, f"there is no view {view}"
         self._view = view
         unknown = (~self._known[view]).nonzero().flatten()
         self._known[view, unknown] = self.file.verify(view, unknown.cpu()).to(self._device)
-        # The same memory where the records are on the device already.
+        # On a CPU this is the file's own memory.
         self._table = {name: field[view].to(self._device) for name, field in self.file.fields.items()}
         self._count_missing()
 
@@ -237,7 +236,7 @@ class Answers:
         self._num_missing = len(self._ids) - int(self._known[self._view][self._ids].sum())
 
     def _new(self, index: Tensor) -> Tensor | slice | None:
-        """Positions in the batch of the records that nobody has kept yet; None where there are none."""
+        """Returns the positions in the batch of records that no process has kept yet; None if there are none."""
         if not self._num_missing:
             return None
         assert self._view is not None
@@ -251,7 +250,7 @@ class Answers:
         return new if len(samples) else None
 
     def _take_up(self, samples: Tensor) -> None:
-        """Takes records of the current view that another process has kept."""
+        """Loads records of the current view that another process has kept."""
         if self._device.type != "cpu":
             assert self._view is not None
             for name, part in self.file.read(self._view, samples.cpu()).items():
@@ -285,7 +284,7 @@ class Answers:
 def _depends_on(
     teacher: Teacher, data: Data, num_views: int, record: Record, precision: str
 ) -> dict[str, Any]:
-    """Everything that the answers depend on. What is the same by construction is left out: one view needs no seed."""
+    """Returns everything that the answers depend on. Without augmentation the seed is None: it has no effect."""
     augmented = data.augment != Augment()
     return {
         "format": FORMAT,
@@ -307,6 +306,6 @@ def _depends_on(
 
 
 def _divergence(full: Tensor, kept: Tensor, temperature: float) -> float:
-    """Mean KL(full || kept) of logits [N, K] at a temperature, in nats; rounding never makes it negative."""
+    """Returns the mean KL(full || kept) of logits [N, K] at a temperature, in nats, at least 0."""
     p, q = (full / temperature).log_softmax(1), (kept / temperature).log_softmax(1)
     return max(0.0, (p.exp() * (p - q)).sum(1).mean().item())

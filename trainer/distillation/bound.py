@@ -1,4 +1,4 @@
-"""Losses bound to the layers that they look at."""
+"""Binds losses to the layers that they compare."""
 
 import copy
 import functools
@@ -25,9 +25,16 @@ Pairs = list[tuple[Layer, Layer]]  # (student's layer, teacher's layer)
 
 
 class Bound(nn.Module):
-    """One loss at one pair of layers, at several together, or at none, with its projector.
+    """One loss with its projector, for one pair of layers, several pairs together, or none.
 
-    function: takes what `asks` names. weights: of losses on weights, the student's and the teacher's.
+    Args:
+        name: Of the term in logs, such as hint/layer3.
+        function: The loss; its positional arguments are `asks`.
+        asks: Names of the tensors that the loss takes.
+        pairs: The pairs of layers.
+        weight: Of the term, a number or a schedule.
+        projector: Maps the student's map or embedding to the teacher's width.
+        weights: For losses on weights, the student's and the teacher's.
     """
 
     def __init__(
@@ -45,15 +52,15 @@ class Bound(nn.Module):
         self.projector, self.weights = projector, weights
 
     def weight_at(self, epoch: float, num_epochs: float) -> float:
-        """The term's weight when `epoch` epochs of a stage of `num_epochs` are done."""
+        """Returns the term's weight after `epoch` epochs of a stage of `num_epochs`."""
         return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
 
 
 def bind_all(terms: Sequence[TermKeys], networks: Networks, data: Data) -> list[Bound]:
-    """Every term bound to its layers, in order; a second term of one loss is called LOSS_2.
+    """Binds every term to its layers, in order; a second term of the same loss is called LOSS_2.
 
     A loss on layers is bound once for each pair, a loss on lists of maps once for all its pairs. Raises Mistake for a
-    layer that does not exist and for pairs that cannot be made.
+    layer that does not exist, and for layers that cannot be paired.
     """
     counts: dict[str, int] = {}
     found: list[Bound] = []
@@ -70,7 +77,7 @@ def bind_all(terms: Sequence[TermKeys], networks: Networks, data: Data) -> list[
 
 
 def pair_table(bounds: Iterable[Bound]) -> list[dict[str, Any]]:
-    """One row for each pair of layers: term, layer and shape of the student and of the teacher, projector."""
+    """Returns a row for each pair of layers: term, layer and shape of student and teacher, projector."""
     return [
         {
             "term": bound.name,
@@ -113,7 +120,7 @@ def _bind(term: TermKeys, name: str, asks: list[str], pairs: Pairs, networks: Ne
         of_student, of_teacher = weights_of(networks.student), weights_of(networks.teacher.network)
         weights = (of_student[student_layer.name], of_teacher[teacher_layer.name])
     if hasattr(function, "finish"):
-        # What it will refuse after the training it should refuse now.
+        # A student that `finish` will refuse after the training is refused now.
         assert networks.teacher is not None
         head = features.head(networks.teacher.network)
         function.to(networks.images.device).finish(copy.deepcopy(networks.student), head)
@@ -121,7 +128,7 @@ def _bind(term: TermKeys, name: str, asks: list[str], pairs: Pairs, networks: Ne
 
 
 def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Any:
-    """The term's loss with its settings: a module where it has parameters or a memory, else a plain function."""
+    """Returns the term's loss with its settings: a module if the loss is a class, else a partial function."""
     function, settings = shelves.find("loss", term.loss), shelves.own_settings(term, TermKeys)
     if not inspect.isclass(function):
         return functools.partial(function, **settings)
@@ -130,7 +137,7 @@ def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Any:
 
 
 def _map_shapes(pairs: Pairs) -> dict[str, Any]:
-    """The shapes of the maps that a loss is fed of these pairs, by its word for them."""
+    """Returns the shapes of the pairs' maps, by the names of a loss's arguments."""
     student_maps = [torch.Size((2, *layer.shape)) for layer, _ in pairs]
     teacher_maps = [torch.Size((2, *layer.shape)) for _, layer in pairs]
     return {

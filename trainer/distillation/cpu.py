@@ -1,4 +1,4 @@
-"""A network made ready to answer on a CPU: the same function up to rounding, sooner (`scripts/bench_inference.py`)."""
+"""Prepares a network for fast inference on a CPU: the same function up to rounding (`scripts/bench_inference.py`)."""
 
 import copy
 
@@ -11,12 +11,12 @@ from trainer.distillation.onednn import attach
 
 
 def make_ready(network: nn.Module) -> nn.Module:
-    """The network to ask in evaluation mode and without gradients: this one, or a copy without its BatchNorm.
+    """Returns the network to use in evaluation mode without gradients: this one, or a copy with its BatchNorm folded.
 
-    In place, if its weights are on a CPU: 2-D convolutions are laid out with channels last, and fully connected layers
-    are multiplied by oneDNN wherever no gradient is wanted. Weights, statistics and their names stay as they are. A
-    network that tells where BatchNorm can be folded away (`Staged.norms`) is copied for that: the copy has the same
-    stages, and takes no part in what becomes of the original.
+    If its weights are on a CPU, the network is changed in place: 2-D convolutions get the channels-last layout, and fully
+    connected layers are multiplied by oneDNN when no gradient is needed. Weights, statistics and their names stay. A
+    network whose BatchNorm can be folded (`Blocks.norms`) is copied for that. The copy has the same blocks, and does not
+    follow later changes of the original.
     """
     if any(tensor.device.type != "cpu" for tensor in network.state_dict().values()):
         return network

@@ -1,4 +1,4 @@
-"""The networks as they are found before a training: what they give for example images, and which layers they have."""
+"""Examines student and teacher before a training: the shapes of their outputs for example images, and their layers."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,9 +19,14 @@ from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, wants
 class Networks(NamedTuple):
     """The student and the teacher that losses are bound to.
 
-    prepare: turns images in [0, 1] into what the student sees. images: example images [2, C, H, W] in [0, 1].
-    student_layers, teacher_layers: the layers that `at: auto` chooses from, where a loss looks at maps; else none.
-    shapes: of the logits and embeddings for the example images, by the losses' word for them.
+    Attributes:
+        student: The student.
+        prepare: Turns images in [0, 1] into the student's input.
+        teacher: The teacher, None without one.
+        images: Example images [2, C, H, W] in [0, 1].
+        student_layers: The layers that `at: auto` chooses from; [] if no loss takes maps.
+        teacher_layers: Likewise, the teacher's.
+        shapes: Of the logits and embeddings for the example images, by the names of the losses' arguments.
     """
 
     student: nn.Module
@@ -41,9 +46,18 @@ def examine(
     data: Data,
     device: torch.device,
 ) -> Networks:
-    """Looks at both networks with example images, as the terms will look at them. Moves the student to the device.
+    """Runs both networks on example images and collects what binding the terms needs. Moves the student to the device.
 
-    Raises Mistake for networks that do not give one logit for each class, or lack the classifier that a loss uses.
+    Args:
+        student: The student.
+        prepare: Turns images in [0, 1] into the student's input.
+        teacher: The teacher, None without one.
+        terms: The losses, which decide whether embeddings and maps are needed.
+        data: The shape of the images and the classes.
+        device: Of the training.
+
+    Raises:
+        Mistake: For networks that do not return one logit for each class, or lack the classifier that a loss uses.
     """
     asked = set().union(*(wants(term) for term in terms))
     images, num_classes = example_images(data, device), len(data.classes)
@@ -73,13 +87,16 @@ def examine(
 
 
 def example_images(data: Data, device: torch.device | str) -> Tensor:
-    """Two made-up images [2, C, H, W] in [0, 1], always the same."""
+    """Returns two random images [2, C, H, W] in [0, 1], always the same."""
     return torch.rand(2, *data.shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @torch.no_grad()
 def look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, who: str) -> features.Seen:
-    """What a network gives for images, in evaluation mode. Raises Mistake unless it is one logit for each class."""
+    """Returns a network's outputs for images [N, C, H, W], in evaluation mode.
+
+    Raises Mistake for a network that fails or does not return logits [N, num_classes]. who: its name in the message.
+    """
     try:
         with features.evaluating(network):
             seen = features.see(network, images, embedding=embedding)
@@ -99,7 +116,7 @@ def look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, 
 
 @torch.no_grad()
 def check_head(network: nn.Module, images: Tensor, who: str) -> None:
-    """Raises Mistake unless the classifier alone turns the embedding into the logits (VOLO adds a second one's)."""
+    """Raises Mistake unless the classifier alone turns the embedding into the logits (VOLO adds those of a second one)."""
     try:
         with features.evaluating(network):
             seen = features.see(network, images, embedding=True)

@@ -1,7 +1,7 @@
-"""What a network is trained for: the one module that is wrapped, optimised and saved.
+"""The objective of a training: the one module that is wrapped, optimised and saved.
 
-The Objective owns the student, the projectors and every loss with learned parameters; the teacher is held
-beside it, out of reach of DDP, optimizers, `state_dict` and `.train()`.
+It owns the student, the projectors and every loss with learned parameters. The teacher is not a submodule, so
+DDP, optimizers, `state_dict` and `.train()` do not reach it.
 """
 
 import copy
@@ -25,24 +25,24 @@ from trainer.tensors import same_size
 
 
 class Objective(nn.Module):
-    """The student with everything that is trained beside it; its forward gives the losses of one batch.
+    """The student with everything that is trained beside it; the forward pass returns the losses of one batch.
 
-    A loss on layers has one term for each pair, and they add up; a loss on lists of maps has one for all its pairs.
+    A loss on layers has one term for each pair, and these add up; a loss on lists of maps has one term for all pairs.
 
     Args:
-        student: What is trained.
+        student: The network that is trained.
         terms: The losses. Without a teacher only losses on labels are possible.
-        data: The images that it is trained on.
-        teacher: What the student learns from.
+        data: The training images.
+        teacher: The teacher, None for a training without one.
         num_epochs: Epochs of the stage, for the weights' schedules.
-        device: Where it is trained.
-        prepare: Turns images in [0, 1] into what the student sees; by default the data's normalisation.
-        penalties: Terms on the student's weights alone, {name: (weight, function of nothing)}.
-        cache: The teacher's kept answers; without them the teacher is asked each time.
+        device: The device of the training.
+        prepare: Turns images in [0, 1] into the student's input; by default the data's normalisation.
+        penalties: Terms on the student's weights alone, {name: (weight, function without arguments)}.
+        cache: The teacher's kept answers. Without a cache the teacher runs on every batch.
 
     Raises:
-        Mistake: A layer that does not exist, pairs that cannot be made, a teacher that is missing, and networks that
-            do not give one logit for each class of the data.
+        Mistake: For a layer that does not exist, layers that cannot be paired, a missing teacher, and networks that do
+            not return one logit for each class of the data.
     """
 
     bound: Sequence[Bound]
@@ -66,7 +66,7 @@ class Objective(nn.Module):
             if teacher is None and needs_teacher(term):
                 raise Mistake(f"loss {term.loss!r} needs a teacher, and there is none")
         self.student = student
-        # No nn.Module, so nothing of it is registered here: see the module's docstring.
+        # Neither is an nn.Module, so nothing of them is registered here: see the module's docstring.
         self.teacher, self.cache = teacher, cache
         self.num_epochs = num_epochs
         self.penalties = dict(penalties)
@@ -74,7 +74,7 @@ class Objective(nn.Module):
         networks = examine(student, self.prepare, teacher, terms, data, torch.device(device))
         self.bound = nn.ModuleList(bind_all(terms, networks, data))  # type: ignore[assignment]  # torch does not say of what
         asks = {word for bound in self.bound for word in bound.asks}
-        # What is asked of each network in a forward pass: the layers whose maps are wanted, and whether the embedding.
+        # What a forward pass asks of each network: the layers whose maps are needed, and whether the embedding is.
         self._see_student = (
             self._layers({"student_map", "student_maps", "projected_map"}, 0),
             bool({"student_embedding", "projected_embedding"} & asks),
@@ -86,13 +86,13 @@ class Objective(nn.Module):
         self._asks_teacher = bool(TEACHER_WORDS & asks - WEIGHTS)
         if self._asks_teacher:
             assert teacher is not None
-            teacher.make_ready()  # now, not in the first step, which torch.compile would compile with it
+            teacher.make_ready()  # now, because torch.compile would trace it in the first step
         self._teacher_images = 0
         self._ids = data.train.ids.to(device) if "index" in asks else None
         self.to(device)
 
     def _layers(self, words: set[str], side: int) -> list[str]:
-        """Names of the layers that losses asking for one of the words look at; side: 0 the student's, 1 the teacher's."""
+        """Returns the layers of all losses that take one of the `words`. side: 0 for the student's, 1 for the teacher's."""
         pairs = [pair for bound in self.bound if words & set(bound.asks) for pair in bound.pairs]
         return list(dict.fromkeys(pair[side].name for pair in pairs))
 
@@ -105,13 +105,13 @@ class Objective(nn.Module):
             images: [N, C, H, W] in [0, 1], augmented.
             labels: [N], or [N, K] for mixed images.
             index: [N] sample ids.
-            view: The number of the augmented view, None when the images were mixed and no record of them can be kept.
-            epoch: Epochs of the stage that are done.
+            view: The number of the augmented view; None for mixed images, whose answers cannot be kept.
+            epoch: Progress of the stage in epochs.
 
         Returns:
             {"loss": the weighted sum, and each term by name, unweighted}.
         """
-        # The teacher first: torch.compile breaks off where its answers are looked up, and no gradient crosses that.
+        # The teacher runs first: torch.compile breaks the graph at the cache, and no gradient crosses that break.
         teacher = self._ask_teacher(images, index, view) if self._asks_teacher else None
         student = features.see(self.student, self.prepare(images), *self._see_student)
         if student.logits.dtype in (torch.float16, torch.bfloat16):
@@ -135,13 +135,13 @@ class Objective(nn.Module):
         seen = self.teacher.see(images, *self._see_teacher)
         self._count(len(images))
         if cache is not None and view is not None:
-            self._keep(seen, index, view)  # for stages whose losses ask for less
+            self._keep(seen, index, view)  # for later stages, whose losses may take less
         return seen
 
     def leave_out_of_compile(self) -> None:
-        """Leaves out of torch.compile what it would compile anew for each number that has changed.
+        """Excludes from torch.compile the methods that it would recompile for every changed number.
 
-        No decorators: they import torch._dynamo where the class is defined, which takes seconds.
+        Decorators would import torch._dynamo at class definition, which takes seconds.
         """
         for name in ("_recalled", "_keep", "_count"):
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
@@ -162,13 +162,13 @@ class Objective(nn.Module):
 
     @property
     def teacher_layers(self) -> list[str]:
-        """The teacher's layers whose maps the losses look at."""
+        """The teacher's layers whose maps the losses take."""
         return list(self._see_teacher[0])
 
     def counted(self) -> dict[str, int]:
-        """Counts since the last call: teacher_images, how many images the teacher was really shown.
+        """Returns {"teacher_images": images that the teacher really saw since the last call}, summed over all processes.
 
-        Summed over all processes, which must all call this. Empty where the losses do not ask the teacher.
+        All processes must call this. Returns {} if the losses do not use the teacher.
         """
         if not self._asks_teacher:
             return {}
@@ -185,9 +185,9 @@ class Objective(nn.Module):
         index: Tensor,
         epoch: float,
     ) -> list[Any]:
-        """What the loss asks for, in its order."""
+        """Returns the arguments of the loss, in its order."""
         available: dict[str, Any] = {"labels": labels, "epoch": epoch}
-        # Losses count what they are trained on: of a validation sample or one outside the subset they see nothing.
+        # Sample ids count the whole training split; losses count only the samples that are trained on.
         available["index"] = index if self._ids is None else torch.searchsorted(self._ids, index)
         available["student_logits"], available["student_embedding"] = student.logits, student.embedding
         if teacher is not None:
@@ -198,14 +198,14 @@ class Objective(nn.Module):
         if bound.weights is not None:
             available["student_weight"], available["teacher_weight"] = (w.value for w in bound.weights)
         elif bound.pairs:
-            # A loss may look at one side of its pairs alone: what nobody asked for was not computed.
+            # A loss may take one side of its pairs alone; the other side's maps were then not computed.
             student_maps = [student.maps.get(layer.name) for layer, _ in bound.pairs]
             maps = {} if teacher is None else teacher.maps
             teacher_maps = [maps.get(layer.name) for _, layer in bound.pairs]
             available |= {"student_maps": student_maps, "student_map": student_maps[0]}
             available |= {"teacher_maps": teacher_maps, "teacher_map": teacher_maps[0]}
             if "projected_map" in bound.asks:
-                # Pooling first: the 1x1 convolution commutes with it and is then the smaller work.
+                # Pooling first: the 1x1 convolution commutes with it, and costs less on the smaller map.
                 student_map, teacher_map = student_maps[0], teacher_maps[0]
                 assert student_map is not None and teacher_map is not None and bound.projector is not None
                 student_map, available["teacher_map"] = same_size(student_map, teacher_map)
@@ -217,7 +217,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def rehearse(self, data: Data) -> None:
-        """Computes the losses of two made-up images, labelled as the data's. Raises Mistake if that fails."""
+        """Computes the losses of two random images with labels like the data's. Raises Mistake if that fails."""
         images = example_images(data, next(self.student.parameters()).device)
         index = data.train.ids[:2].to(images.device)
         labels = data.train.labels[:2].to(images.device)
@@ -233,11 +233,11 @@ class Objective(nn.Module):
             raise Mistake(f"cannot be computed for this student and data: {error}") from error
 
     def pairs(self) -> list[dict[str, Any]]:
-        """The table of paired layers: term, student layer and shape, teacher layer and shape, projector."""
+        """Returns the table of paired layers: term, layer and shape of student and teacher, projector."""
         return pair_table(self.bound)
 
     def learned(self) -> dict[str, Tensor]:
-        """What was learned beside the student, by term: projectors, the losses' parameters and buffers."""
+        """Returns copies of the tensors learned beside the student, by term: projectors, parameters and buffers of losses."""
         return {
             f"{bound.name}.{key}": tensor.detach().clone()
             for bound in self.bound
@@ -245,9 +245,9 @@ class Objective(nn.Module):
         }
 
     def recall(self, learned: Mapping[str, Tensor]) -> None:
-        """Loads what an earlier stage's terms of the same names and sizes had learned; other terms start afresh.
+        """Loads what earlier stages' terms of the same names and shapes have `learned`; other terms start from scratch.
 
-        A projector that starts at random would first drag the student's maps after it.
+        A randomly initialised projector would first pull the student's maps away from what they have learned.
         """
         for bound in self.bound:
             state = bound.state_dict()
@@ -256,11 +256,11 @@ class Objective(nn.Module):
                 bound.load_state_dict(known)
 
     def finish(self) -> None:
-        """Has the losses leave in the student, after training, what they leave there (a folded classifier)."""
+        """Applies the losses' changes to the student at the end of a training (a folded classifier), in place."""
         self._finish(self.student)
 
     def finished(self) -> nn.Module:
-        """The student as `finish` would leave it: itself where no loss leaves anything in it, else a copy."""
+        """Returns the student as `finish` would make it: itself if no loss changes it, else a copy."""
         if not any(hasattr(bound.function, "finish") for bound in self.bound):
             return self.student
         student = copy.deepcopy(self.student)

@@ -1,10 +1,11 @@
-"""Fully connected layers by oneDNN, which torch leaves to MKL: on processors of AMD that takes half of their AVX-512 units.
+"""Runs fully connected layers by oneDNN on CPUs with AVX-512, and recurrent layers in float32 if oneDNN has no other type.
 
-The result is the same up to rounding; a layer's matrix products took 0.46 to 0.7 of the time on an EPYC
-(`scripts/bench_inference.py`, `scripts/bench_fit.py`). Elsewhere, and for whatever is not plain float32, nothing changes.
+torch multiplies fully connected layers by MKL, which uses half of the AVX-512 units of AMD's processors. oneDNN gives the
+same result up to rounding; a layer's matrix products took 0.46 to 0.7 of the time on an EPYC
+(`scripts/bench_inference.py`, `scripts/bench_fit.py`). Layers on other processors or in other types are unchanged.
 
-And recurrent layers in float32 where oneDNN has them in no other type: inside autocast it refuses an LSTM in bfloat16 on processors
-without AVX-512, and one in float16 on most.
+Inside autocast oneDNN refuses an LSTM in bfloat16 on processors without AVX-512, and in float16 on most: such layers
+compute in float32.
 """
 
 from collections.abc import Iterable
@@ -17,17 +18,19 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-_LEAST = 2**21  # multiplications in a product below which the calls take the time
+_LEAST = 2**21  # multiplications: in smaller products the overhead of the calls dominates
 _RECURRENT: tuple[type[nn.LSTM | nn.GRU | nn.RNN], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def attach(network: nn.Module, learning: bool) -> None:
-    """From now on its fully connected layers multiply by oneDNN: where gradients are wanted, or only where they are not.
+    """Makes a network's fully connected layers multiply by oneDNN, until `detach`.
 
-    learning: the former, so that what a network learned is evaluated as any other is; else the latter. Subclasses of
-    nn.Linear and layers whose forward is someone's own are left alone, those with masks or shared weights are not.
-    Its recurrent layers compute in float32 inside an autocast to a type that oneDNN has not got for them, both ways.
+    Its recurrent layers compute in float32 inside an autocast to a type that oneDNN does not have for them. Layers with
+    masks or shared weights are included; subclasses of nn.Linear and layers with a replaced forward are not.
+
+    learning: whether oneDNN is used only with gradients enabled, or only with gradients disabled. During a training
+    it is the former, so that a validation computes as any other evaluation does.
     """
     for module in network.modules():
         lacking = missing_types(module)
@@ -38,12 +41,12 @@ def attach(network: nn.Module, learning: bool) -> None:
         return
     for module in network.modules():
         if _is_linear(module) and (_attached(module) or "forward" not in vars(module)):
-            # No closure: in a copy of the network it has the copy's layer.
+            # A partial, not a closure: deepcopy of the network copies its layer too.
             module.forward = partial(_forward, module, learning)  # type: ignore[method-assign]  # of this layer alone
 
 
 def detach(network: nn.Module) -> None:
-    """Takes back what `attach` did."""
+    """Undoes `attach`."""
     for module in network.modules():
         if _attached(module):
             del module.forward
@@ -59,7 +62,7 @@ def _attached(module: nn.Module) -> bool:
 
 
 def missing_types(layer: nn.Module) -> frozenset[torch.dtype]:
-    """The types of autocast in which a recurrent layer cannot be computed on this CPU; none for any other layer."""
+    """Returns the autocast types in which this CPU cannot compute a recurrent layer; none for any other layer."""
     kind = _recurrent_kind(layer)
     return frozenset() if kind is None else _missing_types(kind)  # type: ignore[arg-type]  # a class can be hashed
 
@@ -74,14 +77,14 @@ def _missing_types(kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> frozenset[torch.dty
 
 
 def _computes(kind: type[nn.LSTM | nn.GRU | nn.RNN], dtype: torch.dtype) -> bool:
-    """A tiny rehearsal, forward and backward: what a processor has is not told by its name."""
+    """Returns whether this CPU computes such a layer in this type, by trying a tiny one, forward and backward."""
     with (
         torch.random.fork_rng(devices=[]),
         torch.device("cpu"),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        layer, x = kind(1, 1), torch.zeros(1, 1, 1)  # float32, as autocast finds them
+        layer, x = kind(1, 1), torch.zeros(1, 1, 1)  # float32, as under autocast
         try:
             with torch.autocast("cpu", dtype):
                 outputs = layer(x)[0]
@@ -94,7 +97,7 @@ def _computes(kind: type[nn.LSTM | nn.GRU | nn.RNN], dtype: torch.dtype) -> bool
 
 
 def kinds_in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> list[str]:
-    """The kinds of layers of these networks that compute in float32 inside a CPU's autocast to this type."""
+    """Returns the names of the kinds of layers that compute in float32 inside a CPU's autocast to this type."""
     layers = (layer for network in networks for layer in network.modules())
     kinds = {_recurrent_kind(layer) for layer in layers if dtype in missing_types(layer)}
     return sorted(kind.__name__ for kind in kinds if kind is not None)
@@ -111,7 +114,7 @@ def _recurrent(layer: nn.Module, lacking: frozenset[torch.dtype], *given: Any, *
 
 
 def _in_float32(value: Any) -> Any:
-    """A sequence, packed or not, or the states of a layer, as what came before it in autocast has left them."""
+    """Returns an argument of a recurrent layer (a sequence, packed or not, or its states) in float32."""
     if isinstance(value, tuple) and not isinstance(value, PackedSequence):
         return tuple(map(_in_float32, value))
     tensor = value.data if isinstance(value, PackedSequence) else value
@@ -128,12 +131,12 @@ def _forward(layer: nn.Linear, learning: bool, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """a [N, I] times b [O, I] transposed, plus bias [O] or None: [N, O]. Its gradients are such products themselves."""
+    """Computes a [N, I] times b [O, I] transposed, plus bias [O] or None: [N, O]. Its gradients are such products too."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, b)
-        # Of a bias it takes the numbers that lie there, whatever the strides: those must be plain.
+        # The operator ignores the bias's strides, so the bias must be contiguous.
         bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 

@@ -1,4 +1,4 @@
-"""Which layer of the student looks at which layer of the teacher."""
+"""Pairs layers of the student with layers of the teacher."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from trainer.recipe.keys import At, Name
 
 
 def pair(student: Sequence[Layer], teacher: Sequence[Layer], image_size: int) -> list[tuple[Layer, Layer]]:
-    """Pairs the layers of two networks, without anybody typing it.
+    """Pairs the layers of two networks automatically, by stride or by depth.
 
-    Layers whose maps shrink (convolutional nets) are known by their stride: of each stride the deepest layer is
-    taken, and pairs have the same stride, or the nearest one in octaves. Where either net keeps one size
-    throughout (ViT, MLP, fully connected), layers are matched by their fraction of the depth.
-    Each student layer appears once, shallow first, and teacher layers never go backwards.
+    If the maps of both networks shrink (convolutional networks), the deepest layer of each of the student's strides is
+    paired with the teacher's deepest layer of that stride, or of the nearest one in octaves. If a network has one size
+    throughout (ViT, MLP, fully connected), up to 4 layers are matched by their fraction of the depth. Each student layer
+    appears once, shallow first, and teacher layers never go backwards. image_size: height of the images.
     """
     if not student or not teacher:
         return []
@@ -50,7 +50,7 @@ def _at_depth(layers: Sequence[Layer], fraction: float) -> Layer:
 
 
 def map_pairs(networks: Networks, at: At | None) -> list[tuple[Layer, Layer]]:
-    """Pairs of layers whose maps are compared: as `at` names them, else by stride or depth.
+    """Returns the pairs of layers whose maps are compared: as `at` names them, else by stride or depth.
 
     Raises Mistake for a layer that does not exist, one that is named twice, and networks that cannot be paired.
     """
@@ -95,19 +95,19 @@ def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
 def _choose(
     network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
 ) -> Layer:
-    """The layer that a name means: a stage's name or number, or a module of the forward pass."""
+    """Returns the layer that a name means: a block's name or number, or a dotted name of a module."""
     if isinstance(name, int):
         if not -len(known) <= name < len(known):
-            raise Mistake(f"at: {who} has no stage {name}; it has {len(known)}, counted from 0")
+            raise Mistake(f"at: {who} has no block {name}; it has {len(known)}, counted from 0")
         return known[name]
     for layer in known:
         if layer.name == name:
             return layer
     modules = [path for path, _ in network.named_modules() if path]
     if name not in modules:
-        stages = [layer.name for layer in known]
-        near = closest(name, stages + modules)
-        raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else stages)}")
+        blocks = [layer.name for layer in known]
+        near = closest(name, blocks + modules)
+        raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else blocks)}")
     try:
         return features.look(network, prepared(), [name])[0]
     except Mistake as error:
@@ -121,7 +121,7 @@ def _partner(
     student: nn.Module,
     image_size: int,
 ) -> Layer:
-    """The teacher's layer for a student's layer that is named alone: of the same stride, or depth."""
+    """Returns the teacher's layer for a student's layer that is named alone: of the same stride, or depth."""
     if _shrinks(student_layers) and _shrinks(teacher_layers):
         others = [other for other in student_layers if other.shape[1] != layer.shape[1]]
         return {a.name: b for a, b in pair([*others, layer], teacher_layers, image_size)}[layer.name]
@@ -132,7 +132,7 @@ def _partner(
 
 
 def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:
-    """Pairs of layers whose weights are compared: as `at` names them, else by fraction of the depth.
+    """Returns the pairs of layers whose weights are compared: as `at` names them, else by fraction of the depth.
 
     The layers' shapes are those of their weights. Raises Mistake for a layer that does not exist.
     """

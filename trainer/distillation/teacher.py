@@ -1,4 +1,4 @@
-"""The teacher, one network or several, and a student that starts from its layers."""
+"""The teacher, of one network or several, and the copy of its layers into a student."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from trainer.storage.weights_file import digest
 
 
 class Member(NamedTuple):
-    """One network of a teacher: what rebuilds it, how it wants its images, and its weight among several.
+    """One network of a teacher: its spec, its input, and its weight among several.
 
-    mean, std: of its normalisation, None for the data's. size: of its images in pixels, None for as they are.
+    mean, std: its normalisation, None for the data's. size: side of its images in pixels, None for the data's.
     """
 
     spec: dict[str, Any]
@@ -31,17 +31,18 @@ class Member(NamedTuple):
 
 
 class Teacher:
-    """The network (or networks) that the student learns from. Not an `nn.Module`: nothing of it is trained, wrapped or saved.
+    """The network (or networks) that the student learns from. Not an `nn.Module`, so it is not trained, wrapped or saved.
 
-    Of several, the maps and embeddings are the first one's.
+    Maps and embeddings are those of the first network.
 
     Args:
         networks: The networks; they are set to evaluation mode and frozen.
-        keys: Of each network, what the recipe says of it.
-        mean, std: The data's normalisation, for networks that name none of their own.
-        combine: How several answer as one: `logits` (mean of logits), `probabilities` (log of the mean of their
-            probabilities), `confidence` (probabilities weighted per sample by each teacher's highest one); the first
-            two are weighted by each one's weight.
+        keys: The recipe's entry of each network.
+        mean: Of the data's normalisation, for networks without their own.
+        std: Of the data's normalisation, likewise.
+        combine: How several networks give one answer: `logits` (weighted mean of logits), `probabilities` (log of the
+            weighted mean of probabilities), `confidence` (as `probabilities`, but each sample weights a network by
+            its highest probability).
     """
 
     def __init__(
@@ -56,39 +57,40 @@ class Teacher:
         self.members = [Member(spec(k), k.mean, k.std, k.resize, k.weight) for k in keys]
         self.combine = combine
         self.mean, self.std = tuple(mean), tuple(std)
-        self.version = 0  # counts its own trainings: answers of an earlier version are not this one's
-        self._ready: list[nn.Module] = []  # what is asked in place of the networks
-        self._ready_for: list = []  # and the state of the networks that it was made of
+        self.version = 0  # counts its trainings: answers of an earlier version are outdated
+        self._ready: list[nn.Module] = []  # the networks that are run: these, or faster copies
+        self._ready_for: list = []  # the state of the networks that the copies were made from
         for network in self.networks:
             network.eval().requires_grad_(False)
 
     @property
     def network(self) -> nn.Module:
-        """The first teacher: the one whose layers can be looked at."""
+        """The first network, whose maps and embeddings losses compare."""
         return self.networks[0]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights and statistics of the teacher (of all teachers together), dense."""
+        """Bytes of all weights and statistics of all its networks, dense."""
         return sum(t.numel() * t.element_size() for n in self.networks for t in n.state_dict().values())
 
     def to(self, device: torch.device) -> "Teacher":
+        """Moves all networks to a device; returns the teacher."""
         for network in self.networks:
             network.to(device)
         self._ready = []
         return self
 
     def make_ready(self) -> None:
-        """Prepares the networks to answer on a CPU (`cpu.make_ready`), anew where their weights have changed.
+        """Prepares the networks for inference on a CPU (`cpu.make_ready`), again whenever their weights have changed.
 
-        `see` does so, not the constructor: a network that is still to be taught learns as its training says.
+        `see` calls this, not the constructor, because a teacher may first be trained.
         """
         if not self._ready or self._state() != self._ready_for:
             self._ready = [cpu.make_ready(network) for network in self.networks]
             self._ready_for = self._state()
 
     def _state(self) -> list:
-        """What changes when another copy is needed of the networks that are not asked themselves."""
+        """Returns a value that changes when the copied networks need new copies."""
         copied = [
             network for network, ready in zip(self.networks, self._ready, strict=True) if ready is not network
         ]
@@ -96,7 +98,7 @@ class Teacher:
         return [self.version, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
 
     def fingerprint(self) -> str:
-        """A hash of all that its answers depend on, but for the code of its networks."""
+        """Returns a hash of everything that its answers depend on, except the code of its networks."""
         facts = [
             (digest(network.state_dict()), member.size, member.mean, member.std, member.weight)
             for network, member in zip(self.networks, self.members, strict=True)
@@ -104,7 +106,7 @@ class Teacher:
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
 
     def prepare(self, images: Tensor, number: int = 0) -> Tensor:
-        """Images [N, C, H, W] in [0, 1] as teacher `number` wants them: its own size and normalisation."""
+        """Returns images [N, C, H, W] in [0, 1] as the input of network `number`: in its size and normalisation."""
         member = self.members[number]
         if member.size:
             images = F.interpolate(images, size=(member.size, member.size), mode="bilinear", antialias=True)
@@ -112,11 +114,11 @@ class Teacher:
 
     @torch.no_grad()
     def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
-        """What the teacher sees in images [N, C, H, W] in [0, 1]."""
+        """Returns the teacher's logits for images [N, C, H, W] in [0, 1], the maps of `layers`, and the embedding if asked."""
         if not torch.compiler.is_compiling():
             self.make_ready()
-        # A layer that is no stage may be gone from the copy without BatchNorm, or give something else there.
-        asked = self._ready[0] if set(layers) <= set(features.stage_names(self.network)) else self.network
+        # A layer that is not a block may be missing in the copy without BatchNorm, or return something else there.
+        asked = self._ready[0] if set(layers) <= set(features.block_names(self.network)) else self.network
         first = features.see(asked, self.prepare(images), layers, embedding)
         if len(self.networks) == 1:
             return first
@@ -136,10 +138,10 @@ class Teacher:
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module) -> int:
-    """Starts the student from the teacher: evenly spaced layers, leading channels. Returns how many tensors were copied.
+    """Initialises the student from the teacher: evenly spaced layers, leading channels. Returns the number of copied tensors.
 
-    Layers are grouped by kind (type and number of dimensions of the weight) and matched by their fraction of the
-    depth; of each matched tensor the leading block that both have is copied.
+    Layers are grouped by kind (type, number of dimensions and kernel size of the weight) and matched by their fraction
+    of the depth. The leading part that both tensors have is copied.
     """
     num_copied = 0
     by_kind = _by_kind(teacher)
@@ -155,13 +157,13 @@ def copy_layers(student: nn.Module, teacher: nn.Module) -> int:
 
 
 def _copy(layer: nn.Module, source: nn.Module) -> int:
-    """Copies the leading block that both layers have of each tensor; returns how many tensors were copied."""
+    """Copies the leading part that both layers have of each tensor; returns the number of copied tensors."""
     num_copied = 0
     known = source.state_dict()
     for name, tensor in layer.state_dict().items():
         if name in known and known[name].dim() == tensor.dim():
-            block = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, known[name].shape, strict=True))
-            tensor[block] = known[name][block].to(tensor)
+            part = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, known[name].shape, strict=True))
+            tensor[part] = known[name][part].to(tensor)
             num_copied += 1
     return num_copied
 

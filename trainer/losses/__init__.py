@@ -1,7 +1,7 @@
-"""What the student is asked for, one file a loss.
+"""Losses of the student, one file for each.
 
-`loss: NAME` is the file NAME.py, which defines `NAME`: a function of what it wants to be fed, by name, or, where it has
-learned parameters, an `nn.Module` class whose constructor is given example sizes under the same names. The names:
+`loss: NAME` is the file NAME.py, which defines `NAME`: a function whose positional arguments name its inputs, or, if it
+has learned parameters, an `nn.Module` class whose constructor gets example sizes under the same names. The names:
 
     student_logits, teacher_logits        [N, K]
     student_map, teacher_map              [N, C, H, W] of one pair of layers
@@ -11,7 +11,7 @@ learned parameters, an `nn.Module` class whose constructor is given example size
     student_embedding, teacher_embedding  [N, D], pooled, before the classifier
     projected_embedding                   [N, Dt]: the student's through a learned linear map
     student_weight, teacher_weight        a layer's parameter
-    labels [N] or [N, K], index [N] (each sample's place in the training part, below the constructor's num_samples),
+    labels [N] or [N, K], index [N] (each sample's position in the training part, below the constructor's num_samples),
     teacher_head (embedding -> logits), epoch
 
 Keyword-only arguments are recipe keys. To add a loss: write the file; the contract tests find it.

@@ -9,15 +9,15 @@ from trainer.tensors import full_precision, same_size
 class activation_boundary(nn.Module):
     """Activation boundaries: the student's neurons should be on and off where the teacher's are, by a margin.
 
-    The student's map passes a connector (1x1 convolution and batch normalisation) to the teacher's width;
-    the larger map is pooled to the smaller's size. A response s costs (s - margin)^2 where the teacher is
-    positive and s is not above the margin, (s + margin)^2 where the teacher is not and s is not below
-    -margin, else nothing. Mean over all elements; the authors' code sums over them, divides by batch and
-    weights by 3 / 1000.
+    A connector (1x1 convolution and batch normalisation) brings the student's map to the teacher's width; the
+    larger map is pooled to the smaller's size. A response s costs (s - margin)^2 if the teacher is positive
+    and s is not above the margin, (s + margin)^2 if the teacher is not positive and s is not below -margin,
+    else nothing. Mean over all elements; the authors' code sums over them, divides by batch and weights by
+    3 / 1000.
 
-    Made for maps before the ReLU. After it the teacher's zeros are its inactive neurons, so the target is the
-    same; pooling a larger teacher map then widens the active regions, as any active neuron makes the mean
-    positive.
+    The loss is made for maps before the ReLU. After the ReLU the teacher's zeros are its inactive neurons, so
+    the target is the same; pooling a larger teacher map then widens the active regions, because any active
+    neuron makes the mean positive.
     Heo et al. 2019, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons".
     """
 
@@ -31,6 +31,6 @@ class activation_boundary(nn.Module):
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         student = self.connector(full_precision(student_map))
         student, teacher = same_size(student, full_precision(teacher_map.detach()))
-        # How far the response is on the wrong side of its margin, whichever side that is.
+        # How far the response is on the wrong side of its margin.
         short = torch.where(teacher > 0, self.margin - student, self.margin + student)
         return short.clamp(min=0).square().mean()

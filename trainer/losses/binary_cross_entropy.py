@@ -16,10 +16,10 @@ def binary_cross_entropy(
 ) -> Tensor:
     """Binary cross entropy of the student's sigmoids against one-hot labels: a yes or no for each class.
 
-    Mean over the batch and over the classes, in nats; with sum_classes the sum over the classes (K times as
-    much). labels: class ids [N], or class probabilities [N, K]. label_smoothing: share of the target spread
-    evenly over all K classes, of ids and of probabilities alike: smoothing a mixture is mixing the
-    smoothed.
+    Mean over the batch and over the classes, in nats. labels: class ids [N], or class probabilities [N, K].
+
+    label_smoothing: fraction of the target that is spread evenly over all K classes, for ids and for
+    probabilities alike. sum_classes: sum over the classes instead of their mean (K times as much).
     Wightman, Touvron, Jegou 2021, "ResNet strikes back".
     """
     logits = full_precision(student_logits)

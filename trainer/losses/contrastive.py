@@ -12,22 +12,29 @@ from trainer.tensors import full_precision, unit_length
 
 
 class contrastive(nn.Module):
-    """Student and teacher shall agree on a sample, and differ from each other on all other samples.
+    """Contrastive distillation: the student's embedding of a sample should be near the teacher's, far from others.
 
-    Both embeddings go through a learned Linear to `dim` and are brought to length 1. A bank remembers the
-    last one of every training sample, for each network. A student's embedding is told from noise by its
-    similarity to the teacher's bank at its own index, against `num_negatives` other indices, drawn
-    uniformly with replacement, and the teacher's against the student's bank; noise-contrastive estimation,
-    the sum of both sides, summed over the negatives, mean over the batch, in nats. num_negatives: 16384, or
-    all others of a smaller set, where not given; Mistake where the set does not hold that many others.
-    temperature divides the similarities; momentum is what an entry of the bank keeps of itself when its
-    sample is seen. The normalising constants are the first batch's. The banks and constants change in
-    training mode only, and are buffers: 2 x num_samples x dim numbers in every checkpoint. Every process
-    applies the batches of all processes, so banks that start equal (as DDP makes them) stay equal.
-    Negatives come from torch's global generator. A step needs batch x num_samples memory and a copy of the
-    banks. Unlike the reference code's, negatives may be of the sample's own class: labels are not asked
-    for.
+    A learned Linear layer brings each embedding to `dim` numbers of L2 length 1. A memory bank of each network
+    holds the last embedding of every training sample. Noise-contrastive estimation classifies the entries of the
+    teacher's bank, given the student's embedding: the entry at the sample's own index is positive,
+    `num_negatives` others are noise, drawn uniformly with replacement. The same holds for the teacher's embedding
+    and the student's bank. The loss is the sum of both sides, summed over the negatives, mean over the batch, in
+    nats. The first batch sets the normalising constants.
+
+    Banks and constants are buffers that change in training mode only: 2 x num_samples x dim numbers in every
+    checkpoint. Every process applies the batches of all processes, so banks that start equal (as under DDP) stay
+    equal. Negatives come from torch's global generator. A step needs batch x num_samples memory and a copy of the
+    banks. Unlike in the reference code, negatives may be of the sample's own class, as labels are not used.
     Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation" (CRD).
+
+    Args:
+        dim: Width of the compared embeddings.
+        num_negatives: Number of noise samples; None takes 16384, or all other samples of a smaller set.
+        temperature: Divides the similarities.
+        momentum: Fraction that a bank's entry keeps of its old value when its sample is seen.
+
+    Raises:
+        Mistake: For a training set of one sample, or one with fewer than num_negatives others.
     """
 
     student_bank: Tensor
@@ -61,7 +68,7 @@ class contrastive(nn.Module):
         self.momentum = momentum
         self.embed_student = nn.Linear(student_embedding[1], dim)
         self.embed_teacher = nn.Linear(teacher_embedding[1], dim)
-        # Uniform numbers whose rows have a length of about 1, as the entries will.
+        # Rows of about length 1, as the entries will have.
         bound = math.sqrt(3 / dim)
         self.register_buffer("student_bank", torch.empty(num_samples, dim).uniform_(-bound, bound))
         self.register_buffer("teacher_bank", torch.empty(num_samples, dim).uniform_(-bound, bound))
@@ -69,7 +76,7 @@ class contrastive(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, student_embedding: Tensor, teacher_embedding: Tensor, index: Tensor) -> Tensor:
-        # Similarities are divided by a small temperature: half precision would not do.
+        # Half precision is too coarse for similarities divided by a small temperature.
         with torch.autocast(student_embedding.device.type, enabled=False):
             student = unit_length(self.embed_student(full_precision(student_embedding)))
             teacher = unit_length(self.embed_teacher(full_precision(teacher_embedding.detach())))
@@ -93,7 +100,7 @@ class contrastive(nn.Module):
 
     @torch.no_grad()
     def _constants(self, scores: list[Tensor]) -> Tensor:
-        """Logarithms of the sum over the training set that the first batch's scores suggest [2]."""
+        """Returns logarithms [2] of the sum over the training set, estimated from the first batch's scores."""
         means = torch.stack([s.flatten().logsumexp(0) - math.log(s.numel()) for s in scores])
         if self.training:
             means = gather_batch(means[None]).mean(dim=0)
@@ -108,10 +115,10 @@ class contrastive(nn.Module):
     @torch.no_grad()
     def _remember(self, student: Tensor, teacher: Tensor, index: Tensor, log_constants: Tensor) -> None:
         index = gather_batch(index)
-        # Of a sample that comes twice the last counts: written twice, it would be left to chance which.
-        place = torch.arange(len(index), device=index.device)
+        # The last of a repeated sample counts; an indexed write alone would pick one in no defined order.
+        position = torch.arange(len(index), device=index.device)
         last = torch.zeros(len(self.student_bank), dtype=torch.int64, device=index.device)
-        last = last.scatter_reduce(0, index, place, "amax")[index]
+        last = last.scatter_reduce(0, index, position, "amax")[index]
         for bank, embedding in ((self.student_bank, student), (self.teacher_bank, teacher)):
             new = gather_batch(embedding)[last]
             bank[index] = unit_length(self.momentum * bank[index] + (1 - self.momentum) * new)
@@ -120,6 +127,6 @@ class contrastive(nn.Module):
 
 
 def _scores(embedding: Tensor, bank: Tensor, seen: Tensor) -> Tensor:
-    # All similarities, then those wanted: far less memory than fetching a row of the bank for each negative.
-    # A copy, because the bank changes before the gradient is taken.
+    # All similarities first: far less memory than gathering a row of the bank for each negative.
+    # The copy is needed because the bank changes before the backward pass.
     return (embedding @ bank.clone().T).gather(1, seen)

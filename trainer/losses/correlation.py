@@ -18,21 +18,25 @@ def correlation(
     order: PositiveInt = 2,
     gather: bool = False,
 ) -> Tensor:
-    """Asks for the teacher's similarities between the samples of a batch, by a Gaussian kernel.
+    """Correlation congruence: the samples of a batch should be as similar to each other as they are to the teacher.
 
-    Embeddings are brought to length 1, where exp(-gamma |x - y|^2) = exp(-2 gamma) exp(2 gamma x.y); the
-    second exponential is its Taylor series up to `order`, exp(-2 gamma) sum_p (2 gamma x.y)^p / p!. The
-    squared difference of student's and teacher's kernels, mean over all N^2 pairs, the sample with itself
-    included. An embedding of zeros has x.y = 0. The widths of the embeddings may differ. Zero where student
-    equals teacher.
-    gather: over the batches of all processes; without it, over the pairs within each process's batch.
+    Similarity is a Gaussian kernel of the embeddings, scaled to L2 length 1, where exp(-gamma |x - y|^2) =
+    exp(-2 gamma) exp(2 gamma x.y); the second exponential is its Taylor series up to `order`, exp(-2 gamma)
+    sum_p (2 gamma x.y)^p / p!. The loss is the squared difference of the student's and the teacher's kernels,
+    mean over all N^2 pairs, each sample with itself included. An embedding of zeros has x.y = 0. The widths
+    of the embeddings may differ. Zero where student equals teacher.
     Peng et al. 2019, "Correlation Congruence for Knowledge Distillation" (CC): its kernel with P = 2, gamma
     = 0.4.
+
+    Args:
+        gamma: Inverse width of the kernel.
+        order: Highest power of the Taylor series.
+        gather: Whether pairs are formed over the batches of all processes, or within each process's batch.
     """
     student, teacher = full_precision(student_embedding), full_precision(teacher_embedding.detach())
     if gather:
         student, teacher = gather_batch(student), gather_batch(teacher)
-    # Autocast would take the cosines back to half precision.
+    # Autocast would compute the cosines in half precision.
     with torch.autocast(student.device.type, enabled=False):
         return F.mse_loss(_kernel(student, gamma, order), _kernel(teacher, gamma, order))
 

@@ -16,8 +16,8 @@ def cross_entropy(
     """Cross entropy of the student's softmax against the labels: what a network learns without a teacher.
 
     Mean over the batch, in nats. labels: class ids [N], or class probabilities [N, K]. label_smoothing:
-    share of the target spread evenly over all K classes, the true one included, as Szegedy et al. 2016,
-    "Rethinking the Inception Architecture for Computer Vision".
+    fraction of the target that is spread evenly over all K classes, the true one included, as in Szegedy et
+    al. 2016, "Rethinking the Inception Architecture for Computer Vision".
     """
     logits = full_precision(student_logits)
     target = labels.to(logits.dtype) if labels.dim() == 2 else labels

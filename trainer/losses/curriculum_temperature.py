@@ -9,15 +9,19 @@ from trainer.tensors import full_precision
 
 
 class curriculum_temperature(nn.Module):
-    """Soft labels at a temperature that learns to make the student's task harder.
+    """Soft labels at a learned temperature that makes the student's task harder.
 
-    KL(teacher || student) at T, times T^2; summed over classes, mean over the batch, in nats. One T for all
-    samples, T = start + span * sigmoid(t), with one learned number t, 1 at the start (so T = 15.6 there). t
-    climbs the loss the student descends: its gradient is reversed, and its strength grows by a cosine from
-    0 at epoch 0 to 1 at `warm_up_epochs`, and stays there. T follows the optimizer of the run, weight decay
-    included.
-    The reference code steps the strength once an epoch, counted from 1; here it grows with every step.
+    KL(teacher || student) at T, times T^2; summed over classes, mean over the batch, in nats. T = start + span *
+    sigmoid(t) for all samples, with one learned number t, which starts at 1 (T = 15.6 by default). t ascends the
+    loss that the student descends: its gradient is reversed and multiplied by a strength that grows by a cosine
+    from 0 at epoch 0 to 1 at `warm_up_epochs`. The reference code steps the strength once an epoch, counted from
+    1; here it grows with every step. The run's optimizer updates t, without weight decay (unless `decay_all`).
     Li et al. 2023, "Curriculum Temperature for Knowledge Distillation" (CTKD), the global variant.
+
+    Args:
+        start: Lower bound of the temperature.
+        span: Upper bound less lower bound.
+        warm_up_epochs: Epochs until the gradient of t has full strength.
     """
 
     def __init__(

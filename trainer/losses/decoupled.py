@@ -16,14 +16,22 @@ def decoupled(
     beta: NonNegativeFloat = 8.0,
     temperature: PositiveFloat = 4.0,
 ) -> Tensor:
-    """Soft labels in two parts: how sure of the true class, and how the rest is spread over the others.
+    """Soft labels in two parts: the probability of the true class, and the distribution over the other classes.
 
     T^2 (alpha * target + beta * non-target). target: KL(teacher || student) of (true class, any other);
     non-target: KL(teacher || student) of the softmax over the K - 1 other classes. Mean over the batch, in
-    nats. Zero where student equals teacher. labels are class ids [N]; Mistake for probabilities [N, K],
-    since a mixed image has no one true class. The paper's warm-up over 20 epochs is a weight schedule of
-    the term.
+    nats. Zero where student equals teacher. labels are class ids [N]. The paper's warm-up over 20 epochs is a
+    weight schedule of the term.
     Zhao et al. 2022, "Decoupled Knowledge Distillation" (DKD).
+
+    Args:
+        alpha: Weight of the target part.
+        beta: Weight of the non-target part.
+        temperature: T, of both softmaxes.
+
+    Raises:
+        Mistake: For labels that are probabilities [N, K] (a mixed image has no one true class), and if alpha
+            and beta are both 0.
     """
     if alpha == 0 and beta == 0:
         raise Mistake("decoupled: alpha and beta are both 0: nothing is left of it")
@@ -37,10 +45,10 @@ def decoupled(
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (true class, any other) [N, 2], and of the others among themselves [N, K - 1]."""
+    """Returns log-probabilities of (true class, any other) [N, 2], and of the other classes alone [N, K - 1]."""
     true = labels[:, None]
-    # The others are picked out, not masked with a large negative number: for some logits that would be too
-    # small or too large a number, and a probability of 0 has no logarithm.
+    # The others are gathered, not masked with a large negative number: no such number suits all logits, and a
+    # probability of 0 has no logarithm.
     column = torch.arange(logits.shape[1] - 1, device=logits.device)
     others = logits.gather(1, column + (column >= true))
     pair = torch.cat([logits.gather(1, true), others.logsumexp(dim=1, keepdim=True)], dim=1)

@@ -13,15 +13,23 @@ def dist(
     gamma: NonNegativeFloat = 1.0,
     temperature: PositiveFloat = 1.0,
 ) -> Tensor:
-    """Asks the student's probabilities to correlate with the teacher's, not to equal them.
+    """Correlation of probabilities: the student's should correlate with the teacher's, not equal them.
 
     T^2 (beta * between + gamma * within). between: 1 - Pearson's correlation over the classes of a sample,
     mean over the samples; within: 1 - Pearson's correlation over the samples of a class, mean over the
     classes. Each part is in [0, 2]. The T^2 is the reference code's; the paper's formula has none, and at T
-    = 1 they agree.
-    1e-8 is added to the product of the norms, as there: a sample or class whose probabilities hardly vary
-    counts as uncorrelated. `within` looks at this process's batch only, and is left out for a batch of one.
+    = 1 they agree. As in the reference code, 1e-8 is added to the product of the norms: a sample or class
+    whose probabilities hardly vary counts as uncorrelated. `within` uses this process's batch only, and is
+    left out for a batch of one.
     Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (DIST).
+
+    Args:
+        beta: Weight of the part between classes.
+        gamma: Weight of the part within a class.
+        temperature: T, of both softmaxes.
+
+    Raises:
+        Mistake: If beta and gamma are both 0.
     """
     if beta == 0 and gamma == 0:
         raise Mistake("dist: beta and gamma are both 0: nothing is left of it")

@@ -9,7 +9,7 @@ from trainer.tensors import full_precision, same_size, unit_length
 
 
 class factor(nn.Module):
-    """Factor transfer: a translator on the student learns the teacher's map as its paraphraser puts it.
+    """Factor transfer: a translator of the student's map learns the code that an autoencoder makes of the teacher's.
 
     The paraphraser is a convolutional autoencoder of the teacher's map; its code, round(rate x Ct) channels,
     is the teacher's factor. The translator (three 3x3 convolutions with leaky ReLU, as the encoder) makes the
@@ -17,12 +17,14 @@ class factor(nn.Module):
     difference of the two factors, each flattened and scaled to L2 length 1 per sample, mean over elements and
     batch, plus reconstruction_weight times the mean squared error of the reconstruction.
 
-    Not as in the paper: there the paraphraser is trained beforehand and then frozen; here it learns beside
-    the student, from the reconstruction alone (its factor is a constant to the student's term), so early
-    factors are those of an untrained encoder and the target drifts while it learns. Its decoder ends without
-    a ReLU, so that maps before a ReLU can be reconstructed. The authors weight the term by 500: with that
-    weight the default reconstruction_weight makes the reconstruction count once.
+    The paper trains the paraphraser beforehand and then freezes it. Here it learns beside the student, from
+    the reconstruction alone (the student's term sends it no gradient), so early factors are those of an
+    untrained encoder and the target drifts while it learns. The decoder ends without a ReLU, so that maps
+    before a ReLU can be reconstructed.
     Kim, Park, Kwak 2018, "Paraphrasing Complex Network: Network Compression via Factor Transfer".
+
+    rate: channels of the factor as a fraction of the teacher's. reconstruction_weight: the default makes the
+    reconstruction count once if the term has the authors' weight of 500.
     """
 
     def __init__(

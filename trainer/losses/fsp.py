@@ -10,14 +10,14 @@ from trainer.tensors import full_precision, same_size
 
 
 class fsp(nn.Module):
-    """Flow of the solution procedure: how one layer's channels turn into those of the next.
+    """Flow of the solution procedure: products of one layer's channels with those of the next should match.
 
     The flow between two consecutive paired layers is the matrix [C1, C2] of the channels' products, averaged
-    over positions (the larger of the two maps is pooled to the smaller's size). Squared difference between
-    the student's and the teacher's flow, mean over matrix elements and batch, summed over the flows. Student
-    and teacher may differ in size. Where their widths differ, a learned 1x1 convolution brings the student's
-    map to the teacher's width (in the paper widths must be equal); without such a pair the loss has no
-    parameters. Needs at least two pairs of layers: Mistake otherwise.
+    over positions (the larger of the two maps is pooled to the smaller's size). The loss is the squared
+    difference between the student's and the teacher's flow, mean over matrix elements and batch, summed over
+    the flows. Student and teacher may differ in size. If their widths differ, a learned 1x1 convolution brings
+    the student's map to the teacher's width (in the paper widths must be equal); otherwise the loss has no
+    parameters. Raises Mistake for fewer than two pairs of layers.
     Yim et al. 2017, "A Gift from Knowledge Distillation".
     """
 
@@ -39,20 +39,19 @@ class fsp(nn.Module):
         ]
         teacher_maps = [full_precision(map_.detach()) for map_ in teacher_maps]
         flows = zip(pairwise(student_maps), pairwise(teacher_maps), strict=True)
-        return torch.stack([_difference(ours, theirs) for ours, theirs in flows]).sum()
+        return torch.stack([_difference(student, teacher) for student, teacher in flows]).sum()
 
 
-def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean square of the student's flow less the teacher's."""
-    with torch.autocast(ours[0].device.type, enabled=False):  # sums over all positions overflow float16
-        (a, b), (c, d) = _scaled(*ours), _scaled(*theirs)
+def _difference(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the mean square of the student's flow less the teacher's."""
+    with torch.autocast(student[0].device.type, enabled=False):  # sums over all positions overflow float16
+        (a, b), (c, d) = _scaled(*student), _scaled(*teacher)
         if a.shape[2] + c.shape[2] >= min(a.shape[1], b.shape[1]):
             return (a @ b.transpose(1, 2) - c @ d.transpose(1, 2)).square().mean()
-        # The flows, [C1, C2] each, are never made: the difference is X Y' with X = [a c] and Y = [b -d], and its
-        # squares add up to the sum of (X'X)(Y'Y), which are as small as the few positions.
-        if (
-            a.shape == c.shape
-        ):  # the same difference as (a - c) b' + c (b - d)': of nearly equal flows no large numbers
+        # With few positions the flows [C1, C2] need not be made: the difference is X Y' with X = [a c] and
+        # Y = [b -d], and its squares sum to the sum of (X'X)(Y'Y), matrices of positions by positions.
+        if a.shape == c.shape:
+            # (a - c) b' + c (b - d)' is the same difference, and does not cancel large numbers.
             a, d = a - c, d - b
         x, y = torch.cat([a, c], dim=2), torch.cat([b, -d], dim=2)
         square = (x.transpose(1, 2) @ x) * (y.transpose(1, 2) @ y)
@@ -60,6 +59,6 @@ def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> T
 
 
 def _scaled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two layers' maps as [N, C, HW], the first divided by the number of positions."""
+    """Returns two layers' maps as [N, C, HW], the first divided by the number of positions."""
     a, b = (map_.flatten(2) for map_ in same_size(a, b))
     return a / a.shape[2], b

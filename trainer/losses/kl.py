@@ -8,8 +8,8 @@ from trainer.tensors import full_precision
 def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: PositiveFloat = 4.0) -> Tensor:
     """Soft labels: KL(teacher || student) of the softmaxes at a temperature, times the temperature squared.
 
-    Summed over classes, mean over the batch ("batchmean"), in nats; the square keeps the size of the
-    gradient comparable over temperatures. Zero where student equals teacher.
+    Summed over classes, mean over the batch ("batchmean"), in nats. The factor keeps gradients of different
+    temperatures comparable. Zero where student equals teacher.
     Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
     """
     student = F.log_softmax(full_precision(student_logits) / temperature, dim=1)

@@ -10,10 +10,10 @@ def logit_standardized(
 ) -> Tensor:
     """Soft labels of z-scored logits, so that the student need not match the size of the teacher's logits.
 
-    Each row of logits is brought to mean 0 and standard deviation 1 over the classes (unbiased, plus 1e-7),
-    then KL(teacher || student) at the temperature, times the temperature squared. Summed over classes, mean
-    over the batch, in nats. Zero where the student's logits are a + b times the teacher's, b > 0. A row of
-    equal logits counts as uniform; its gradient is finite, but large (1e7 times the softmax's).
+    Each row of logits is standardised to mean 0 and standard deviation 1 over the classes (unbiased, plus
+    1e-7). The loss is KL(teacher || student) at the temperature, times the temperature squared, summed over
+    classes, mean over the batch, in nats. Zero where the student's logits are a + b times the teacher's, b >
+    0. A row of equal logits counts as uniform; its gradient is finite but large (1e7 times the softmax's).
     Sun et al. 2024, "Logit Standardization in Knowledge Distillation".
     """
     student = F.log_softmax(_standardize(full_precision(student_logits)) / temperature, dim=1)

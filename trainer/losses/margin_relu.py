@@ -7,18 +7,18 @@ from trainer.tensors import full_precision, same_size
 
 
 class margin_relu(nn.Module):
-    """Overhaul of feature distillation: match the teacher where it fires, stay below it elsewhere.
+    """Overhaul of feature distillation: match the teacher where it is active, stay below it elsewhere.
 
-    The student's map passes a connector (1x1 convolution and batch normalisation) to the teacher's width;
-    the larger map is pooled to the smaller's size. The target is max(teacher, margin), the margin one number
-    <= 0 per channel: the mean of the channel's negative responses. The squared difference counts except where
+    A connector (1x1 convolution and batch normalisation) brings the student's map to the teacher's width; the
+    larger map is pooled to the smaller's size. The target is max(teacher, margin). The margin is one number
+    <= 0 per channel, the mean of the channel's negative responses. The squared difference counts except where
     the target is not positive and the student is already below it (partial L2). Mean over all elements; the
     authors' code sums over them, divides by batch and by 1000.
 
-    The authors compute the margin from the teacher's BatchNorm. Here the teacher is any network, so it is the
-    mean of the negative responses seen in training so far, over all processes (each must call forward as
-    often), kept in buffers. It is made for maps before the ReLU: for maps after it there are no negative
-    responses, the margin is 0, and only the partial L2 is left.
+    The authors compute the margin from the teacher's BatchNorm. Here the teacher may be any network, so the
+    margin is the mean of the negative responses seen in training so far, over all processes (each must call
+    forward equally often), kept in buffers. The loss is made for maps before the ReLU: maps after it have no
+    negative responses, the margin is 0, and only the partial L2 is left.
     Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation".
     """
 

@@ -10,16 +10,18 @@ from trainer.tensors import full_precision, same_size
 
 
 class masked_generative(nn.Module):
-    """Masked generation: from its map with parts hidden, the student must generate the teacher's whole map.
+    """Masked generation: a small decoder must generate the teacher's map from the student's partly masked map.
 
-    Channels, or positions, of the student's map are set to zero, each with probability `ratio`, drawn anew
-    for every sample and call from PyTorch's global generator. Then 3x3 convolution, ReLU, 3x3 convolution;
-    mean squared error against the teacher's map over all elements and the batch. Where widths differ a
-    learned 1x1 convolution comes first; the larger map is pooled to the smaller's size.
+    The student's map is masked at random, anew for every sample and call, by PyTorch's global generator. Two
+    3x3 convolutions with a ReLU between them follow. The loss is the mean squared error against the teacher's
+    map over all elements and the batch. If widths differ, a learned 1x1 convolution comes first; the larger
+    map is pooled to the smaller's size.
 
-    The defaults are those of the authors' code for classification. For detection it hides positions, ratio
-    0.65. It sums over the elements of a sample and weights by 7e-5: at 512 x 7 x 7 that is 1.76 times this
-    mean.
+    masked: whether whole channels or positions are set to zero. ratio: probability of each to be masked.
+
+    The defaults are those of the authors' code for classification; for detection it masks positions at a ratio
+    of 0.65. That code sums over the elements of a sample and weights by 7e-5: at 512 x 7 x 7 that is 1.76
+    times this mean.
     Yang et al. 2022, "Masked Generative Distillation".
     """
 

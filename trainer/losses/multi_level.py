@@ -16,22 +16,23 @@ def multi_level(
 ) -> Tensor:
     """Aligns the probabilities of student and teacher by sample, by pairs of samples and by pairs of classes.
 
-    With P the probabilities [N, K] at a temperature T, the sum over the temperatures of
+    Three terms are summed over the temperatures T, where P [N, K] are the probabilities at T:
     instance: KL(teacher || student) T^2, summed over classes, mean over the batch, in nats;
-    batch: the squared difference of P P^T (which samples look alike), summed over the N x N pairs, / N;
-    class: the squared difference of P^T P (which classes go together), summed over the K x K pairs, / K.
-    This is the reference code's scale: of a batch twice as long the batch term is twice, the class term
+    batch: the squared difference of P P^T (similarity of samples), summed over the N x N pairs, / N;
+    class: the squared difference of P^T P (similarity of classes), summed over the K x K pairs, / K.
+    The scale is the reference code's: for a batch twice as long the batch term is twice and the class term
     four times as large. Pairs are those of this process's batch. Zero where student equals teacher.
-    Of the paper's prediction augmentation this is the part on logits, the several temperatures. The
-    reference code also teaches a second, strongly augmented view of each image, and weighs some terms by
-    the share of samples or classes the teacher is less sure of (always about a half); here the views are
-    the data's, and every term counts in full.
+
+    temperatures: the T of the sum. They are the logit part of the paper's prediction augmentation. The
+    reference code also teaches a second, strongly augmented view of each image, and weights some terms by
+    the fraction of samples or classes that the teacher is less sure of (always about a half). Here the views
+    are the data's, and every term counts in full.
     Jin, Wang, Lin 2023, "Multi-level Logit Distillation" (MLKD).
     """
     num_samples, num_classes = student_logits.shape
     student_logits, teacher_logits = full_precision(student_logits), full_precision(teacher_logits.detach())
     loss = student_logits.new_zeros(())
-    # Autocast would take the products of probabilities back to half precision.
+    # Autocast would compute the products of probabilities in half precision.
     with torch.autocast(student_logits.device.type, enabled=False):
         for temperature in temperatures:
             log_student = F.log_softmax(student_logits / temperature, dim=1)

@@ -9,22 +9,23 @@ from trainer.tensors import full_precision
 
 
 class one_for_all(nn.Module):
-    """One for all: a stage of the student learns the teacher's logits, so that architectures may differ.
+    """One for all: a block of the student learns the teacher's logits, so that architectures may differ.
 
-    One instance for each stage of the student. The stage's map goes to logits by a 1x1 convolution, ReLU,
-    mean over the positions and a Linear (the authors use separable convolutions that halve the size, or for
-    transformers blocks of attention). The loss is - sum over classes of ((p + y)^gamma - y) log q, mean over
-    the batch, where p and q are the softmaxes of the teacher and of the stage at the temperature, and y is 1
-    for the true class: gamma above 1 raises the weight of the true class the surer the teacher is of it, and
-    lowers that of the others. gamma 1 is plain soft cross entropy. No factor of temperature squared, as in
-    the authors' code.
-
-    labels: class ids (a sample of id -1, unlabelled, has no true class), or class probabilities, of which the
-    largest is taken for the true class. width: channels before the Linear; None takes the larger of the map's
-    and num_classes. gamma: 1.5 is what the authors use for ResNet-18 taught by DeiT on ImageNet, 1 the
-    default of their code.
+    Each block of the student has its own instance. A 1x1 convolution, ReLU, the mean over positions and a
+    Linear layer turn its map into logits (the authors use separable convolutions that halve the size, or
+    attention blocks for transformers). The loss is - sum over classes of ((p + y)^gamma - y) log q, mean over
+    the batch, where p and q are the softmaxes of the teacher and of the block at the temperature, and y is 1
+    for the true class. There is no factor of temperature squared, as in the authors' code. labels: class ids
+    (id -1, unlabelled, has no true class), or class probabilities, whose largest marks the true class.
     Hao et al. 2023, "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
     Distillation".
+
+    Args:
+        gamma: Above 1 it raises the weight of the true class, the more the surer the teacher is of it, and
+            lowers that of the others; 1 is plain soft cross entropy. The authors use 1.5 for ResNet-18 taught
+            by DeiT on ImageNet; the default of their code is 1.
+        temperature: Of both softmaxes.
+        width: Channels before the Linear layer; None takes the larger of the map's and num_classes.
     """
 
     def __init__(

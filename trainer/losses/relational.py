@@ -16,21 +16,28 @@ def relational(
     angle: NonNegativeFloat = 50.0,
     gather: bool = False,
 ) -> Tensor:
-    """Asks for the teacher's geometry of the batch: distances between two samples, angles between three.
+    """Relational distillation: distances between two samples and angles between three should match the teacher's.
 
-    distance * (smooth L1 of the pairwise distances, each network's divided by the mean of its own that are
-    not zero) + angle * (smooth L1 of the cosines of the angle at i between j and k). Means over all N^2
-    pairs and all N^3 triples, equal samples included, as the reference code does. The widths of the
-    embeddings may differ; needs O(N^2 D + N^3) memory. Zero for a batch of one or two, which has no shape.
-    gather: over the batches of all processes; without it, over the pairs within each process's batch.
+    distance * (smooth L1 of the pairwise distances, each network's divided by the mean of its non-zero ones)
+    + angle * (smooth L1 of the cosines of the angle at i between j and k). Mean over all N^2 pairs and all
+    N^3 triples, equal samples included, as in the reference code. The widths of the embeddings may differ.
+    Memory is O(N^2 D + N^3). Zero for a batch of one or two, whose geometry is always the same.
     Park et al. 2019, "Relational Knowledge Distillation" (RKD).
+
+    Args:
+        distance: Weight of the distances.
+        angle: Weight of the angles.
+        gather: Whether pairs are formed over the batches of all processes, or within each process's batch.
+
+    Raises:
+        Mistake: If distance and angle are both 0.
     """
     if distance == 0 and angle == 0:
         raise Mistake("relational: distance and angle are both 0: nothing is left of it")
     student, teacher = full_precision(student_embedding), full_precision(teacher_embedding.detach())
     if gather:
         student, teacher = gather_batch(student), gather_batch(teacher)
-    # Autocast would take the cosines back to half precision.
+    # Autocast would compute the cosines in half precision.
     with torch.autocast(student.device.type, enabled=False):
         student_distances, student_cosines = _geometry(student)
         teacher_distances, teacher_cosines = _geometry(teacher)
@@ -40,11 +47,11 @@ def relational(
 
 
 def _geometry(embedding: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [N, N] over their mean, and cosines [N, N, N] at the first sample between the other two."""
+    """Returns distances [N, N] over their mean, and cosines [N, N, N] at the first sample between the other two."""
     difference = embedding[None] - embedding[:, None]
     square = difference.square().sum(dim=2)
     apart = square > 0
-    # The root has no slope at 0: equal samples take a detour, and their distance is put back to 0.
+    # The square root has no gradient at 0: equal samples get 1, and afterwards the distance 0.
     length = torch.where(apart, square, 1).sqrt()
     distances = length * apart
     mean = distances.sum() / apart.sum().clamp(min=1)

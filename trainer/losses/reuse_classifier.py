@@ -9,13 +9,13 @@ from trainer.tensors import full_precision
 
 
 class reuse_classifier(nn.Module):
-    """The student learns the teacher's embedding, and in the end takes over the teacher's classifier.
+    """Reused classifier: the student learns the teacher's embedding, and at the end takes over its classifier.
 
-    Mean squared error, over batch and width, between the student's embedding through a learned Linear and
-    the teacher's embedding. This trains all of the student but its classifier; `finish` sets that one.
-    The paper's projector is three convolutions with BatchNorm and ReLU on the last feature maps, and stays
-    in the student for good. Ours is linear on pooled embeddings: weaker, but it folds with the teacher's
-    classifier exactly into the student's own, so the exported student has not one number more.
+    Mean squared error, over batch and width, between the student's embedding after a learned Linear layer and
+    the teacher's embedding. This trains all of the student but its classifier, which `finish` sets. The
+    paper's projector is three convolutions with BatchNorm and ReLU on the last feature maps, and stays in the
+    student. Ours is linear on pooled embeddings: weaker, but together with the teacher's classifier it folds
+    exactly into the student's own, so the exported student has no more parameters.
     Chen et al. 2022, "Knowledge Distillation with the Reused Teacher Classifier" (SimKD).
     """
 
@@ -31,7 +31,7 @@ class reuse_classifier(nn.Module):
     def finish(self, student: nn.Module, teacher_head: nn.Module) -> None:
         """Sets the student's classifier to teacher_head(projector(embedding)).
 
-        Mistake where either classifier is no Linear layer, or the student's cannot hold the result.
+        Raises Mistake if either classifier is not a Linear layer, or the student's cannot hold the result.
         """
         if not isinstance(teacher_head, nn.Linear):
             raise Mistake(

@@ -10,18 +10,19 @@ from trainer.tensors import full_precision, same_size
 class review(nn.Module):
     """Knowledge review: the student's deeper layers help its shallower ones to learn the teacher's maps.
 
-    From the deepest pair to the shallowest, attention based fusion joins the student's map (a 1x1
-    convolution to `width` channels) with what came from below it (enlarged by nearest neighbour), and a 3x3
-    convolution makes the map that is compared with the teacher's. The comparison is hierarchical: mean
-    squared error at full size, weight 1, and of both maps pooled to 4x4, 2x2 and 1x1, weights 1/2, 1/4, 1/8
-    in the order used; levels not smaller than the map are left out, and the weighted mean is taken. Mean over
+    From the deepest pair to the shallowest, attention fuses the student's map (after a 1x1 convolution to
+    `width` channels) with the fused map of the next deeper pair (enlarged by nearest neighbour). A 3x3
+    convolution of the fused map is compared with the teacher's map. The comparison is hierarchical: the
+    weighted mean of the mean squared errors at full size, weight 1, and of both maps pooled to 4x4, 2x2 and
+    1x1, weights 1/2, 1/4, 1/8 in the order used; sizes not smaller than the map are left out. Mean over
     elements and batch, summed over the pairs.
 
-    width: channels inside the fusion; None takes those of the student's deepest map, at most 512. Batch
-    normalisation follows each convolution but the attention's. Where sizes differ the larger map is pooled to
-    the smaller's size (the authors stretch the student's to the teacher's). The authors give the pooled
-    embedding as one more pair, and let the loss's weight grow over the first epochs: its schedule is the
-    place for that.
+    Batch normalisation follows each convolution but the attention's. If sizes differ, the larger map is
+    pooled to the smaller's size (the authors enlarge or shrink the student's to the teacher's). The authors
+    add the pooled embedding as one more pair, and let the loss's weight grow over the first epochs (here a
+    weight schedule of the term).
+
+    width: channels inside the fusion; None takes those of the student's deepest map, at most 512.
     Chen et al. 2021, "Distilling Knowledge via Knowledge Review".
     """
 
@@ -44,8 +45,8 @@ class review(nn.Module):
             fused = self.narrow[level](full_precision(student_maps[level]))
             if below is not None:
                 below = F.interpolate(below, fused.shape[2:], mode="nearest")
-                shares = self.attend[level](torch.cat([fused, below], dim=1)).sigmoid()
-                fused = fused * shares[:, :1] + below * shares[:, 1:]
+                weights = self.attend[level](torch.cat([fused, below], dim=1)).sigmoid()
+                fused = fused * weights[:, :1] + below * weights[:, 1:]
             student, teacher = same_size(fused, full_precision(teacher_maps[level].detach()))
             losses.append(_hierarchical(self.widen[level](student), teacher))
             below = fused

@@ -8,14 +8,13 @@ from trainer.tensors import full_precision
 
 
 class semantic(nn.Module):
-    """The student's embedding shall mean to the teacher's classifier what the teacher's own does.
+    """Softmax regression: the teacher's classifier should give its own logits on the student's embedding.
 
-    The student's embedding goes through a learned Linear to the teacher's width; mean squared error to the
-    teacher's embedding (over batch and width), plus mean squared error of the teacher's classifier on it to
-    the teacher's logits (over batch and classes), equally weighted, as the reference code does. The
-    classifier is frozen, and
-    passes the gradient on. The paper's connector is a 1x1 convolution with BatchNorm and ReLU on maps; on
-    pooled embeddings, which may be negative, it is the Linear alone.
+    A learned Linear layer brings the student's embedding to the teacher's width. The loss is the mean squared
+    error to the teacher's embedding (over batch and width), plus the mean squared error of the teacher's
+    classifier on the projected embedding to the teacher's logits (over batch and classes), equally weighted as
+    in the reference code. The classifier is frozen, and passes the gradient on. The paper's connector is a 1x1
+    convolution with BatchNorm and ReLU on maps; pooled embeddings may be negative, so ours is linear.
     Yang et al. 2021, "Knowledge Distillation via Softmax Regression Representation Learning" (SRRL).
     """
 

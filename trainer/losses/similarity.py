@@ -6,14 +6,14 @@ from trainer.tensors import full_precision, unit_length
 
 
 def similarity(student_map: Tensor, teacher_map: Tensor, *, gather: bool = False) -> Tensor:
-    """Similarity preserving: samples alike to the teacher should be alike to the student.
+    """Similarity preserving: samples that are similar to the teacher should be similar to the student.
 
-    Each network's map is flattened to Q [N, CHW]; the rows of Q Q' [N, N] are scaled to L2 length 1. The
-    squared Frobenius distance of the two matrices, divided by N^2. Widths and sizes may differ; nothing is
-    pooled. A sample whose map is all zeros has a row of zeros. Zero where student equals teacher.
+    Each network's map is flattened to Q [N, CHW]; the rows of Q Q' [N, N] are scaled to L2 length 1. The loss
+    is the squared Frobenius distance of the two matrices, divided by N^2. Widths and sizes may differ; nothing
+    is pooled. A sample whose map is all zeros has a row of zeros. Zero where student equals teacher.
 
-    gather: the pairs are those of the joined batch of all processes. Without it each process sees only the
-    pairs within its own batch, so the loss depends on how many processes there are.
+    gather: whether pairs are formed over the batches of all processes, or within each process's batch; the
+    loss then depends on the number of processes.
     Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation".
     """
     student, teacher = full_precision(student_map).flatten(1), full_precision(teacher_map.detach()).flatten(1)

@@ -12,13 +12,15 @@ _LEAST_VARIANCE = 1e-5
 
 
 class variational(nn.Module):
-    """Variational information distillation: the student's map should tell the teacher's, as likely as can be.
+    """Variational information distillation: the student's map should make the teacher's map likely.
 
-    The teacher's map is taken as Gaussian around a regression from the student's map (three 1x1 convolutions
-    without bias, all of the teacher's width, ReLU between), with one learned variance per channel: softplus
-    plus 1e-5, starting at init_variance. Negative log likelihood without its constant, ((mean - teacher)^2 /
-    variance + log variance) / 2, mean over all elements and the batch; it may be negative. The larger map is
-    pooled to the smaller's size first.
+    The teacher's map is modelled as Gaussian. Its mean is a regression from the student's map (three 1x1
+    convolutions without bias, all of the teacher's width, ReLU between); its variance is one learned number per
+    channel, softplus plus 1e-5. The loss is the negative log likelihood without its constant, ((mean -
+    teacher)^2 / variance + log variance) / 2, mean over all elements and the batch; it may be negative. The
+    larger map is pooled to the smaller's size first.
+
+    init_variance: the variance at the start. Raises Mistake unless it is above 1e-5.
     Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer".
     """
 

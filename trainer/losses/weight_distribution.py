@@ -7,16 +7,15 @@ from trainer.tensors import full_precision
 
 
 class weight_distribution(nn.Module):
-    """Asks a layer's weights for the shape of the teacher's: heavy tails, skew, gaps, wherever they are.
+    """Weight distribution: a layer's weights should be distributed like the teacher's, up to mean and scale.
 
-    The squared 2-Wasserstein distance between the two sets of numbers, each brought to mean 0 and standard
-    deviation 1: mean over i of the squared difference of their i-th quantiles. The i-th of `num_quantiles`
-    quantiles is the mean of the sorted numbers from floor(i n / num_quantiles) up to ceil((i + 1) n /
-    num_quantiles), so that every weight gets a gradient, and layers of any two sizes compare. Mean and
-    scale of the weights are left free; weights that are all equal count as zeros. Zero where student equals
-    teacher. The tensors may have any shape. Nothing is learned; a module only because it remembers the
-    quantiles of a teacher's weight that is given again unchanged: sorting it takes the most time.
-    A loss of our own; for the distance in one dimension see Peyre, Cuturi 2019, "Computational Optimal
+    The loss is the squared 2-Wasserstein distance between the two sets of numbers, each standardised to mean 0
+    and standard deviation 1: the mean over i of the squared difference of their i-th quantiles. The i-th of
+    `num_quantiles` quantiles is the mean of the sorted numbers from floor(i n / num_quantiles) up to ceil((i +
+    1) n / num_quantiles). So every weight gets a gradient, and layers of any two sizes and shapes can be
+    compared. Weights that are all equal count as zeros. Zero where student equals teacher. The class has no
+    parameters; it caches the quantiles of an unchanged teacher's weight, because sorting takes the most time.
+    This loss is our own; for the distance in one dimension see Peyre, Cuturi 2019, "Computational Optimal
     Transport".
     """
 
@@ -30,7 +29,7 @@ class weight_distribution(nn.Module):
         return F.mse_loss(student, self._of_teacher(teacher_weight))
 
     def _of_teacher(self, weight: Tensor) -> Tensor:
-        # PyTorch counts the changes of a tensor in place.
+        # `_version` counts the in-place changes of a tensor.
         if self._known is None or self._known[0] is not weight or self._known[1] != weight._version:
             quantiles = _quantiles(full_precision(weight.detach()), self.num_quantiles)
             self._known = (weight, weight._version, quantiles)
@@ -42,7 +41,7 @@ def _quantiles(weight: Tensor, num_quantiles: int) -> Tensor:
     mean = values.mean()
     centred = values - mean
     variance = centred.square().mean()
-    # What is left of equal weights is rounding, and blown up to a deviation of 1 it would be noise.
+    # The deviation of equal weights is rounding error, which must not be scaled up to 1.
     rounding = (16 * torch.finfo(values.dtype).eps * mean).square()
     standard = centred * torch.where(variance > rounding, variance, 1).rsqrt()
     return F.adaptive_avg_pool1d(standard.sort().values[None], num_quantiles)[0]

@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
 def cifar_resnet(
@@ -17,11 +17,12 @@ def cifar_resnet(
 ) -> nn.Module:
     """Residual network of basic blocks at three sizes, 1 x 1 convolutions as shortcuts (He et al. 2016).
 
-    depth: 6 n + 2 layers for n blocks at each size. channels: of the stem and of the three groups of blocks.
     The literature's CIFAR-100 students and teachers: ResNet-20 is depth 20 (278,324 parameters), ResNet-56
     depth 56 (861,620); resnet8x4 and resnet32x4 have channels [32, 64, 128, 256] and depth 8 (1,233,540) or
-    32 (7,433,860). Stages stem, layer1, layer2, layer3, each after its ReLU; the embedding is layer3's mean
-    over positions.
+    32 (7,433,860). Blocks: stem, layer1, layer2, layer3, each after its ReLU. The embedding is layer3's mean over
+    positions.
+
+    depth: 6 n + 2 layers, with n residual blocks at each size. channels: of the stem, layer1, layer2 and layer3.
     """
     if depth < 8 or (depth - 2) % 6:
         raise Mistake(f"cifar_resnet: depth is {depth}; it must be 6 n + 2: 8, 14, 20, 26, 32, ...")
@@ -46,7 +47,7 @@ class _Block(nn.Module):
         return torch.relu(inner + self.shortcut(x))
 
 
-class _CifarResnet(Staged):
+class _CifarResnet(Blocks):
     def __init__(
         self, images: int, num_classes: int, num_blocks: int, channels: tuple[int, int, int, int]
     ) -> None:
@@ -62,7 +63,7 @@ class _CifarResnet(Staged):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def stages(self):
+    def blocks(self):
         groups = [(name, self.get_submodule(name)) for name in ("layer1", "layer2", "layer3")]
         return [("stem", self._stem), *groups]
 

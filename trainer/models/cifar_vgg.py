@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged, max_pool
+from trainer.networks.blocks import Blocks, max_pool
 
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
 
@@ -15,10 +15,11 @@ def cifar_vgg(
 ) -> nn.Module:
     """VGG with batch normalization and one linear classifier (Simonyan and Zisserman 2015).
 
-    depth: names the network; the published VGG's three fully connected layers count in it, here there is one.
-    At 100 classes VGG-8 has 3,965,028 parameters and VGG-13 9,462,180.
-    Stages layer1 to layer5, each after its last ReLU and before the pooling; there is none between layer4 and
-    layer5. The embedding is layer5's mean over positions. Images under 8 pixels raise ValueError.
+    At 100 classes VGG-8 has 3,965,028 parameters and VGG-13 9,462,180. Blocks: layer1 to layer5, each after its last
+    ReLU and before the pooling; there is no pooling between layer4 and layer5. The embedding is layer5's mean over
+    positions. Raises Mistake for images under 8 pixels.
+
+    depth: the published name's number. It counts three fully connected layers; here there is one.
     """
     _, height, width = input_shape
     if min(height, width) < 8:
@@ -26,7 +27,7 @@ def cifar_vgg(
     return _CifarVgg(input_shape[0], num_classes, _CONVOLUTIONS[depth])
 
 
-class _CifarVgg(Staged):
+class _CifarVgg(Blocks):
     def __init__(self, images: int, num_classes: int, convolutions: tuple[int, ...]) -> None:
         super().__init__()
         self.layer1 = _group(convolutions[0], images, 64)
@@ -43,7 +44,7 @@ class _CifarVgg(Staged):
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
-    def stages(self):
+    def blocks(self):
         return [
             ("layer1", self.layer1),
             ("layer2", lambda x: self.layer2(max_pool(x))),

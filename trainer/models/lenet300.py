@@ -7,7 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
 def lenet300(
@@ -15,9 +15,10 @@ def lenet300(
 ) -> nn.Module:
     """Fully connected layers fc1, fc2, ... with ReLU between them (LeCun et al. 1998).
 
-    hidden: units of each hidden layer. The default on 28 x 28 x 1 and 10 classes is the classic
-    784-300-100-10 with 266,610 parameters. Each hidden layer is a stage, its map [N, units, 1, 1] taken after
-    the ReLU; the last one's is the embedding. Raises Mistake without a hidden layer.
+    Each hidden layer is a block; its map [N, units, 1, 1] is taken after the ReLU. The last one is the embedding.
+
+    hidden: units of each hidden layer. The default on 28 x 28 x 1 and 10 classes is the classic 784-300-100-10 with
+    266,610 parameters. Raises Mistake for an empty list.
     """
     if not hidden:
         raise Mistake("lenet300: hidden is empty; it lists the units of at least one hidden layer")
@@ -25,14 +26,14 @@ def lenet300(
     return _Lenet300([channels * height * width, *hidden, num_classes])
 
 
-class _Lenet300(Staged):
+class _Lenet300(Blocks):
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
         self.names = [f"fc{number}" for number in range(1, len(widths))]
         for name, inputs, outputs in zip(self.names, widths[:-1], widths[1:], strict=True):
             self.add_module(name, nn.Linear(inputs, outputs))
 
-    def stages(self):
+    def blocks(self):
         return [(name, partial(self._hidden, name)) for name in self.names[:-1]]
 
     def chain(self):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged, max_pool
+from trainer.networks.blocks import Blocks, max_pool
 
 
 def lenet5(
@@ -21,13 +21,18 @@ def lenet5(
 ) -> nn.Module:
     """LeNet-5 (LeCun et al. 1998) with ReLU and max pooling, every layer scaled by `width` / 6.
 
-    width: channels of conv1; conv2 has 8/3 of it, fc1 20 times and fc2 14 times as many units. 6 is LeNet-5:
-    61,706 parameters on 28 x 28 x 1 and 10 classes. batch_norm: normalise after each convolution, which then
-    has no bias of its own; folding it away gives exactly the network without `batch_norm`. dropout: share of
-    the inputs of fc1, fc2 and fc3 dropped in training.
-    Stages conv1, conv2 (after ReLU and pooling), fc1, fc2 (after ReLU); the embedding is fc2's. Images of
-    less than 16 pixels are padded at conv2 too, so that something is left of them; under 8 pixels raises
-    Mistake.
+    Blocks: conv1, conv2 (after ReLU and pooling), fc1, fc2 (after ReLU). The embedding is fc2's output. Images under
+    16 pixels are padded at conv2 too, because the unpadded convolution would leave too little of them.
+
+    Args:
+        width: Channels of conv1. conv2 has 8/3 times as many, fc1 20 times and fc2 14 times as many units. 6 is
+            LeNet-5: 61,706 parameters on 28 x 28 x 1 and 10 classes.
+        batch_norm: Whether BatchNorm follows each convolution, which then has no bias. Folding it away gives exactly
+            the network without batch_norm.
+        dropout: Fraction of the inputs of fc1, fc2 and fc3 dropped in training.
+
+    Raises:
+        Mistake: For images under 8 pixels.
     """
     _, height, breadth = input_shape
     if min(height, breadth) < 8:
@@ -35,7 +40,7 @@ def lenet5(
     return _Lenet5(input_shape, num_classes, width, batch_norm, dropout)
 
 
-class _Lenet5(Staged):
+class _Lenet5(Blocks):
     def __init__(
         self,
         input_shape: tuple[int, int, int],
@@ -58,7 +63,7 @@ class _Lenet5(Staged):
         self.fc2 = nn.Linear(20 * width, 14 * width)
         self.fc3 = nn.Linear(14 * width, num_classes)
 
-    def stages(self):
+    def blocks(self):
         return [("conv1", self._conv1), ("conv2", self._conv2), ("fc1", self._fc1), ("fc2", self._fc2)]
 
     def chain(self):

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged, max_pool
+from trainer.networks.blocks import Blocks, max_pool
 
 
 def lenet5_caffe(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Two unpadded 5 x 5 convolutions of 20 and 50 channels, then 500 units (Caffe's LeNet).
 
-    431,080 parameters on 28 x 28 x 1 and 10 classes. ReLU follows every hidden layer (Caffe's own definition
-    has it after the 500 units only, the papers' reimplementations after all). Stages conv1, conv2 (after ReLU
-    and pooling) and fc1; the embedding is fc1's. Images under 16 pixels raise ValueError.
+    It has 431,080 parameters on 28 x 28 x 1 and 10 classes. ReLU follows every hidden layer (Caffe's own definition
+    has one after the 500 units only, the papers' reimplementations after all). Blocks: conv1, conv2 (after ReLU and
+    pooling) and fc1. The embedding is fc1's output. Raises Mistake for images under 16 pixels.
     """
     _, height, width = input_shape
     if min(height, width) < 16:
@@ -20,7 +20,7 @@ def lenet5_caffe(input_shape: tuple[int, int, int], num_classes: int) -> nn.Modu
     return _Lenet5Caffe(input_shape, num_classes)
 
 
-class _Lenet5Caffe(Staged):
+class _Lenet5Caffe(Blocks):
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = input_shape
@@ -30,7 +30,7 @@ class _Lenet5Caffe(Staged):
         self.fc1 = nn.Linear(50 * left[0] * left[1], 500)
         self.fc2 = nn.Linear(500, num_classes)
 
-    def stages(self):
+    def blocks(self):
         return [("conv1", self._conv1), ("conv2", self._conv2), ("fc1", self._fc1)]
 
     def chain(self):

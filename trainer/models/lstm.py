@@ -16,10 +16,13 @@ def lstm(
 ) -> nn.Module:
     """A long short-term memory network (Hochreiter and Schmidhuber 1997) and a linear classifier.
 
-    A step is one row of the image: H steps of C * W values. hidden: units of each layer and direction.
-    num_layers: layers on top of each other. bidirectional: read downwards and upwards.
-    One stage, lstm: the top layer's outputs [N, H, D] (as a map [N, D, H, 1]). The embedding is the last
-    step's output, of both directions where there are two.
+    A time step is one row of the image: H steps of C * W values. The only block, lstm, is the top layer's output
+    [N, H, D], as a map [N, D, H, 1]. The embedding is the output at the last step, of each direction.
+
+    Args:
+        hidden: Units of each layer and direction.
+        num_layers: Number of stacked layers.
+        bidirectional: Whether to read the rows upwards too.
     """
     channels, _, width = input_shape
     layer = nn.LSTM(channels * width, hidden, num_layers, batch_first=True, bidirectional=bidirectional)

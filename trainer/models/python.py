@@ -1,4 +1,4 @@
-"""Anybody's network: `model: python:my_package.my_module:build`."""
+"""Networks of somebody else's code: `model: python:my_package.my_module:build`."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,10 @@ from trainer.recipe.shelves import PYTHON, fields, ones_own
 
 
 def name_keys(function: Callable) -> dict[str, tuple[Any, Any]]:
-    """The keys of one's own function: those keyword-only arguments that have a type hint. `options` reaches the others."""
+    """Returns the recipe keys of such a function: its keyword-only arguments, if all have type hints.
+
+    Otherwise none: `options` then passes them on.
+    """
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.KEYWORD_ONLY and p.annotation is p.empty for p in parameters):
         return {}
@@ -26,10 +29,11 @@ def python(
     options: dict[str, Any] = {},
     **keys: Any,
 ) -> nn.Module:
-    """What the function `name` ('module:function') returns for (input_shape, num_classes, **options, **keys).
+    """Builds what the function `name` ('module:function') returns for (input_shape, num_classes, **options, **keys).
 
-    The module is looked for among the installed ones and in the folder the program was started in. Its keyword-only
-    arguments are keys too. Raises Mistake when there is no such function, or what it returns is no `nn.Module`.
+    The module is installed, or in the folder where the program was started. The function's keyword-only arguments are
+    recipe keys too; options: further keyword arguments. Raises Mistake if there is no such function, or if it does not
+    return an `nn.Module`.
     """
     built = ones_own(PYTHON + name)(input_shape, num_classes, **options, **keys)
     if not isinstance(built, nn.Module):

@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
 def separable(
@@ -24,13 +24,19 @@ def separable(
     A block is a depthwise convolution, a 1 x 1 convolution and ReLU (after MobileNet, Howard et al. 2017,
     with one normalization a block). The default has 1,706 parameters once the normalization is folded, on one
     input channel and 10 classes; widths [16, 24, 24, 32, 32, 40] with strides [2, 1, 1, 2, 1, 1] 6,162.
-    widths: channels of the first convolution and of each block. strides: likewise; their number must be that
-    of the widths. first_kernel: side of the first convolution's window, odd. kernel: side of the blocks'
-    windows, odd. batch_norm: normalise before each ReLU, the convolution before it then has no bias; folding
-    it away gives exactly the network without `batch_norm`. residual: add a block's input to its output where
-    their shapes are equal.
-    Stages conv1, block2, block3, ... each after its ReLU; the embedding is the last one's mean over
-    positions.
+    Blocks: conv1, block2, block3, ..., each after its ReLU. The embedding is the last one's mean over positions.
+
+    Args:
+        widths: Channels of the first convolution and of each block.
+        strides: Strides of the first convolution and of each block, as many as widths.
+        first_kernel: Kernel size of the first convolution, odd.
+        kernel: Kernel size of the depthwise convolutions, odd.
+        batch_norm: Whether BatchNorm precedes each ReLU; the convolution before it then has no bias. Folding it away
+            gives exactly the network without batch_norm.
+        residual: Whether a block's input is added to its output where their shapes are equal.
+
+    Raises:
+        Mistake: For an even kernel size, and for widths and strides of different number.
     """
     if not widths or len(strides) != len(widths):
         raise Mistake(
@@ -59,7 +65,7 @@ class _Block(nn.Module):
         return x + inner if self.residual else inner
 
 
-class _Separable(Staged):
+class _Separable(Blocks):
     def __init__(
         self,
         images: int,
@@ -76,26 +82,26 @@ class _Separable(Staged):
             images, widths[0], first_kernel, strides[0], first_kernel // 2, bias=not batch_norm
         )
         self.norm1 = nn.BatchNorm2d(widths[0]) if batch_norm else nn.Identity()
-        self.blocks = [f"block{number}" for number in range(2, len(widths) + 1)]
-        steps = zip(self.blocks, widths[:-1], widths[1:], strides[1:], strict=True)
+        self.names = [f"block{number}" for number in range(2, len(widths) + 1)]
+        steps = zip(self.names, widths[:-1], widths[1:], strides[1:], strict=True)
         for name, inputs, outputs, stride in steps:
             self.add_module(name, _Block(inputs, outputs, stride, kernel, batch_norm, residual))
         self.fc = nn.Linear(widths[-1], num_classes)
 
-    def stages(self):
-        return [("conv1", self._conv1), *((name, self.get_submodule(name)) for name in self.blocks)]
+    def blocks(self):
+        return [("conv1", self._conv1), *((name, self.get_submodule(name)) for name in self.names)]
 
     def chain(self):
-        if any(self.get_submodule(name).residual for name in self.blocks):
+        if any(self.get_submodule(name).residual for name in self.names):
             return []
         return [
             "conv1",
-            *(f"{name}.{part}" for name in self.blocks for part in ("depthwise", "pointwise")),
+            *(f"{name}.{part}" for name in self.names for part in ("depthwise", "pointwise")),
             "fc",
         ]
 
     def norms(self):
-        return [("conv1", "norm1"), *((f"{name}.pointwise", f"{name}.norm") for name in self.blocks)]
+        return [("conv1", "norm1"), *((f"{name}.pointwise", f"{name}.norm") for name in self.names)]
 
     def _conv1(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm1(self.conv1(x)))

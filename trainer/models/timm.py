@@ -1,4 +1,4 @@
-"""Any architecture of timm (Wightman, PyTorch Image Models): `model: timm/resnet18`, or `hf-hub:NAME` from a hub."""
+"""Any architecture of timm (Wightman, PyTorch Image Models): `model: timm/resnet18`, or `hf-hub:NAME` from the hub."""
 
 from typing import Any
 
@@ -19,11 +19,18 @@ def timm(
     drop_path_rate: NonNegativeFloat | None = None,
     options: dict[str, Any] = {},
 ) -> nn.Module:
-    """The timm network `name` for `num_classes` classes and images of `input_shape`'s channels.
+    """Builds the timm network `name` for `num_classes` classes and images of `input_shape`'s channels.
 
-    pretrained: weights from the hub (needs a network). img_size: pixels, for the architectures that must know it (ViT).
-    options: passed on to `timm.create_model`. Raises Mistake for an unknown name, RuntimeError when the weights
-    cannot be fetched.
+    Args:
+        pretrained: Whether to load weights from the hub (needs internet access).
+        img_size: Side of the images in pixels, for architectures that must know it (ViT).
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, where the architecture has it.
+        options: Further arguments of `timm.create_model`.
+
+    Raises:
+        Mistake: For an unknown name, and for options that repeat the recipe's own keys.
+        RuntimeError: If the weights cannot be fetched.
     """
     from timm import (  # imported here: it takes seconds, and most runs have no timm network
         create_model,

@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
 def wide_resnet(
@@ -13,10 +13,10 @@ def wide_resnet(
 ) -> nn.Module:
     """Residual network of pre-activation blocks, `widen` times as wide (Zagoruyko and Komodakis 2016).
 
-    depth: 6 n + 4 layers for n blocks at each of three sizes. widen: factor on the channels 16, 32 and 64.
-    At 100 classes WRN-16-2 has 703,284 parameters and WRN-40-2 2,255,156.
-    Stages stem, layer1, layer2 (before the next block's normalization) and layer3 (normalised, after the
-    ReLU); the embedding is layer3's mean over positions.
+    At 100 classes WRN-16-2 has 703,284 parameters and WRN-40-2 2,255,156. Blocks: stem, layer1, layer2 (before the next
+    layer's normalization) and layer3 (after normalization and ReLU). The embedding is layer3's mean over positions.
+
+    depth: 6 n + 4 layers, with n residual blocks at each of three sizes. widen: factor on the channels 16, 32 and 64.
     """
     if depth < 10 or (depth - 4) % 6:
         raise Mistake(f"wide_resnet: depth is {depth}; it must be 6 n + 4: 10, 16, 22, 28, 34, 40, ...")
@@ -38,7 +38,7 @@ class _Block(nn.Module):
         return inner + (x if self.shortcut is None else self.shortcut(active))
 
 
-class _WideResnet(Staged):
+class _WideResnet(Blocks):
     def __init__(self, images: int, num_classes: int, num_blocks: int, widen: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(images, 16, 3, padding=1, bias=False)
@@ -52,7 +52,7 @@ class _WideResnet(Staged):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
-    def stages(self):
+    def blocks(self):
         groups = [("layer1", self.layer1), ("layer2", self.layer2), ("layer3", self._layer3)]
         return [("stem", self.conv1), *groups]
 

@@ -1,1 +1,1 @@
-"""."""
+"""Builds any network, and reads its logits, embeddings and feature maps."""

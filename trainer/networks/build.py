@@ -1,6 +1,5 @@
-"""Building the networks of a recipe."""
+"""Builds the networks of a recipe."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,11 +8,16 @@ from trainer.mistakes import Mistake
 from trainer.networks.sizes import resize
 from trainer.recipe import shelves
 from trainer.recipe.keys import ModelKeys, StudentKeys, TeacherKeys
-from trainer.storage.weights_file import load_file
+
+#: What a network's own code raises when its settings or its source are faulty.
+FAULTS = (
+    *(ValueError, TypeError, RuntimeError, ImportError, LookupError),
+    *(AttributeError, AssertionError, ArithmeticError, SyntaxError, NameError),
+)
 
 
 def spec(keys: ModelKeys) -> dict[str, Any]:
-    """What rebuilds the network: the model's name and those settings that differ from their defaults."""
+    """Returns what rebuilds the network: the model's name and the settings that differ from their defaults."""
     settings = shelves.own_settings(keys, _base(keys))
     fields = type(keys).model_fields
     return {"model": keys.model} | {
@@ -26,9 +30,15 @@ def _base(keys: ModelKeys) -> type[ModelKeys]:
 
 
 def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a spec, freshly initialised from torch's generator. Raises Mistake when it cannot be built.
+    """Builds the network of a spec, initialised from torch's global generator.
 
-    spec: {"model": name, settings}, and where channels were removed "resized": the sizes of those layers (`channels`).
+    Args:
+        spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers.
+        shape: (C, H, W) of the images.
+        num_classes: Width K of the logits.
+
+    Raises:
+        Mistake: If the network cannot be built.
     """
     settings = {key: value for key, value in spec.items() if key not in ("model", "resized")}
     function = shelves.find("model", spec["model"])
@@ -37,40 +47,15 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         model = function(shape, num_classes, *([rest] if rest else []), **settings)
     except Mistake:
         raise
-    except (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        ImportError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        ArithmeticError,
-    ) as error:
-        told = (
+    except FAULTS as error:
+        message = (
             f"{type(error).__name__}: {error}" if isinstance(error, LookupError | AssertionError) else error
         )
-        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {told}") from error
+        raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {message}") from error
     resize(model, spec.get("resized", {}))
     return model
 
 
-def create(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The network of a recipe entry, its checkpoint loaded where one is named."""
-    size = getattr(keys, "resize", None)
-    if size:
-        shape = (shape[0], size, size)
-    settings = {"model": keys.model} | shelves.own_settings(keys, _base(keys))
-    model = build(settings, shape, num_classes)
-    if keys.checkpoint is not None:
-        load_weights(model, keys.checkpoint)
-    return model
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint (safetensors, or a weights-only .pth). Raises Mistake naming the file when it does not fit."""
-    state = load_file(path)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise Mistake(f"{path}: does not fit the network: {str(error)[:600]}") from None
+def build_entry(keys: ModelKeys, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Builds the network of a recipe's entry, with timm's pretrained weights where the entry asks for them."""
+    return build({"model": keys.model} | shelves.own_settings(keys, _base(keys)), shape, num_classes)

@@ -1,7 +1,7 @@
-"""What a network sees: logits, pooled embedding and feature maps of one forward pass.
+"""Reads logits, pooled embedding and feature maps from one forward pass of any network.
 
-timm's networks are read through `forward_intermediates` and `forward_head`, our own small nets answer the same two
-calls (`Staged`), and forward hooks on dotted module names serve any other `nn.Module` and any layer that is no stage.
+timm's models are read through `forward_intermediates` and `forward_head`. Our own networks have the same two calls
+(`Blocks`). Forward hooks on dotted module names serve any other `nn.Module`, and any layer that is not a block.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.staged import Staged, as_map
+from trainer.networks.blocks import Blocks, as_map
 
 
 class Seen(NamedTuple):
-    """One forward pass: logits [N, K], embedding [N, D] or None, maps {layer: [N, C, H, W]} in the order asked."""
+    """Results of one forward pass: logits [N, K], embedding [N, D] or None, maps {layer: [N, C, H, W]} in the order asked."""
 
     logits: Tensor
     embedding: Tensor | None
@@ -24,16 +24,16 @@ class Seen(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer that can be looked at: its name and the shape (C, H, W) of its map for the run's images."""
+    """A layer with a feature map: its name and the shape (C, H, W) of the map for the run's images."""
 
     name: str
     shape: tuple[int, ...]
 
 
-def stage_names(model: nn.Module) -> list[str]:
-    """Names of the model's stages, shallow first; empty for a plain `nn.Module` without timm's calls."""
-    if isinstance(model, Staged):
-        return [name for name, _ in model.stages()]
+def block_names(model: nn.Module) -> list[str]:
+    """Returns the names of the model's blocks, shallow first; [] for a plain `nn.Module` without timm's feature calls."""
+    if isinstance(model, Blocks):
+        return [name for name, _ in model.blocks()]
     if not (hasattr(model, "forward_intermediates") and hasattr(model, "forward_head")):
         return []
     info = getattr(model, "feature_info", None)
@@ -42,19 +42,26 @@ def stage_names(model: nn.Module) -> list[str]:
     # A list of dicts in most families, a FeatureInfo object in a few.
     entries = info if isinstance(info, list) else info.info
     names = [entry["module"] for entry in entries]
-    # A few families give several stages one module name (CoaT), or none (TResNet): those are known by their number.
+    # A few families give several blocks one module name (CoaT), or none (TResNet): those get their number.
     return [name if name and names.count(name) == 1 else f"stage{i}" for i, name in enumerate(names)]
 
 
 def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
-    """Logits, and where asked the embedding and the maps of `layers`, of one forward pass.
+    """Runs one forward pass; returns logits, the maps of `layers`, and the embedding if asked.
 
-    images: [N, C, H, W], normalised. layers: names of stages (`stage_names`) or dotted names of modules.
-    Raises Mistake for a layer that does not exist, or an embedding asked of a net that does not tell its head.
+    Args:
+        model: Any network that maps images to logits.
+        images: [N, C, H, W], normalised.
+        layers: Names of blocks (`block_names`) or dotted names of modules.
+        embedding: Whether to return the pooled embedding [N, D] before the classifier.
+
+    Raises:
+        Mistake: For a layer that does not exist or is not called, and for an embedding of a network without a
+            Linear layer.
     """
     if not layers and not embedding:
         return Seen(model(images), None, {})
-    names = stage_names(model)
+    names = block_names(model)
     indices = sorted({names.index(layer) for layer in layers if layer in names})
     hooked = [layer for layer in layers if layer not in names]
     seen: dict[str, Tensor] = {}
@@ -63,8 +70,8 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
         for layer in hooked:
             handles.append(_watch(model, layer, seen))
         if names:
-            answering: Any = model  # timm's calls, which `stage_names` has found
-            extra = {} if isinstance(model, Staged) else {"norm": False, "output_fmt": "NCHW"}
+            answering: Any = model  # timm's calls, which `block_names` has found
+            extra = {} if isinstance(model, Blocks) else {"norm": False, "output_fmt": "NCHW"}
             if indices:
                 final, found = answering.forward_intermediates(images, indices=indices, **extra)
                 seen.update({names[i]: as_map(m) for i, m in zip(indices, found, strict=True)})
@@ -89,9 +96,9 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
 
 
 def head(model: nn.Module) -> nn.Module:
-    """The classifier: the module that maps the pooled embedding [N, D] to logits [N, K].
+    """Returns the classifier: the module that maps the pooled embedding [N, D] to logits [N, K].
 
-    Raises Mistake for a net with several classifiers (DeiT-distilled, LeViT): none alone gives the logits.
+    Raises Mistake for a network with several classifiers (DeiT-distilled, LeViT), none of which alone gives the logits.
     """
     if not hasattr(model, "get_classifier"):
         return _last_linear(model)
@@ -99,7 +106,7 @@ def head(model: nn.Module) -> nn.Module:
     classifier = answering.get_classifier()
     if not isinstance(classifier, nn.Module):
         raise Mistake(f"{type(model).__name__} has several classifiers; none alone gives its logits")
-    # In some families it starts with the pooling, or is a 1 x 1 convolution: the embedding is pooled and flat.
+    # In some families the classifier starts with the pooling, or is a 1 x 1 convolution; our embedding is pooled and flat.
     classifier = getattr(classifier, "fc", classifier)
     if isinstance(classifier, nn.Conv2d):
         return nn.Sequential(nn.Unflatten(1, (classifier.in_channels, 1, 1)), classifier, nn.Flatten())
@@ -119,7 +126,7 @@ def _watch(model: nn.Module, layer: str, seen: dict[str, Tensor]):
     modules = dict(model.named_modules())
     if layer not in modules or not layer:
         raise Mistake(
-            f"there is no layer {layer!r}; there are {', '.join(stage_names(model) or list(modules)[1:])}"
+            f"there is no layer {layer!r}; there are {', '.join(block_names(model) or list(modules)[1:])}"
         )
 
     def keep(_module: nn.Module, _inputs, output) -> None:
@@ -130,7 +137,7 @@ def _watch(model: nn.Module, layer: str, seen: dict[str, Tensor]):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model is in evaluation mode while this lasts, and then in the mode that it was in."""
+    """Puts the model into evaluation mode inside the `with` block, and restores its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -141,13 +148,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def look(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> list[Layer]:
-    """The layers with the shapes of their maps, by one dry forward in evaluation mode; all stages for None.
+    """Returns layers with the shapes of their maps, from one forward pass in evaluation mode.
 
-    A plain `nn.Module` has no stages: its direct children that give a map are taken instead.
+    layers: names as in `see`; None takes all blocks, or for a plain `nn.Module` the direct children that return a map.
     """
     with evaluating(model):
         if layers is None:
-            layers = stage_names(model)
+            layers = block_names(model)
         if not layers:
             layers = _children_with_maps(model, images)
         maps = see(model, images, layers).maps
@@ -171,5 +178,5 @@ def _children_with_maps(model: nn.Module, images: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    # The last child is the classifier: what it gives are the logits.
+    # The last child is the classifier; its output is the logits.
     return found[:-1]

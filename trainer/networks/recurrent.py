@@ -1,13 +1,13 @@
-"""What reads an image row by row, as a sequence: shared by the models lstm and gru."""
+"""The recurrent network that the models lstm and gru share."""
 
 import torch
 from torch import Tensor, nn
 
-from trainer.networks.staged import Staged
+from trainer.networks.blocks import Blocks
 
 
-class Recurrent(Staged):
-    """A recurrent layer (batch first), which is the one stage, under its own name, and a linear classifier."""
+class Recurrent(Blocks):
+    """A recurrent layer over an image's rows (batch first), the only block, and a linear classifier."""
 
     def __init__(self, name: str, layer: nn.RNNBase, num_classes: int) -> None:
         super().__init__()
@@ -15,7 +15,7 @@ class Recurrent(Staged):
         self.add_module(name, layer)
         self.fc = nn.Linear(layer.hidden_size * (2 if layer.bidirectional else 1), num_classes)
 
-    def stages(self):
+    def blocks(self):
         return [(self.name, self._read)]
 
     def _read(self, x: Tensor) -> Tensor:

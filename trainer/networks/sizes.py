@@ -1,4 +1,4 @@
-"""The sizes of a network's layers, and a network cut down to given sizes."""
+"""Reads the sizes of a network's layers, and cuts a network down to given sizes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.mistakes import Mistake
 
 
 def sizes_of(model: nn.Module) -> dict[str, list[int]]:
-    """{layer: [outputs, inputs]} of convolutions and linear layers, {layer: [channels]} of normalizations."""
+    """Returns {layer: [outputs, inputs]} for convolutions and linear layers, {layer: [channels]} for normalizations."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd):
@@ -26,10 +26,10 @@ def sizes_of(model: nn.Module) -> dict[str, list[int]]:
 
 
 def resize(model: nn.Module, wanted: Mapping[str, Any]) -> None:
-    """Cuts layers down to the sizes wanted (see `sizes`), in place; what is left are the leading channels.
+    """Cuts layers down to the wanted sizes (see `sizes_of`), in place; the leading channels stay.
 
-    A depthwise convolution stays one. Raises Mistake for a layer that is not there, is of another kind, or
-    is smaller than wanted.
+    A depthwise convolution stays depthwise. Raises Mistake for a layer that does not exist, is of another kind, or is
+    smaller than wanted.
     """
     have, modules = sizes_of(model), dict(model.named_modules())
     if not isinstance(wanted, Mapping):

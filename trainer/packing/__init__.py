@@ -1,1 +1,1 @@
-"""The .tiny format: a network as the smallest file that gives it back bit for bit."""
+"""The .tiny format: packs a network into a very small file that decodes to it bit for bit."""

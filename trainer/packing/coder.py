@@ -1,8 +1,8 @@
 """Arithmetic coding with integer probabilities.
 
-Everything that decides a probability is integer arithmetic, so that a stream written on one machine decodes
-on any other. An Encoder and a Decoder answer the same calls. A call hands over bits to an Encoder and gets them
-back; a Decoder ignores what it is handed and returns what it reads. So each model is written once for both ways.
+All arithmetic that decides a probability is on integers, so a stream written on one machine decodes on any other.
+Encoder and Decoder have the same methods. An Encoder writes the bits it gets and returns them; a Decoder ignores
+its argument and returns the bits it reads. So each model is written once, for both directions.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from trainer.mistakes import Mistake
 
 PROBABILITY_BITS = 16
 ONE = 1 << PROBABILITY_BITS  # a probability p is the integer p * ONE
-LOWEST = 4  # every probability handed to a coder lies in LOWEST .. ONE - LOWEST
-_SPAN = 1 << 48  # the coder's interval; it is widened by 16 bits whenever it is narrower than _NARROW
+LOWEST = 4  # every probability given to a coder lies in LOWEST .. ONE - LOWEST
+_SPAN = 1 << 48  # the coder's interval; it is widened by 16 bits when it is narrower than _NARROW
 _NARROW = 1 << 32
 
 
 class Encoder:
-    """A range coder that collects bits and their probabilities; `finish` gives the bytes."""
+    """A range coder that writes bits with given probabilities; `finish` returns the bytes."""
 
     writes = True
     bits = 0.0  # not measured here: see Meter
@@ -33,7 +33,7 @@ class Encoder:
         self._words: list[int] = []
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray) -> np.ndarray:
-        """Writes bits [n] of 0 and 1; probabilities [n] are those of a 1."""
+        """Writes bits [n] of 0 and 1. probabilities [n]: of a 1, as integers p * ONE."""
         low, span = self._low, self._span
         for probability, bit in zip(probabilities.tolist(), bits.tolist(), strict=True):
             bound = (span >> PROBABILITY_BITS) * probability
@@ -64,7 +64,7 @@ class Encoder:
         return bit
 
     def uniform(self, num_bits: int, value: int) -> int:
-        """Writes 0 <= value < 2^num_bits, each as likely as any other."""
+        """Writes 0 <= value < 2^num_bits, all values equally likely."""
         while num_bits:
             take = min(16, num_bits)
             num_bits -= take
@@ -90,9 +90,9 @@ class Encoder:
         self._words[at] += 1
 
     def finish(self, followed: bool = False) -> bytes:
-        """The fewest bytes from which a Decoder restores what was written.
+        """Returns the fewest bytes from which a Decoder restores what was written.
 
-        A Decoder reads zeros past the end of its data; followed: it will find other bytes there.
+        A Decoder reads zeros past the end of its data. followed: whether other bytes follow there.
         """
         for num_bytes in range(7):
             step = _SPAN >> 8 * num_bytes
@@ -106,7 +106,7 @@ class Encoder:
 
 
 class Decoder:
-    """Reads back what an Encoder wrote. Mistake where the data cannot be an Encoder's."""
+    """Reads back what an Encoder wrote. Its methods raise Mistake for data that no Encoder wrote."""
 
     writes = False
     bits = 0.0
@@ -177,13 +177,13 @@ class Decoder:
         return 0
 
     def check_end(self, num_bytes: int) -> None:
-        """Raises Mistake where the data has num_bytes and an Encoder would have needed fewer."""
+        """Raises Mistake if fewer of the data's num_bytes would have been enough."""
         if num_bytes > 2 * self._at:
             raise Mistake(f"{num_bytes - 2 * self._at} bytes follow the last tensor")
 
 
 class Meter:
-    """Passes every call on to a coder and adds up the ideal code length, in bits."""
+    """Passes every call on to a coder, and sums the ideal code length in bits."""
 
     def __init__(self, coder: Encoder | Decoder) -> None:
         self._coder = coder

@@ -1,14 +1,14 @@
-"""The packed file: a header and named arrays in as few bytes as we know how, given back bit for bit.
+"""The packed file: a header and named arrays in few bytes, decoded bit for bit.
 
     magic, version      3 bytes
     coded stream        header, layout, tensors: one arithmetic-coded stream, see `coder`
-    literal bytes       of long arrays of raw numbers, plain or deflated; read from the end backwards
+    literal bytes       long arrays of raw numbers, plain or deflated; read from the end backwards
     checksum            4 bytes, CRC-32 of all before it
 
-A tensor is written as numbers, or as a mask (where it is not zero) followed by the non-zero numbers, or by
-codes into a codebook, or by small integers that a step multiplies. Zero means the bit pattern of +0.0; a -0.0
-is a number like any other, so add 0.0 to a masked tensor before packing it. Masks and codes are predicted bit
-by bit from what is already known of the tensor and of the one before it: see `masks` and `ranks`.
+A tensor is written as numbers, or as a mask (True where it is not zero) followed by the non-zero numbers, by
+codes into a codebook, or by small integers times a step. Zero means the bit pattern of +0.0; -0.0 is a number
+like any other, so add 0.0 to a masked tensor before packing it. Masks and codes are predicted bit by bit from
+the known part of the tensor and from the tensor before it: see `masks` and `ranks`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,17 @@ from trainer.packing.tensors import MAX_CLUSTERS, code_tensor
 
 MAGIC = b"tS"
 VERSION = 2
-VERSIONS = (
-    1,
-    2,
-)  # of files that are read; they are coded alike, and 2 says how images are brought to the input
-MAX_NUMEL = 1 << 28  # of all tensors of a file together: 1 GB of float32
+VERSIONS = (1, 2)  # that are read; they are coded alike, and 2 says how images are brought to the input
+MAX_NUMEL = 1 << 28  # numbers in all tensors of a file: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
-_LONG, _LONGEST = 4096, 1 << 24  # bytes of a header that is deflated, and of the longest that is read
+_LONG, _LONGEST = 4096, 1 << 24  # bytes: a longer header is deflated; a still longer one is refused
 Layout = Mapping[str, tuple[tuple[int, ...], str | np.dtype]]
 Normal = dict[str, tuple[tuple[int, ...], str]]
 LayoutSource = Layout | Callable[[dict], Layout] | None
 
 
 def _normal(layout: Layout) -> Normal:
-    """A layout with plain tuples and dtype names. Mistake where it asks for too much."""
+    """Returns a layout with plain tuples and dtype names. Raises Mistake for unknown dtypes and too many numbers."""
     normal = {
         str(name): (tuple(int(size) for size in shape), np.dtype(dtype).name)
         for name, (shape, dtype) in layout.items()
@@ -60,9 +57,9 @@ def _normal(layout: Layout) -> Normal:
 
 
 def _code_layout(stream: Stream, layout: Normal | None, stored: bool) -> Normal:
-    """Names, shapes and dtypes; of a layout that both sides know, only a check.
+    """Codes names, shapes and dtypes, or only a check of a layout that both sides know.
 
-    stored: whether an Encoder writes it all. A Decoder is handed the layout that it knows, or None.
+    layout: of an Encoder, the tensors'; of a Decoder, the one it knows, or None. stored: whether an Encoder writes all.
     """
     scalars = stream.scalars
     if not scalars.bit("stored", int(stored)):
@@ -97,7 +94,7 @@ def _code_header(stream: Stream, header: dict) -> dict:
         except TypeError as error:
             raise Mistake(f"the header cannot be written as JSON: {error}") from error
     packed = text.encode()
-    # a long one (thousands of class names) is deflated: the text model takes 50 us for a byte
+    # A long one (thousands of class names) is deflated, because the text model takes 50 us for a byte.
     if stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
         packed = zlib.compress(packed, 9)
         packed = stream.literally(stream.scalars.number("header", len(packed), _LONGEST), packed)
@@ -116,12 +113,18 @@ def encode(
     steps: Mapping[str, float] = {},
     layout: Layout | None = None,
 ) -> bytes:
-    """Packs a header (a dict that JSON can hold; tuples become lists) and arrays, which return bit for bit.
+    """Packs a header and arrays into bytes.
 
-    steps: of a float32 tensor that equals float32(step) times integers up to 2^15, that step.
-    layout: name -> (shape, dtype), in the order of the tensors, where the reader will know it too (from the
-    architecture that the header names): then neither names nor shapes are written.
-    Mistake where a tensor is of an unknown dtype, or not what steps or layout say of it.
+    Args:
+        header: A dict of JSON's types; tuples become lists.
+        tensors: {name: array}, which decode bit for bit.
+        steps: {name: step} for float32 tensors that equal float32(step) times integers up to 2^15.
+        layout: {name: (shape, dtype)}, in the order of the tensors, if the reader will know it too (from the
+            architecture that the header names). Names and shapes are then not written.
+
+    Raises:
+        Mistake: For a tensor of an unknown dtype, more than `MAX_NUMEL` numbers, or a header that JSON cannot hold.
+        ValueError: For tensors that contradict steps or layout.
     """
     arrays = {str(name): np.asarray(array) for name, array in tensors.items()}
     found = _normal({name: (array.shape, array.dtype) for name, array in arrays.items()})
@@ -176,13 +179,13 @@ def _open(data: bytes, name: str, measure: bool = False) -> tuple[Stream, Decode
         raise Mistake(f"{name}: format version {data[2]}; this program reads versions {known}")
     body = data[3:-4]
     decoder = Decoder(body)
-    # A decision costs no fewer bits than one of the highest probability that there is.
+    # No decision costs fewer bits than one of the highest possible probability.
     capacity = (8 * len(body) + 64) / -math.log2(1 - LOWEST / ONE)
     return Stream(Meter(decoder) if measure else decoder, bytearray(body), capacity=capacity), decoder
 
 
 def read_header(data: bytes, name: str = "file") -> dict:
-    """The header alone. Mistake naming `name` where the data is damaged."""
+    """Returns the header alone. Raises Mistake, with `name`, for damaged data."""
     stream, _ = _open(data, name)
     try:
         return _code_header(stream, {})
@@ -214,25 +217,30 @@ def _decode(
 def decode(
     data: bytes, name: str = "file", layout: LayoutSource = None
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """The header and the tensors that `encode` was given, bit for bit.
+    """Returns the header and the tensors that `encode` was given, bit for bit.
 
-    layout: needed where the file was written with one; a callable is given the header and returns the layout.
-    Mistake naming `name` where the data is damaged, or not what the layout says.
+    Args:
+        data: The file's bytes.
+        name: The file's name, for messages.
+        layout: The layout that the file was written with, if any, or a function of the header that returns it.
+
+    Raises:
+        Mistake: For damaged data, or data that contradicts the layout.
     """
     header, tensors, _ = _decode(data, name, layout)
     return header, tensors
 
 
 def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> list[dict[str, Any]]:
-    """Where each byte goes: rows {"tensor", "part", "bytes"} whose bytes sum to exactly len(data).
+    """Returns where each byte goes: rows {"tensor", "part", "bytes"} whose bytes sum to exactly len(data).
 
-    part: frame (magic, version, checksum), header, layout; of each tensor form, mask, codebook, values. Parts
-    share one coded stream, so their bytes are fractions, by ideal code length.
-    The "values" row of a weight tensor (floating point, two dimensions or more) also tells: numel, nonzero,
-    clusters, and what its mask and codes would take otherwise: iid_bytes (entropy of the mask plus that of
-    the values), huffman_bytes (Huffman-coded relative indexes of 5 bits for matrices and 8 for convolutions,
-    with fillers, and Huffman-coded codes, without tables; Han et al. 2016), dense_huffman_bytes (every weight's
-    code Huffman-coded, that of zero among them), zlib_bytes (the codes, deflated).
+    part is frame (magic, version, checksum), header or layout; for each tensor form, mask, codebook or values. Parts
+    are in one coded stream, so their bytes are fractional, by ideal code length.
+    The "values" row of a weight tensor (floating point, two dimensions or more) also has numel, nonzero, clusters,
+    and the bytes of its mask and codes in other codes: iid_bytes (entropy of the mask plus entropy of the values),
+    huffman_bytes (Huffman-coded relative indexes of 5 bits for matrices and 8 for convolutions, with fillers, and
+    Huffman-coded codes, without tables; Han et al. 2016), dense_huffman_bytes (the code of every weight
+    Huffman-coded, zeros included), zlib_bytes (the codes, deflated).
     """
     _, tensors, stream = _decode(data, name, layout, measure=True)
     rows: list[dict[str, Any]] = [{"tensor": "", "part": "frame", "bytes": 7.0}]
@@ -243,8 +251,8 @@ def account(data: bytes, name: str = "file", layout: LayoutSource = None) -> lis
     bits = np.cumsum([0.0, *(bits for _, _, bits, _ in stream.parts)])
     # multiples of 1/1024: their sum is exact
     edges = np.rint(bits / bits[-1] * coded * 1024) / 1024
-    for row, share in zip(rows[1:], np.diff(edges).tolist(), strict=True):
-        row["bytes"] += share
+    for row, num_bytes in zip(rows[1:], np.diff(edges).tolist(), strict=True):
+        row["bytes"] += num_bytes
         tensor = tensors.get(row["tensor"], np.zeros(0))
         if row["part"] == "values" and tensor.dtype.kind == "f" and tensor.ndim > 1:
             row |= rival_bytes(tensor)

@@ -1,4 +1,4 @@
-"""A tensor as a matrix of small grids, and the order in which its positions are coded."""
+"""Arranges a tensor as a matrix of small grids, and orders its positions for coding."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import numpy as np
 
 @dataclass
 class Grid:
-    """A tensor as a matrix [rows, columns]; its columns fall into grids of height x width neighbours."""
+    """A tensor as a matrix [rows, columns], whose columns form grids of height x width neighbours."""
 
     rows: int
     columns: int
     height: int = 1
     width: int = 1
-    column_live: np.ndarray | None = None  # [columns], [rows]: how alive the unit is that feeds it
-    row_live: np.ndarray | None = None
+    column_live: np.ndarray | None = None  # [columns]: non-zero weights of the unit that feeds the column
+    row_live: np.ndarray | None = None  # [rows]: likewise for the row
 
     @property
     def flat(self) -> bool:
+        """Whether no column has a neighbour."""
         return self.height * self.width == 1
 
     def waves(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The order of coding: (row numbers, column numbers) of positions that are coded together.
+        """Yields the positions that are coded together, in order: (row numbers, column numbers).
 
-        Wave t holds the positions with column + row = t: by then all is known that lies to the left in the
-        row, so above in the grid too, and in the rows above in the same column. Wide matrices are cut at grid
-        borders into chunks of columns that advance side by side, so that there are fewer and longer waves.
+        Wave t holds the positions with column + row = t. The positions to the left in the row (so above in the grid
+        too) and in the rows above in the same column are then known. Wide matrices are cut at grid borders into
+        chunks of columns that advance side by side, so that there are fewer and longer waves.
         """
         starts = self._chunks()
         longest = int(np.diff(starts).max())
@@ -49,13 +50,13 @@ class Grid:
                 yield rows[inside], columns[inside]
 
     def _chunks(self) -> np.ndarray:
-        """Starts of the chunks, and the number of columns."""
+        """Returns the first column of each chunk, and at the end the number of columns."""
         grids = self.columns // (self.height * self.width)
         num = max(1, min(grids, self.rows * self.columns // (128 * min(self.rows, self.columns))))
         return np.arange(num + 1) * grids // num * (self.height * self.width)
 
     def neighbours(self, offsets: list[tuple[int, int]]) -> np.ndarray:
-        """[offset, column]: the column (down, right) of it in the same grid, or `columns` for none."""
+        """Returns [offset, column]: the column that is (down, right) of it in the same grid, or `columns` for none."""
         column = np.arange(self.columns)
         y, x = column // self.width % self.height, column % self.width
         found = []
@@ -66,7 +67,7 @@ class Grid:
 
 
 def grid_of(shape: tuple[int, ...], live: np.ndarray | None) -> Grid:
-    """The matrix of a tensor, by its shape and that of the weight tensor before it (live [its rows])."""
+    """Returns the grid of a tensor of this shape. live: non-zero weights of each row of the weight tensor before it."""
     numel = math.prod(shape)
     if len(shape) < 2:
         return Grid(1, numel, column_live=live if live is not None and len(live) == numel else None)
@@ -79,7 +80,7 @@ def grid_of(shape: tuple[int, ...], live: np.ndarray | None) -> Grid:
     if len(shape) > 2:
         grid.height, grid.width = math.prod(shape[2:-1]), shape[-1]
         return grid
-    # a matrix whose columns may be pixels: of channels of the layer before it, or of a grey or coloured image
+    # The columns of a matrix may be pixels: of the previous layer's channels, or of a grey or coloured image.
     for channels in (1, 3) if grid.column_live is None or live is None else (len(live),):
         side = math.isqrt(columns // channels)
         if channels * side * side == columns and (side >= 8 or grid.column_live is not None):
@@ -91,4 +92,4 @@ def grid_of(shape: tuple[int, ...], live: np.ndarray | None) -> Grid:
 NEAR = [(0, -1), (-1, 0), (-1, 1), (-1, -1), (0, -2), (-2, 0)]
 FAR = [(-1, 2), (-1, -2), (-2, -1), (-2, 1), (-2, 2), (-2, -2), (0, -3), (-3, 0)]
 AROUND = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-COUNT = 16  # counts are kept in units of 1 / _COUNT
+COUNT = 16  # counts are kept in units of 1 / COUNT

@@ -1,4 +1,4 @@
-"""A packed file as a network that looks at images: the classes, what brings images to its input, and its answers."""
+"""Loads a packed file as a network with its classes, its preprocessing of images, and its predictions."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -21,19 +21,19 @@ BATCH = 64
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
-    """The network of a packed file, in evaluation mode.
+    """Loads the network of a packed file, in evaluation mode.
 
     Args:
         path: The file.
-        into: A network to fill, for files of networks that are on no shelf; it stays as it was when it does not fit.
+        into: A network to fill, for files of networks that are on no shelf. It is unchanged if it does not fit.
 
     Returns:
-        The network. Where the file knows its images it has three attributes more: `classes`, their names in order;
-        `preprocess(images)`, the input [N, C, H, W] of files, pictures or uint8 tensors [N, C, H, W]; and
-        `predict(images)`, the name of the class of each.
+        The network, with the attribute `classes`, their names in order. If the file was packed with shape and mean, it
+        also has `preprocess(images)`, which returns the input [N, C, H, W] for files, pictures or uint8 tensors
+        [N, C, H, W], and `predict(images)`, which returns the name of each image's class.
 
     Raises:
-        Mistake: Naming the file when it is damaged, needs `into`, or does not fit it.
+        Mistake: With the file's name, if it is damaged, needs `into`, or does not fit it.
     """
     data = _content(path)
     network, header = packed.decode(data, str(path), into)
@@ -56,10 +56,17 @@ def _content(path: str | Path) -> bytes:
 
 
 def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """A network's input [N, C, H, W]: what training and measuring gave it for the same pictures, to the bit.
+    """Returns a network's input [N, C, H, W], bit for bit as in training and evaluation.
 
-    images: a path, a PIL image or an array [H, W] or [H, W, 3], or several; or a uint8 tensor [C, H, W] or [N, C, H, W] of
-    the input's own size, which is only scaled and normalised.
+    Args:
+        images: A path, a PIL image or an array [H, W] or [H, W, 3], or several; or a uint8 tensor [C, H, W] or
+            [N, C, H, W] of the input's own size, which is only scaled and normalised.
+        reading: How image files are brought to the input.
+        mean: Of the normalisation, for each channel.
+        std: Of the normalisation, for each channel.
+
+    Raises:
+        Mistake: For a tensor of another type or size, and for files that cannot be read.
     """
     if isinstance(images, Tensor):
         stacked = images if images.dim() == 4 else images[None]

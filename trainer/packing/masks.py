@@ -1,4 +1,4 @@
-"""Where a tensor is not zero, coded bit by bit."""
+"""Codes a tensor's mask (where it is not zero) bit by bit."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from trainer.packing.stream import Stream
 
 
 def _log_ratio(found: np.ndarray, expected: np.ndarray, weight: int) -> np.ndarray:
-    """log2((found + weight) / (expected + weight)); all three in units of 1 / _COUNT."""
+    """Returns log2((found + weight) / (expected + weight)); all three in units of 1 / COUNT."""
     log2 = log2_table()
     return log2.take(found + weight, mode="clip") - log2.take(expected + weight, mode="clip")
 
 
 def liveness(live: np.ndarray) -> np.ndarray:
-    """log2 of how alive each unit is, against the mean."""
+    """Returns for each unit log2 of its number of non-zero weights over the mean."""
     mean = np.full_like(live, live.sum() * COUNT // len(live))
     return _log_ratio(live * COUNT, mean, COUNT // 2)
 
 
 def code_mask(stream: Stream, mask: np.ndarray, grid: Grid) -> np.ndarray:
-    """Where a matrix is not zero: [rows, columns] of 0 and 1.
+    """Codes the mask of a matrix: [rows, columns] of 0 and 1. Returns it; a Decoder ignores its argument.
 
-    Each position's odds are mixed from: the density so far; what the column, the row and the columns around
-    it had more than expected; the neighbours in the row's grid, one by one, as a pattern, and as a sum; the
-    rows above; and how many weights the unit has that feeds the column (or row) in the tensor before.
+    The odds of each position are mixed from the density so far; the excess over the expectation of its column, its
+    row and the columns around it; its neighbours in the row's grid, one by one, as a pattern, and as a sum; the rows
+    above; and the number of weights, in the tensor before, of the unit that feeds the column (or row).
     """
     rows, columns = grid.rows, grid.columns
     coder, stretch = stream.coder, stretch_table()
     spatial = not grid.flat
-    wide = grid.height * grid.width > 25  # in a small kernel the near ones say it all
+    wide = grid.height * grid.width > 25  # in a small kernel far neighbours add nothing
     weights = {"density": 1.0, "column": 0.6, "row": 0.5, "above": 0.3, "pattern": 0.6}
     if spatial:
         weights |= {
@@ -67,7 +67,7 @@ def code_mask(stream: Stream, mask: np.ndarray, grid: Grid) -> np.ndarray:
     column_ratio, column_probability = np.zeros(stride, np.int64), np.zeros(stride, np.int64)
     pattern_found = np.full(1 << len(NEAR), 2 * COUNT, np.int64)
     pattern_expected = np.full(1 << len(NEAR), 2 * COUNT * ONE, np.int64)
-    # counts that would leave the logarithm's table are kept in coarser units
+    # Counts beyond the table of logarithms are kept in coarser units.
     coarse = max(0, (max(rows, columns) * COUNT).bit_length() - 17)
     ones, seen = stream.density
     ones, seen = 2 * COUNT * ones // seen + 1, 2 * COUNT + 2

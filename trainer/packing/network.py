@@ -1,4 +1,4 @@
-"""Networks as packed files: the architecture's spec and the weights, and back."""
+"""Packs a network (its spec and its weights) into a file's bytes, and unpacks it."""
 
 import math
 from collections.abc import Mapping
@@ -16,11 +16,13 @@ from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing import container
 
-MAX_CLASSES = 2**20  # of classes that only count: names that are written cost the file that holds them
+MAX_CLASSES = (
+    2**20
+)  # of classes that are stored as their number; names need no limit, since they make the file larger
 
 
 def facts_of(data: Data) -> dict[str, Any]:
-    """What a packed file must know of the images: shape, mean and std, class names, and how an image file is read.
+    """Returns a packed file's facts of the images: shape, mean and std, class names, and how an image file is read.
 
     shape: (C, H, W). mean, std: per channel. reading: what differs from the default (`image_file.Reading`).
     """
@@ -34,7 +36,7 @@ def facts_of(data: Data) -> dict[str, Any]:
 
 
 def _compact(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Class names that only count ('0', '1' ...) are stored as their number; the default reading takes no byte."""
+    """Replaces class names '0', '1', ... by their number, and leaves out the default reading."""
     classes = facts["classes"]
     found = {
         **facts,
@@ -52,18 +54,18 @@ def _full(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rebuilds(header: Mapping[str, Any]) -> bool:
-    """Whether a file's network is built by the program itself: from the models shelf or from timm.
+    """Returns whether the program itself can build a file's network: from the models shelf or from timm.
 
-    A file that names code (`python:module:function`) or a hub must not have it run or fetched by whoever looks at it:
-    such a network is brought by the reader.
+    Opening a file must not run code that it names (`python:module:function`), nor download anything: the reader must
+    bring such a network.
     """
     net = header.get("net")
-    # A colon anywhere: timm too has names that are a place to fetch from, timm/hf-hub:NAME among them.
+    # A colon anywhere: timm too has names that it downloads, such as timm/hf-hub:NAME.
     return net is not None and ":" not in net["model"] and not net.get("pretrained")
 
 
 def _check(header: Any) -> None:
-    """Raises Mistake unless a header that was read holds what `encode` writes: its file may have been made by anyone."""
+    """Raises Mistake unless a header holds what `encode` writes: anyone may have made the file."""
 
     def numbers(key: str, kind: type) -> bool:
         values = header.get(key)
@@ -114,10 +116,15 @@ def _read_header(data: bytes, name: str) -> dict[str, Any]:
 
 
 def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bytes:
-    """The bytes of a packed network; they decode to exactly the tensors the network computes with.
+    """Packs a network into bytes, which decode to exactly the tensors that it computes with.
 
-    spec: {"model": name, settings} as in a recipe, None for a network that the reader must bring himself.
-    facts: {"shape", "mean", "std", "classes"}.
+    Args:
+        model: The network; masked and shared weights are packed as such.
+        spec: {"model": name, settings} as in a recipe; None for a network that the reader must bring.
+        facts: {"shape", "mean", "std", "classes"} of the images, see `facts_of`.
+
+    Raises:
+        Mistake: For a tensor of another type, and if spec does not build this network.
     """
     tensors = {}
     for name, tensor in dense_state(model).items():
@@ -140,14 +147,14 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
         raise Mistake(
             f"the network is not what {header['net']} builds: {', '.join(odd)} are in one of them only"
         )
-    # A masked weight has left its place among its module's parameters: the spec's order is what a reader knows.
+    # A masked weight comes later in the state_dict than in the plain network, whose order the reader knows.
     return container.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
 
 
 def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Step of each float32 vector that holds few-bit integers times a power of two, such as `to_grid` leaves.
+    """Returns {name: step} of float32 vectors that hold small integers times a power of two, as `to_grid` makes them.
 
-    The step is the largest power of two that all are multiples of; vectors that reach more than 255 of it have none.
+    The step is the largest power of two that divides all values. Vectors with a value beyond 255 steps are left out.
     """
     steps = {}
     for name, array in tensors.items():
@@ -166,7 +173,7 @@ def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def reading(data: bytes, name: str = "file") -> Reading:
-    """How images are brought to the input of a packed file's network. Raises Mistake where the file does not say."""
+    """Returns how images are brought to the input of a packed file's network. Raises Mistake if the file does not say."""
     found = header(data, name)
     if not found["shape"] or not found["mean"]:
         raise Mistake(
@@ -178,12 +185,15 @@ def reading(data: bytes, name: str = "file") -> Reading:
 
 
 def header(data: bytes, name: str = "file") -> dict[str, Any]:
-    """The facts of a packed file, and the spec of its network under "net". Raises Mistake naming the file."""
+    """Returns the facts of a packed file, and the spec of its network under "net".
+
+    Raises Mistake, with the file's name, for damaged data.
+    """
     return _full(_read_header(data, name))
 
 
 def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a packed file by name, and its facts. Raises Mistake naming the file when it is damaged."""
+    """Returns the tensors of a packed file by name, and its facts. Raises Mistake, with the file's name, if damaged."""
     header = _read_header(data, name)
     _, arrays = container.decode(data, name, layout=layout if rebuilds(header) else None)
     # ascontiguousarray makes a vector of a scalar
@@ -193,7 +203,7 @@ def tensors(data: bytes, name: str = "file") -> tuple[dict[str, Tensor], dict[st
 
 
 def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]]:
-    """Where each byte of a packed file goes, and its facts."""
+    """Returns where each byte of a packed file goes (`container.account`), and its facts."""
     header = _read_header(data, name)
     return container.account(data, name, layout=layout if rebuilds(header) else None), _full(header)
 
@@ -201,16 +211,21 @@ def account(data: bytes, name: str = "file") -> tuple[list[dict], dict[str, Any]
 def decode(
     data: bytes, name: str = "file", into: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a packed file, in evaluation mode, and its facts.
+    """Returns the network of a packed file, in evaluation mode, and the file's facts.
 
-    into: a network to fill, for files of networks that are on no shelf; it stays as it was when it does not fit. Raises
-    Mistake naming the file when it is damaged, when it needs `into`, or when names, shapes, types or ties of the
-    network's tensors are others than the file's.
+    Args:
+        data: The file's bytes.
+        name: The file's name, for messages.
+        into: A network to fill, for files of networks that are on no shelf. It is unchanged if it does not fit.
+
+    Raises:
+        Mistake: For damaged data, for a file that needs `into`, and if names, shapes, types or ties of the network's
+            tensors differ from the file's.
     """
     state, header = tensors(data, name)
     if into is None and not rebuilds(header):
-        told = f"{header['net']['model']!r}, which" if "net" in header else "a network that"
-        raise Mistake(f"{name}: holds the weights of {told} is on no shelf: give the network as `into`")
+        whose = f"{header['net']['model']!r}, which" if "net" in header else "a network that"
+        raise Mistake(f"{name}: holds the weights of {whose} is on no shelf: give the network as `into`")
     model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
     wrong = _misfits(model, state)
     if wrong:
@@ -222,16 +237,16 @@ def decode(
 
 
 def _misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Why a network could not hold exactly these tensors; nothing where it can."""
+    """Returns why a network cannot hold exactly these tensors; [] if it can."""
     own = dense_state(model)
     wrong = [f"{key!r} is missing from the file" for key in own if key not in state]
     wrong += [f"{key!r} is not in the network" for key in state if key not in own]
     for key in own.keys() & state.keys():
-        mine, its = own[key], state[key]
-        if mine.shape != its.shape:
-            wrong.append(f"{key!r} is {tuple(its.shape)} in the file and {tuple(mine.shape)} in the network")
-        elif mine.dtype != its.dtype:
-            wrong.append(f"{key!r} is {its.dtype} in the file and {mine.dtype} in the network")
+        ours, read = own[key], state[key]
+        if ours.shape != read.shape:
+            wrong.append(f"{key!r} is {tuple(read.shape)} in the file and {tuple(ours.shape)} in the network")
+        elif ours.dtype != read.dtype:
+            wrong.append(f"{key!r} is {read.dtype} in the file and {ours.dtype} in the network")
     tied: dict[int, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         key = plain_key(path)
@@ -242,7 +257,7 @@ def _misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Names, shapes and types of the tensors of the network that the header names, without allocating it."""
+    """Returns names, shapes and types of the tensors of the network that the header names, without allocating it."""
     header = _full(header)
     with torch.device("meta"):
         model = build(header["net"], tuple(header["shape"]), len(header["classes"]))

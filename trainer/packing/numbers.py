@@ -1,4 +1,4 @@
-"""Raw numbers in the coded stream: floats, integers, long arrays as byte planes."""
+"""Codes raw numbers: floats, integers, long arrays as byte planes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SHORT = 1024  # raw arrays up to this many numbers go into the coded stream, lo
 
 
 def patterns_of(array: np.ndarray) -> np.ndarray:
-    """The bit patterns of an array as unsigned integers, flat."""
+    """Returns the bit patterns of an array as unsigned integers, flat."""
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
 def code_numbers(stream: Stream, patterns: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Patterns [n] of numbers of a dtype. What a Decoder is handed matters only for its length and dtype."""
+    """Codes the patterns [n] of numbers of a dtype; a Decoder uses only the length and dtype of its argument."""
     drop = code_drop(stream, patterns, dtype)
     if len(patterns) > _SHORT:
         return _code_planes(stream, patterns >> drop, 8 * dtype.itemsize - drop) << patterns.dtype.type(drop)
@@ -39,11 +39,12 @@ def code_numbers(stream: Stream, patterns: np.ndarray, dtype: np.dtype) -> np.nd
 
 
 def fraction_bits(dtype: np.dtype) -> int:
+    """Returns the number of fraction bits of a floating-point dtype."""
     return {2: 10, 4: 23, 8: 52}[dtype.itemsize]
 
 
 def code_drop(stream: Stream, patterns: np.ndarray, dtype: np.dtype) -> int:
-    """How many low bits of the fraction are zero in every number: 13 where float16 is exact."""
+    """Codes how many low bits of the fraction are zero in every number: at least 13 if float16 is exact."""
     if dtype.kind != "f":
         return 0
     union = int(np.bitwise_or.reduce(patterns, initial=0)) | 1 << fraction_bits(dtype)
@@ -54,7 +55,7 @@ def code_drop(stream: Stream, patterns: np.ndarray, dtype: np.dtype) -> int:
 
 
 def code_float(stream: Stream, value: int, dtype: np.dtype, drop: int) -> int:
-    """The pattern of a number >= 0 whose fraction ends in `drop` zero bits."""
+    """Codes the pattern of a number >= 0 whose fraction ends in `drop` zero bits."""
     fraction = fraction_bits(dtype)
     exponent_bits = 8 * dtype.itemsize - 1 - fraction
     context = "exponent" if dtype.itemsize == 4 else ("exponent", dtype.itemsize)
@@ -66,7 +67,7 @@ def code_float(stream: Stream, value: int, dtype: np.dtype, drop: int) -> int:
 
 
 def _code_planes(stream: Stream, patterns: np.ndarray, num_bits: int) -> np.ndarray:
-    """Byte by byte of the numbers, each plane deflated where that is smaller."""
+    """Codes the numbers byte plane by byte plane, each deflated if that is smaller."""
     out = np.zeros_like(patterns)
     for shift in range(0, num_bits, 8):
         plane = (

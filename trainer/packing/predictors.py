@@ -1,7 +1,7 @@
-"""The adaptive predictors that feed the coder: mixers, scalars, text.
+"""Adaptive predictors of the coder's probabilities: mixers, scalars, text.
 
-The tables are computed exactly, and where a matrix product runs in float64 all its terms and sums are integers below
-2^53, which float64 holds exactly in any order of summation.
+The tables are exact. The terms and sums of matrix products in float64 are integers below 2^53, which float64 holds
+exactly in any order of summation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STRETCH_LIMIT = 16 * UNIT - 1
 
 @cache
 def log2_table() -> np.ndarray:
-    """floor(log2(i) * UNIT) for 0 <= i < LOG2_SIZE (entry 0 is that of 1), by exact squaring."""
+    """Returns floor(log2(i) * UNIT) for 0 <= i < LOG2_SIZE (entry 0 equals entry 1), by exact squaring."""
     i = np.arange(LOG2_SIZE, dtype=np.uint64)
     i[0] = 1
     log2 = np.zeros(LOG2_SIZE, np.int64)
@@ -39,14 +39,14 @@ def log2_table() -> np.ndarray:
 
 @cache
 def stretch_table() -> np.ndarray:
-    """log2(p / (1 - p)) * UNIT for the probability i / ONE, 0 <= i <= ONE."""
+    """Returns log2(p / (1 - p)) * UNIT for the probabilities p = i / ONE, 0 <= i <= ONE."""
     log2 = log2_table()[: ONE + 1]
     return log2 - log2[::-1]
 
 
 @cache
 def squash_table() -> np.ndarray:
-    """ONE / (1 + 2^(-x / UNIT)) within LOWEST .. ONE - LOWEST, for x = -STRETCH_LIMIT .. STRETCH_LIMIT."""
+    """Returns ONE / (1 + 2^(-x / UNIT)) within LOWEST .. ONE - LOWEST, for x = -STRETCH_LIMIT .. STRETCH_LIMIT."""
     scale = 1 << 64
     root = 2 * scale
     for _ in range(UNIT.bit_length() - 1):
@@ -62,16 +62,19 @@ def squash_table() -> np.ndarray:
 
 
 def squash(stretched: np.ndarray) -> np.ndarray:
-    """The probability of log2 odds given in units of 1 / UNIT."""
+    """Returns the probabilities (times ONE) of log2 odds in units of 1 / UNIT."""
     return squash_table().take(stretched + STRETCH_LIMIT, mode="clip")
 
 
 class Mixer:
-    """Logistic mixing: log2 odds = weights . inputs, the weights learned online by a diagonal Newton step.
+    """Logistic mixing: log2 odds = weights . inputs. A diagonal Newton step learns the weights online.
 
-    inputs [num_inputs, n] are integers in units of 1 / UNIT, clipped to +-INPUT_LIMIT. Each position may pick
-    one of several weight vectors by its number in `sets` [n]. `patience` is how many typical samples the
-    first weights are worth: the higher, the slower they move at first.
+    inputs [num_inputs, n] are integers in units of 1 / UNIT, clipped to +-INPUT_LIMIT.
+
+    Args:
+        weights: The first weights.
+        num_sets: Number of weight vectors; each position picks one by its number in `sets` [n].
+        patience: How many typical samples the first weights are worth: the higher, the slower they move at first.
     """
 
     INPUT_LIMIT = 8 * UNIT - 1
@@ -83,7 +86,7 @@ class Mixer:
         self._curvature = np.full_like(self.weights, patience * (UNIT * UNIT * 3700))
 
     def predict(self, inputs: np.ndarray, sets: np.ndarray | None = None) -> np.ndarray:
-        """inputs: float64 that hold integers; clipped in place. Returns probabilities [n]."""
+        """Returns probabilities [n]. inputs: float64 with integer values, which are clipped in place."""
         np.minimum(inputs, self.INPUT_LIMIT, out=inputs)
         np.maximum(inputs, -self.INPUT_LIMIT, out=inputs)
         odds = self.weights.T.astype(np.float64) @ inputs
@@ -92,7 +95,7 @@ class Mixer:
         return self._probabilities()
 
     def refine(self, row: int, values: np.ndarray) -> np.ndarray:
-        """Fills in an input that was 0 in the last `predict`. Returns probabilities [n]."""
+        """Sets an input that was 0 in the last `predict`; returns probabilities [n]."""
         weights = self.weights[row]
         self._inputs[row] = values
         self._odds += values * (weights[0] if self._sets is None else weights[self._sets])
@@ -103,7 +106,7 @@ class Mixer:
         return self.probabilities
 
     def update(self, bits: np.ndarray, coded: np.ndarray | None = None) -> None:
-        """Learns from the bits of the last `predict`; coded [n] marks those that count (all by default)."""
+        """Learns from the bits [n] of the last `predict`. coded: bool [n] of those that count, None for all."""
         error = (bits * ONE - self.probabilities).astype(np.float64)
         spread = (self.probabilities * (ONE - self.probabilities) >> 16).astype(np.float64)
         if coded is not None:
@@ -120,13 +123,14 @@ class Mixer:
 
 
 class Scalars:
-    """Codes single numbers with adaptive bits. A context is any hashable thing that both directions know."""
+    """Codes single numbers with adaptive bits. A context is any hashable value that both directions know."""
 
     def __init__(self, coder: Coder) -> None:
         self.coder = coder
         self._counts: dict[Hashable, list[int]] = {}
 
     def bit(self, context: Hashable, bit: int = 0) -> int:
+        """Codes one bit with the frequencies of its context so far."""
         count = self._counts.setdefault(context, [0, 0])
         probability = ONE * (2 * count[1] + 1) // (2 * (count[0] + count[1]) + 2)
         bit = self.coder.bit(min(max(probability, LOWEST), ONE - LOWEST), bit)
@@ -134,7 +138,7 @@ class Scalars:
         return bit
 
     def tree(self, context: Hashable, num_bits: int, value: int = 0) -> int:
-        """0 <= value < 2^num_bits, highest bit first, each bit in the context of those above it."""
+        """Codes 0 <= value < 2^num_bits, highest bit first, each bit in the context of the higher ones."""
         node = 1
         for shift in reversed(range(num_bits)):
             node = node * 2 + self.bit((context, node), value >> shift & 1)
@@ -148,7 +152,7 @@ class Scalars:
                 self._counts.setdefault(key, [0, 0])[value >> shift & 1] += 1
 
     def number(self, context: Hashable, value: int = 0, limit: int = 1 << 62) -> int:
-        """0 <= value < limit: the length in bits of value + 1, then those bits, the upper two adaptive."""
+        """Codes 0 <= value < limit: the length of value + 1 in bits, then those bits, the upper two adaptive."""
         value += 1
         length = 0
         while self.bit((context, length), int(value >> length > 1)):
@@ -167,7 +171,7 @@ class Scalars:
 
 
 class Text:
-    """Codes text, each bit mixed from the contexts of the last 0 to 6 bytes; starts from a known primer."""
+    """Codes text. Each bit is mixed from the contexts of the last 0 to 6 bytes; a known primer trains it first."""
 
     _ORDERS = (0, 1, 2, 3, 4, 6)
 
@@ -189,7 +193,7 @@ class Text:
         return model._states, model._weights, model._past
 
     def code(self, text: str = "") -> str:
-        """Text without the byte 0, which ends it. Mistake where what is read is not UTF-8."""
+        """Codes text without the byte 0, which ends it. A Decoder raises UnicodeDecodeError if it is not UTF-8."""
         data = text.encode() + b"\0"
         out = bytearray()
         while not out or out[-1]:

@@ -1,4 +1,4 @@
-"""Which of few values a weight has, coded bit by bit."""
+"""Codes bit by bit which of few values a weight has."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from trainer.packing.stream import Stream
 def code_ranks(
     stream: Stream, ranks: np.ndarray, mask: np.ndarray, grid: Grid, highest: tuple[int, int]
 ) -> np.ndarray:
-    """The non-zeros of a matrix as signed ranks: 1 is the smallest positive value, -1 the smallest negative.
+    """Codes the non-zeros of a matrix as signed ranks: 1 is the smallest positive value, -1 the smallest negative.
 
-    highest: the highest rank of the negative and of the positive values. The sign is coded first, from the
-    signed neighbours and the balance of the row and column; then the rank, highest bit first, from how often
-    each value came before, the neighbours' ranks, and the mean of the row and column.
+    The sign is coded first, from the signed neighbours and the balance of the row and column. The rank follows, highest
+    bit first, from the values' frequencies so far, the neighbours' ranks, and the mean of the row and column.
+
+    Args:
+        stream: The direction of coding.
+        ranks: [rows, columns]; a Decoder ignores them.
+        mask: [rows, columns], known to both directions: 1 where the matrix is not zero.
+        grid: The matrix's grid.
+        highest: The highest rank of the negative and of the positive values.
     """
     coder = stream.coder
     rows, columns = mask.shape
@@ -41,11 +47,11 @@ def code_ranks(
     row_signs, column_signs, pattern_signs = _counts(rows, 3), _counts(columns, 3), _counts(81, 2)
     powers = np.array([1, 3, 9, 27], np.int64)
     shared = _faded(stream.ranks.get(depth, _counts(2 * full, 1)), 24 * COUNT)
-    nodes = _counts(2 * 2 * full, 1)  # those of the negative values first
+    nodes = _counts(2 * 2 * full, 1)  # negative values first
     row_sizes, column_sizes = np.zeros((rows, 2), np.int64), np.zeros((columns, 2), np.int64)  # sum, number
     total, number = 4 * 128, 4
     signed = min(highest) > 0
-    fresh = 0  # codes since the counts were last halved where they had grown
+    fresh = 0  # codes since large counts were last halved
 
     for r, c in grid.waves():
         keep = mask[r, c] > 0
@@ -134,12 +140,12 @@ def _counts(num: int, start: int) -> np.ndarray:
 
 
 def _odds(counts: np.ndarray) -> np.ndarray:
-    """log2 odds of the second of two counts [..., 2]."""
+    """Returns log2 odds of the second of two counts [..., 2]."""
     logs = log2_table().take(counts, mode="clip")
     return logs[..., 1] - logs[..., 0]
 
 
 def _faded(counts: np.ndarray, limit: int) -> np.ndarray:
-    """Counts [n, 2] scaled so that no row sums to more than a limit."""
+    """Scales counts [n, 2] so that no row sums to more than a limit."""
     total = counts.sum(1, keepdims=True)
     return np.maximum(np.where(total > limit, counts * limit // np.maximum(total, 1), counts), COUNT // 8)

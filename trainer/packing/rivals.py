@@ -1,4 +1,4 @@
-"""What a tensor would take by other codes, to compare with."""
+"""Computes a tensor's size in other codes, for comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.packing.tensors import entropy_bits
 
 
 def rival_bytes(tensor: np.ndarray) -> dict[str, Any]:
-    """What a tensor's mask and codes take by other means."""
+    """Returns the bytes of a tensor's mask and codes in other codes (see `container.account`), and its counts."""
     patterns = patterns_of(tensor)
     values, codes = np.unique(patterns, return_inverse=True)
     nonzero = np.flatnonzero(patterns)
@@ -39,7 +39,7 @@ def rival_bytes(tensor: np.ndarray) -> dict[str, Any]:
 
 
 def _huffman_bits(counts: np.ndarray) -> int:
-    """Length of a message in its own Huffman code."""
+    """Returns the length of a message in its own Huffman code, without the table."""
     heap = counts[counts > 0].tolist()
     if len(heap) == 1:
         return heap[0]

@@ -1,4 +1,4 @@
-"""One direction of coding: the coder, what it has learned so far, and what each part took."""
+"""The state of one direction of coding: the coder, its statistics so far, and the bits of each part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.mistakes import Mistake
 from trainer.packing.coder import Coder
 from trainer.packing.predictors import Scalars, Text
 
-# Typical headers: what a header shares with them costs next to nothing. Changing them makes a new version.
+# Typical headers: text that a header has in common with them costs next to nothing. A change needs a new version.
 _PRIMER = (
     "layer4.1.bn2.running_mean\0running_var\0num_batches_tracked\0layer1.0.conv1.weight\0"
     "block2.pointwise.weight\0depthwise.bias\0fc1.weight\0fc1.bias\0"
@@ -34,17 +34,17 @@ _PRIMER = (
 
 @dataclass
 class Stream:
-    """One direction of coding: the coder, what it has learned so far, and what each part took."""
+    """The state of one direction of coding: the coder, its statistics so far, and the bits of each part."""
 
     coder: Coder
-    literal: bytearray  # an Encoder's: written so far, last first; a Decoder's: not yet read
+    literal: bytearray  # of an Encoder: written so far, last first; of a Decoder: not yet read
     scalars: Scalars = field(init=False)
     text: Text = field(init=False)
     parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
-    capacity: float = math.inf  # decisions that a Decoder's bytes can tell at the most
+    capacity: float = math.inf  # the most decisions that a Decoder's bytes can hold
     live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
-    density: tuple[int, int] = (3, 10)  # non-zeros among positions of the last masked tensor
-    ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last codes, by their depth
+    density: tuple[int, int] = (3, 10)  # non-zeros and positions of the last masked tensor
+    ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last ranks, by number of bits
 
     def __post_init__(self) -> None:
         self.scalars = Scalars(self.coder)
@@ -52,10 +52,11 @@ class Stream:
         self.text = Text(self.coder, _PRIMER)
 
     def here(self) -> tuple[float, int]:
+        """Returns the bits and literal bytes so far, for `part`."""
         return self.coder.bits, len(self.literal)
 
     def part(self, tensor: str, name: str, start: tuple[float, int]) -> None:
-        """Notes what was coded since `start`, an earlier `here()`."""
+        """Records the bits and literal bytes that were coded since `start`, an earlier `here()`."""
         bits, literal = self.here()
         self.parts.append((tensor, name, bits - start[0], abs(literal - start[1])))
 

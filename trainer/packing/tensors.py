@@ -1,4 +1,4 @@
-"""A tensor in the coded stream: raw, through a codebook, or as steps of a grid."""
+"""Codes a tensor: raw, by a codebook, or as integers times a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RAW, _CODEBOOK, _STEPS = range(3)
 
 
 def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None = None) -> np.ndarray:
-    """A tensor; a Decoder is handed an array of the right shape and dtype."""
+    """Codes a tensor; a Decoder gets an array of the right shape and dtype. step: see `container.encode`."""
     scalars, dtype, start = stream.scalars, array.dtype, stream.here()
     patterns = patterns_of(array)
     numel = len(patterns)
@@ -58,8 +58,8 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
             ranks = np.zeros(matrix, np.int64)
             if stream.coder.writes:
                 order = np.argsort(codebook, kind="stable")
-                place = order[np.searchsorted(codebook, values, sorter=order)] - highest[0]
-                ranks.reshape(-1)[chosen] = place + (place >= 0)
+                position = order[np.searchsorted(codebook, values, sorter=order)] - highest[0]
+                ranks.reshape(-1)[chosen] = position + (position >= 0)
             ranks = code_ranks(stream, ranks, mask, grid, highest).reshape(-1)[chosen]
             values = codebook[ranks + highest[0] - (ranks > 0)]
         elif len(values):
@@ -75,7 +75,7 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
 def _choose(
     array: np.ndarray, patterns: np.ndarray, present: np.ndarray, step: float | None
 ) -> tuple[int, int]:
-    """The form of the fewest bytes, judged by entropy, and what is told of the zeros."""
+    """Returns the form of the fewest bytes, judged by entropy, and how zeros are coded."""
     numel, count = len(patterns), int(present.sum())
     mask_bits = entropy_bits(np.array([count, numel - count]))
     if count == 0:
@@ -95,6 +95,7 @@ def _choose(
 
 
 def entropy_bits(counts: np.ndarray) -> float:
+    """Returns the entropy of a message with these counts of symbols, in bits."""
     counts = counts[counts > 0]
     return float((counts * np.log2(counts.sum() / counts)).sum())
 
@@ -102,7 +103,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 def _code_codebook(
     stream: Stream, patterns: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Distinct values, negative ones first, the largest in magnitude at both ends; how many of each sign."""
+    """Codes the distinct values in rising order; returns their patterns and how many of each sign there are."""
     sign = 8 * dtype.itemsize - 1
     drop = code_drop(stream, patterns, dtype)
     halves = []
@@ -110,7 +111,7 @@ def _code_codebook(
         sizes = np.sort(patterns[patterns >> sign == negative] & (1 << sign) - 1).tolist()
         count = stream.scalars.number("clusters", len(sizes), MAX_CLUSTERS + 1)
         out: list[int] = []
-        # gaps between patterns are like gaps between logarithms; all of a side take about 3 octaves
+        # Gaps between patterns are like gaps between logarithms; the values of one sign span about 3 octaves.
         plain = max(0, fraction_bits(dtype) - drop + 1 - count.bit_length())
         for i in range(count):
             size = sizes[i] if stream.coder.writes else 0
@@ -129,7 +130,7 @@ def _code_codebook(
 
 
 def _code_steps(stream: Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """The codebook of a step times all integers between the least and the greatest."""
+    """Codes the codebook of a step times all integers between the least and the greatest."""
     pattern = int(np.float32(step or 1).view(np.uint32))
     drop = code_drop(stream, np.array([pattern], np.uint32), np.dtype(np.float32))
     scale = np.uint32(code_float(stream, pattern, np.dtype(np.float32), drop)).view(np.float32)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, as its author reads it: every fault at once, with the nearest valid name."""
+"""Collects every fault of a recipe's mapping at once, each with the nearest valid name."""
 
 import os
 import typing
@@ -13,19 +13,19 @@ from trainer.mistakes import closest, nearest
 
 
 class Entry(BaseModel):
-    """A mapping in a recipe. Keys that are no fields are faults, as are inf, nan, and true for a number."""
+    """A mapping in a recipe. Unknown keys are faults, and so are inf, nan, and true for a number."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     @classmethod
     def no_key(cls, key: str) -> str:
-        """What to say of a key that is no field."""
+        """Returns the message for an unknown key."""
         return f"is no key here{nearest(key, cls.model_fields)}"
 
     @model_validator(mode="wrap")
     @classmethod
     def _every_fault(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
-        # By itself pydantic names no nearest key, and takes true for the number 1.
+        # pydantic alone names no nearest key, and takes true for the number 1.
         if not isinstance(given, dict):
             return handler(given)
         faults, meant = [], set()
@@ -42,14 +42,16 @@ class Entry(BaseModel):
                 }
             )
         except ValidationError as error:
-            # One slip of the pen, one message: the key that is missing is the one that was misspelt.
-            # (A type's bare name, which pydantic allows beside our errors, `restated` does not give.)
+            # One message for one misspelling: the misspelt key is the missing one.
+            # (A type's bare name, which pydantic allows as well, is not among what `restated` returns.)
             faults += [f for f in restated(error) if f["type"].type != "missing" or f["loc"] not in meant]  # type: ignore[union-attr]
-        wrong = {told["loc"][0] for told in faults if told["loc"]}
+        wrong = {detail["loc"][0] for detail in faults if detail["loc"]}
         for name, field in cls.model_fields.items():
             if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
                 for below, value in _booleans(given[name]):
-                    if not below or not _mentions(field.annotation, BaseModel):  # an entry looks at its own
+                    if not below or not _mentions(
+                        field.annotation, BaseModel
+                    ):  # an inner entry checks itself
                         faults.append(
                             fault(name, "it should be a valid number", value, *below, kind="bool_type")
                         )
@@ -59,14 +61,14 @@ class Entry(BaseModel):
 
 
 def restated(error: ValidationError) -> list[InitErrorDetails]:
-    """pydantic's faults once more, to be raised together with others."""
+    """Converts pydantic's faults so that they can be raised together with others."""
     return [
         InitErrorDetails(
-            type=PydanticCustomError(told["type"], "{message}", {"message": told["msg"]}),
-            loc=told["loc"],
-            input=told["input"],
+            type=PydanticCustomError(detail["type"], "{message}", {"message": detail["msg"]}),
+            loc=detail["loc"],
+            input=detail["input"],
         )
-        for told in error.errors(include_url=False)
+        for detail in error.errors(include_url=False)
     ]
 
 
@@ -76,7 +78,15 @@ def expanded(value: Any) -> Any:
 
 
 def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") -> InitErrorDetails:
-    """One fault at `key` (and further keys below it) of the mapping that is being checked."""
+    """Makes a fault at `key`, and further keys below it, of the mapping that is being checked.
+
+    Args:
+        key: The key.
+        message: Says what is allowed.
+        given: The faulty value.
+        below: Keys below it, down to the faulty value.
+        kind: pydantic's type of the fault.
+    """
     loc = tuple(k if isinstance(k, (int, str)) else str(k) for k in (key, *below))
     return InitErrorDetails(
         type=PydanticCustomError(kind, "{message}", {"message": message}), loc=loc, input=given
@@ -84,7 +94,7 @@ def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") 
 
 
 def _mentions(annotation: Any, *kinds: Any) -> bool:
-    """Whether one of `kinds` is named in a type hint, at any depth."""
+    """Returns whether a type hint names one of `kinds`, at any depth."""
     if annotation in kinds:
         return True
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -93,7 +103,7 @@ def _mentions(annotation: Any, *kinds: Any) -> bool:
 
 
 def _booleans(value: Any) -> list[tuple[tuple, bool]]:
-    """Where true and false stand in a value: at its top, or one level down."""
+    """Returns (keys, value) of each true and false in a value: the value itself, or its entries."""
     if isinstance(value, bool):
         return [((), value)]
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

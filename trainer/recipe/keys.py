@@ -1,6 +1,6 @@
-"""Every key that a recipe has of its own, whatever files it names; the keys of a shelf's file are that file's arguments.
+"""All keys that are common to recipes, and the class that checks each; a shelf file's own keys are its arguments.
 
-Light to import: whoever reads a recipe reads this, and nothing that computes.
+Importing this is fast: it imports nothing that computes.
 """
 
 import math
@@ -26,7 +26,7 @@ from trainer.recipe.text import Text, at_path, where
 
 
 class Mark(NamedTuple):
-    """Stands in a type's annotation: general code knows a setting by it, whatever stage it belongs to (see `stages`)."""
+    """Marks a setting's type, so that general code finds the setting in any stage (see `recipe.stages`)."""
 
     name: str
 
@@ -40,35 +40,37 @@ _Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Augment(BaseModel):
-    """How the views of an image differ from it. Amounts are drawn uniformly; everything is off by default.
+    """Augmentation: how the views of an image differ from it. Amounts are uniform at random; everything is off by default.
 
-    What comes in from outside the image is 0. Geometry is bilinear; `shift` and `flip` alone are exact.
+    Pixels from outside the image are 0. Interpolation is bilinear; `shift` and `flip` alone are exact.
 
-    Acted on by `views`.
+    Acted on by `data.views`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    flip: bool = Field(False, description="mirror left and right, half of the time")
-    shift: NonNegativeInt = Field(0, description="whole pixels, up to so many in each direction")
+    flip: bool = Field(False, description="mirror left and right, with probability 1/2")
+    shift: NonNegativeInt = Field(0, description="largest shift in each direction, in whole pixels")
     rotate: Annotated[float, Field(ge=0, le=180)] = Field(
-        0.0, description="degrees, up to so many either way"
+        0.0, description="largest angle in either direction, in degrees"
     )
     scale: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="0.1: between 0.9 and 1.1 times the size"
     )
-    shear: Annotated[float, Field(ge=0, le=60)] = Field(0.0, description="degrees, up to so many either way")
+    shear: Annotated[float, Field(ge=0, le=60)] = Field(
+        0.0, description="largest angle either way, in degrees"
+    )
     elastic: NonNegativeFloat = Field(
         0.0,
-        description="pixels; a smooth warp whose 4 x 4 control points move up to so many in each direction",
+        description="largest shift of the 4 x 4 control points of a smooth warp in each direction, in pixels",
     )
     brightness: Fraction = Field(0.0, description="0.2: values times a factor between 0.8 and 1.2")
     contrast: Fraction = Field(
-        0.0, description="0.2: distance from the image's mean times between 0.8 and 1.2"
+        0.0, description="0.2: distance from the image's mean times a factor between 0.8 and 1.2"
     )
     erase: Fraction = Field(
         0.0,
-        description="share of the images of which a rectangle is set to 0, of 2 to 33 % of the area "
+        description="fraction of the images in which a rectangle is set to 0, of 2 to 33 % of the area "
         "and with sides in a ratio of 0.3 to 3.3 (Zhong et al. 2020)",
     )
 
@@ -76,7 +78,7 @@ class Augment(BaseModel):
 if TYPE_CHECKING:
 
     class _ShelfEntry(Entry):
-        """Names a file of a shelf, and has that file's keys too; which they are, the type checker cannot know."""
+        """Names a file of a shelf, and has that file's keys too, which the type checker cannot know."""
 
         def __getattr__(self, name: str) -> Any: ...
 else:
@@ -84,15 +86,24 @@ else:
 
 
 class DataKeys(_ShelfEntry):
-    """The data section. validation: a fraction of the training set or a number of images, held out of it; or a folder.
+    """The data section.
 
-    seed: of the validation split and of the augmented views; the run's own seed does not touch them, so that a
-    teacher's kept logits serve every seed. views: how many augmented views before they repeat (None: endless).
-    keep_views: keep them in memory, as float32, once they were made: later epochs and stages need not make them again.
-    mean, std: of the normalisation, per channel, instead of the training images' own (0 and 1: images in [0, 1]).
-    subset: use only so many training images. mixup, cutmix: the alpha of their Beta distributions, 0 for off.
+    Attributes:
+        dataset: A file of the datasets shelf, or `python:module:function`.
+        seed: Of the validation split and of the augmented views. The run's own seed does not change them, so that a
+            teacher's kept logits serve every seed.
+        validation: A fraction of the training set or a number of images, held out of it; or a folder.
+        subset: Number of training images to use; all by default.
+        views: Number of distinct augmentations per image. With a finite number the teacher's answers can be kept.
+            Endless by default.
+        keep_views: Keep the augmented images in memory, as float32, for later epochs and stages.
+        augment: The augmentation.
+        mixup, cutmix: Alpha of their Beta distributions, 0 for off.
+        workers: Processes that read images from disk.
+        mean, std: Of the normalisation, for each channel; by default the training images' own. (0 and 1 leave images
+            in [0, 1].)
 
-    Acted on by `data`.
+    Acted on by `data.batches` and `data.views`.
     """
 
     dataset: str
@@ -110,28 +121,49 @@ class DataKeys(_ShelfEntry):
 
 
 class ModelKeys(_ShelfEntry):
-    """A network in a recipe: `model` names a file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`.
+    """A network in a recipe.
 
-    Acted on by `teacher`.
+    Attributes:
+        model: A file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`.
+        checkpoint: A file of weights to load, written by this program or by another.
+        prefix: Of the keys to take, where the file holds several networks.
+        use_ema: Take the averaged weights (EMA) in it.
+
+    Acted on by `training.weights`.
     """
 
     model: str
     checkpoint: Path | None = None
+    prefix: str | None = None
+    use_ema: bool = False
+
+    @model_validator(mode="after")
+    def _from_a_file(self) -> "ModelKeys":
+        if self.checkpoint is None and (self.prefix is not None or self.use_ema):
+            raise Mistake("prefix and use_ema have no effect without checkpoint")
+        return self
 
 
 class StudentKeys(ModelKeys):
-    """The student; `from_teacher: copy` starts it from evenly spaced layers and leading channels of the teacher.
+    """The student.
 
-    Acted on by `teacher`.
+    from_teacher: `copy` initialises it with evenly spaced layers and leading channels of the teacher.
+
+    Acted on by `networks.build` and `distillation.teacher`.
     """
 
     from_teacher: Literal["copy"] | None = None
 
 
 class TeacherKeys(ModelKeys):
-    """A teacher: `resize` (pixels) and `mean`/`std` are how it wants to see images; `weight` counts among several.
+    """A teacher.
 
-    Acted on by `teacher`.
+    Attributes:
+        resize: Side of its input images in pixels; by default the data's.
+        mean, std: Of its normalisation, for each channel; by default the data's.
+        weight: Its weight among several teachers.
+
+    Acted on by `networks.build` and `distillation.teacher`.
     """
 
     resize: PositiveInt | None = None
@@ -141,16 +173,21 @@ class TeacherKeys(ModelKeys):
 
 
 class CacheKeys(Entry):
-    """The teacher's kept answers. where: in `memory`, for this run (mapped to a file in its folder, so that it finds them
-    again when it was interrupted; removed at its end), or on `disk`, for later runs too (in views/ in the folder of
-    TRAINER_DATA, by default ~/.cache/tiny-student; never removed by the program).
+    """The cache of the teacher's answers.
 
-    type: `float16` halves the size; its error is measured and told. top: keep only so many of the highest logits and
-    the mass of the rest, for many classes. embeddings, maps: keep those too that the recipe's losses ask for; maps are
-    large, and stages whose losses want something that is not kept ask the teacher each time. limit_gib: the largest
-    size that is allowed (2 in memory, on disk whatever is free).
+    Stages whose losses take something that is not kept run the teacher on every batch.
 
-    Acted on by `cache`.
+    Attributes:
+        where: `memory`, for this run (mapped to a file in its folder, so that an interrupted run finds it again; removed
+            at the run's end), or `disk`, for later runs too (in views/ in the folder of TRAINER_DATA, by default
+            ~/.cache/tiny-student; the program never removes it).
+        type: `float16` halves the size; its error is measured and reported.
+        top: Number of highest logits to keep, with the mass of the rest; for many classes. All by default.
+        embeddings: Whether to keep embeddings, if the recipe's losses use them.
+        maps: Whether to keep the feature maps that the recipe's losses use. Maps are large.
+        limit_gib: The largest allowed size; by default 2 in memory, and all free space on disk.
+
+    Acted on by `distillation.answers`.
     """
 
     where: Literal["memory", "disk"] = "memory"
@@ -161,12 +198,12 @@ class CacheKeys(Entry):
     limit_gib: PositiveFloat | None = None
 
     def serve(self, asked: set[str]) -> bool:
-        """Whether answers kept so are all that losses need which ask for these of 'logits', 'embedding' and 'maps'."""
+        """Returns whether the cache holds everything in `asked`, a set of 'logits', 'embedding' and 'maps'."""
         kept = {"logits": True, "embedding": self.embeddings, "maps": self.maps}
         return bool(asked) and all(kept[kind] for kind in asked)
 
 
-# A layer: a stage's name, a module's dotted name, or a stage's number (from 0; -1 is the last).
+# A layer: a block's name, a module's dotted name, or a block's number (from 0; -1 is the last).
 Name = str | int
 At = (
     Literal["auto", "last"]
@@ -176,12 +213,15 @@ At = (
 
 
 class WeightSchedule(Entry):
-    """A term's weight over the first `epochs` of its stage (all when not given); then it stays as it is.
+    """The weight of a term, which changes over the epochs of its stage.
 
-    schedule: `constant`; `warm_up`, from 0 to `value` in a straight line; `linear` and `cosine`, from `value`
-    to `to` (0).
+    Attributes:
+        value: The weight.
+        schedule: `constant`; `warm_up`, linearly from 0 to value; `linear` and `cosine`, from value to `to`.
+        epochs: Length of the change; then the weight is constant. By default the whole stage.
+        to: The last weight of `linear` and `cosine`; 0 by default.
 
-    Acted on by `objective`.
+    Acted on by `distillation.bound`.
     """
 
     value: NonNegativeFloat
@@ -202,7 +242,7 @@ class WeightSchedule(Entry):
         return self
 
     def at(self, epoch: float, num_epochs: float) -> float:
-        """The weight when `epoch` epochs of a stage of `num_epochs` are done."""
+        """Returns the weight after `epoch` epochs of a stage of `num_epochs`."""
         if self.schedule == "constant":
             return self.value
         fraction = min(1.0, epoch / (self.epochs or num_epochs))
@@ -215,12 +255,15 @@ class WeightSchedule(Entry):
 
 
 class TermKeys(_ShelfEntry):
-    """One term of an objective. weight: a number or a schedule; a term of weight 0 is only logged.
+    """One term of an objective.
 
-    at: which layers look at which, for losses on layers: `auto` (when not given), `last`, the student's
-    layers, or {student layer: teacher layer}.
+    Attributes:
+        loss: A file of the losses shelf, or `python:module:name`.
+        weight: A number or a schedule; a term of weight 0 is only logged.
+        at: The pairs of layers, for losses on layers: `auto` (the default), `last`, a list of the student's layers, or
+            {student layer: teacher layer}.
 
-    Acted on by `objective`.
+    Acted on by `distillation.bound` and `distillation.pairing`.
     """
 
     loss: str
@@ -229,22 +272,30 @@ class TermKeys(_ShelfEntry):
 
 
 class Training(Entry):
-    """How to train. batch_size counts the images of all processes; `accumulate` batches make one step.
+    """How to train. The recipe's `precision` holds for all stages.
 
-    schedule: `constant`, `cosine` to 0, `one_cycle` (up over the first 30 %, then down to 1/10000), `step` (times `gamma` at
-    each epoch of `milestones`); `warmup`: epochs of linear rise before it. clip: largest norm of the gradient. keep: the
-    `last` weights or those of the `best` validation accuracy. patience: stop after so many epochs without a better
-    one. ema: decay of the exponential moving average of the weights, which is then what is kept. momentum and nesterov
-    are sgd's.
+    Attributes:
+        batch_size: Images of a batch, over all processes.
+        lr: The highest learning rate.
+        weight_decay: Of the student's weights alone, as in timm: norms, biases, shared values (centroids), projectors and
+            parameters of losses have none.
+        decay_all: Whether everything but shared values has weight decay.
+        momentum, nesterov: Of sgd.
+        schedule: Of the learning rate: `constant`; `cosine` to 0; `one_cycle`, up over the first 30 %, then down to
+            1/10000; `step`, times gamma (0.1) at each epoch of milestones.
+        warmup: Epochs of linear rise before the schedule.
+        milestones, gamma: Of `step`.
+        clip: The largest norm of the gradient.
+        accumulate: Batches of one optimizer step.
+        keep: The `last` weights, or those of the `best` validation accuracy.
+        patience: Stop after this many epochs without a better validation accuracy.
+        validate_every: Epochs between two validations.
+        ema: Decay of the exponential moving average of the weights. The averaged weights are then kept.
+        compile: Whether torch.compile is used (a minute more at the start; on CPUs it needs a C++ compiler). It changes
+            results by rounding only, as channels_last does.
+        channels_last: Whether images and convolutions have that memory layout.
 
-    weight_decay: of the student's weights alone, as in timm; its norms and biases, shared values (centroids), projectors
-    and parameters of losses have none. decay_all: of everything but shared values.
-
-    How it is run, which changes results by rounding only: compile, by torch.compile (a minute more at the start; on CPUs it
-    needs a C++ compiler); channels_last, with images and convolutions in that memory layout. The recipe's `precision` is that
-    of all its stages.
-
-    Acted on by `fit`.
+    Acted on by `training.fit`.
     """
 
     epochs: _Count
@@ -294,13 +345,15 @@ class Training(Entry):
 class StageKeys(_ShelfEntry):
     """One stage of a recipe.
 
-    Acted on by `runner`.
+    stage: a file of the stages shelf, or `python:module:function`.
+
+    Acted on by `runs.runner`.
     """
 
     stage: str
 
 
-# What names a shelf's file has that file's keys too. The type checker, which cannot run this, sees the keys of all.
+# An entry that names a shelf's file has that file's keys too. The type checker, which cannot run this, sees the base.
 if TYPE_CHECKING:
     DataEntry = DataKeys
     Student = StudentKeys
@@ -316,14 +369,20 @@ else:
 
 
 class Recipe(Entry):
-    """A recipe.
+    """A recipe. Paths (checkpoint, folder) are relative to the folder where the program is started.
 
-    name: of the run and its folder. seed: of initial weights, order and dropout (the data section has its
-    own). teachers: several instead of one teacher; combine says how they speak as one. cache: where the
-    teacher's answers are kept (when not given: in memory, if they are asked for again and take no more than 2
-    GiB). precision: of training. threads: of torch in each process (when not given: one for each physical core that
-    it may use, divided among the processes of a machine, and no more than OMP_NUM_THREADS says). Paths
-    (checkpoint, folder) are relative to the folder the program is started in.
+    Attributes:
+        name: Of the run and its folder.
+        seed: Of initial weights, order and dropout. (The data section has its own.)
+        teacher, teachers: One teacher, or several.
+        combine: How several teachers give one answer: the weighted mean of `logits` (the default) or of `probabilities`,
+            or of probabilities weighted by each teacher's `confidence` in the sample.
+        stages: What is done, in this order.
+        cache: Where the teacher's answers are kept. By default in memory, if they are used again and take at most 2 GiB.
+        track: `wandb` mirrors the log in Weights & Biases.
+        precision: Of training: `no` is float32; `fp16` and `bf16` are mixed.
+        threads: Of torch in each process. By default one for each physical core that the process may use, divided among
+            the processes of a machine, and at most OMP_NUM_THREADS.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -347,17 +406,17 @@ class Recipe(Entry):
 
     @property
     def allows_python(self) -> bool:
-        """Whether it may name `python:module:name`."""
+        """Whether the recipe may name `python:module:name`."""
         return self._allows_python
 
     @property
     def written(self) -> Text:
-        """What it was read from."""
+        """The text that the recipe was read from."""
         assert self._text is not None, "this recipe was not read from a text"
         return self._text
 
     def fault(self, path: tuple, message: str) -> str:
-        """A message about a path of this recipe, ('stages', 1, 'keep'), with its file and line."""
+        """Returns a message about a path of this recipe, such as ('stages', 1, 'exclude'), with its file and line."""
         if self._text is None:  # not read from a file
             return f"{where(path)}: {message}"
         first, found, rest = message.partition(": ")

@@ -1,7 +1,7 @@
-"""YAML to a checked recipe: every fault at once, each with file:line and the nearest valid name.
+"""Reads YAML into a checked recipe, and reports every fault at once with file:line and the nearest valid name.
 
-No data is touched and no network built here. Reading a recipe is reading signatures: see `shelves`. Paths in a
-recipe are relative to the folder the program is started in.
+Reading a recipe touches no data and builds no network: only signatures are read (see `shelves`). Paths in a recipe are
+relative to the folder where the program is started.
 """
 
 import inspect
@@ -36,16 +36,15 @@ from trainer.recipe.text import RecipeError, at_path, change, holds, parse, shor
 def read(
     path: str | Path, changes: dict[str, Any] | None = None, allow_python: bool = False
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The checked recipe of a file, and its plain mapping.
+    """Reads and checks a recipe; returns it and its plain mapping.
 
     Args:
         path: The file, or the bare name of a shipped recipe.
-        changes: {'stages.1.training.epochs': 2, ...} ('stages[1].training.epochs' too), set after reading and before
-            checking.
+        changes: {'stages.1.training.epochs': 2, ...} ('stages[1].training.epochs' too), set before checking.
         allow_python: Whether `python:module:name` is allowed. It imports that module, which runs its code.
 
     Raises:
-        RecipeError: With every fault, `file:line: path: message`, or `changes: path: message` where the faulty value is
+        RecipeError: With every fault as `file:line: path: message`, or `changes: path: message` if the faulty value is
             one of the changes.
     """
     text = parse(path)
@@ -62,7 +61,7 @@ def read(
     if faults:
         once: dict[tuple, str] = {}
         for at, message, near in sorted(faults, key=lambda fault: text.mark(fault[2])):
-            # What several places take from one anchor is told once.
+            # A fault of an anchor is reported once, not for each alias.
             mark = text.mark(near)
             once.setdefault((mark, at[-1:] if any(mark) else at, message), text.fault(at, message, near))
         raise RecipeError("\n".join(once.values()))
@@ -71,22 +70,22 @@ def read(
 
 
 def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple, str, tuple]]:
-    """(path, message, path whose line is told), one for each faulty path."""
+    """Yields (path, message, path whose line is shown), one for each faulty path."""
     by_path: dict[tuple, list] = {}
-    for told in error.errors(include_url=False):
-        by_path.setdefault(_real_path(plain, told), []).append(told)
+    for detail in error.errors(include_url=False):
+        by_path.setdefault(_real_path(plain, detail), []).append(detail)
     for path, faults in by_path.items():
         if any(len(other) > len(path) and other[: len(path)] == path for other in by_path):
-            continue  # of several allowed kinds the one that was meant was looked into
+            continue  # of several allowed kinds, the one with a fault further down was meant
         first = next(
-            (told for told in faults if told["type"] in ("entry", "missing", "value_error")), faults[0]
+            (detail for detail in faults if detail["type"] in ("entry", "missing", "value_error")), faults[0]
         )
         near = path
         if first["type"] == "entry":
             message = first["msg"]
         elif first["type"] == "missing":
             message, near = "is missing, and required", path[:-1]
-        elif first["type"] == "extra_forbidden":  # of the one checker that is not ours
+        elif first["type"] == "extra_forbidden":  # of `Augment`, which is no `Entry`
             message = f"is no key here{nearest(str(path[-1]), Augment.model_fields)}"
         elif first["type"] == "value_error":
             message = first["msg"].removeprefix("Value error, ")
@@ -95,27 +94,29 @@ def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[
         elif first["loc"][-1] == "[key]":
             message = f"got {short(first['input'])} as a key; a name is allowed (in quotes if need be)"
         else:
-            # Of several allowed kinds, the one whose range was missed is the one that was meant.
+            # Of several allowed kinds, the one whose range was missed was meant.
             meant = [
-                told for told in faults if told["type"].startswith(("greater", "less", "too_", "finite"))
+                detail
+                for detail in faults
+                if detail["type"].startswith(("greater", "less", "too_", "finite"))
             ] or faults
-            allowed = dict.fromkeys(_allowed(told["msg"]) for told in meant)
+            allowed = dict.fromkeys(_allowed(detail["msg"]) for detail in meant)
             message = f"got {short(first['input'])}; it should {' or '.join(allowed)}"
         yield path, message, near
 
 
-def _real_path(plain: Any, told: ErrorDetails) -> tuple:
-    """The keys of a fault's path that are the recipe's: pydantic adds names of types where several fit."""
+def _real_path(plain: Any, detail: ErrorDetails) -> tuple:
+    """Returns the keys of a fault's path that are the recipe's: pydantic adds names of types if several are allowed."""
     path: list = []
-    for key in told["loc"]:
+    for key in detail["loc"]:
         if holds(plain, key):
             path.append(key)
             plain = plain[key]
-    return (*path, told["loc"][-1]) if told["type"] == "missing" else tuple(path)
+    return (*path, detail["loc"][-1]) if detail["type"] == "missing" else tuple(path)
 
 
 def _allowed(message: str) -> str:
-    """'be a valid integer' of pydantic's 'Input should be a valid integer, unable to parse string ...'."""
+    """Returns 'be a valid integer' for pydantic's 'Input should be a valid integer, unable to parse string ...'."""
     message = message.partition(" should ")[2] or f"be otherwise: {message}"
     message = re.sub(r", (unable|got) .*| or instance of \w+| after validation", "", message)
     return (
@@ -126,7 +127,7 @@ def _allowed(message: str) -> str:
 
 
 def _sound_parts(plain: dict[str, Any], context: dict[str, Any]) -> Recipe:
-    """The sections, teachers and stages of a faulty recipe that are right by themselves, else None."""
+    """Returns a faulty recipe's sections, teachers and stages that are valid on their own, with None for the others."""
 
     def sound(kind: Any, given: Any) -> Any:
         try:
@@ -149,7 +150,7 @@ def _sound_parts(plain: dict[str, Any], context: dict[str, Any]) -> Recipe:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of recipes, made from the signatures of all shelf files."""
+    """Returns the JSON Schema of recipes, made from the signatures of all shelf files."""
     made = Recipe.model_json_schema()
     definitions = made["$defs"]
     shelves = (
@@ -172,7 +173,7 @@ def schema() -> dict[str, Any]:
 
 
 def _choices(function: Callable) -> list[tuple[tuple[str, str, Callable], ...]]:
-    """Every combination of files that a method's `OnShelf` arguments can choose: ((argument, name, function), ...)."""
+    """Returns every combination of files for a method's `OnShelf` arguments: ((argument, name, function), ...)."""
     shelves = arguments_on_shelves(function)
     files = [[(argument, name, find(key, name)) for name in names(key)] for argument, key in shelves.items()]
     return list(itertools.product(*files))
@@ -185,7 +186,7 @@ def _entry_schema(
     chosen: tuple[tuple[str, str, Callable], ...],
     definitions: dict[str, Any],
 ) -> dict[str, Any]:
-    """The schema of a mapping that names one file of a shelf, and the files that this one chooses."""
+    """Returns the schema of a mapping that names one file of a shelf, and the files that this one chooses."""
     function = find(key, name)
     others = tuple((argument, other) for argument, _, other in chosen)
     entry = checker(function, base, others).model_json_schema()

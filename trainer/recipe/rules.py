@@ -1,4 +1,4 @@
-"""What is right by itself and wrong together: settings of a recipe that contradict each other."""
+"""Finds settings of a recipe that are valid on their own and contradict each other."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from trainer.recipe.text import at_path, short
 
 
 def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tuple, str]]:
-    """(path, message) of each. Parts of the recipe that are faulty themselves are None, and left out."""
+    """Yields (path, message) of each contradiction. Faulty parts of the recipe are None, and skipped."""
     several = plain.get("teachers") is not None
     has_teacher = several or plain.get("teacher") is not None
     if several and plain.get("teacher") is not None:
@@ -167,7 +167,7 @@ def _no_file(path: tuple, file: Path) -> Iterator[tuple[tuple, str]]:
 def _stage_faults(
     recipe: Recipe, plain: dict[str, Any], has_teacher: bool, teachers: list
 ) -> Iterator[tuple[tuple, str]]:
-    """Faults of each stage against the stages before it, the teacher and the data. No stage is known by its name."""
+    """Yields the faults of each stage against the stages before it, the teacher and the data. It knows no stage by name."""
     mixed = recipe.data is not None and bool(recipe.data.mixup or recipe.data.cutmix)
     teaching = [number for number, stage in enumerate(recipe.stages) if stage and teaches(stage)]
     before: list[StageKeys] = []
@@ -218,7 +218,7 @@ def _loss_faults(
 
 
 def _chosen_faults(path: tuple, stage: StageKeys, precision: str) -> Iterator[tuple[tuple, str]]:
-    """Faults of what a stage chooses from a shelf, such as its criterion."""
+    """Yields the faults of the files that a stage chooses from a shelf, such as its criterion."""
     for name, function in chosen(find("stage", stage.stage), stage):
         if "gradient" in fed(function) and precision == "fp16":
             yield (

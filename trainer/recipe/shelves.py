@@ -1,9 +1,9 @@
-"""Opens shelf files by name and turns a signature into a checker: the one place that reaches up.
+"""Opens shelf files by name, and turns their signatures into checkers. Only this file imports from floors above it.
 
 The key names the shelf, the value names the file: `loss: kl` is `trainer/losses/kl.py`, which defines `kl`.
-`python:module:name` stands for somebody else's file on every shelf; its code runs when a recipe is read, so that
-whoever reads the recipe must allow it. A method's keyword-only arguments are its recipe keys (type hints checked by
-pydantic); its positional arguments say, by name, what the program feeds it.
+`python:module:name` stands for somebody else's code on every shelf; reading a recipe runs it, so the reader must allow
+it. A method's keyword-only arguments are its recipe keys (pydantic checks their type hints); its positional arguments
+name what the program passes to it.
 """
 
 import functools
@@ -42,21 +42,21 @@ ALLOW_PYTHON = "it runs the code of that module: allow it by --allow-python (in 
 class OnShelf(NamedTuple):
     """Marks an argument of a stage that itself names a file of a shelf: `method: Annotated[str, OnShelf("method")]`.
 
-    That file's keys stand beside the stage's own in the recipe. Which they are tells `NAME_keys(function)` beside the stage,
-    for an argument NAME; without it they are the function's keyword-only arguments. The stage takes them as **keys.
+    In the recipe that file's keys are beside the stage's own. They are the keyword-only arguments of its function, or what
+    `NAME_keys(function)` beside the stage returns, for an argument NAME. The stage takes them as **keys.
     """
 
     key: str
 
 
 def names(key: str) -> list[str]:
-    """The files on the shelf of `key` (loss, stage, dataset, model or method), in alphabetical order."""
+    """Returns the files on the shelf of `key` (loss, stage, dataset, model or method), in alphabetical order."""
     package = importlib.import_module(f"trainer.{SHELVES[key]}")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def split(key: str, value: str) -> tuple[str, str | None]:
-    """File and remainder of a value: 'timm/resnet18' is 'timm' with 'resnet18', 'lenet5' is 'lenet5'."""
+    """Returns file and remainder of a value: ('timm', 'resnet18') for 'timm/resnet18', ('lenet5', None) for 'lenet5'."""
     if key == "model":
         if value.startswith("hf-hub:"):
             return "timm", value
@@ -67,9 +67,9 @@ def split(key: str, value: str) -> tuple[str, str | None]:
 
 
 def find(key: str, value: str) -> Callable:
-    """What the shelf file named by `value` defines, or what `python:module:name` names.
+    """Returns the function or class that `value` names: of a shelf file, or of `python:module:name`.
 
-    Raises Mistake, with the nearest name, when there is none.
+    Raises Mistake, with the nearest name, if there is none.
     """
     file, _ = split(key, value)
     if value.startswith(PYTHON) and file not in names(key):
@@ -85,7 +85,10 @@ def find(key: str, value: str) -> Callable:
 
 
 def ones_own(value: str) -> Callable:
-    """The function or class that 'python:module:name' names: installed, or in the folder the program was started in."""
+    """Imports what 'python:module:name' names, installed or in the folder where the program was started.
+
+    Raises Mistake if there is no such module or name, and if the import fails.
+    """
     module_name, _, name = value.removeprefix(PYTHON).partition(":")
     if not (module_name and name):
         raise Mistake(f"got {value!r}; python:module:name is allowed")
@@ -95,7 +98,7 @@ def ones_own(value: str) -> Callable:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise Mistake(f"there is no module {error.name!r}, installed or in {Path.cwd()}") from None
-    except Exception as error:  # whatever somebody else's code raises
+    except Exception as error:  # somebody else's code may raise anything
         raise Mistake(
             f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -110,13 +113,13 @@ def _callables(module: Any) -> list[str]:
 
 
 def beside(function: Callable, name: str) -> Any:
-    """What the file that defines a method defines beside it under `name`; None where it does not, or only imports it."""
+    """Returns what a method's file defines beside it as `name`; None if it does not, or only imports it."""
     found = getattr(sys.modules[function.__module__], name, None)
     return None if callable(found) and found.__module__ != function.__module__ else found
 
 
 def fed(function: Callable) -> list[str]:
-    """Names of the positional arguments: what a function, or a class's `forward`, wants to be fed."""
+    """Returns the names of the positional arguments of a function, or of a class's `forward`."""
     if inspect.isclass(function):
         function = function.forward  # type: ignore[attr-defined]  # every loss that is a class has it
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -125,12 +128,15 @@ def fed(function: Callable) -> list[str]:
 
 
 def built_with(cls: type) -> list[str]:
-    """Names of the positional arguments of a class's constructor."""
+    """Returns the names of the positional arguments of a class's constructor."""
     return fed(cls.__init__)  # type: ignore[misc]  # that of this very class is wanted
 
 
 def fields(function: Callable) -> dict[str, tuple[Any, Any]]:
-    """{name: (type, default)} of the keyword-only arguments; the default is ... where one must be given."""
+    """Returns {name: (type, default)} of the keyword-only arguments; the default of a required one is ... .
+
+    Raises Mistake for an argument without a type hint.
+    """
     found = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
@@ -149,9 +155,14 @@ def fields(function: Callable) -> dict[str, tuple[Any, Any]]:
 def checker(
     function: Callable, base: type[BaseModel], chosen: tuple[tuple[str, Callable], ...] = ()
 ) -> type[BaseModel]:
-    """`base` with one more field for each key of `function`, and of what its `OnShelf` arguments choose.
+    """Makes a pydantic model: `base` with one more field for each key of `function` and of the files that it chooses.
 
-    Unknown keys are refused. A file's `check(settings)` raises Mistake for settings that do not go together.
+    Unknown keys are refused. A file's `check(settings)` raises Mistake for settings that contradict each other.
+
+    Args:
+        function: The shelf file's function or class.
+        base: The common keys of its shelf.
+        chosen: (argument, function) of each file that an `OnShelf` argument chooses.
     """
     keys: dict[str, Any] = fields(function)
     for name, other in chosen:
@@ -178,7 +189,7 @@ def checker(
 def _no_key(
     cls: type[BaseModel], key: str, function: Callable, chosen: tuple[tuple[str, Callable], ...]
 ) -> str:
-    """As `Entry.no_key`, where other choices of the function's `OnShelf` arguments have more keys."""
+    """Does the work of `Entry.no_key`, and names the other choices of an `OnShelf` argument that have the key."""
     for argument, other in chosen:
         shelf = arguments_on_shelves(function).get(argument)
         if shelf is None:
@@ -202,7 +213,7 @@ def _checked_by(check: Callable[[Any], None]) -> Callable[[Any], Any]:
 
 
 def arguments_on_shelves(function: Callable) -> dict[str, str]:
-    """{argument: key of its shelf} of the arguments marked `OnShelf`."""
+    """Returns {argument: key of its shelf} of the arguments marked `OnShelf`."""
     found = {}
     for name, (annotation, _) in fields(function).items():
         for mark in getattr(annotation, "__metadata__", ()):
@@ -212,22 +223,22 @@ def arguments_on_shelves(function: Callable) -> dict[str, str]:
 
 
 def chosen(function: Callable, settings: BaseModel) -> Iterator[tuple[str, Callable]]:
-    """(argument, function) of each file that checked settings choose beside their own."""
+    """Yields (argument, function) of each further file that checked settings choose."""
     for name, key in arguments_on_shelves(function).items():
         yield name, find(key, getattr(settings, name))
 
 
 def own_settings(checked: BaseModel, base: type[BaseModel]) -> dict[str, Any]:
-    """The settings that are the shelf file's own, not the common keys of `base`."""
+    """Returns the settings that are the shelf file's own, without the common keys of `base`."""
     return {
         name: getattr(checked, name) for name in type(checked).model_fields if name not in base.model_fields
     }
 
 
 def from_shelf(key: str, base: type[BaseModel]) -> Any:
-    """The type of a mapping whose `key` names a shelf file: keys from `base`, and those of the file.
+    """Returns the type of a mapping whose `key` names a shelf file: it has the keys of `base` and those of the file.
 
-    Validated with the context {"allow_python": True} it may name `python:module:name` too.
+    With the validation context {"allow_python": True} it may name `python:module:name` too.
     """
 
     def check(given: Any, info: ValidationInfo) -> Any:
@@ -242,41 +253,40 @@ def from_shelf(key: str, base: type[BaseModel]) -> Any:
             near = closest(
                 key, [name for name in given if isinstance(name, str) and name not in base.model_fields]
             )
-            told = [
+            faults = [
                 fault(near, f"is no key here (did you mean {key!r}?)", given)
                 if near
                 else fault(key, "Field required", given, kind="missing")
             ]
         else:
-            function, told = _found(key, key, given[key], allowed)
+            function, faults = _found(key, key, given[key], allowed)
             if function is not None:
                 others = []
                 for name, shelf in arguments_on_shelves(function).items():
                     default = fields(function)[name][1]
-                    other, faults = _found(shelf, name, given.get(name, default), allowed)
-                    told += faults
+                    other, more = _found(shelf, name, given.get(name, default), allowed)
+                    faults += more
                     others.append((name, other))
                 if given[key].startswith(PYTHON) and function.__name__ == "python":
-                    other, faults = _or_fault(
-                        ones_own, key, given[key], given[key]
-                    )  # a shelf's own file that calls somebody else's
-                    told += faults
+                    # A shelf's own file that calls somebody else's.
+                    other, more = _or_fault(ones_own, key, given[key], given[key])
+                    faults += more
                     others.append(("name", other))
-                if not told:
+                if not faults:
                     return checker(function, base, tuple(others)).model_validate(given, context=info.context)
-        # Which keys the file allows cannot be known; those that every file allows are checked all the same.
+        # The file's own keys are unknown here; the common keys can still be checked.
         common = {name: value for name, value in given.items() if name in base.model_fields and name != key}
         try:
             base.model_validate(common | {key: key}, context=info.context)
         except ValidationError as error:
-            raise ValidationError.from_exception_data(key, [*told, *restated(error)]) from None
-        raise ValidationError.from_exception_data(key, told)
+            raise ValidationError.from_exception_data(key, [*faults, *restated(error)]) from None
+        raise ValidationError.from_exception_data(key, faults)
 
     return Annotated[base, BeforeValidator(check)]
 
 
 def _found(shelf: str, name: str, value: Any, allowed: bool) -> tuple[Callable | None, list]:
-    """What a key's value names on a shelf; else None and the fault."""
+    """Returns what a key's value names on a shelf, and []; or None and the fault."""
     if not isinstance(value, str):
         return None, [fault(name, f"it should be the name of a {shelf}", value, kind="shelf")]
     if value.startswith(PYTHON) and not allowed:

@@ -11,24 +11,24 @@ ENDINGS = (".yaml", ".yml")
 
 
 def folder() -> Path:
-    """The folder of the shipped recipes: recipes/ of a checkout, or inside the installed package."""
+    """Returns the folder of the shipped recipes: recipes/ of a checkout, or inside the installed package."""
     package = Path(str(importlib.resources.files("trainer")))
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def names() -> list[str]:
-    """The names of the shipped recipes, those of records/ last."""
+    """Returns the names of the shipped recipes, those of records/ last."""
     top = folder()
     found = [path.relative_to(top).with_suffix("") for path in top.rglob("*.yaml")]
     return [path.as_posix() for path in sorted(found, key=lambda path: (len(path.parts), path))]
 
 
 def find_recipe(given: str | Path) -> Path:
-    """The file that `given` stands for: itself, or the shipped recipe of that name.
+    """Returns the file that `given` means: an existing file, or the shipped recipe of that name.
 
-    A file that exists wins. A folder does not: a run's own folder may have the recipe's name. A bare name
-    is `NAME` or `records/NAME`, without .yaml; anything else is returned as it is, for the caller to open.
+    An existing file wins. A folder does not, because a run's own folder may have the recipe's name. A bare name
+    is `NAME` or `records/NAME`, without .yaml; anything else is returned unchanged, for the caller to open.
     Raises FileNotFoundError for a bare name that is neither a file nor shipped, with all names, nearest first.
     """
     path = Path(given)

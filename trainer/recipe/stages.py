@@ -1,13 +1,13 @@
-"""What a stage's checked settings say, whatever stage it is: its losses and trainings by their type, its answers by its hooks.
+"""Reads any stage's checked settings: its losses, training and layers by their types, and its hooks.
 
 Beside its function a stage's file may define (each optional):
 
-    check(settings)                        raises Mistake for settings that do not go together
-    order(settings, before)                yields what is wrong after the stages `before` (their settings, in order), with
-                                           'key: ' before it where it is about one key
-    teaches(settings) -> bool              whether it may change the teacher (no, when it is not there)
-    changes_student(settings) -> bool      whether it may change the student (yes, unless it teaches)
-    seals(settings) -> bool                whether the student may not be changed after it (no)
+    check(settings)                        raises Mistake for settings that contradict each other
+    order(settings, before)                yields what is wrong after the stages `before` (their settings, in order); a
+                                           message about one key begins with 'key: '
+    teaches(settings) -> bool              whether it may change the teacher (default: no)
+    changes_student(settings) -> bool      whether it may change the student (default: yes, unless it teaches)
+    seals(settings) -> bool                whether later stages must not change the student (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
     becomes(settings, student, spec, images) -> (student, spec)
                                            the network that later stages find; student is a copy, images an example batch
@@ -22,40 +22,40 @@ from trainer.recipe.shelves import beside, find
 
 
 def name_of(stage: StageKeys) -> str:
-    """The stage's name, of `python:module:name` the last part: what its folder and its lines are called."""
+    """Returns the stage's name for folders and logs: of `python:module:name` the last part."""
     return stage.stage.rpartition(":")[2]
 
 
 def hook(stage: StageKeys, name: str) -> Callable | None:
-    """What the stage's file defines beside the stage under this name; None where it does not."""
+    """Returns what the stage's file defines beside the stage as `name`; None if it does not."""
     return beside(find("stage", stage.stage), name)
 
 
 def teaches(stage: StageKeys) -> bool:
-    """Whether the stage may change the teacher."""
+    """Returns whether the stage may change the teacher."""
     answer = hook(stage, "teaches")
     return answer is not None and answer(stage)
 
 
 def any_teaches(stages: Iterable[StageKeys]) -> bool:
-    """Whether one of the stages may change the teacher."""
+    """Returns whether one of the stages may change the teacher."""
     return any(map(teaches, stages))
 
 
 def changes_student(stage: StageKeys) -> bool:
-    """Whether the stage may change the student."""
+    """Returns whether the stage may change the student."""
     answer = hook(stage, "changes_student")
     return not teaches(stage) if answer is None else answer(stage)
 
 
 def seals(stage: StageKeys) -> bool:
-    """Whether the student may not be changed after the stage."""
+    """Returns whether later stages must not change the student."""
     answer = hook(stage, "seals")
     return answer is not None and answer(stage)
 
 
 def order_faults(stage: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]:
-    """What is wrong with a stage after the stages before it."""
+    """Yields what is wrong with a stage after the stages `before`."""
     order = hook(stage, "order")
     if order is not None:
         yield from order(stage, before)
@@ -64,7 +64,7 @@ def order_faults(stage: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]
 
 
 def losses_of(stage: StageKeys) -> Iterator[tuple[str, int, TermKeys]]:
-    """(key, number, term) of all losses that the stage is given."""
+    """Yields (key, number, term) of all losses in the stage's settings."""
     for key, value in _settings(stage):
         if isinstance(value, list):
             yield from (
@@ -73,29 +73,29 @@ def losses_of(stage: StageKeys) -> Iterator[tuple[str, int, TermKeys]]:
 
 
 def terms_of(stage: StageKeys) -> list[TermKeys]:
-    """All losses that the stage is given."""
+    """Returns all losses in the stage's settings."""
     return [term for _, _, term in losses_of(stage)]
 
 
 def training_of(stage: StageKeys) -> Training | None:
-    """How the stage trains; None where it does not."""
+    """Returns the stage's training; None if it has none."""
     return next((value for _, value in _settings(stage) if isinstance(value, Training)), None)
 
 
 def files_of(stage: StageKeys) -> Iterator[tuple[str, Path]]:
-    """(key, path) of the files that the stage reads."""
+    """Yields (key, path) of the files that the stage reads."""
     return ((key, value) for key, value in _settings(stage) if isinstance(value, Path))
 
 
 def marked(stage: StageKeys, mark: Mark) -> Iterator[tuple[str, Any]]:
-    """(key, value) of the settings whose type is marked: `Exclude`, `per_layer(...)`."""
+    """Yields (key, value) of the settings whose type has the mark (`EXCLUDE`, `PER_LAYER`)."""
     for key, field in type(stage).model_fields.items():
         if mark in field.metadata:
             yield key, getattr(stage, key)
 
 
 def excluded(stage: StageKeys) -> list[str] | None:
-    """The layers that the stage leaves alone; None for a stage that does not work on layers."""
+    """Returns the layers that the stage leaves alone; None for a stage without that setting."""
     return next((value for _, value in marked(stage, EXCLUDE)), None)
 
 

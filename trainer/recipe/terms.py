@@ -1,4 +1,4 @@
-"""What a loss may ask to be fed, and what that asks of the teacher."""
+"""The names of a loss's arguments, and what they require of the teacher."""
 
 import inspect
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from trainer.mistakes import Mistake, nearest
 from trainer.recipe import shelves
 from trainer.recipe.keys import TermKeys
 
-# What a loss may ask for, by what has to be computed for it.
+# The arguments that a loss may have, by what must be computed for them.
 MAPS = {"student_map", "teacher_map", "projected_map"}
 MAP_LISTS = {"student_maps", "teacher_maps"}
 EMBEDDINGS = {"student_embedding", "teacher_embedding", "projected_embedding"}
@@ -19,7 +19,7 @@ WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
 
 
 def wants(term: TermKeys) -> list[str]:
-    """The names that the term's loss asks to be fed. Raises Mistake for a word that nobody knows."""
+    """Returns the names of the arguments of the term's loss. Raises Mistake for an unknown name."""
     function = shelves.find("loss", term.loss)
     asks = shelves.fed(function)
     built_with = shelves.built_with(function) if inspect.isclass(function) else []
@@ -32,13 +32,13 @@ def wants(term: TermKeys) -> list[str]:
 
 
 def needs_teacher(term: TermKeys) -> bool:
-    """Whether the term's loss asks for anything of the teacher's, or for layers, which come in pairs."""
+    """Returns whether the term's loss takes anything of the teacher, or layers, which come in pairs."""
     finishes = hasattr(shelves.find("loss", term.loss), "finish")  # which is given the teacher's classifier
     return finishes or bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
 
 
 def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
-    """What a forward pass of the teacher has to give for the terms: of 'logits', 'embedding' and 'maps'."""
+    """Returns what a forward pass of the teacher must return for the terms: a set of 'logits', 'embedding' and 'maps'."""
     asks = {word for term in terms for word in wants(term)}
     kinds = {
         "logits": {"teacher_logits"},

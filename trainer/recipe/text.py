@@ -1,4 +1,4 @@
-"""A recipe as it was written: YAML to a plain mapping, with the line of each value."""
+"""Reads YAML into a plain mapping, with the line of each value."""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import yaml
 from trainer.mistakes import Mistake
 from trainer.recipe.shipped import find_recipe
 
-MOST_BYTES = 2**18  # of a recipe's text, and
-MOST_VALUES = 10_000  # of what its anchors unfold to: more is a mistake or an attack
+MOST_BYTES = 2**18  # of a recipe's text
+MOST_VALUES = 10_000  # once its anchors are unfolded; more is a mistake or an attack
 DEEPEST = 50
 
 
@@ -22,10 +22,16 @@ class RecipeError(Mistake):
 
 @dataclass
 class Text:
-    """A recipe as it was written: its plain mapping and where each path of it stands.
+    """A recipe as it was written: its plain mapping, and the line of each path.
 
-    marks: line and column, from 1. faults: (path, message, path whose line is told) of keys that no mapping
-    can have. source: the text itself. changed: paths set from outside. notes: what its author should know, a line each.
+    Attributes:
+        file: The file.
+        plain: The mapping, of plain values.
+        marks: {path: (line, column)}, from 1.
+        faults: (path, message, path whose line is shown) of keys that no mapping can have.
+        source: The text itself.
+        changed: Paths that `change` has set.
+        notes: Lines that the author should read.
     """
 
     file: Path
@@ -37,31 +43,31 @@ class Text:
     notes: list[str] = field(default_factory=list)
 
     def mark(self, path: tuple) -> tuple[int, int]:
-        """Where a path stands, or else what holds it; (0, 0) for what was set from outside."""
+        """Returns line and column of a path, or of the nearest path above it; (0, 0) for one that `change` has set."""
         while path not in self.marks and path not in self.changed and path:
             path = path[:-1]
         return (0, 0) if any(path[: len(c)] == c for c in self.changed) else self.marks.get(path, (1, 1))
 
     def fault(self, path: tuple, message: str, near: tuple | None = None) -> str:
-        """`file:line: path: message`; the line is that of `near` where one is given."""
+        """Returns `file:line: path: message`, with the line of `near` if given."""
         line = self.mark(path if near is None else near)[0]
         return f"{f'{self.file}:{line}' if line else 'changes'}: {where(path)}: {message}"
 
 
 def where(path: tuple) -> str:
-    """A path as people write it: stages[1].losses[3].at."""
+    """Formats a path as people write it: stages[1].losses[3].at."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".") or "recipe"
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars as in YAML 1.2, as editors read them: 2e-3 is a number, `no` and `on` are words."""
+    """Reads scalars by YAML 1.2, as editors do: 2e-3 is a number, `no` and `on` are words."""
 
     yaml_implicit_resolvers: dict = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes in quotes what would be read as something else, by YAML 1.1 or by 1.2."""
+    """Writes text in quotes if YAML 1.1 or 1.2 would read it as something else."""
 
 
 _FLOAT = r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
@@ -78,7 +84,7 @@ for _kind, _pattern, _first in (
 
 
 def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    # Not by Python's own rule for bases, to which 010 is a fault.
+    # Python's int(text, 0) would refuse 010.
     digits = loader.construct_scalar(node)
     return int(digits, 8 if digits.startswith("0o") else 16 if digits.startswith("0x") else 10)
 
@@ -87,19 +93,19 @@ _Loader.add_constructor(_TAG + "int", _whole_number)
 
 
 def value(text: str) -> Any:
-    """One value as it would be read in a recipe. Raises RecipeError when it is no YAML."""
+    """Reads one value as in a recipe. Raises RecipeError if it is not YAML."""
     return _read(Path("value"), text)[0]
 
 
 def dump(plain: dict[str, Any]) -> str:
-    """A plain mapping as YAML that reads back the same."""
+    """Writes a plain mapping as YAML that reads back the same."""
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def parse(path: str | Path) -> Text:
-    """A recipe's text, unchecked but for what is no recipe at all. path: a file's, or a shipped recipe's bare name.
+    """Reads a recipe's text without checking its keys. path: of a file, or a shipped recipe's bare name.
 
-    Raises RecipeError for a file that cannot be read, or is no YAML, or no mapping.
+    Raises RecipeError for a file that cannot be read, is not YAML, or is not a mapping.
     """
     path = Path(path)
     try:
@@ -129,7 +135,7 @@ def parse(path: str | Path) -> Text:
     return found
 
 
-# Keys that have got another name, by the section that holds them. The old name is taken for the new one.
+# Renamed keys {old: new}, by section. The old names still work.
 RENAMED: dict[str, dict[str, str]] = {
     "stages": {"keep": "exclude"},
     "teacher": {"share": "weight"},
@@ -138,7 +144,7 @@ RENAMED: dict[str, dict[str, str]] = {
 
 
 def _entries(plain: dict[str, Any]) -> Iterator[tuple]:
-    """Paths of the mappings that may hold a key of an old name."""
+    """Yields the paths of the mappings that may have a renamed key."""
     for section in RENAMED:
         value = plain.get(section)
         if isinstance(value, dict):
@@ -148,7 +154,7 @@ def _entries(plain: dict[str, Any]) -> Iterator[tuple]:
 
 
 def _take_new_names(text: Text, path: tuple) -> None:
-    """Gives the keys of one entry their new names, and notes it. Somebody else's stage (`python:`) may have any key."""
+    """Renames old keys of one entry, and notes it. Somebody else's stage (`python:`) may have any key."""
     entry = at_path(text.plain, path)
     assert isinstance(entry, dict)
     if str(entry.get("stage", "")).startswith("python:"):
@@ -189,9 +195,9 @@ def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
 
 
 class _Reader:
-    """Turns YAML's nodes into plain values and keeps where each stands.
+    """Turns YAML's nodes into plain values, and records the line of each.
 
-    Every alias becomes a value of its own, so that a change to one path changes no other.
+    Every alias becomes a separate value, so that a change at one path changes no other.
     """
 
     def __init__(self, path: Path, loader: yaml.SafeLoader) -> None:
@@ -254,7 +260,7 @@ class _Reader:
         return inherited | own
 
     def _scalar(self, node: yaml.Node, path: tuple) -> Any:
-        """A node's value, None where it is no scalar. Only the tags that plain values have are known."""
+        """Returns a node's value; None if it is not a scalar. Raises RecipeError for tags that plain values do not have."""
         if not isinstance(node, yaml.ScalarNode):
             return None
         try:
@@ -262,9 +268,9 @@ class _Reader:
                 return self.loader.construct_object(node)
         except (ValueError, KeyError):  # '!!int x', or thousands of digits
             pass
-        told = f"{short(node.value)} is no {node.tag.replace(_TAG, '!!')}"
+        message = f"{short(node.value)} is no {node.tag.replace(_TAG, '!!')}"
         raise RecipeError(
-            f"{self.file}:{_mark(node)[0]}: {where(path)}: cannot be read: {told} that is known here"
+            f"{self.file}:{_mark(node)[0]}: {where(path)}: cannot be read: {message} that is known here"
         )
 
     def _fault(self, path: tuple, message: str, near: tuple | None = None) -> None:
@@ -276,6 +282,7 @@ def _mark(node: yaml.Node) -> tuple[int, int]:
 
 
 def change(text: Text, name: str, value: Any) -> None:
+    """Sets the value at a path such as 'stages.1.training.epochs'. Raises RecipeError for an entry that cannot exist."""
     keys = [key for key in re.split(r"[.\[\]]+", name) if key]
     if keys and len(keys) == (2 if keys[0] == "teacher" else 3):
         keys[-1] = RENAMED.get(keys[0], {}).get(keys[-1], keys[-1])
@@ -303,19 +310,21 @@ def change(text: Text, name: str, value: Any) -> None:
 
 
 def holds(plain: Any, key: Any) -> bool:
+    """Returns whether a list or mapping has an entry `key`."""
     if isinstance(plain, list):
         return isinstance(key, int) and key < len(plain)
     return isinstance(plain, dict) and key in plain
 
 
 def at_path(plain: Any, path: tuple) -> dict | list:
-    """The mapping or list at a path, an empty one where there is none."""
+    """Returns the mapping or list at a path, or an empty one."""
     for key in path:
         plain = plain[key] if holds(plain, key) else None
     return plain if isinstance(plain, (dict, list)) else {}
 
 
 def short(value: Any) -> str:
+    """Formats a value for a message, in at most 60 characters."""
     if value is None:
         return "nothing"
     text = str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,1 +1,1 @@
-"""What a run has to show: tables, plots, the report, the log and its mirror."""
+"""The output of a run: report, tables, plots, the log and its mirror in wandb."""

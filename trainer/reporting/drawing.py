@@ -1,4 +1,4 @@
-"""What plots of reports, scans and ladders have in common: a calm figure, a byte axis, labels."""
+"""Tools for the plots of reports, scans and ladders: figures, a byte axis, labels."""
 
 import io
 import math
@@ -16,6 +16,7 @@ INK, GRID, BLUE, GREY = "#33383d", "#e3e6e8", "#2f6f9f", "#b4babf"
 
 
 def png(figure: "Figure") -> bytes:
+    """Returns a figure as PNG bytes."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     return image.getvalue()
@@ -24,11 +25,16 @@ def png(figure: "Figure") -> bytes:
 def grid(
     num_rows: int, num_columns: int, size: tuple[float, float], gaps: tuple[float, float], top: float
 ) -> Any:
-    """A new figure's axes [num_rows, num_columns]: each of that size, with gaps between them (inches:
-    across, down) and so much room above.
+    """Makes a figure; returns its axes, an array [num_rows, num_columns].
 
-    Drawn without pyplot and its global state, and laid out by hand: matplotlib's own layout takes longer
-    than all the rest.
+    It uses neither pyplot, which has global state, nor matplotlib's layout, which takes longer than all the rest.
+
+    Args:
+        num_rows: Rows of axes.
+        num_columns: Columns of axes.
+        size: Width and height of each, in inches.
+        gaps: Between two columns and two rows, in inches.
+        top: Room above, in inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,12 +56,14 @@ def grid(
 
 
 def title(figure: "Figure", text: str) -> None:
+    """Writes a title at the upper left of a figure."""
     figure.text(
         0.1 / figure.get_figwidth(), 1 - 0.1 / figure.get_figheight(), text, fontsize=11, color=INK, va="top"
     )
 
 
 def calm(axes: "Axes") -> None:
+    """Removes the upper and right spines and greys the others."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, which="both", labelsize=8, length=3, color=GREY)
@@ -63,6 +71,7 @@ def calm(axes: "Axes") -> None:
 
 
 def byte_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """Makes the x axis a logarithmic axis of bytes."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -82,12 +91,13 @@ def label(
     way: Sequence[Any],
     others: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write (position, name, colour) beside the points, each where it hides least.
+    """Writes labels beside points, each where it hides least. Points in one spot have one label.
 
-    Points in one spot share a label.
-
-    way: the positions that the line drawn through the points goes along. others: positions of points without a
-    label.
+    Args:
+        axes: The axes.
+        points: (position, name, colour) of each point.
+        way: Positions of the line that is drawn through the points.
+        others: Positions of points without a label.
     """
     spots: list[tuple[np.ndarray, tuple[float, float], str, list[str], list[float]]] = []
     for position, name, colour in points:
@@ -152,7 +162,7 @@ def label(
 
 
 def _offsets() -> list[tuple[float, float, Literal["left", "center", "right"]]]:
-    """Places for a label about its point (in points), and which end of the text is turned to the point."""
+    """Returns offsets of a label from its point (in points, 1/72 inch), and the end of the text that faces the point."""
     found: list[tuple[float, float, Literal["left", "center", "right"]]] = []
     for far in (9, 18, 30, 45, 60):
         for height in (0, far, -far, far / 2, -far / 2):
@@ -166,7 +176,7 @@ def _overlap(box: tuple[float, float, float, float], other: tuple[float, float, 
 
 
 def _within(box: tuple[float, float, float, float], pixels: Sequence[np.ndarray]) -> int:
-    """How many of the pixels lie in the box (left, bottom, right, top)."""
+    """Returns how many of the pixels lie in the box (left, bottom, right, top)."""
     return sum(box[0] < x < box[2] and box[1] < y < box[3] for x, y in pixels)
 
 

@@ -1,4 +1,4 @@
-"""What a run ran on: hardware, versions, the command."""
+"""Collects facts of a run's environment: hardware, versions, the command."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ PACKAGES = (
 
 
 def hardware() -> dict[str, Any]:
-    """What this runs on: "cpu", "cores" (it may use), "torch_threads", "gpu" (names or None), "system"."""
+    """Returns "cpu", "cores" (that the process may use), "torch_threads", "gpu" (names or None) and "system"."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     return {
@@ -30,14 +30,14 @@ def hardware() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line that this process was started with, without the folders that programs lie in."""
+    """Returns the command line of this process, without the program's folder."""
     program = Path(sys.argv[0])
     name = "python -m trainer" if program.name == "__main__.py" else program.name
     return f"{name} {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package ("source" when not installed) and of the installed libraries."""
+    """Returns the versions of Python, of this package ("source" if not installed) and of the installed libraries."""
     found = {"python": platform.python_version(), "trainer": _version("tiny-student") or "source"}
     return found | {name: version for name in PACKAGES if (version := _version(name))}
 

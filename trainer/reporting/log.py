@@ -1,7 +1,7 @@
-"""The record of a run: a log of JSON lines, and its mirror in Weights & Biases.
+"""The log of a run, a file of JSON lines, and its mirror in Weights & Biases.
 
-The file is the record: a failure to write it is raised. wandb is a mirror: whatever goes wrong there is told
-once, the mirror is switched off, and the run goes on.
+The file is the record: a failure to write it is raised. wandb is a mirror: at any failure there a warning is
+logged, the mirror is switched off, and the run continues.
 """
 
 import json
@@ -17,25 +17,29 @@ from urllib.parse import urlsplit
 from trainer.storage.files import plain
 
 logger = logging.getLogger(__name__)
-INIT_SECONDS = 30  # how long wandb may take to start, and to ask for a login
-FINISH_SECONDS = 60  # how long wandb may upload at the end; what is left stays on disk for `wandb sync`
+INIT_SECONDS = 30  # how long wandb may take to start, and to log in
+FINISH_SECONDS = 60  # how long wandb may upload at the end; the rest stays on disk for `wandb sync`
 
 
 class Log:
-    """The numbers of a run, one JSON object a line, appended to the file `path` and flushed at once.
+    """The numbers of a run, one JSON object a line, appended to a file and flushed at once.
 
     Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values),
     "row" (with "stage" and the row's entries) or "summary". Non-finite floats are written as the strings
     "nan", "inf" and "-inf", which Python's float() reads back. A resumed run appends; a last line cut off
-    by a kill is removed.
+    by a kill is removed. Only the main process writes; on the others every call does nothing.
 
-    Only the main process writes; on the others every call does nothing. OSError when the file cannot be
-    written.
+    Args:
+        path: The file.
+        accelerator: Accelerate's; for wandb an Accelerator(log_with="wandb"), as the mirror is its tracker.
+        track: None or "wandb". Without a key or a network wandb works offline, in the folder wandb/ beside the
+            log. A resumed run is a new wandb run in the group `name`.
+        project: The project in wandb.
+        name: The run's name in wandb; by default the folder's.
+        config: The run's settings in wandb, a mapping of plain values.
 
-    track: None or "wandb". The mirror is Accelerate's tracker, so `accelerator` must then be an
-        Accelerator(log_with="wandb"). Without a key or a network it works offline, in the folder wandb/
-        beside the log. A resumed run is a new wandb run in the group `name`.
-    name, config: of the run, for wandb; `config` is what was asked for (a mapping of plain values).
+    Raises:
+        OSError: If the file cannot be written.
     """
 
     def __init__(
@@ -73,26 +77,26 @@ class Log:
         self.close()
 
     def numbers(self, stage: str, step: int, **values: Any) -> None:
-        """Write the values of one step (losses, learning rate, images a second) of the stage of that name."""
+        """Writes the values of one step of a stage (losses, learning rate, images per second)."""
         self._write({"kind": "numbers", "stage": stage, "step": step, **values})
         self._mirror(lambda: self._chart(stage, "step", {"step": step, **values}))
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Write one row of the report: what is known after a stage."""
+        """Writes one row of the report."""
         self._write({"kind": "row", **row})
         self._mirror(lambda: self._chart("report", "index", row))
 
     def table(self, rows: list[dict[str, Any]]) -> None:
-        """Show the rows so far as a wandb.Table. The file needs nothing: it has each row already."""
+        """Shows the rows so far as a wandb.Table. The file already has each row."""
         self._mirror(lambda: self._tracker.log_table("stages", *_columns_and_cells(rows)))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Write the figures that stand for the whole run."""
+        """Writes the figures of the whole run."""
         self._write({"kind": "summary", **values})
         self._mirror(lambda: self._tracker.tracker.summary.update(plain(values)))
 
     def close(self) -> None:
-        """Close the file and finish the mirror; a second call does nothing."""
+        """Closes the file and finishes the mirror; a second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -113,7 +117,7 @@ class Log:
             ) from error
 
     def _start(self, project: str, name: str, config: dict[str, Any]) -> None:
-        """Open the mirror: offline where there is no key, and offline too where going online fails."""
+        """Opens the mirror: online if there is a key, offline otherwise and if going online fails."""
         try:
             modes = _modes()
         except Exception as error:  # wandb is missing, or its own settings are broken
@@ -135,7 +139,7 @@ class Log:
         self._fail(trouble)
 
     def _chart(self, chart: str, along: str, values: Mapping[str, Any]) -> None:
-        """Send the numbers among the values as CHART/KEY, to be drawn along CHART/`along`."""
+        """Sends the numbers among the values as CHART/KEY, with CHART/`along` as the x axis."""
         if chart not in self._charts:
             self._charts.add(chart)
             self._tracker.tracker.define_metric(f"{chart}/*", step_metric=f"{chart}/{along}")
@@ -151,14 +155,14 @@ class Log:
             self._fail(error)
 
     def _fail(self, error: Exception | None) -> None:
-        """Switch the mirror off, for the rest of the run, and say so."""
+        """Switches the mirror off for the rest of the run, and logs a warning."""
         self._forget()
         logger.warning("wandb failed and is switched off (the log file goes on): %s", _first_line(error))
         if isinstance(error, ConnectionError):
             _tear_down()
 
     def _forget(self) -> None:
-        """Let neither this log nor accelerator.end_training() touch the tracker again."""
+        """Drops the tracker, from Accelerate's list too, so that accelerator.end_training() does not use it."""
         self._tracker = None
         if self._accelerator is not None:
             kept = [tracker for tracker in self._accelerator.trackers if tracker.name != "wandb"]
@@ -166,7 +170,7 @@ class Log:
 
 
 def _modes() -> list[str | None]:
-    """The modes to try in turn; None leaves the choice to wandb and so to what the user has set."""
+    """Returns the modes to try in turn; None leaves the choice to wandb and the user's settings."""
     import wandb
 
     settings = wandb.setup().settings
@@ -178,20 +182,20 @@ def _modes() -> list[str | None]:
 
 
 def _settings() -> dict[str, Any]:
-    """How wandb is kept from holding up the run, as far as the installed version can be told so."""
+    """Returns settings that keep wandb from delaying the run, as far as the installed version has them."""
     import wandb
 
     wanted = {
         "init_timeout": INIT_SECONDS,
         "login_timeout": INIT_SECONDS,
         "finish_timeout": FINISH_SECONDS,
-        "console": "off",  # a captured stdout would break together with the helper process behind it
+        "console": "off",  # a captured stdout would break together with wandb's helper process
     }
     return {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
 
 
 def _has_key(settings: Any) -> bool:
-    """Whether wandb can log in without asking: by its settings and environment, or by the netrc file."""
+    """Returns whether wandb can log in without a prompt: by its settings and environment, or by the netrc file."""
     if settings.api_key or settings.identity_token_file:
         return True
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
@@ -201,7 +205,7 @@ def _has_key(settings: Any) -> bool:
 
 
 def _tear_down() -> None:
-    """Have wandb give up its lost helper process now; left alone it prints a traceback when Python exits."""
+    """Makes wandb give up its lost helper process now; otherwise it prints a traceback when Python exits."""
     import wandb
 
     try:
@@ -211,7 +215,7 @@ def _tear_down() -> None:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut the file after its last whole line: a kill may have stopped a write half way."""
+    """Cuts the file after its last whole line, because a kill may have stopped a write half way."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with open(path, "r+b") as file:
@@ -220,7 +224,7 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _columns_and_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """The rows as wandb.Table wants them: a column holds numbers only, or text only."""
+    """Returns the rows in the form of wandb.Table, where a column holds numbers only, or text only."""
     rows = [plain(row) for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:

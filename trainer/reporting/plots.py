@@ -1,4 +1,4 @@
-"""The plots of a report: accuracy against bytes, and the layers' weights."""
+"""Draws the plots of a report: accuracy against bytes, and the layers' weights."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ MOMENTS = {
     "shared": "#3d8a62",
 }
 LAYERS_A_PAGE = 8
-SPIKES = 256  # a layer with at most so many different weights is drawn value by value
+SPIKES = 256  # a layer with at most this many distinct weights is drawn value by value
 
 
 def _is_teacher(row: Mapping[str, Any]) -> bool:
@@ -31,38 +31,39 @@ def _is_teacher(row: Mapping[str, Any]) -> bool:
 
 
 def position_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Where a row is drawn: (bytes, top-1 in percent); None when either is not known."""
+    """Returns the position of a row, (bytes, top-1 in percent); None if either is unknown."""
     if missing(row.get("top1")) or not row.get("file_bytes"):
         return None
     return float(row["file_bytes"]), float(row["top1"])
 
 
 def accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
-    """Top-1 over the bytes of the file: the student's way from stage to stage, and the teacher."""
+    """Draws top-1 accuracy over the bytes of the file: the student after each stage, and the teacher."""
     [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
     drawing.calm(axes)
-    placed = [(row, place) for row in report["rows"] if (place := position_of(row))]
-    way = [place for row, place in placed if not _is_teacher(row)]
+    placed = [(row, position) for row in report["rows"] if (position := position_of(row))]
+    way = [position for row, position in placed if not _is_teacher(row)]
     axes.plot([x for x, _ in way], [y for _, y in way], color=STUDENT, linewidth=1, alpha=0.4, zorder=2)
-    for row, place in placed:
+    for row, position in placed:
         colour, marker = (TEACHER, "D") if _is_teacher(row) else (STUDENT, "o")
-        axes.plot(*place, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
+        axes.plot(*position, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
     drawing.byte_axis(axes, [x for _, (x, _) in placed])
     _accuracy_axis(axes, [y for _, (_, y) in placed])
     axes.grid(color=GRID, linewidth=0.7)
     drawing.title(axes.figure, f"{report['name']}: accuracy against size")
     drawing.label(
         axes,
-        [(place, str(row["stage"]), TEACHER if _is_teacher(row) else STUDENT) for row, place in placed],
+        [(position, str(row["stage"]), TEACHER if _is_teacher(row) else STUDENT) for row, position in placed],
         way,
     )
     return axes.figure
 
 
 def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> None:
-    """Plain where the accuracies are near each other. Otherwise spaced by the logarithm of the error, so
-    that a fall
-    to 60 % and a tenth of a percent at 98 % can both be seen."""
+    """Makes the accuracy axis linear if the values are close, else logarithmic in the error.
+
+    On a logarithmic axis both a fall to 60 % and a tenth of a percent at 98 % can be seen.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -88,11 +89,9 @@ def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def histograms(name: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> Iterable[tuple[str, "Figure"]]:
-    """(file name, figure) of the weights: a row for each layer, a column for each moment; a few layers a
-    page.
+    """Yields (file name, figure) of the layers' weights, a few layers a page: a row for each layer, a column for each moment.
 
-    "clustered" is left out where "shared" is there: the same values before their training, hardly to be
-    told apart.
+    weights: {moment: {layer: weights}}. "clustered" is left out if there is "shared": it looks almost the same.
     """
     moments = [moment for moment in weights if moment != "clustered" or "shared" not in weights]
     layers = list(dict.fromkeys(layer for moment in moments for layer in weights[moment]))
@@ -117,7 +116,7 @@ def histograms(name: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> It
 
 
 def _edges(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Bin edges [62] that hold all the weights of a layer, at all moments."""
+    """Returns bin edges [62] around all weights of a layer, at all moments."""
     low = min(float(np.min(array)) for array in arrays)
     high = max(float(np.max(array)) for array in arrays)
     if low == high:
@@ -126,7 +125,7 @@ def _edges(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _histogram(axes: "Axes", weight: np.ndarray | None, edges: np.ndarray, colour: str) -> None:
-    """The weights that are not zero; few different values as one spike each. Zeros are said in words."""
+    """Draws the non-zero weights; few distinct values as one spike each. Zeros are a percentage in the text."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     drawing.calm(axes)

@@ -1,11 +1,10 @@
-"""What a run has to show: report.json for programs, report.md and plots for people.
+"""Writes the report of a run: report.json for programs, report.md and plots for people.
 
-A row is what is known after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
-"num_weights", "num_nonzero", "sparsity" (share of zeros, 0 to 1), "file_bytes", "ratio_student",
-"ratio_teacher", "seconds" and what the stage adds. A layer is "layer", "shape", "num_weights",
-"num_nonzero", "sparsity", "thresholds" (a number or several, on |weight| unless the method says otherwise),
-"clusters", "bits", "ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". What is not known is None or
-left out.
+A row holds the results after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
+"num_weights", "num_nonzero", "sparsity" (fraction of zeros), "file_bytes", "ratio_student", "ratio_teacher",
+"seconds" and the stage's own numbers. A layer holds "layer", "shape", "num_weights", "num_nonzero", "sparsity",
+"thresholds" (a number or several, on |weight| unless the method says otherwise), "clusters", "bits",
+"ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". Unknown entries are None or left out.
 """
 
 import json
@@ -23,11 +22,14 @@ from trainer.storage import files
 
 
 def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write report.json, report.md and the plots into the folder, each file whole or not at all.
+    """Writes report.json, report.md and the plots, each file whole or not at all.
 
-    report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and more if wanted;
-        "command" and "seed" are shown in report.md. In report.json a number that is not finite is null.
-    weights: moment ("dense", "pruned", "recovered", "clustered", "shared") -> layer -> weights of any shape.
+    Args:
+        folder: The run's folder.
+        report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and any others; report.md also
+            shows "command" and "seed". In report.json a number that is not finite is null.
+        weights: {moment: {layer: weights of any shape}}; moments are "dense", "pruned", "recovered", "clustered",
+            "shared".
     """
     folder = Path(folder)
     plots = {}
@@ -45,7 +47,7 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the report.json of a run's folder. Mistake naming the file when it is missing or not whole."""
+    """Reads report.json of a run's folder. Raises Mistake, with the file's name, if it is missing or damaged."""
     path = Path(folder) / "report.json"
     try:
         return json.loads(path.read_bytes())

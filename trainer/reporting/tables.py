@@ -1,4 +1,4 @@
-"""Tables of stages, layers and bytes, as Markdown that reads well as plain text."""
+"""Makes tables of stages, layers and bytes, as Markdown that reads well as plain text."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from tabulate import tabulate
 
 NOTHING = "–"
-# Of an account's rows: what is counted, and the bytes that mask and values would take by other means.
+# Titles of an account's entries: counts, and the bytes of mask and values in other codes.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
 OTHERWISE = {
     "iid_bytes": "i.i.d.",
@@ -19,7 +19,7 @@ OTHERWISE = {
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table that reads well as plain text and is Markdown."""
+    """Returns a report's rows as a table."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "stage": lambda row: str(row["stage"]),
         "top-1 %": lambda row: _decimals(row.get("top1"), 2),
@@ -34,7 +34,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The layers as such a table; "formula" is `sharing_ratio`, "bytes" what the packed file spends."""
+    """Returns a report's layers as a table; "formula" is `sharing_ratio`, "bytes" those of the packed file."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "layer": lambda layer: str(layer["layer"]),
         "shape": lambda layer: "×".join(str(size) for size in layer["shape"]) or "scalar",
@@ -52,10 +52,10 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
-    """Where each byte of a packed file goes (`container.account`), a row for each tensor; the last is the file.
+    """Returns a table of where each byte of a packed file goes: a row for each tensor, the last for the file.
 
-    Beside it stands what masks and values would take otherwise: the i.i.d. entropy, Huffman-coded relative indexes
-    and codes, Huffman-coded codes of all weights, and zlib.
+    Further columns have the bytes of masks and values in other codes: the i.i.d. entropy, Huffman-coded relative
+    indexes and codes, Huffman-coded codes of all weights, and zlib. account: of `packing.container.account`.
     """
     tensors: dict[str, dict[str, Any]] = {}
     for part in account:
@@ -92,10 +92,17 @@ def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sharing_ratio(num_weights: int, bits: int, k: int) -> float:
-    """How many times smaller weights get that share k values: r = n b / (n log2 k + k b) (Han et al. 2016).
+    """Returns the compression ratio of weights that share k values: n b / (n log2 k + k b) (Han et al. 2016).
 
-    num_weights: n, the weights that are stored. bits: b, of one weight before, so 32 for float32. The
-    positions of the weights that are left are not counted.
+    The positions of the remaining weights are not counted.
+
+    Args:
+        num_weights: n, the number of stored weights.
+        bits: b, of one weight before, so 32 for float32.
+        k: Number of shared values.
+
+    Raises:
+        ValueError: For a number below 1.
     """
     if min(num_weights, bits, k) < 1:
         raise ValueError(
@@ -105,12 +112,12 @@ def sharing_ratio(num_weights: int, bits: int, k: int) -> float:
 
 
 def csr_bytes(weight: np.ndarray) -> int:
-    """Bytes of a layer as compressed sparse rows of [out, rest]: values, column indices and row pointers."""
+    """Returns the bytes of a layer as compressed sparse rows of [out, rest]: values, column indices, row pointers."""
     return _sparse_bytes(weight, "csr")
 
 
 def csc_bytes(weight: np.ndarray) -> int:
-    """Bytes of a layer as compressed sparse columns of [out, rest]: values, row indices, column pointers."""
+    """Returns the bytes of a layer as compressed sparse columns of [out, rest]: values, row indices, column pointers."""
     return _sparse_bytes(weight, "csc")
 
 
@@ -119,12 +126,12 @@ def _sparse_bytes(weight: np.ndarray, layout: str) -> int:
 
     weight = np.asarray(weight)
     flat = weight.reshape(weight.shape[0] if weight.ndim else 1, -1) != 0  # scipy has no float16
-    places = scipy.sparse.csr_array(flat) if layout == "csr" else scipy.sparse.csc_array(flat)
-    return places.nnz * weight.itemsize + places.indices.nbytes + places.indptr.nbytes
+    sparse = scipy.sparse.csr_array(flat) if layout == "csr" else scipy.sparse.csc_array(flat)
+    return sparse.nnz * weight.itemsize + sparse.indices.nbytes + sparse.indptr.nbytes
 
 
 def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int) -> str:
-    """A Markdown table, its columns padded to one width; the first num_text are text, the others numbers."""
+    """Returns a Markdown table with padded columns; the first num_text are text, the others numbers."""
     cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
     sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
     return tabulate(
@@ -149,6 +156,7 @@ def _ratio(value: float | None) -> str:
 
 
 def missing(value: float | None) -> bool:
+    """Returns whether a value is None, infinite or NaN."""
     return value is None or not math.isfinite(value)
 
 

@@ -14,13 +14,13 @@ from trainer.distillation.examine import example_images
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
-from trainer.networks.build import spec as spec_of
 from trainer.recipe.keys import EXCLUDE, PER_LAYER, Recipe, StageKeys
 from trainer.recipe.stages import excluded, hook, losses_of, marked, terms_of, training_of
 from trainer.recipe.text import RecipeError
 from trainer.training.evaluate import percent_right, predict, teacher_answers
 from trainer.training.rows import record_teacher
 from trainer.training.run import Run
+from trainer.training.weights import Made
 
 
 def guard_teacher(run: Run) -> None:
@@ -55,15 +55,15 @@ def guard_teacher(run: Run) -> None:
 
 
 def check_layers(
-    recipe: Recipe, student: nn.Module, data: Data, teacher: Teacher | None, device: torch.device | str
+    recipe: Recipe, made: Made, data: Data, teacher: Teacher | None, device: torch.device | str
 ) -> None:
     """Checks, before the first step of training, what only the networks know: layers, pairs, what losses can be fed.
 
-    Raises RecipeError with all faults.
+    made: the student. Raises RecipeError with all faults.
     """
     faults: list[str] = []
     rehearsed: set[str] = set()
-    spec = spec_of(recipe.student)
+    student, spec = made.network, made.spec
     for number, stage in enumerate(recipe.stages):
         path = ("stages", number)
         found = [recipe.fault((*path, *below), message) for below, message in _layer_faults(stage, student)]

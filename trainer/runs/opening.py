@@ -13,21 +13,22 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from trainer.data.batches import make_data
+from trainer.data.batches import batches, make_data
 from trainer.data.images import Data
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.mistakes import Mistake
-from trainer.networks.build import create, spec
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
-from trainer.recipe.stages import any_teaches
+from trainer.recipe.stages import any_teaches, teaches, training_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers
 from trainer.runs.resuming import same_recipe
 from trainer.storage.lock import lock
+from trainer.training.evaluate import percent_right
 from trainer.training.run import Run
+from trainer.training.weights import Made, create, zero_head
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "
@@ -93,20 +94,21 @@ def _asked_for_more(num_processes: int) -> bool:
 def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> Run:
     with accelerator.local_main_process_first():  # what is missing is fetched once
         data = make_data(recipe.data, accelerator.device)
-        teacher = make_teacher(recipe, data)
-    if accelerator.is_main_process and data.notes:
-        print("\n".join(data.notes), flush=True)
-    torch.manual_seed(recipe.seed * 2 + 1)
-    student = create(recipe.student, data.shape, len(data.classes))
+        teacher, notes = make_teacher(recipe, data)
+    made = make_student(recipe, data)
+    student = made.network
     if recipe.student.from_teacher:
         assert teacher is not None
         if not copy_layers(student, teacher.network):
             message = "has no effect: no layer of the student is of a kind that the teacher has"
             raise RecipeError(recipe.fault(("student", "from_teacher"), message))
+    if accelerator.is_main_process:
+        for line in (*data.notes, *notes, *made.notes):
+            print(line, flush=True)
     student.to(accelerator.device)
     if teacher is not None:
         teacher.to(accelerator.device)
-    check_layers(recipe, student, data, teacher, accelerator.device)
+    check_layers(recipe, made, data, teacher, accelerator.device)
     networks = [student, *(teacher.networks if teacher is not None else [])]
     _report_float32(networks, recipe.precision, accelerator)
     return Run(
@@ -116,7 +118,7 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
         accelerator=accelerator,
         data=data,
         student=student,
-        student_spec=spec(recipe.student),
+        student_spec=made.spec,
         teacher=teacher,
         log=log,
         allow_python=recipe.allows_python,
@@ -143,34 +145,92 @@ def _report_float32(networks: list[nn.Module], precision: str, accelerator: Acce
         )
 
 
-def make_teacher(recipe: Recipe, data: Data) -> Teacher | None:
-    """The recipe's teacher, None where it has none. Raises Mistake for a head that nobody has trained."""
-    if not recipe.teacher_entries:
-        return None
-    networks, entries = [], []
-    for number, keys in enumerate(recipe.teacher_entries):
-        torch.manual_seed(recipe.seed * 2 + 1000 * number)
-        network = create(keys, data.shape, len(data.classes))
-        if getattr(keys, "pretrained", False):
-            keys = _as_pretrained(keys, network, data, any_teaches(recipe.stages))
-        networks.append(network)
-        entries.append(keys)
-    return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits")
+def make_student(recipe: Recipe, data: Data) -> Made:
+    """The recipe's student, initialised from its seed or loaded. Raises Mistake when it cannot be."""
+    torch.manual_seed(recipe.seed * 2 + 1)
+    is_taught = any(training_of(stage) is not None and not teaches(stage) for stage in recipe.stages)
+    return create(recipe.student, data.shape, len(data.classes), is_taught, "student")
 
 
-def _as_pretrained(keys: TeacherKeys, network: nn.Module, data: Data, is_taught: bool) -> TeacherKeys:
-    """The entry of a network of pretrained weights, with the normalisation that they were trained with.
+def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]:
+    """The recipe's teacher, None where it has none, and what the user should read of how it was loaded.
 
     Raises Mistake for a head that nobody has trained.
     """
-    config = getattr(network, "pretrained_cfg", None) or {}
-    known = config.get("num_classes")
-    if known != len(data.classes) and not is_taught:
+    if not recipe.teacher_entries:
+        return None, []
+    networks, entries, notes = [], [], []
+    for number, keys in enumerate(recipe.teacher_entries):
+        torch.manual_seed(recipe.seed * 2 + 1000 * number)
+        is_taught = any_teaches(recipe.stages)
+        made = create(keys, data.shape, len(data.classes), is_taught, f"teacher {keys.model}")
+        network = made.network
+        notes += made.notes
+        if getattr(keys, "pretrained", False):
+            _expect_taught(keys, network, data, is_taught)
+        if keys.mean is None:
+            mean_and_std, found = _normalisation(keys, made, data)
+            # A copy: the checked recipe stays what its author wrote.
+            keys = keys.model_copy(update=dict(zip(("mean", "std"), mean_and_std, strict=False)))
+            notes += found
+        networks.append(network)
+        entries.append(keys)
+    return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits"), notes
+
+
+def _expect_taught(keys: TeacherKeys, network: nn.Module, data: Data, is_taught: bool) -> None:
+    """A classifier for other classes than the pretrained weights' own starts from zero, and must be taught.
+
+    Raises Mistake where no stage teaches it.
+    """
+    known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes")
+    if known == len(data.classes):
+        return
+    if not is_taught:
         raise Mistake(
             f"teacher {keys.model!r} was trained on {known} classes and the data has {len(data.classes)}: its new "
             "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
         )
-    if keys.mean is not None or len(config.get("mean", ())) != data.shape[0]:
-        return keys
-    # A copy: the checked recipe stays what its author wrote.
-    return keys.model_copy(update={"mean": tuple(config["mean"]), "std": tuple(config["std"])})
+    zero_head(network)
+
+
+def _normalisation(
+    keys: TeacherKeys, made: Made, data: Data
+) -> tuple[tuple[tuple[float, ...], ...], list[str]]:
+    """((mean), (std)) that a teacher's weights were trained with, () for the data's own, and what the user should read.
+
+    In this order: what a checkpoint of ours recorded; timm's configuration, of other people's checkpoints only where it is
+    not worse than the data's own on validation images.
+    """
+    recorded = made.facts if len(made.facts.get("mean") or ()) == data.shape[0] else {}
+    config = getattr(made.network, "pretrained_cfg", None) or {}
+    if recorded:
+        return (tuple(recorded["mean"]), tuple(recorded["std"])), []
+    if keys.checkpoint is None and not getattr(keys, "pretrained", False):
+        return (), []  # nobody has trained it yet
+    if len(config.get("mean") or ()) != data.shape[0]:
+        return (), []
+    timms, own = (tuple(config["mean"]), tuple(config["std"])), (tuple(data.mean), tuple(data.std))
+    if keys.checkpoint is None or made.notes or timms == own or not (data.validation.labels >= 0).any():
+        return timms, []
+    right = [_percent_right(made.network, keys, data, *each) for each in (timms, own)]
+    taken = 0 if right[0] >= right[1] else 1
+    told = (
+        f"teacher {keys.model}: {right[0]:.2f} % of the validation images right with timm's mean and std for it, "
+        f"{right[1]:.2f} % with the data's: {('timm', 'the data')[taken]}'s are taken (mean and std in the recipe decide)"
+    )
+    return ((timms, ())[taken]), [told]
+
+
+@torch.no_grad()
+def _percent_right(network: nn.Module, keys: TeacherKeys, data: Data, mean: tuple, std: tuple) -> float:
+    """Of at most 500 validation images, with this normalisation."""
+    teacher = Teacher([network], [keys.model_copy(update={"mean": mean, "std": std})], data.mean, data.std)
+    part = data.validation
+    places = torch.arange(len(part))[:500]
+    device = next(network.parameters()).device
+    answers = [
+        teacher.see(images.float() / 255).logits.argmax(-1)
+        for images, _, _ in batches(part, list(places.split(100)), part.workers, device)
+    ]
+    return percent_right(torch.cat(answers), part.labels[places])

@@ -8,11 +8,10 @@ from tabulate import tabulate
 
 from trainer.data.batches import make_data
 from trainer.distillation.objective import Objective
-from trainer.networks.build import create
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import terms_of
 from trainer.runs.checks import check_layers
-from trainer.runs.opening import make_teacher
+from trainer.runs.opening import make_student, make_teacher
 
 
 def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python: bool = False) -> str:
@@ -22,13 +21,13 @@ def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python:
     """
     recipe, _ = read(path, changes, allow_python)
     data = make_data(recipe.data, torch.device("cpu"))
-    teacher = make_teacher(recipe, data)
-    student = create(recipe.student, data.shape, len(data.classes))
+    teacher, _ = make_teacher(recipe, data)
+    student = make_student(recipe, data)
     check_layers(recipe, student, data, teacher, "cpu")
     tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
     for number, stage in enumerate(recipe.stages):
         terms = terms_of(stage)
-        rows = Objective(student, terms, data, teacher).pairs() if terms else []
+        rows = Objective(student.network, terms, data, teacher).pairs() if terms else []
         shown = [
             {
                 key: "x".join(map(str, value)) if isinstance(value, tuple) else value

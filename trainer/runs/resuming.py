@@ -10,6 +10,7 @@ import torch
 from trainer.compression.states import restore
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
+from trainer.packing.network import facts_of
 from trainer.recipe.keys import Recipe
 from trainer.recipe.stages import any_teaches, name_of
 from trainer.recipe.text import RecipeError, dump, parse
@@ -75,8 +76,14 @@ def finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> N
     folder = stage_folder(run, run.stage, run.stage_name)
     if run.accelerator.is_main_process:
         tensors = {"student": run.student.state_dict(), "learned": run.learned}
+        about = {"student": {**facts_of(run.data), "net": run.student_spec}}
         if run.teacher is not None and run.teacher.version:
-            tensors |= {f"teacher-{i}": n.state_dict() for i, n in enumerate(run.teacher.networks)}
+            for i, (network, member) in enumerate(
+                zip(run.teacher.networks, run.teacher.members, strict=True)
+            ):
+                tensors[f"teacher-{i}"] = network.state_dict()
+                seen = {} if member.mean is None else {"mean": member.mean, "std": member.std}
+                about[f"teacher-{i}"] = {**facts_of(run.data), **seen, "net": member.spec}
         for moment, layers in run.histograms.items():
             tensors[f"weights-{moment}"] = {name: torch.from_numpy(array) for name, array in layers.items()}
         facts = {
@@ -88,7 +95,7 @@ def finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> N
             "student_spec": run.student_spec,
             "teacher_version": run.teacher.version if run.teacher is not None else 0,
         }
-        checkpoint.save(folder, tensors, facts, keep=1)
+        checkpoint.save(folder, tensors, facts, keep=1, about=about)
         for training in folder.glob("fit-*"):
             shutil.rmtree(training)
     run.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Teaches the student what the teacher knows: soft labels, feature maps, embeddings, weights."""
+"""Trains the student from the teacher: soft labels, feature maps, embeddings, weights."""
 
 from typing import Annotated
 
@@ -19,7 +19,10 @@ def check(settings) -> None:
 
 
 def distill(run: Run, *, training: Training, losses: Annotated[list[Term], Field(min_length=1)]) -> None:
-    """Trains the student by `losses` with the teacher as its guide (Hinton et al. 2015; Romero et al. 2015)."""
+    """Trains the student by `losses` that compare it with the teacher (Hinton et al. 2015; Romero et al. 2015).
+
+    Losses on the labels may be among them; at least one must use the teacher.
+    """
     objective = Objective(
         run.student,
         losses,

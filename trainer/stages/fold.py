@@ -1,4 +1,4 @@
-"""Folds BatchNorm into the layers before it, so that there is less to share and to pack."""
+"""Folds BatchNorm into the layers before it, so that fewer tensors are shared and packed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,10 +29,11 @@ def becomes(
 
 
 def fold(run: Run) -> None:
-    """Turns the student into the network of `batch_norm: false` with the same outputs; before `share`, masks stay.
+    """Folds BatchNorm away: the student becomes the network of `batch_norm: false` with the same outputs.
 
-    The row has the largest difference of a logit and the number of changed predictions, over 1,000 validation images.
-    Raises Mistake for a student that has no such twin (lenet5 and separable have), and for shared weights.
+    Masks stay; the stage comes before `share`. The report's row has the largest difference of a logit (`max_difference`)
+    and the number of changed predictions (`num_changed`) over 1,000 validation images. Raises Mistake for a student
+    without BatchNorm that can be folded (lenet5 and separable have it), and for shared weights.
     """
     run.student.to(run.accelerator.device).eval()
     before = logits(run, LOOKED_AT)

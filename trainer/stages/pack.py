@@ -1,4 +1,4 @@
-"""Writes the student as one small file, and reads it back in a fresh process to see that it is the same network."""
+"""Writes the student as one small file, and checks in a fresh process that it decodes to the same network."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from trainer.training.evaluate import apart, logits
 from trainer.training.rows import record
 from trainer.training.run import Run
 
-# What a launcher tells its processes: the fresh process is no part of the launch.
+# Environment variables of launchers, which the fresh process must not inherit: it is not part of the launch.
 LAUNCH = (
     "ACCELERATE_",
     "RANK",
@@ -57,13 +57,13 @@ def check_student(settings, student: nn.Module) -> None:
 def pack(
     run: Run, *, file: Annotated[str, Field(pattern=r"^[\w.-]+\.tiny$")] = "student.tiny", tidy: bool = False
 ) -> None:
-    """Writes runs/NAME/`file`; a fresh process decodes it and measures what it decoded.
+    """Writes runs/NAME/`file`; a fresh process decodes it and measures its accuracy.
 
-    tidy: first drops dead hidden units and sorts the others, whose order is free, so that the file is smaller. The
-    student is the tidied network from then on: its outputs are what they were up to the order in which sums are added
-    up. The row has how far they are apart over the validation images, and how many predictions differ (`num_changed`).
-    Raises RuntimeError when the decoded weights are not bit-equal or the accuracy is not the same: the file is then
-    removed.
+    file: name of the file. tidy: whether dead hidden units are dropped first, and the others sorted, whose order is free,
+    so that the file is smaller. The student's outputs then stay the same up to the order of summation; the report's row
+    has their largest difference over the validation images (`max_difference`) and the number of changed predictions
+    (`num_changed`).
+    Raises RuntimeError, and removes the file, if the decoded weights are not bit-equal or the accuracy differs.
     """
     from trainer.packing import network as packed  # here: a recipe is read without the coder
 
@@ -79,30 +79,30 @@ def pack(
         run, "decoded", decoded.get("seconds", 0.0), digest=decoded.get("digest"), file=file, **tidied
     )
     if run.accelerator.is_main_process:
-        mine = digest(dense_state(run.student))
+        expected = digest(dense_state(run.student))
         same = decoded["top1"] == row["top1"] or row["top1"] != row["top1"]  # NaN where there are no labels
-        if decoded["digest"] != mine or not same:
+        if decoded["digest"] != expected or not same:
             path.unlink()
             raise RuntimeError(
-                f"{path}: decoded to another network: digest {decoded['digest'][:12]} for {mine[:12]}, "
+                f"{path}: decoded to another network: digest {decoded['digest'][:12]} for {expected[:12]}, "
                 f"top-1 {decoded['top1']} % for {row['top1']} %; the file is removed"
             )
 
 
 def _tidy(run: Run) -> dict[str, float]:
-    """Tidies the student, in place. Raises RuntimeError where it then gives other outputs."""
+    """Tidies the student, in place. Raises RuntimeError if its outputs then differ by more than rounding."""
     before = logits(run)
     dropped = units.tidy(run.student)
-    told = apart(before, logits(run))
-    if not told["max_difference"] <= 1e-3 * max(1.0, before.abs().max().item()):
+    changes = apart(before, logits(run))
+    if not changes["max_difference"] <= 1e-3 * max(1.0, before.abs().max().item()):
         raise RuntimeError(
-            f"tidy changed what the student says: its outputs are {told['max_difference']:.3g} apart"
+            f"tidy changed what the student says: its outputs are {changes['max_difference']:.3g} apart"
         )
-    return {"num_dropped": sum(dropped.values()), **told}
+    return {"num_dropped": sum(dropped.values()), **changes}
 
 
 def _account(run: Run, data: bytes, name: str) -> None:
-    """Tells the report how many bytes of the file each layer takes."""
+    """Adds to the report how many bytes of the file each layer takes."""
     from trainer.packing import network as packed
 
     known = weights_of(run.student)
@@ -118,12 +118,12 @@ def _in_fresh_process(run: Run, path) -> dict:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH)}
     if run.accelerator.device.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "1"  # the same arithmetic as here
-    # This package, whatever the folder it was started in holds by that name.
+    # This package, whatever the current folder has by that name.
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
     )
     command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
-    command += ["--threads", str(torch.get_num_threads())]  # the sums in the same order
+    command += ["--threads", str(torch.get_num_threads())]  # the same order of summation
     command += ["--allow-python"] * run.allow_python
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

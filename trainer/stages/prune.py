@@ -1,4 +1,4 @@
-"""Sets the least useful weights to zero, or takes whole channels out, and lets the rest recover."""
+"""Sets the least useful weights to zero, or removes whole channels, and trains the rest."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
@@ -42,7 +42,7 @@ SCOPES = ("layer", "global")
 
 
 def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
-    """The recipe keys that come with a criterion: its own, and `sparsity` and `scope` where it gives scores."""
+    """Returns the recipe keys of a criterion: its own, and `sparsity` and `scope` if it returns scores."""
     keys = fields(criterion)
     amount = beside(criterion, "AMOUNT")
     if amount is not None:
@@ -112,19 +112,26 @@ def prune(
     losses: list[Term] | None = None,
     **keys: Any,
 ) -> None:
-    """Prunes the student's weights and trains the survivors, the pruned ones held at zero.
+    """Prunes the student's weights and trains the survivors; pruned weights stay zero.
 
-    method: the criterion, a file of trainer/criteria/: it says which weights go first, and brings its own keys. Where it
-    gives scores these are sparsity, the fraction of zeros, for all layers or {layer: value}; and scope: rank within
-    each `layer`, or all together (`global`). Gates of a recurrent layer, and query, key and value of attention,
-    are layers of their own in a ranking within a `layer`.
-    schedule: `once` before the training; `cubic`, tightened every `every` steps (50) over the first `ramp`
-    (0.6) of it (Zhu & Gupta 2017); `iterative`, in `rounds` (3) that each prune the same fraction of what is
-    left and then train, with `rewind` from the weights that the stage began with (Frankle & Carbin 2019;
-    Renda et al. 2020).
-    exclude: layers left alone ('first', 'last' or names).
-    Raises Mistake for a layer that does not exist, is frozen, has weights that are not finite or all zero,
-    or would lose all its weights.
+    Args:
+        method: The criterion, a file of trainer/criteria/, which says what is pruned first. It has its own keys. A
+            criterion with scores also has sparsity, the fraction of zeros (for all layers, or {layer: value}), and
+            scope: weights are ranked within each `layer` or over all layers (`global`). Each gate of a recurrent layer,
+            and each of query, key and value, has its own ranking within a `layer`.
+        schedule: `once` before the training; `cubic`, gradually during the training (Zhu & Gupta 2017); `iterative`, in
+            rounds that each prune the same fraction of the remaining weights and then train (Frankle & Carbin 2019).
+        ramp: Fraction of the training after which `cubic` is done (0.6).
+        every: Steps between two masks of `cubic` (50).
+        rounds: Number of rounds of `iterative` (3).
+        rewind: Whether each round of `iterative` trains from the weights at the start of the stage (Renda et al. 2020).
+        exclude: Layers to leave alone: 'first', 'last' or names.
+        training: How to train; without it the survivors are not trained.
+        losses: Of the training; by default cross-entropy.
+
+    Raises:
+        Mistake: For a layer that does not exist, is frozen, has weights that are not finite or all zero, or would lose
+            all its weights.
     """
 
     criterion = find("method", method)
@@ -173,7 +180,7 @@ def prune(
 
 
 def _with_defaults(criterion: Callable, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A criterion's keys, those that a caller in Python left out with their defaults."""
+    """Returns a criterion's keys, with defaults for those that a caller in Python left out. Raises Mistake for others."""
     allowed = method_keys(criterion)
     for key in keys:
         if key not in allowed:
@@ -185,7 +192,7 @@ def _with_defaults(criterion: Callable, keys: Mapping[str, Any]) -> dict[str, An
 
 
 def _resizes(criterion: Callable) -> bool:
-    """Whether a criterion makes the network itself smaller."""
+    """Returns whether a criterion makes the network itself smaller."""
     return "student" in fed(criterion)
 
 
@@ -206,7 +213,7 @@ def _prunable(student: nn.Module, exclude: Sequence[str]) -> dict[str, Weight]:
 def _decision(
     layers: dict[str, Weight], criterion: Callable, schedule: str, keys: Mapping[str, Any]
 ) -> Callable[[float], Masks]:
-    """The function that gives {layer: (mask, thresholds)} at a progress (0 to 1) of the schedule."""
+    """Returns a function of the schedule's progress (0 to 1) that returns {layer: (mask, thresholds)}."""
 
     amount = beside(criterion, "AMOUNT")
     if amount is None:
@@ -229,7 +236,7 @@ def _decision(
 def _ranking(
     layers: dict[str, Weight], criterion: Callable, schedule: str, keys: Mapping[str, Any]
 ) -> Callable[[float], Masks]:
-    """As `_decision`, for a criterion that gives scores."""
+    """Does the same as `_decision` for a criterion that returns scores."""
 
     target = per_layer(layers, keys["sparsity"], "sparsity")
     together = keys["scope"] == "global"
@@ -244,7 +251,7 @@ def _ranking(
 
     def decide(progress: float) -> Masks:
         if adds_up:
-            # A weight may come back by what its gradients say, but not one that an earlier stage pruned.
+            # This stage's pruned weights may return if their scores rise, an earlier stage's may not.
             alive, scores = before, {}
             for name, layer in layers.items():
                 found = layer.parametrization
@@ -260,7 +267,7 @@ def _ranking(
 
 
 def _zeros(layers: dict[str, Weight], target: Mapping[str, float], together: bool) -> dict[str, float]:
-    """The sparsity that an earlier stage left, in each layer (or in all). Raises Mistake where no more is asked for."""
+    """Returns the sparsity that an earlier stage left in each layer (or in all). Raises Mistake if `target` is lower."""
     dead = {name: 0.0 if layer.mask is None else (~layer.mask).sum().item() for name, layer in layers.items()}
     if together:
         fraction = sum(dead.values()) / sum(layer.value.numel() for layer in layers.values())
@@ -286,13 +293,11 @@ def _set_mask(run: Run, layer: Weight, mask: Tensor) -> None:
 
 
 def _make_smaller(run: Run, criterion: Callable, exclude: Sequence[str], keys: Mapping[str, Any]) -> None:
-    """Has the criterion take parts of the student out, in place."""
+    """Makes the student smaller by the criterion, in place. Raises Mistake if its sizes cannot rebuild the network."""
 
     images = normalize(example_images(run.data, run.accelerator.device), run.data.mean, run.data.std)
     spec = _with_sizes(run.student_spec, _resized(criterion, run.student, images, exclude, keys))
-    for (
-        tensor
-    ) in run.student.state_dict().values():  # all have chosen from equal weights; the main one's word counts
+    for tensor in run.student.state_dict().values():  # all processes use the main one's choice
         broadcast(tensor)
     with torch.device("meta"):
         rebuilt = build(spec, run.data.shape, len(run.data.classes))

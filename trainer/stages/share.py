@@ -38,7 +38,7 @@ NumValues = Annotated[int, Field(ge=1, le=65536)]
 FractionBits = Annotated[int, Field(ge=1, le=10)]
 BiasBits = Annotated[int, Field(ge=2, le=16)]
 
-AUTO_BITS = range(1, 7)  # what `bits: auto` chooses among
+AUTO_BITS = range(1, 7)  # `bits: auto` chooses among these
 FISHER_BATCHES, FISHER_BATCH_SIZE = 64, 16
 
 
@@ -91,20 +91,35 @@ def share(
     training: Training | None = None,
     losses: list[Term] | None = None,
 ) -> None:
-    """Clusters the surviving weights of each layer into 2^bits (or `values`) shared values and trains those.
+    """Clusters the surviving weights of each layer into 2^bits (or `values`) shared values, and trains these values.
 
-    bits: for all layers, {layer: bits}, or `auto` with `budget_bytes`: from 6 bits everywhere the layer whose next bit
-    costs the least validation loss a byte goes down, again and again, until the file as clustered is within the budget
-    (each layer's loss and bytes at 1 to 6 bits are measured once, with the others as they were, and taken to add up).
-    init: `optimal` is exact one-dimensional k-means, `linear` is scikit-learn's k-means from evenly spaced values (Han et al.
-    2016). per: one codebook a `layer`, an output `channel`, or `groups` equal blocks of channels. weighting: `fisher`
-    counts each weight's error by its mean squared gradient over 1,024 training images (Choi et al. 2017). code_cost:
-    what a bit counts, in mean squares of a layer's weights (entropy-constrained, Chou et al. 1989; 0.01 to 0.1).
-    assign: `trained` decides at every step anew which value each weight shares, straight-through (Bengio et al. 2013).
-    entropy: weight of the codes' entropy, in bits a surviving weight, in the loss. codebook: the type in which the shared
-    values are finally kept, or bits of their fraction. biases: bits in which biases are kept, on a grid of a power of
-    two (dead units are dropped first where the network is a chain of layers). rest: the type of all else that is not
-    shared. exclude: layers left alone. Zeros stay zero and cost no value.
+    Zeros stay zero and need no value.
+
+    Args:
+        bits: For all layers, {layer: bits}, or `auto` with budget_bytes. `auto` starts from 6 bits in every layer, and
+            lowers step by step the layer that loses the least validation loss per saved byte, until the clustered file
+            is within the budget. Each layer's loss and bytes at 1 to 6 bits are measured once, with the other layers
+            unchanged, and assumed to add up.
+        values: Number of values instead of bits: for all layers, or {layer: number}.
+        budget_bytes: Largest size of the file, for `bits: auto`.
+        init: `optimal` is exact one-dimensional k-means; `linear` is scikit-learn's k-means from evenly spaced values
+            (Han et al. 2016).
+        per: One codebook for each `layer`, each output `channel`, or each `group` of channels.
+        groups: Number of equal blocks of channels, for `per: group`.
+        weighting: `fisher` weights each weight's error by its mean squared gradient over 1,024 training images (Choi
+            et al. 2017).
+        code_cost: Cost of a code's bit, in mean squares of a layer's weights (entropy-constrained clustering, Chou et al.
+            1989; 0.01 to 0.1).
+        assign: `fixed` keeps the codes; `trained` chooses at every step which value each weight shares, with a
+            straight-through gradient (Bengio et al. 2013).
+        entropy: Weight in the loss of the codes' entropy, in bits per surviving weight.
+        codebook: The type to which shared values are rounded at the end, or a number of fraction bits.
+        biases: Bits to which biases are rounded, on a grid of a power of two. Dead units are dropped first if the network
+            is a chain of layers.
+        rest: The type to which everything else that is not shared is rounded.
+        exclude: Layers to leave alone.
+        training: How to train the values; without it they stay as clustered.
+        losses: Of the training and of weighting; by default cross-entropy.
     """
     from trainer.compression import kmeans  # here: a recipe is read without it
 
@@ -126,12 +141,10 @@ def share(
         assert budget_bytes is not None
         bits = _choose_bits(run, layers, cluster, codebook, biases, rest, budget_bytes)
     wanted = per_layer(layers, bits if values is None else values, "bits" if values is None else "values")
-    for name, layer in layers.items():  # as the main process decides
+    for name, layer in layers.items():  # the main process decides
         codes, centroids = cluster(name, layer, wanted[name] if values is not None else 2 ** wanted[name])
         codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
-        rounded = round_codebook(
-            centroids, codebook
-        )  # what cannot be rounded is refused before it is trained
+        rounded = round_codebook(centroids, codebook)  # raises before the training, not after it
         if training is None:
             centroids = rounded
         if assign == "trained":
@@ -170,7 +183,7 @@ def share(
 
 
 def _note(run: Run, name: str, centroids: Tensor) -> None:
-    """Tells the report how large the codebooks of a layer are."""
+    """Adds to the report how large the codebooks of a layer are."""
     used = int(torch.atleast_2d(centroids).ne(0).sum(1).max())
     run.layers.setdefault(name, {}).update(
         clusters=used, groups=len(torch.atleast_2d(centroids)), bits=max(1, (used - 1).bit_length())
@@ -178,7 +191,7 @@ def _note(run: Run, name: str, centroids: Tensor) -> None:
 
 
 def _round(student: nn.Module, biases: int | None, rest: str) -> None:
-    """Rounds what is not shared, dead units dropped before: constants that go into the next biases must fit the grid."""
+    """Rounds what is not shared. Dead units are dropped first, because that changes the next layer's biases."""
     if biases is not None and _is_chain(student):
         units.drop_dead(student)
     round_unshared(student, biases, rest)
@@ -193,9 +206,9 @@ def _is_chain(student: nn.Module) -> bool:
 
 
 def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict[str, Tensor]:
-    """Mean squared gradient of the stage's losses with respect to each weight, over small batches of training images.
+    """Returns the mean squared gradient of the losses for each weight, over small batches of training images.
 
-    The same on every process: all look at the same images.
+    All processes use the same images, so the result is the same.
     """
     device = run.accelerator.device
     objective = Objective(run.student, losses, run.data, run.teacher, device=device).eval()
@@ -213,7 +226,7 @@ def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict
 
 
 def _trained(layer: Weight) -> Tensor:
-    """The parameter behind a plain or pruned weight. Raises Mistake for one that shares its values already."""
+    """Returns the parameter behind a plain or pruned weight. Raises Mistake for a shared one."""
     module, attribute = layer.holders[0]
     if layer.parametrization is None:
         return getattr(module, attribute)
@@ -225,25 +238,25 @@ def _trained(layer: Weight) -> Tensor:
 
 
 def _choose_bits(run: Run, layers, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
-    """Bits of each layer for a file of at most `budget_bytes`, by rate-distortion (see `share`)."""
+    """Returns the bits of each layer for a file of at most `budget_bytes`, by rate-distortion (see `share`)."""
     found = [0] * len(layers)
     if run.accelerator.is_main_process:
         found = list(_rate_distortion(run, layers, cluster, codebook, biases, rest, budget_bytes).values())
-    told = broadcast(torch.tensor(found, device=run.accelerator.device)).tolist()
-    if not all(told):
+    bits = broadcast(torch.tensor(found, device=run.accelerator.device)).tolist()
+    if not all(bits):
         raise Mistake(
             f"budget_bytes: {budget_bytes:,} are too few even with {AUTO_BITS[0]} bit in every layer"
         )
-    return dict(zip(layers, told, strict=True))
+    return dict(zip(layers, bits, strict=True))
 
 
 @torch.no_grad()
 def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_bytes: int) -> dict[str, int]:
-    """As `_choose_bits`, on one process; zeros where the budget cannot be kept."""
+    """Does the work of `_choose_bits` on one process; returns zeros if no choice is within the budget."""
     from trainer.packing import network as packed
 
     facts = packed.facts_of(run.data)
-    # Not a deep copy: torch's copies of parametrized modules share a class, and taking one's mask would take all.
+    # Not a deep copy: copies of a parametrized module have one class, so removing one's mask would remove all.
     plain = build(run.student_spec, run.data.shape, len(run.data.classes)).to(run.accelerator.device)
     plain.load_state_dict(dense_state(run.student))
     _round(plain, biases, rest)
@@ -251,7 +264,7 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
         (name, bits): cluster(name, layer, 2**bits) for name, layer in layers.items() for bits in AUTO_BITS
     }
 
-    def shares(choice: dict[str, int]) -> nn.Module:
+    def clustered(choice: dict[str, int]) -> nn.Module:
         student = copy.deepcopy(plain)
         copies = weights_of(student)
         for name, bits in choice.items():
@@ -261,7 +274,7 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
         return student.eval()
 
     def encoded(choice: dict[str, int]) -> bytes:
-        return packed.encode(shares(choice), run.student_spec, facts)
+        return packed.encode(clustered(choice), run.student_spec, facts)
 
     base = _loss(run, plain.eval())
     loss: dict[tuple[str, int], float] = {}
@@ -273,7 +286,7 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
             if name in layers:
                 size[name, bits] = size.get((name, bits), 0.0) + part["bytes"]
         for name in layers:
-            loss[name, bits] = _loss(run, shares({name: bits})) - base
+            loss[name, bits] = _loss(run, clustered({name: bits})) - base
     choice = dict.fromkeys(layers, AUTO_BITS[-1])
     while len(encoded(choice)) > budget_bytes:
         steps = {}
@@ -289,17 +302,17 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
 
 
 def _loss(run: Run, student: nn.Module) -> float:
-    """Mean cross-entropy on the validation images, of their labels or, where there are none, the teacher's answers."""
+    """Returns the mean cross-entropy on the validation images, against labels or, without labels, the teacher's classes."""
     part: Part = run.data.validation
-    labels, view = truth(run, part), normalized(student, run.data)
+    labels, network = truth(run, part), normalized(student, run.data)
     total, number = 0.0, 0
     order = list(torch.arange(len(part)).split(500))
     for positions, (images, _, _) in zip(
         order, batches(part, order, part.workers, run.accelerator.device), strict=True
     ):
-        right = labels[positions.to(labels.device)].to(run.accelerator.device)
-        known = right >= 0
-        logits = view(images.float() / 255).float()
-        total += functional.cross_entropy(logits[known], right[known], reduction="sum").item()
+        target = labels[positions.to(labels.device)].to(run.accelerator.device)
+        known = target >= 0
+        logits = network(images.float() / 255).float()
+        total += functional.cross_entropy(logits[known], target[known], reduction="sum").item()
         number += int(known.sum())
     return total / max(1, number)

@@ -1,4 +1,4 @@
-"""Teaches the teacher or the student from labels, or loads a checkpoint and checks its accuracy."""
+"""Trains the teacher or the student on labels, or loads a checkpoint and checks its accuracy."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +8,13 @@ from pydantic import Field
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
-from trainer.networks.build import load_weights
 from trainer.recipe.keys import Term, TermKeys, Training
 from trainer.recipe.stages import changes_student
 from trainer.recipe.terms import needs_teacher
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record, record_teacher
 from trainer.training.run import Run
+from trainer.training.weights import load_weights
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -22,6 +22,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 def check(settings) -> None:
     if (settings.training is None) == (settings.checkpoint is None):
         raise Mistake("exactly one of training and checkpoint is needed")
+    if settings.checkpoint is None and (settings.prefix is not None or settings.use_ema):
+        raise Mistake("prefix and use_ema have no effect without checkpoint")
     if settings.checkpoint is not None and settings.losses:
         raise Mistake("losses have no effect with checkpoint: nothing is trained")
     for term in settings.losses or []:
@@ -45,12 +47,22 @@ def train(
     training: Training | None = None,
     losses: list[Term] | None = None,
     checkpoint: Path | None = None,
+    prefix: str | None = None,
+    use_ema: bool = False,
     at_least: Percent | None = None,
 ) -> None:
-    """Trains on labels (cross-entropy, or the `losses` given), or loads `checkpoint`.
+    """Trains the teacher or the student on labels, or loads a checkpoint.
 
-    at_least: percent of the validation images that must then be right; fewer is an error. Of several teachers each
-    is trained. Raises Mistake when the accuracy is missed or the checkpoint does not fit.
+    Args:
+        who: `student`, or `teacher`; of several teachers each is trained.
+        training: How to train.
+        losses: By default cross-entropy.
+        checkpoint: The weights to load instead of training.
+        prefix, use_ema: What of the checkpoint to take (`training.weights`).
+        at_least: Validation accuracy in percent that must be reached.
+
+    Raises:
+        Mistake: If the accuracy is below at_least, or the checkpoint does not fit.
     """
     losses = losses or [TermKeys(loss="cross_entropy")]
     teacher = run.teacher if who == "teacher" else None
@@ -59,7 +71,7 @@ def train(
     numbers: dict = {}
     for number, network in enumerate(networks):
         if checkpoint is not None:
-            load_weights(network, checkpoint)
+            _load(run, who, number, checkpoint, prefix, use_ema)
             continue
         assert training is not None
         prepare = None if teacher is None else (lambda images, n=number: teacher.prepare(images, n))
@@ -90,3 +102,17 @@ def train(
         raise Mistake(
             f"the {who} has {row['top1_validation']:.2f} % of the validation images right; at_least asks for {at_least} %"
         )
+
+
+def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_ema: bool) -> None:
+    classes = len(run.data.classes)
+    if who == "student":
+        made = load_weights(run.student, run.student_spec, run.data.shape, classes, path, prefix, use_ema)
+        run.student, run.student_spec = made.network.to(run.accelerator.device), made.spec
+        return
+    assert run.teacher is not None
+    network, member = run.teacher.networks[number], run.teacher.members[number]
+    shape = (run.data.shape[0], member.size, member.size) if member.size else run.data.shape
+    made = load_weights(network, member.spec, shape, classes, path, prefix, use_ema)
+    if made.network is not network:
+        raise Mistake(f"{path}: has removed channels: name it as the teacher's own checkpoint")

@@ -1,1 +1,1 @@
-"""Files that survive: written whole or not at all, checkpoints, weights, the lock of a run's folder."""
+"""Files written whole or not at all: checkpoints, weights, the lock of a run's folder."""

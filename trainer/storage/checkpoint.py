@@ -1,8 +1,8 @@
-"""Checkpoints that survive a kill, weights files without pickles, and the lock of a run's folder.
+"""Writes and reads checkpoints that survive a kill.
 
 A checkpoint is a folder of safetensors files, an optimizer's state (by torch.save), facts.json and
-manifest.json (the sha256 sum of every file). It is written under another name, forced to the disk and renamed,
-so it is there whole or not at all; what is damaged later is seen by its sums, and the one before it is used.
+manifest.json (the sha256 sum of every file). It is written under another name, synced to the disk and renamed,
+so it exists whole or not at all. Later damage shows in the sums, and the checkpoint before it is used.
 """
 
 import hashlib
@@ -33,16 +33,21 @@ def save(
     facts: Mapping[str, Any],
     keep: int = 2,
     states: Mapping[str, Mapping[str, Any]] = {},
+    about: Mapping[str, Mapping[str, Any]] = {},
 ) -> Path:
-    """Write a new checkpoint into `folder` and return its path, folder/NNNNNNNN.
+    """Writes a new checkpoint into `folder`; returns its path, folder/NNNNNNNN.
 
-    tensors: NAME -> {key: tensor}, each written as NAME.safetensors (any device, any strides, in order).
-    states: NAME -> an optimizer's state_dict, each written as NAME.pt by torch.save.
-    facts: what JSON can hold, so tuples come back as lists and keys as text.
+    The number is facts["step"], but at least one more than the newest checkpoint's. Afterwards the `keep` newest valid
+    checkpoints remain; all older ones are removed, and so is what a killed writer left. Only one writer at a time is
+    allowed.
 
-    The number is facts["step"], or one above the newest checkpoint's where there is no step or it is not
-    above. Afterwards the `keep` newest valid checkpoints are there and all older ones are removed. One writer
-    at a time: what a killed writer left is cleared away.
+    Args:
+        folder: The folder of all checkpoints of a training.
+        tensors: {NAME: {key: tensor}}, each written as NAME.safetensors (any device, any strides, in order).
+        facts: A mapping of JSON's types: tuples come back as lists, keys as text.
+        keep: Number of checkpoints to keep, at least 1.
+        states: {NAME: an optimizer's state_dict}, each written as NAME.pt by torch.save.
+        about: {NAME: what is known of those tensors}, kept in the header of their file ("facts").
     """
     if keep < 1:
         raise ValueError(f"keep: got {keep}; at least 1 checkpoint is kept")
@@ -53,7 +58,11 @@ def save(
     newest = max((int(path.name) for path in _checkpoints(folder)), default=-1)
     final = folder / f"{max(newest + 1, int(facts.get('step', 0))):08d}"
 
-    content = {f"{_checked(name)}.safetensors": to_bytes(entry, name) for name, entry in tensors.items()}
+    headers = {name: {"facts": json.dumps(facts)} for name, facts in about.items()}
+    content = {
+        f"{_checked(name)}.safetensors": to_bytes(entry, name, headers.get(name))
+        for name, entry in tensors.items()
+    }
     content |= {f"{_checked(name)}.pt": _pickled(state) for name, state in states.items()}
     content["facts.json"] = json_bytes(facts)
     sums = {
@@ -80,10 +89,9 @@ def save(
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
-    """Read the newest valid checkpoint of `folder`: (tensors, facts) as given to `save`, the states among the
-    tensors, which are on the CPU.
+    """Reads the newest valid checkpoint of `folder`; returns (tensors, facts) as given to `save`, or None without one.
 
-    A damaged one is skipped with a warning that names it. None when there is no valid one.
+    Tensors are on the CPU, and the states are among them. A damaged checkpoint is skipped with a warning.
     """
     for path in _checkpoints(Path(folder)):
         try:
@@ -104,13 +112,13 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | Non
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The numbered folders, newest first."""
+    """Returns the numbered folders, newest first."""
     found = [path for path in folder.glob("*") if re.fullmatch(r"\d{8,}", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _verified(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each with the sum its manifest says. Mistake if anything is amiss."""
+    """Returns the contents of a checkpoint's files. Raises Mistake if one is missing or its sum differs from the manifest."""
     try:
         sums = json.loads((path / "manifest.json").read_bytes())["files"]
         content = {name: (path / name).read_bytes() for name in sums}

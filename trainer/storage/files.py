@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes files that exist whole or not at all."""
 
 import json
 import math
@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial-"  # begins the name of what is being written
+PARTIAL = ".partial-"  # prefix of the name of a file that is being written
 
 
 def write_through(path: Path, data: bytes) -> None:
-    """Writes a file and forces it to the disk."""
+    """Writes a file and syncs it to the disk."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -19,7 +19,7 @@ def write_through(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk (Windows has no such call and needs none)."""
+    """Syncs a folder's entries to the disk (Windows has no such call and needs none)."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -30,7 +30,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, replacing one of that name; it survives a crash once this returns."""
+    """Writes a file whole or not at all, and replaces one of that name. It survives a crash after this returns."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
@@ -43,9 +43,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def plain(value: Any, not_finite: Callable[[float], Any] = float) -> Any:
-    """The value in JSON's types: tensors and arrays as numbers or lists, paths and what is unknown as text.
+    """Converts a value to JSON's types: tensors and arrays to numbers or lists, paths and unknown types to text.
 
-    not_finite: what is written for a float that JSON has no number for.
+    not_finite: converts a float that is infinite or NaN, which JSON does not have.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item, not_finite) for key, item in value.items()}
@@ -61,5 +61,5 @@ def plain(value: Any, not_finite: Callable[[float], Any] = float) -> Any:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Non-finite floats as Python writes them (NaN, Infinity), which it reads back too."""
+    """Returns a value as JSON bytes. Non-finite floats are written as NaN and Infinity, which Python reads back."""
     return json.dumps(value, indent=1).encode()

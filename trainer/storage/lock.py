@@ -1,4 +1,4 @@
-"""The lock of a run's folder."""
+"""Locks a run's folder."""
 
 import contextlib
 import json
@@ -18,12 +18,11 @@ from trainer.storage.files import json_bytes
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process, so that a second run cannot write into it.
+    """Holds the folder for this process inside the `with` block, so that no second run writes into it.
 
-    Mistake, saying who holds it and since when, if another holder is alive. The lock goes with the
-    process however it ends, and its forked children (a data loader's workers) have no part in it; the file
-    .lock stays and means nothing by itself. Where the system has no such locks (some network disks) a warning
-    is logged and nothing is held.
+    Raises Mistake, with the holder and the time, if another process holds it. The lock ends with the process, however
+    that ends; forked children (a data loader's workers) do not hold it. The file .lock stays and has no meaning
+    alone. If the file system has no locks (some network disks), a warning is logged and nothing is locked.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +48,6 @@ def lock(folder: Path) -> Iterator[None]:
 def _holder(path: Path) -> str:
     try:
         who = json.loads(path.read_bytes())
-    except OSError:  # it has the lock but has not written its name yet
+    except OSError:  # the holder has not written its name yet
         return "holder unknown"
     return f"process {who['pid']} on {who['host']}, since {who['since']}"

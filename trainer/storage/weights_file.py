@@ -1,7 +1,9 @@
-"""Weights in safetensors files, and in pickles of tensors alone, which run no code."""
+"""Writes weights as safetensors, and reads them from safetensors or from pickles of tensors alone, which run no code."""
 
+import argparse
 import hashlib
 import json
+import pathlib
 import pickle
 import re
 import warnings
@@ -9,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 import safetensors
 import safetensors.torch
 import torch
@@ -17,14 +20,12 @@ from torch import Tensor
 from trainer.mistakes import Mistake
 from trainer.storage import files
 
-ORDER = "key_order"  # in a safetensors header: the keys in order, and the mark of our own files
+ORDER = "key_order"  # in a safetensors header: the keys in order; it marks our own files
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-NESTS = ("state_dict", "model_state_dict", "model", "module", "net")
-PREFIXES = ("module.", "model.", "_orig_mod.", "state_dict.")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """A digest of named tensors: equal only for bit-equal weights. It stands in kept runs and reports: it must not change."""
+    """Returns a digest of named tensors, equal only for bit-equal weights. Runs and reports keep it: it must not change."""
     found = hashlib.sha256()
     for name in sorted(state):
         found.update(name.encode())
@@ -33,29 +34,32 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the tensors as one safetensors file, whole or not at all; a file of that name is replaced.
+    """Writes tensors as one safetensors file, whole or not at all, and replaces a file of that name.
 
-    metadata: text that goes into the file's header.
+    metadata: texts for the file's header.
     """
     files.write_bytes(path, to_bytes(tensors, path, metadata))
 
 
-def load_file(path: Path) -> dict[str, Tensor]:
-    """Read the weights in a safetensors file, or in a pickle (.pth, .pt, .bin, .ckpt, .tar) of tensors alone.
+def read_file(path: Path) -> tuple[Any, dict[str, str]]:
+    """Reads a file of weights: its content, and the text in its header.
 
-    Weights nested under "state_dict", "model" and the like are found, and a prefix that every key carries
-    ("module.", "model.", "_orig_mod.", "state_dict.") is taken off, also several in turn; a file that
-    `save_file` wrote comes back as it was. Mistake naming the file when it is missing, damaged, holds no
-    weights, or is a pickle with code in it, which is never run.
+    Args:
+        path: A safetensors file, or a pickle (.pth, .pt, .bin, .ckpt, .tar) of tensors and plain values.
+
+    Returns:
+        What it holds (of safetensors {key: tensor}; ours in the order given), and {} or a safetensors header's text.
+
+    Raises:
+        Mistake: Naming the file when it is missing, damaged, or a pickle with code in it, which is never run.
     """
     path = Path(path)
     if not path.is_file():
         raise Mistake(f"{path}: there is no such file")
     if path.suffix == ".safetensors":
-        tensors, ours = from_bytes(path.read_bytes(), path)
-        return tensors if ours else _without_prefixes(tensors)
+        return from_bytes(path.read_bytes(), path)
     if path.suffix in PICKLES:
-        return _without_prefixes(_weights_in(unpickled(path, path), path))
+        return unpickled(path, path), {}
     raise Mistake(
         f"{path}: got a file ending in {path.suffix!r}; allowed: .safetensors, {', '.join(PICKLES)}"
     )
@@ -64,12 +68,12 @@ def load_file(path: Path) -> dict[str, Tensor]:
 def to_bytes(
     tensors: Mapping[str, Tensor], where: object, metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The tensors in the safetensors format, with the order of the keys, which the format does not keep."""
+    """Returns the tensors in the safetensors format, with the order of the keys, which the format alone does not keep."""
     copies = {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{where}: {key!r} is a {type(tensor).__name__}; only tensors are saved")
-        # A copy of its own: the format refuses strides and tensors that share memory (tied weights).
+        # A copy, because the format refuses strides and tensors that share memory (tied weights).
         copies[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
         return safetensors.torch.save(copies, {**(metadata or {}), ORDER: json.dumps(list(copies))})
@@ -77,51 +81,60 @@ def to_bytes(
         raise Mistake(f"{where}: safetensors has no type {error}") from error
 
 
-def from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], bool]:
-    """The tensors in the order they were given, and whether the file is one of ours."""
+def from_bytes(data: bytes, where: object) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors, those of our own files in their order, and the text in the header. Raises Mistake for a damaged file."""
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if ORDER not in header.get("__metadata__", {}):
-            return tensors, False
-        return {key: tensors[key] for key in json.loads(header["__metadata__"][ORDER])}, True
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        metadata = header.get("__metadata__", {})
+        order = json.loads(metadata.pop(ORDER)) if ORDER in metadata else list(tensors)
+        if not isinstance(order, list) or sorted(map(str, order)) != sorted(tensors):
+            raise ValueError(f"{ORDER} names other keys than the file has")
+        return {key: tensors[key] for key in order}, metadata
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise Mistake(f"{where}: this is no whole safetensors file ({error})") from error
 
 
 def unpickled(file: Path | BinaryIO, path: Path) -> Any:
-    """What a file named `path` holds, tensors and plain values alone."""
+    """Returns the content of a pickle of tensors and plain values. path: its name in messages.
+
+    Raises Mistake for a pickle with anything else in it, and for a damaged one.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols: they are read or refused
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_harmless()):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"this one asks for {named[1]}" if named else "this one holds something else, or is damaged"
+        what = f"this one asks for {named[1]}" if named else "this one holds something else, or is damaged"
         raise Mistake(
-            f"{path}: refused: a pickle can run code, so only tensors are read, and {found}; "
-            "save model.state_dict() alone, or safetensors"
+            f"{path}: refused: a pickle can run code, so only tensors are read, and {what}. If you trust it, convert it:\n"
+            f"  loaded = torch.load({str(path)!r}, weights_only=False, map_location='cpu')\n"
+            f"  torch.save(loaded.state_dict() if hasattr(loaded, 'state_dict') else loaded['state_dict'], 'weights.pth')"
         ) from error
-    except Exception as error:  # whatever a damaged pickle or archive makes torch stumble over
+    except Exception as error:  # a damaged pickle or archive may raise anything in torch
         why = f"{type(error).__name__} {error}".strip().splitlines()[0]
         raise Mistake(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
 
 
-def _weights_in(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state_dict in what was loaded: the thing itself, or nested in it."""
-    while isinstance(loaded, Mapping):
-        if loaded and all(isinstance(k, str) and isinstance(value, Tensor) for k, value in loaded.items()):
-            return {key: value.detach() for key, value in loaded.items()}
-        nested = [loaded[key] for key in NESTS if isinstance(loaded.get(key), Mapping)]
-        if not nested:
-            found = ", ".join(f"{key!r} ({type(value).__name__})" for key, value in list(loaded.items())[:8])
-            raise Mistake(f"{path}: no weights found; it holds {found or 'nothing'}; looked under {NESTS}")
-        loaded = nested[0]
-    raise Mistake(f"{path}: no weights found; it holds a {type(loaded).__name__}")
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            return _without_prefixes({key.removeprefix(prefix): value for key, value in tensors.items()})
-    return tensors
+def _harmless() -> list[Any]:
+    """Returns classes beside tensors that other trainers' files hold, and that do nothing when they are made."""
+    # numpy has two names for each of these, before and since its version 2.
+    multiarray = numpy._core.multiarray  # type: ignore[attr-defined]  # private, but named in the files
+    scalar, reconstruct = multiarray.scalar, multiarray._reconstruct
+    moved = [
+        (function, f"{package}.multiarray.{function.__name__}")
+        for package in ("numpy.core", "numpy._core")
+        for function in (scalar, reconstruct)
+    ]
+    types = {type(numpy.dtype(kind)) for kind in (*"?bBhHiIlLqQefd", "U", "S")}
+    return [
+        argparse.Namespace,
+        pathlib.PosixPath,
+        pathlib.PurePosixPath,
+        numpy.ndarray,
+        numpy.dtype,
+        *types,
+        *moved,
+    ]

@@ -1,4 +1,4 @@
-"""Accuracy and agreement of a network, each image counted once, and the report's rows."""
+"""Computes a network's predictions, accuracy and logits, with each image counted once."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def predict(network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accelerator") -> Tensor:
-    """The class that `network` (images in [0, 1] -> logits) gives each image of a part: [len(part)] int64.
+    """Returns the class that a network predicts for each image of a part: int64 [len(part)].
 
-    The processes of a run each take every so many-th batch, and their answers are added up: nothing is counted twice.
+    The processes divide the batches among them, and each gets all predictions.
+
+    Args:
+        network: Maps images [N, C, H, W] in [0, 1] to logits [N, K].
+        part: The images.
+        accelerator: The run's.
     """
     small = isinstance(part.images, InMemory) and part.images.images.shape[2] <= 64
     size = 1000 if small else 128
@@ -33,7 +38,7 @@ def predict(network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accel
 
 
 def percent_right(answers: Tensor, labels: Tensor) -> float:
-    """Percent of answers that equal the label; images without a label do not count. NaN where none has one."""
+    """Returns the percentage of answers that equal the label. Images without a label do not count; NaN if none has one."""
     labels = labels.to(answers.device)
     known = labels >= 0
     if not known.any():
@@ -42,7 +47,7 @@ def percent_right(answers: Tensor, labels: Tensor) -> float:
 
 
 def teacher_answers(run: Run, part_name: str) -> Tensor | None:
-    """The teacher's classes for the images of a part ('validation', 'test'), computed once; None without a teacher."""
+    """Returns the teacher's classes for a part ('validation', 'test'), computed once; None without a teacher."""
     teacher = run.teacher
     if teacher is None:
         return None
@@ -54,7 +59,7 @@ def teacher_answers(run: Run, part_name: str) -> Tensor | None:
 
 
 def truth(run: Run, part: Part) -> Tensor:
-    """Labels of a part; for unlabelled images the teacher's answers stand in, so that progress can be seen."""
+    """Returns the labels of a part, or the teacher's classes if none of its images has a label."""
     if (part.labels >= 0).any():
         return part.labels
     answers = teacher_answers(run, "validation" if part is run.data.validation else "test")
@@ -62,13 +67,13 @@ def truth(run: Run, part: Part) -> Tensor:
 
 
 def normalized(network: nn.Module, data: Data) -> Callable[[Tensor], Tensor]:
-    """The network as a function of images in [0, 1], with the data's normalisation."""
+    """Returns the network as a function of images in [0, 1], with the data's normalisation."""
     return lambda images: network(normalize(images, data.mean, data.std))
 
 
 @torch.no_grad()
 def logits(run: Run, most: int | None = None) -> Tensor:
-    """The student's outputs [N, K] for the validation images, the first `most` of them."""
+    """Returns the student's logits [N, K] for the validation images, or for the first `most` of them."""
     part, device = run.data.validation, run.accelerator.device
     network = normalized(run.student.eval(), run.data)
     order = list(torch.arange(len(part))[:most].split(500))
@@ -78,7 +83,7 @@ def logits(run: Run, most: int | None = None) -> Tensor:
 
 
 def apart(before: Tensor, after: Tensor) -> dict[str, float]:
-    """How far apart outputs are: max_difference of a logit, and num_changed, of how many images the prediction changed."""
+    """Returns max_difference, the largest difference of a logit, and num_changed, the number of changed predictions."""
     return {
         "max_difference": (before - after).abs().max().item(),
         "num_changed": int((before.argmax(1) != after.argmax(1)).sum()),

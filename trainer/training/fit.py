@@ -1,4 +1,4 @@
-"""The one loop: everything that learns goes through `fit`. It knows nothing of teachers, masks or codebooks."""
+"""The training loop: everything that learns goes through `fit`. It knows nothing of teachers, masks or codebooks."""
 
 import contextlib
 import time
@@ -19,8 +19,8 @@ from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 from trainer.training.state import State, close_training, open_training, sync_buffers
 
-LOG_STEPS = 50  # steps between two looks at the losses: each look waits for the device
-CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints in the middle of a training
+LOG_STEPS = 50  # steps between two logs of the losses, because each log waits for the device
+CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints during a training
 
 BeforeStep = Callable[[int, int], bool]
 
@@ -28,20 +28,26 @@ BeforeStep = Callable[[int, int], bool]
 def fit(
     run: Run, objective: Objective, training: Training, before_step: BeforeStep | None = None
 ) -> dict[str, float]:
-    """Trains the objective in place; returns epochs, steps, train_seconds, images_per_second and the best validation.
+    """Trains the objective in place.
 
-    Interrupted at any moment, the same call continues from the newest checkpoint, to the same weights bit for bit on the
-    same machine.
+    After an interruption at any moment, the same call continues from the newest checkpoint, and ends with the same
+    weights, bit for bit on the same machine.
 
     Args:
-        before_step: before_step(step, num_steps) is called before every optimizer step: gradual pruning tightens its
-            masks there. What it changes must be in the objective's parameters and buffers or in run.layers, so that a
-            resumed training finds it. It returns whether it will change the network again: a validation before its
-            last change is not up for `keep: best` or `patience`, since what was validated is not what was asked for.
+        run: The run: its data, accelerator, log and folder.
+        objective: The networks and losses to train.
+        training: The settings.
+        before_step: before_step(step, num_steps) is called before every optimizer step; gradual pruning tightens its
+            masks there. Its changes must be in the objective's parameters and buffers or in run.layers, so that a
+            resumed training finds them. It returns whether it will change the network again: a validation before its
+            last change does not count for `keep: best` and `patience`, because the final network differs.
+
+    Returns:
+        epochs, steps, train_seconds, images_per_second; with `keep: best` also best_validation (percent), best_epoch.
 
     Raises:
-        FloatingPointError: at the first loss that is not finite, naming stage, epoch, step and term.
-        Mistake: for settings that these networks, images or this machine cannot serve.
+        FloatingPointError: At the first loss that is not finite, with stage, epoch, step and term.
+        Mistake: For settings that do not work with these networks, images or this machine.
     """
     state = open_training(run, objective, training)
     tally = state.tally
@@ -64,7 +70,7 @@ def fit(
 
 
 def _epoch(state: State, before_step: BeforeStep | None) -> bool:
-    """Trains to the end of an epoch; returns what before_step said last, False without one."""
+    """Trains to the end of an epoch; returns the last result of before_step, False without one."""
     run, training, accelerator = state.run, state.training, state.run.accelerator
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     train, epoch, num_batches = run.data.train, state.epoch, state.num_batches
@@ -81,7 +87,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
             if before_step is not None:
                 changing = before_step(state.step, state.num_steps)
         images, labels, index = _augmented(state, *batch, view)
-        # Processes exchange gradients at the last batch of a step only.
+        # DDP exchanges gradients at the last batch of a step only.
         with contextlib.nullcontext() if position == last else accelerator.no_sync(state.wrapped):
             try:
                 terms = state.wrapped(
@@ -101,7 +107,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
         state.tally["images"] += len(images) * num_processes
         if position == last:
             _take_step(state)
-            # The end of an epoch looks and saves by itself, after its validation.
+            # At the end of an epoch `fit` and `_end_epoch` do this, after the validation.
             if state.step % LOG_STEPS == 0 and last + 1 < num_batches:
                 _look(state)
                 if _save_is_due(state):
@@ -113,7 +119,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
 def _augmented(
     state: State, images: Tensor, labels: Tensor, index: Tensor, view: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch as the objective is given it: the images [N, C, H, W] in [0, 1] as in the view, and mixed."""
+    """Returns a batch for the objective: images [N, C, H, W] in [0, 1], augmented as in the view, and mixed."""
     data = state.run.data
     images = state.views.augmented(images, index, view)
     if data.mixed:
@@ -124,7 +130,7 @@ def _augmented(
 
 
 def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
-    """The error of a forward pass; a mistake where a batch of one image is normalised over nothing."""
+    """Returns the error of a forward pass, or a Mistake if BatchNorm cannot normalise a batch of one image."""
     if num_images == 1 and "more than 1 value per channel" in str(error):
         return Mistake(
             f"batch_size leaves a batch of one image, which the network cannot learn from: {error}"
@@ -147,7 +153,7 @@ def _take_step(state: State) -> None:
 
 
 def _look(state: State) -> None:
-    """Logs the losses since the last look. Raises FloatingPointError at one that is not finite."""
+    """Logs the losses since the last call. Raises FloatingPointError at one that is not finite."""
     state.window.flush(state.step, learning_rate(state.training, state.step - 1, state.steps_per_epoch))
     state.bar.set_postfix(loss=f"{state.window.loss:.4f}", refresh=False)
     state.bar.update(state.step - state.bar.n)
@@ -158,9 +164,9 @@ def _save_is_due(state: State) -> bool:
 
 
 def _end_epoch(state: State, changing: bool, speed: float) -> bool:
-    """Validates, logs and saves after an epoch; returns whether patience is at its end.
+    """Validates, logs and saves after an epoch; returns whether patience has run out.
 
-    changing: whether the network is to be changed again before the training ends. speed: images a second.
+    changing: whether before_step will change the network again. speed: images per second.
     """
     run, training, tally, epoch = state.run, state.training, state.tally, state.epoch
     found: dict[str, float] = {}
@@ -189,9 +195,9 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
 
 
 def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> float:
-    """Percent of the validation images whose prediction is right, by the averaged weights where there are such.
+    """Returns the validation accuracy in percent, of the averaged weights if there are any.
 
-    The labels say what is right; where the images have none, the teacher does.
+    If the images have no labels, the teacher's classes are the labels.
     """
     validation = run.data.validation
     if averaged is not None:

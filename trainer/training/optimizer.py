@@ -1,4 +1,4 @@
-"""The optimizer of a training, and the moving average of its weights."""
+"""Makes the optimizer of a training, and the moving average of its weights."""
 
 import os
 import sys
@@ -16,7 +16,10 @@ from trainer.recipe.keys import Training
 
 
 def make_optimizer(objective: Objective, training: Training) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; those without weight decay are in a group of their own."""
+    """Makes the optimizer of all trainable parameters; those without weight decay are in a second group.
+
+    Raises Mistake if all parameters are frozen.
+    """
     spared = {id(parameter) for parameter in without_decay(objective, training)}
     trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     if not trainable:
@@ -36,14 +39,14 @@ def make_optimizer(objective: Objective, training: Training) -> torch.optim.Opti
 
 
 def without_decay(objective: Objective, training: Training) -> list[nn.Parameter]:
-    """The parameters that no weight decay is put on, for every optimizer alike.
+    """Returns the parameters without weight decay, by the same rule for every optimizer.
 
-    Of the student its norms and biases, which have one dimension, as in timm; whatever carries a mark, `no_decay`, such
-    as the values that weights share; and all that is learned beside the student: projectors, parameters of losses.
-    With `decay_all` only what carries the mark.
+    These are the student's norms and biases (parameters of one dimension, as in timm), parameters with the mark `no_decay`
+    (shared values), and everything that is learned beside the student: projectors, parameters of losses. With `decay_all`
+    or without any weight decay, only those with the mark.
     """
     marked = [parameter for parameter in objective.parameters() if getattr(parameter, "no_decay", False)]
-    # Where nothing decays the groups are as they always were, so that interrupted trainings go on.
+    # Without decay the groups stay as in earlier versions, so that interrupted trainings can continue.
     if training.decay_all or not training.weight_decay:
         return marked
     of_student = {id(parameter): parameter for parameter in objective.student.parameters()}
@@ -52,7 +55,7 @@ def without_decay(objective: Objective, training: Training) -> list[nn.Parameter
 
 
 def cpp_compiler() -> str:
-    """The compiler that torch.compile calls for a CPU."""
+    """Returns the compiler that torch.compile calls for a CPU."""
     return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
 
 
@@ -67,11 +70,12 @@ class Averaged:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Updates the averages after an optimizer step."""
         self._mix(self.average, [t.detach() for t in self.live], None)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Puts the average into the module and keeps what was there; a second call undoes the first."""
+        """Exchanges the module's tensors with their averages; a second call undoes the first."""
         for live, average in zip(self.live, self.average, strict=True):
             kept = live.detach().clone()
             live.copy_(average)
@@ -81,7 +85,7 @@ class Averaged:
 def freeze_unused(objective: Objective, batch: Sequence[Any]) -> list[nn.Parameter]:
     """Freezes the parameters that the losses do not reach (a head, under losses on maps alone), and returns them.
 
-    DDP waits for a gradient of every trainable parameter, so these must be told beforehand.
+    DDP waits for a gradient of every trainable parameter, so these must be frozen before. batch: the objective's arguments.
     """
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
     with evaluating(objective):

@@ -1,4 +1,4 @@
-"""What a training needs to go on after a kill, and its losses since the last look."""
+"""Saves a training's progress so that it can continue after a kill, and logs its losses."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from trainer.training.run import Run
 
 
 class Window:
-    """Losses since the last look at them, kept on the device."""
+    """The losses since the last log, kept on the device."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -24,12 +24,13 @@ class Window:
         self._names: list[str] = []
 
     def add(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
+        """Adds the losses of one batch."""
         self._names = list(terms)
         self._kept.append(torch.stack([value.detach().float() for value in terms.values()]))
         self._where.append((epoch, step))
 
     def flush(self, step: int, rate: float) -> None:
-        """Logs the means. Raises FloatingPointError, on all processes, at the first loss that is not finite on any."""
+        """Logs the means over steps and processes. Raises FloatingPointError, on all processes, if one is not finite."""
         values = self.run.accelerator.reduce(torch.stack(self._kept), "mean").cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
@@ -51,7 +52,7 @@ class Window:
 
 
 class Progress:
-    """What a training needs to go on after a kill: parameters, buffers, optimizer, average, best weights, position."""
+    """The checkpoints of a training: parameters, buffers, optimizer, average, best weights, steps done."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Progress:
         self.best: dict[str, Tensor] | None = None
 
     def remember_best(self) -> None:
+        """Copies the present weights, averaged if there is an average, as the best ones."""
         if self.averaged is not None:
             self.averaged.swap()
         self.best = {name: tensor.detach().clone() for name, tensor in self.objective.state_dict().items()}
@@ -73,10 +75,12 @@ class Progress:
             self.averaged.swap()
 
     def recall_best(self) -> None:
+        """Loads the best weights, if any were remembered."""
         if self.best is not None:
             self.objective.load_state_dict(self.best)
 
     def save(self, step: int, tally: dict) -> None:
+        """Writes a checkpoint on the main process; all processes wait for it."""
         accelerator = self.run.accelerator
         if accelerator.is_main_process:
             facts = {"step": step, "tally": tally, "layers": self.run.layers}
@@ -92,14 +96,17 @@ class Progress:
         accelerator.wait_for_everyone()
 
     def _fits(self, state: dict | None) -> bool:
-        """Whether a kept state of the optimizer has this one's groups of parameters."""
-        if state is None:  # of a training that is finished
+        """Returns whether a saved state of the optimizer has the same groups of parameters."""
+        if state is None:  # the training is finished
             return True
         kept, own = state["param_groups"], self.optimizer.param_groups
         return [len(group["params"]) for group in kept] == [len(group["params"]) for group in own]
 
     def load(self) -> tuple[int, dict]:
-        """Takes up the newest valid checkpoint; returns the steps done and the tally, those of a fresh start without one."""
+        """Loads the newest valid checkpoint, if any; returns the steps done and the tally.
+
+        Raises Mistake for a checkpoint of an older version of the program.
+        """
         found = checkpoint.load(self.folder)
         if found is None:
             return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}

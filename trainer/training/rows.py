@@ -1,4 +1,4 @@
-"""The rows of a report: what is measured after a stage."""
+"""Measures the networks after a stage, and adds rows to the report."""
 
 import time
 
@@ -11,9 +11,13 @@ from trainer.training.run import Run
 
 
 def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
-    """Measures the student as it stands and adds a row to the report; the test split is read here and only here.
+    """Measures the student and adds a row to the report; returns the row. The test split is read only here.
 
-    label: what the row is called ('pruned', 'recovered'). seconds: what led to this row took. numbers: the stage's own.
+    Args:
+        run: The run.
+        label: The row's name, such as 'pruned'.
+        seconds: How long the training before the row took.
+        numbers: Further entries of the row.
     """
     from trainer.packing import network as packed  # here: a recipe is read without the coder
 
@@ -43,7 +47,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
 
 
 def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
-    """Measures the teacher and adds its row; its bytes are those of its dense weights."""
+    """Measures the teacher and adds its row, with the bytes of its dense weights; see `record`."""
     test, validation = teacher_answers(run, "test"), teacher_answers(run, "validation")
     assert run.teacher is not None and test is not None and validation is not None
     networks = nn.ModuleList(run.teacher.networks)
@@ -64,6 +68,7 @@ def record_teacher(run: Run, label: str, seconds: float = 0.0, **numbers) -> dic
 
 
 def add_row(run: Run, row: dict) -> dict:
+    """Adds a row to the report and the log, and prints it; returns the row."""
     run.rows.append(row)
     run.log.row(row)
     if run.accelerator.is_main_process:
@@ -77,8 +82,8 @@ def add_row(run: Run, row: dict) -> dict:
 
 
 def keep_histogram(run: Run, moment: str) -> None:
-    """Keeps the layers' weights for the report's histograms, as they are at this moment ('dense', 'pruned' ...)."""
+    """Copies the layers' weights for the report's histograms. moment: 'dense', 'pruned', ..."""
     run.histograms[moment] = {
-        name: place.value.detach().float().cpu().numpy().ravel().copy()
-        for name, place in weights_of(run.student).items()
+        name: layer.value.detach().float().cpu().numpy().ravel().copy()
+        for name, layer in weights_of(run.student).items()
     }

@@ -1,4 +1,4 @@
-"""What a run carries: the data, the networks, the folder, and where it stands."""
+"""The state of a run: its data, networks, folder and position in the recipe."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,30 @@ if TYPE_CHECKING:  # a recipe is read without them
 
 @dataclass
 class Run:
-    """One run of a recipe, complete when it is made, handed from stage to stage.
+    """One run of a recipe. It is complete when it is made, and each stage gets it.
 
-    folder: runs/NAME. student_spec: what `networks.build` makes the student of. teacher: None where the recipe has
-    none. student_bytes: of the student as it was when the run was made, dense. allow_python: whether the recipe may
-    name `python:module:name`. seconds_before: what earlier sessions of the run took.
-    stage: position of the stage now running. num_fits: how many trainings it has begun. rows and layers are what the
-    report says, histograms the weights of its plots. learned: projectors and other learned parts of losses, handed
-    from stage to stage. answers: the teacher's classes, by part of the data and the teacher's version. cache: its kept
-    answers to the training images, None where they are not kept.
+    Attributes:
+        name: The recipe's name.
+        folder: runs/NAME.
+        seed: The recipe's seed.
+        accelerator: Accelerate's.
+        data: The images.
+        student: The student; stages change or replace it.
+        student_spec: {"model": name, settings}, from which `networks.build` builds the student.
+        teacher: None if the recipe has none.
+        log: The record of numbers and rows.
+        student_bytes: Bytes of the first student, dense.
+        allow_python: Whether the recipe may name `python:module:name`.
+        seconds_before: Duration of earlier sessions of the run.
+        stage: Number of the running stage, from 0.
+        stage_name: Its name.
+        num_fits: How many trainings the running stage has begun.
+        rows: The report's rows.
+        layers: The report's facts of each layer.
+        histograms: {moment: {layer: weights}} for the report's plots.
+        learned: Projectors and other learned tensors of losses, for later stages.
+        answers: The teacher's classes, by part of the data and the teacher's version.
+        cache: The teacher's kept answers to the training images, None if they are not kept.
     """
 
     name: str
@@ -58,5 +73,5 @@ class Run:
 
     @property
     def recipe_path(self) -> Path:
-        """The recipe as it is run."""
+        """The run's copy of its recipe."""
         return self.folder / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""Computes the learning rate of a step."""
 
 import math
 
@@ -6,7 +6,7 @@ from trainer.recipe.keys import Training
 
 
 def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0: a pure function, so that resuming needs no scheduler's state."""
+    """Returns the learning rate of a step, counted from 0. A pure function: resuming needs no scheduler's state."""
     total = training.epochs * steps_per_epoch
     rise = training.warmup * steps_per_epoch
     if step < rise:

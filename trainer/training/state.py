@@ -1,4 +1,4 @@
-"""A training while it lasts: opened before its first step, closed after its last."""
+"""Opens a training before its first step, holds its state, and closes it after its last step."""
 
 import ctypes
 import math
@@ -27,12 +27,26 @@ from trainer.training.run import Run
 
 @dataclass
 class State:
-    """What a training works with, and where it stands.
+    """The state of a training.
 
-    number: which of its stage's trainings it is. num_batches: of an epoch. wrapped: the objective as Accelerate and
-    torch.compile call it. take_step: the optimizer's step. unused: parameters that no loss reaches, frozen meanwhile.
-    step: steps done. tally: images and seconds so far, the best validation and its epoch, whether it is finished.
-    clock: since when seconds are not counted yet. last_saved: when its last checkpoint was begun.
+    Attributes:
+        run, objective, training: As given to `fit`.
+        number: Number of the training within its stage, from 0.
+        num_batches: Batches of an epoch.
+        steps_per_epoch: Optimizer steps of an epoch.
+        views: Makes the augmented images.
+        wrapped: The objective, wrapped by Accelerate and torch.compile.
+        optimizer: The plain optimizer.
+        take_step: The optimizer's step, through the gradient scaler if there is one.
+        averaged: The moving average of the weights, None without `ema`.
+        unused: Parameters that no loss reaches, frozen during the training.
+        progress: Its checkpoints.
+        window: The losses since the last log.
+        bar: The progress bar.
+        step: Steps done.
+        tally: Images and seconds so far, the best validation and its epoch, whether it is finished.
+        clock: The time up to which seconds are counted.
+        last_saved: The time of its last checkpoint.
     """
 
     run: Run
@@ -61,19 +75,18 @@ class State:
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """Whole epochs done."""
         return self.step // self.steps_per_epoch
 
     @property
     def seed(self) -> int:
-        """The training's own: another one in each stage, and in each training of a stage."""
+        """The training's seed, which differs between stages and between a stage's trainings."""
         return seed_of(self.run.seed, self.run.stage, self.number)
 
     def seed_generators(self, *numbers: int) -> None:
-        """Seeds the generators that a step draws from, by the training and the numbers.
+        """Seeds the random generators from the training's seed and the numbers (step, rank).
 
-        Not torch.manual_seed: for each kind of device that is not in use it keeps a list of such calls, with stack
-        traces.
+        torch.manual_seed would keep a list of its calls, with stack traces, for each kind of device not in use.
         """
         device = self.run.accelerator.device
         seed = seed_of(self.run.seed, self.run.stage, self.number, *numbers)
@@ -82,7 +95,7 @@ class State:
             torch.get_device_module(device).manual_seed(seed)
 
     def count_seconds(self) -> None:
-        """Adds the time since the clock was set to the training's seconds, and sets it anew."""
+        """Adds the time since `clock` to the training's seconds, and sets `clock` to now."""
         now = time.monotonic()
         self.tally["seconds"] += now - self.clock
         self.clock = now
@@ -93,9 +106,9 @@ class State:
 
 
 def open_training(run: Run, objective: Objective, training: Training) -> State:
-    """Makes ready what a training works with, at its newest checkpoint where there is one.
+    """Prepares a training, and loads its newest checkpoint if there is one.
 
-    Raises Mistake for a batch size that does not split over the processes, and where a compiler is missing.
+    Raises Mistake for a batch size that does not split over the processes, and for `compile` without a compiler.
     """
     _keep_freed_memory()
     accelerator = run.accelerator
@@ -138,7 +151,7 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
         views=views,
         wrapped=wrapped,
         optimizer=optimizer,
-        # Accelerate's wrapper asks the file system about optional packages at each step; it is of use with a scaler only.
+        # Accelerate's wrapper looks for optional packages on disk at each step, and is needed with a scaler only.
         take_step=optimizer.step if accelerator.scaler is None else scaled.step,
         averaged=averaged,
         unused=unused,
@@ -153,7 +166,7 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
 
 
 def close_training(state: State) -> None:
-    """Leaves in the objective what the training is to keep, and takes back all else that opening it did."""
+    """Leaves the final weights (averaged or best, as set) in the objective, and undoes everything else of `open_training`."""
     run, objective = state.run, state.objective
     state.bar.close()
     if not state.tally["finished"]:
@@ -172,14 +185,15 @@ def close_training(state: State) -> None:
     run.accelerator.free_memory()
     objective.zero_grad(set_to_none=True)
     objective.eval()
-    # Whatever the stage draws next is the same whether this training was run or found finished.
+    # The stage's next random numbers must not depend on whether this training ran or was found finished.
     state.seed_generators(state.num_steps)
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep up to a GiB of memory that is freed, which it else gives back to be faulted in anew at each step.
+    """Makes glibc keep up to a GiB of freed memory, instead of returning it to the system.
 
-    The maps of a small network's batch lie above its thresholds: up to a quarter of a step goes into such faults.
+    The maps of a small network's batch are above glibc's thresholds; the page faults of memory that returns take up to a
+    quarter of a step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # musl has none
@@ -188,9 +202,9 @@ def _keep_freed_memory() -> None:
 
 
 def _freeze_unused(run: Run, objective: Objective, views: Views) -> list[nn.Parameter]:
-    """Freezes what the losses do not reach, as two images of this process show."""
+    """Freezes the parameters that the losses do not reach, found with two images."""
     train, device, rank = run.data.train, run.accelerator.device, run.accelerator.process_index
-    # Own images: the teacher is asked once for each.
+    # Each process uses its own images, so that the teacher answers each once.
     own = torch.arange(2 * rank, 2 * rank + 2) % len(train)
     images, labels, index = next(batches(train, [own], 0, device))
     view = None if run.data.mixed else 0
@@ -210,6 +224,6 @@ def _bar(run: Run, step: int, num_steps: int) -> tqdm:
 
 
 def sync_buffers(module: nn.Module) -> None:
-    """Statistics that each process gathered by itself (BatchNorm's) become the main process's on all."""
+    """Copies the main process's buffers (BatchNorm's statistics) to all processes."""
     for buffer in module.buffers():
         broadcast(buffer)

@@ -1,0 +1,328 @@
+"""A recipe's networks with the weights of a checkpoint, whoever wrote it: which tensors of the file are the network's."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer.compression.states import restore
+from trainer.mistakes import Mistake
+from trainer.networks import features
+from trainer.networks.build import build, build_entry
+from trainer.networks.build import spec as spec_of
+from trainer.packing import network as packed
+from trainer.recipe.keys import ModelKeys
+from trainer.storage.weights_file import PICKLES, read_file
+
+#: Tensors that other tools leave among a network's own; the network computes nothing from them.
+COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
+#: Settings of a network that stages change: a checkpoint of ours that records others is rebuilt with them.
+CHANGED_BY_STAGES = ("resized", "batch_norm")
+SHOWN = 5
+
+
+class Made(NamedTuple):
+    """A network and what is known of it.
+
+    spec: What rebuilds it. facts: What a checkpoint of ours recorded of its images ("mean", "std", "classes" ...), {} for
+    others. notes: What the user should read of how it was loaded.
+    """
+
+    network: nn.Module
+    spec: dict[str, Any]
+    facts: dict[str, Any]
+    notes: list[str]
+
+
+class Fit(NamedTuple):
+    """One way to fill a network: `label`, where in the file ("state_dict.student."), and own key -> the file's tensor."""
+
+    label: str
+    tensors: dict[str, Tensor]
+
+
+def create(
+    keys: ModelKeys,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    new_head: bool = False,
+    where: str = "network",
+) -> Made:
+    """The network of a recipe's entry, its checkpoint loaded where one is named.
+
+    Args:
+        shape: [C, H, W] of the data's images; a teacher's `resize` goes before it.
+        new_head: Whether a checkpoint of other classes may leave a classifier of zeros, because it is trained afterwards.
+        where: What messages call it.
+
+    Raises:
+        Mistake: When it cannot be built, or the checkpoint does not fit it.
+    """
+    size = getattr(keys, "resize", None)
+    if size:
+        shape = (shape[0], size, size)
+    spec, network = spec_of(keys), build_entry(keys, shape, num_classes)
+    if keys.checkpoint is None:
+        return Made(network, spec, {}, [])
+    made = load_weights(
+        network, spec, shape, num_classes, keys.checkpoint, keys.prefix, keys.use_ema, new_head
+    )
+    return made._replace(notes=[f"{where}: {note}" for note in made.notes])
+
+
+def load_weights(
+    network: nn.Module,
+    spec: Mapping[str, Any],
+    shape: tuple[int, int, int],
+    num_classes: int,
+    path: Path,
+    prefix: str | None = None,
+    use_ema: bool = False,
+    new_head: bool = False,
+) -> Made:
+    """The network with the weights of a checkpoint; it is filled in place, or rebuilt where a stage had changed its sizes.
+
+    Weights are looked for everywhere in the file, under any prefix, and are taken where they are the network's to the last
+    key and shape. Of several, `prefix` chooses; averaged weights (EMA) are taken with `use_ema` alone. Counters may be
+    missing or too many, and so may be keys beside the prefix.
+
+    Args:
+        spec: What rebuilds the network.
+        path: safetensors, a pickle of tensors and plain values, or a packed file.
+        new_head: Whether the classifier may be of other classes; it then starts at zero.
+
+    Raises:
+        Mistake: Naming the file, when nothing or more than one thing in it fits.
+    """
+    content, about = _content(path)
+    recorded = about.get("net") or {}
+    spec = dict(spec)
+    if recorded != spec and _by_author(recorded) == _by_author(spec):
+        spec = dict(recorded)
+        network = build(spec, shape, num_classes)
+    if any(key.endswith((".0.mask", ".0.codes")) for key in content if isinstance(key, str)):
+        try:
+            restore(network, content)  # of a student of ours: pruned weights stay so
+        except Mistake as error:
+            raise Mistake(f"{path}: {_short(str(error))}") from None
+        return Made(network, spec, about, [])
+    groups = dict(_groups(content))
+    if not groups:
+        found = ", ".join(f"{key!r} ({type(v).__name__})" for key, v in list(content.items())[:SHOWN])
+        raise Mistake(f"{path}: no weights found; it holds {found or 'nothing'}")
+    own = network.state_dict()
+    notes: list[str] = []
+    fits = _chosen(list(_fits(own, groups)), path, prefix, use_ema)
+    if not fits and new_head:
+        classifier = set(head_keys(network))
+        kept = {key: tensor for key, tensor in own.items() if key not in classifier}
+        fits = _chosen(list(_fits(kept, groups, classifier)), path, prefix, use_ema)
+        if fits:
+            zero_head(network)
+            notes = [f"{path}: has another classifier; new, from zero: {', '.join(sorted(classifier))}"]
+    if not fits:
+        raise Mistake(f"{path}: does not fit the network: {_misfit(network, own, groups, prefix)}")
+    network.load_state_dict({**network.state_dict(), **fits[0].tensors})
+    return Made(network, spec, about, notes)
+
+
+def head_keys(network: nn.Module) -> list[str]:
+    """The keys of the classifier's weights."""
+    own = {id(parameter) for parameter in features.head(network).parameters()}
+    return [key for key, p in network.named_parameters(remove_duplicate=False) if id(p) in own]
+
+
+@torch.no_grad()
+def zero_head(network: nn.Module) -> None:
+    """Sets the classifier's weights to zero, in place: its first gradients do not reach what was learnt below it."""
+    for module in features.head(network).modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for parameter in module.parameters():
+                parameter.zero_()
+
+
+def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
+    """What a file holds, and what our own files record of the network and its images ("net", "mean", "std" ...)."""
+    path = Path(path)
+    if path.suffix == ".tiny":
+        if not path.is_file():
+            raise Mistake(f"{path}: there is no such file")
+        return packed.tensors(path.read_bytes(), str(path))
+    if path.suffix not in (".safetensors", *PICKLES):
+        allowed = f".safetensors, .tiny, {', '.join(PICKLES)}"
+        raise Mistake(f"{path}: got a file ending in {path.suffix!r}; allowed: {allowed}")
+    content, metadata = read_file(path)
+    if not isinstance(content, Mapping):
+        raise Mistake(f"{path}: no weights found; it holds a {type(content).__name__}")
+    return content, json.loads(metadata.get("facts", "{}"))
+
+
+def _by_author(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key not in CHANGED_BY_STAGES}
+
+
+def _groups(
+    content: Mapping[Any, Any], path: str = "", above: tuple = ()
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(where, its tensors) of every mapping in a file that has tensors under names."""
+    tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
+    if tensors and all(isinstance(key, str) for key in tensors):
+        yield path, tensors
+    for key, value in content.items():
+        # A dict may hold itself.
+        if (
+            isinstance(value, Mapping)
+            and isinstance(key, str)
+            and all(value is not a for a in (content, *above))
+        ):
+            yield from _groups(value, f"{path}{key}.", (*above, content))
+
+
+def _fits(
+    own: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Tensor]], ignored: set[str] | None = None
+) -> Iterator[Fit]:
+    """Every way in which a group of tensors fills these keys. ignored: keys that the file may have or not."""
+    for where, tensors in groups.items():
+        prefixes = _prefixes(own, tensors)
+        needed = [key for key in own if not key.endswith(COUNTERS)]
+        common = set.intersection(*(prefixes[key] for key in needed)) if needed else set()
+        for prefix in sorted(common):
+            if not _extras(own, tensors, [prefix], ignored):
+                yield Fit(where + prefix, _taken(own, tensors, dict.fromkeys(needed, prefix), prefix))
+        if not common:
+            yield from _in_two_parts(own, tensors, prefixes, needed, where, ignored)
+
+
+def _in_two_parts(own, tensors, prefixes, needed, where, ignored) -> Iterator[Fit]:
+    """A backbone and a head that have each a prefix of its own."""
+    holders: dict[str, set[str]] = defaultdict(set)
+    for key in needed:
+        for prefix in prefixes[key]:
+            holders[prefix].add(key)
+    if not holders:
+        return
+    first = max(sorted(holders), key=lambda prefix: len(holders[prefix]))
+    rest = [key for key in needed if key not in holders[first]]
+    seconds = [prefix for prefix in holders if holders[prefix].issuperset(rest)]
+    if not first or len(seconds) != 1 or _extras(own, tensors, [first, *seconds], ignored):
+        return
+    by_key = {key: first if key in holders[first] else seconds[0] for key in needed}
+    yield Fit(f"{where}{first}", _taken(own, tensors, by_key, first))
+
+
+def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """The prefixes under which each key stands in the file, with its shape."""
+    found: dict[str, set[str]] = {key: set() for key in own}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        for start in range(len(parts)):
+            name = ".".join(parts[start:])
+            if name in own and own[name].shape == tensor.shape:
+                found[name].add("".join(f"{part}." for part in parts[:start]))
+    return found
+
+
+def _taken(own, tensors, by_key: dict[str, str], prefix: str) -> dict[str, Tensor]:
+    taken = {key: tensors[place + key] for key, place in by_key.items()}
+    counters = [key for key in own if key not in taken and prefix + key in tensors]
+    return taken | {key: tensors[prefix + key] for key in counters}
+
+
+def _extras(
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    prefixes: list[str],
+    ignored: set[str] | None = None,
+) -> list[str]:
+    """Tensors under the prefixes that the network has no place for: it is another network's."""
+    return [
+        key
+        for key in tensors
+        if any(key.startswith(prefix) for prefix in prefixes)
+        and not any(
+            key[len(p) :] in own or key[len(p) :] in (ignored or ()) for p in prefixes if key.startswith(p)
+        )
+        and not key.endswith(COUNTERS)
+    ]
+
+
+def _chosen(fits: list[Fit], path: Path, prefix: str | None, use_ema: bool) -> list[Fit]:
+    """The one way to take, in a list, or none. Raises Mistake where the recipe must choose."""
+    if prefix is not None:
+        wanted = prefix.rstrip(".") + "."
+        fits = [fit for fit in fits if f".{fit.label}".endswith(f".{wanted}") or fit.label.startswith(wanted)]
+    averaged = [fit for fit in fits if re.search(r"(^|[._])ema([._]|$)", fit.label, re.IGNORECASE)]
+    plain = [fit for fit in fits if fit not in averaged]
+    if use_ema and plain and not averaged:
+        raise Mistake(f"{path}: use_ema: true, and the file has no averaged weights (EMA) of this network")
+    if averaged and not plain and not use_ema and prefix is None:
+        raise Mistake(
+            f"{path}: has only averaged weights (EMA) of this network: say use_ema: true to take them"
+        )
+    fits = averaged if use_ema else plain or averaged
+    if len(fits) > 1:
+        labels = " and ".join(repr(fit.label or "''") for fit in fits[:SHOWN])
+        raise Mistake(f"{path}: holds several networks that fit: {labels}; choose one with prefix: NAME")
+    return fits
+
+
+def _misfit(
+    network: nn.Module, own: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Tensor]], prefix
+) -> str:
+    """The first odd keys of each side, of the group that has most in common, and the likely cause."""
+    best: Mapping[str, Tensor] = {}
+    place, common = "", -1
+    for tensors in groups.values():
+        counts: dict[str, int] = defaultdict(int)
+        for key in tensors:
+            parts = key.split(".")
+            for start in range(len(parts)):
+                if ".".join(parts[start:]) in own:
+                    counts["".join(f"{part}." for part in parts[:start])] += 1
+        under = max(sorted(counts), key=counts.__getitem__, default="")
+        if counts.get(under, 0) > common:
+            best, place, common = tensors, under, counts.get(under, 0)
+    theirs = {key.removeprefix(place): t for key, t in best.items() if key.startswith(place)}
+    missing = [key for key in own if key not in theirs and not key.endswith(COUNTERS)]
+    extra = [key for key in theirs if key not in own and not key.endswith(COUNTERS)]
+    other = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
+    told = []
+    if other:
+        shapes = [
+            f"{key} {'x'.join(map(str, theirs[key].shape))} for {'x'.join(map(str, own[key].shape))}"
+            for key in other
+        ]
+        told.append(f"other shapes in the file: {_few(shapes)}")
+    if missing:
+        told.append(f"not in the file: {_few(missing)}")
+    if extra:
+        told.append(f"only in the file: {_few(extra)}")
+    return f"{'; '.join(told)}. {_cause(network, own, missing, extra, other, prefix)}"
+
+
+def _cause(network, own, missing, extra, other, prefix) -> str:
+    try:
+        classifier = set(head_keys(network))
+    except Mistake:
+        classifier = set()
+    if other and not missing and not extra and set(other) <= classifier:
+        return "Likely cause: it was taught other classes; with a stage train for this network its head starts new"
+    if len(missing) > len(own) / 2:
+        return "Likely cause: it is another network's file, or prefix names another part of it"
+    if other and not missing and not extra:
+        return "Likely cause: another width, or another size of images"
+    return "Likely cause: another variant of this network, or other settings"
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 240 else text[:237] + "..."
