@@ -53,7 +53,8 @@ from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.models.timm import timm
-from trainer.recipe.keys import DataEntry, TeacherKeys, Term, Training
+from trainer.recipe.keys import DataEntry, TeacherKeys, Term
+from trainer.recipe.training import Training
 
 TEMPERATURE, HARD = 4.0, 0.1
 VIEWS = 3  # of each image

@@ -28,7 +28,8 @@ from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
-from trainer.recipe.keys import Augment, TermKeys, Training
+from trainer.recipe.keys import Augment, TermKeys
+from trainer.recipe.training import Training
 from trainer.reporting.log import Log
 from trainer.training.fit import fit
 from trainer.training.run import Run

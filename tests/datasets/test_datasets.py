@@ -1,8 +1,5 @@
 import hashlib
-import inspect
-import io
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +8,8 @@ import torch
 from PIL import Image
 from pydantic import ValidationError, validate_call
 
-from trainer.data import fetch
-from trainer.data.images import InMemory, Source
+from tests.datasets.files import assert_is_a_source, idx, save, tar
+from trainer.data.images import InMemory
 from trainer.datasets.cifar10 import cifar10
 from trainer.datasets.cifar100 import cifar100
 from trainer.datasets.digits import digits
@@ -21,21 +18,6 @@ from trainer.datasets.image_folder import image_folder
 from trainer.datasets.mnist import mnist
 
 DIGITS_TEST = "3716b274d4273dd46113fc881babc4d72e53bcf7d1ba69a929d73082fb949436"
-
-
-def assert_is_a_source(source, num_train, num_test):
-    """What every dataset file owes the program."""
-    assert isinstance(source, Source)
-    assert (len(source.train), len(source.test)) == (num_train, num_test)
-    assert len(source.mean) == len(source.std) == source.shape[0]
-    assert all(isinstance(value, float) for value in source.mean + source.std)
-    assert len(set(source.classes)) == len(source.classes) > 1
-    for part in (source.train, source.test):
-        assert part.labels.dtype == torch.int64 and part.labels.shape == (len(part),)
-        assert part.labels.min() >= -1 and part.labels.max() < len(source.classes)
-        images, labels = part.__getitems__([len(part) - 1, 0])
-        assert images.dtype == torch.uint8 and images.shape == (2, *source.shape)
-        assert torch.equal(labels, part.labels[[len(part) - 1, 0]])
 
 
 # digits
@@ -91,26 +73,6 @@ def test_digits_smaller_than_they_are_are_refused():
 # the fetched sets, from raw files written here
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Puts files into the cache folder that pass for a data set's raw files."""
-    monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
-
-    def put(name, contents):
-        (tmp_path / name).mkdir()
-        for file, data in contents.items():
-            (tmp_path / name / file).write_bytes(data)
-        digests = {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()}
-        monkeypatch.setitem(fetch.FILES, name, digests)
-
-    return put
-
-
-def idx(array):
-    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return header + array.tobytes()
-
-
 @pytest.mark.parametrize("dataset", [mnist, fashion_mnist])
 def test_mnist_and_fashion_mnist(cache, dataset):
     generator = np.random.default_rng(0)
@@ -125,16 +87,6 @@ def test_mnist_and_fashion_mnist(cache, dataset):
     np.testing.assert_array_equal(source.train.images[:, 0], images["train"])
     np.testing.assert_array_equal(source.test.images[:, 0], images["t10k"])
     np.testing.assert_array_equal(source.train.labels, labels["train"])
-
-
-def tar(members):
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return packed.getvalue()
 
 
 def test_cifar10(cache):
@@ -179,22 +131,6 @@ def test_mean_and_deviation_written_down_are_those_of_the_real_training_images(d
 
 
 # image_folder
-
-
-def save(path, colour, size=(20, 20)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-
-
-@pytest.fixture
-def animals(tmp_path):
-    """Two classes for training, the same two for testing; the colour tells the file."""
-    for number in range(3):
-        save(tmp_path / "train" / "cat" / f"{number}.png", (10 + number, 0, 0))
-    save(tmp_path / "train" / "dog" / "0.png", (0, 100, 200))
-    save(tmp_path / "test" / "dog" / "a.png", (1, 2, 3))
-    save(tmp_path / "test" / "cat" / "b.jpg", (50, 50, 50))
-    return tmp_path
 
 
 def test_image_folder(animals):
@@ -358,14 +294,6 @@ def test_wrong_folders_are_refused(animals, tmp_path):
 def test_wrong_settings_of_image_folder_are_refused(animals, settings):
     with pytest.raises(ValidationError):
         validate_call(image_folder)(folder=animals, **settings)
-
-
-@pytest.mark.parametrize("dataset", [digits, mnist, fashion_mnist, cifar10, cifar100, image_folder])
-def test_every_setting_is_keyword_only_with_a_type(dataset):
-    for parameter in inspect.signature(dataset).parameters.values():
-        assert parameter.kind is parameter.KEYWORD_ONLY
-        assert parameter.annotation is not parameter.empty
-    assert dataset.__doc__
 
 
 def test_in_memory_images_are_fetched_by_the_batch():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from tests import making
+from tests.processes import in_two
 from trainer.data.batches import batches, epoch_order, make_data
 from trainer.data.views import Views
 from trainer.distillation import answer_file, answer_space, answers
@@ -690,40 +692,22 @@ def test_a_recipe_ends_in_the_same_weights_whatever_is_kept(tmp_path, monkeypatc
     assert "320 there already" in told and "(0 there already)" in told
 
 
+def run_twice(rank, path, folder):
+    """One of two processes: the teacher's images in each epoch of a run, and of a second one that finds the answers."""
+    os.environ["TRAINER_DATA"] = str(folder / "data")
+    making.leave_plots_out(pytest.MonkeyPatch())  # for as long as the process lives
+    images = []
+    for name in ("first", "second"):
+        runner.run(path, folder=folder / name)
+        lines = [json.loads(line) for line in (folder / name / "x" / "log.jsonl").read_text().splitlines()]
+        images.append([line["teacher_images"] for line in lines if "teacher_images" in line])
+    return images
+
+
 def test_two_processes_of_a_run_compute_no_answer_twice(tmp_path):
     path = recipe(tmp_path, "disk")
-    command = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "trainer",
-        "run",
-        path,
-        "--folder",
-        tmp_path,
-    ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(TOP),
-        "ACCELERATE_USE_CPU": "1",
-        "TRAINER_DATA": str(tmp_path / "data"),
-    }
-    images = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", *map(str, command)],
-            capture_output=True,
-            text=True,
-            timeout=500,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
-        images.append([line["teacher_images"] for line in lines if "teacher_images" in line])
-        shutil.rmtree(tmp_path / "x")
-    assert images == [[160, 160, 0, 0, 0, 0], [0] * 6]
+    for images in in_two(run_twice, tmp_path, path, tmp_path):
+        assert images == [[160, 160, 0, 0, 0, 0], [0] * 6]
 
 
 def test_by_itself_a_run_keeps_what_its_losses_ask_for(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from trainer.models.lenet5 import lenet5
 from trainer.networks.blocks import Blocks
 from trainer.networks.features import head
 from trainer.recipe import shelves
-from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, Training, WeightSchedule
+from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys, WeightSchedule
 from trainer.recipe.terms import (
     EMBEDDINGS,
     MAP_LISTS,
@@ -32,6 +32,7 @@ from trainer.recipe.terms import (
     needs_teacher,
     wants,
 )
+from trainer.recipe.training import Training
 from trainer.training.optimizer import make_optimizer
 
 N, K, SIZE, MEAN, STD = 6, 4, 16, (0.3,), (0.2,)

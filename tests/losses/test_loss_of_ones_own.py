@@ -12,20 +12,30 @@ import pytest
 HERE = Path(__file__).parents[2]
 
 
+FILES = [
+    "test_floors.py",
+    "losses/test_contract.py",
+    "distillation/test_objective.py",
+    "scripts/test_compare_losses.py",
+    "recipe/test_recipe.py",
+]
+REFERENCE = """
+from tests.losses.numbers_in_lists import dot, mean, norm
+
+
+def naive_cosine(x, loss, margin=0.0):
+    pairs = zip(x["projected_embedding"], x["teacher_embedding"], strict=True)
+    return mean(max(0.0, 1 - dot(a, b) / (norm(a) * norm(b)) - margin) for a, b in pairs)
+
+
+MORE = {"cosine": [({"margin": 0.9},)]}
+"""
+
+
 @pytest.mark.parametrize(
     ("files", "num_tests"),
-    [
-        (
-            [
-                "test_floors.py",
-                "distillation/test_objective.py",
-                "scripts/test_compare_losses.py",
-                "recipe/test_recipe.py",
-            ],
-            5,
-        ),
-        pytest.param(["runs/test_two_processes.py"], 1, marks=pytest.mark.slow),
-    ],
+    [(FILES, 30), pytest.param(["losses/test_two_processes.py"], 1, marks=pytest.mark.slow)],
+    ids=["one-process", "two-processes"],
 )
 def test_the_readmes_loss_is_droppable(files, num_tests, tmp_path):
     told = (HERE / "README.md").read_text(encoding="utf-8").partition("## Extending")[2]
@@ -34,6 +44,7 @@ def test_the_readmes_loss_is_droppable(files, num_tests, tmp_path):
         shutil.copytree(HERE / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HERE / "pyproject.toml", tmp_path)
     (tmp_path / "trainer" / "losses" / "cosine.py").write_text(source)
+    (tmp_path / "tests" / "losses" / "references_ones_own.py").write_text(REFERENCE)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-k", "cosine or vocabulary or row_is_of or the_schema_knows",
          *(f"tests/{file}" for file in files)],

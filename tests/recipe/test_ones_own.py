@@ -101,7 +101,7 @@ def test_code_that_a_recipe_names_does_not_run_unless_it_is_allowed(own):
     assert "own_methods" not in sys.modules
 
 
-def test_every_shelf_takes_somebody_elses_methods(own, capsys):
+def test_every_shelf_takes_somebody_elses_methods(own, fresh_process, capsys):
     report = trainer.run(own / "own.yaml", folder=own / "runs", allow_python=True)
     assert [row["stage"] for row in report["rows"]] == [
         "teacher",

@@ -48,31 +48,7 @@ stages:
 """
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """The report without its plots, which take a second each."""
-    monkeypatch.setattr(report, "accuracy_against_bytes", None)
-    monkeypatch.setattr(report, "position_of", lambda row: None)
-    monkeypatch.setattr(report, "histograms", lambda name, weights: [])
-
-
-@pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory):
-    """A teacher that knows something: trained by a recipe of its own."""
-    folder = tmp_path_factory.mktemp("teacher")
-    (folder / "t.yaml").write_text("""
-name: t
-data: {dataset: digits, subset: 300, validation: 60}
-student: {model: lenet5, width: 2}
-stages: [{stage: train, training: {epochs: 6, batch_size: 20, lr: 1e-2}}]
-""")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", lambda *_: None)
-        result = runner.run(folder / "t.yaml", folder=folder)
-    assert result["rows"][0]["top1"] > 40
-    tensors, _ = checkpoint.load(folder / "t" / "checkpoints" / "00-train")
-    save_file(folder / "t.safetensors", tensors["student"])
-    return folder / "t.safetensors"
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def write(folder, text, name="given.yaml"):
@@ -533,7 +509,7 @@ def test_one_line_tells_how_a_launch_uses_all_cores(tmp_path, monkeypatch, capsy
     assert "threads" not in capsys.readouterr().out
 
 
-def test_the_fresh_process_computes_with_as_many_threads(tmp_path, monkeypatch):
+def test_the_fresh_process_computes_with_as_many_threads(tmp_path, fresh_process, monkeypatch):
     asked, start = [], pack.subprocess.run
     monkeypatch.setattr(
         pack.subprocess, "run", lambda command, **rest: [asked.append(command), start(command, **rest)][1]

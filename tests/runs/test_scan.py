@@ -10,7 +10,6 @@ from trainer.cli import main
 from trainer.compression.weights import weights_of
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError, value
-from trainer.reporting import report
 from trainer.runs import ladder, runner, scan
 
 RECIPE = """name: few
@@ -25,9 +24,7 @@ SHARE = "  - {stage: share, values: 6}\n"
 STD = "  - {stage: prune, sensitivity: 1.0, exclude: [last]}\n"
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda folder, result, weights: None)
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,6 @@ after a kill.
 
 import importlib.util
 import json
-import multiprocessing
-import os
-import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,64 +12,36 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from tests import making
 from tests.compression import test_compression
+from tests.processes import in_two
 from trainer.compression import channels
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.masks import position_bits, score_masks
 from trainer.compression.states import dense_state
 from trainer.compression.weights import counts, weights_of
 from trainer.criteria.magnitude import magnitude
-from trainer.data.batches import make_data
 from trainer.networks.build import build
 from trainer.networks.sizes import resize, sizes_of
 from trainer.packing import network as packed
-from trainer.recipe import shelves
-from trainer.recipe.keys import DataKeys, Stage, Training
+from trainer.recipe.keys import Stage
 from trainer.recipe.text import RecipeError
-from trainer.reporting import report
+from trainer.recipe.training import Training
 from trainer.reporting.log import Log
 from trainer.runs import runner
 from trainer.stages import prune as stage
 from trainer.stages.prune import prune
 from trainer.storage.weights_file import digest
 from trainer.training import fit
-from trainer.training.run import Run
 
 TRAINING = Training(epochs=2, batch_size=20, lr=5e-3)
-OPEN: list[Log] = []
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    while OPEN:
-        OPEN.pop().close()
-
-
-def make_run(folder, spec=None, accelerator=None, **data):
+def make_run(folder, spec=None, **more):
     """A run of a freshly built student on a few digits."""
-    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
-    data = make_data(
-        keys.model_validate({"dataset": "digits", "subset": 100, "validation": 50} | data),
-        torch.device("cpu"),
-    )
-    torch.manual_seed(7)
     spec = spec or {"model": "lenet5", "width": 4}
-    student = build(spec, data.shape, len(data.classes))
-    log = Log(Path(folder) / "log.jsonl")
-    OPEN.append(log)
-    return Run(
-        name="x",
-        folder=Path(folder),
-        seed=3,
-        accelerator=accelerator or Accelerator(cpu=True),
-        data=data,
-        student=student,
-        student_spec=spec,
-        teacher=None,
-        log=log,
-        stage=1,
-        stage_name="prune",
+    return making.make_run(
+        folder, spec, stage=1, stage_name="prune", **{"subset": 100, "validation": 50} | more
     )
 
 
@@ -673,9 +641,8 @@ def test_resizing_every_kind_of_layer():
 
 
 def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(
-    tmp_path, monkeypatch, capsys
+    tmp_path, fresh_process, no_plots, capsys
 ):
-    monkeypatch.setattr(report, "write", lambda folder, result, weights: None)
     path = tmp_path / "given.yaml"
     path.write_text(
         recipe(
@@ -784,37 +751,20 @@ def trained_together(accelerator, kind, rank):
     return told
 
 
-def one_of_two(rank, port):
-    """Makes this process one of two, and gives its accelerator."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    torch.set_num_threads(1)
+def one_of_two(rank, folder):
+    """One of two processes: prunes in every way, then every kind of layer, which trains; what it has."""
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    return accelerator
+    return {
+        "methods": every_method(rank, accelerator, folder),
+        "kinds": {kind: trained_together(accelerator, kind, rank) for kind in test_compression.LAYERS},
+    }
 
 
-def every_kind(rank, port, folder):
-    """One of two processes: prunes and trains every kind of layer, and writes down what it has."""
-    accelerator = one_of_two(rank, port)
-    kinds = {kind: trained_together(accelerator, kind, rank) for kind in test_compression.LAYERS}
-    torch.save(kinds, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def every_method(rank, port, folder):
-    """One of two processes: prunes in every way, and writes down what it has."""
-    accelerator = one_of_two(rank, port)
+def every_method(rank, accelerator, folder):
     found = []
     for number, given in enumerate(TOGETHER):
-        run = make_run(Path(folder) / str(number) / str(rank), accelerator=accelerator)
+        run = make_run(folder / str(number) / str(rank), accelerator=accelerator)
         stage.record = lambda *_, **__: None
         if number == 2 and rank == 1:  # an unequal weight on a process that is not asked
             with torch.no_grad():
@@ -822,31 +772,19 @@ def every_method(rank, port, folder):
         prune(run, training=None if number == 2 else Training(epochs=2, batch_size=20), **given)
         masks = {name: place.mask for name, place in weights_of(run.student).items()}
         found.append((run.student.state_dict(), masks))
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    making.close()
+    return found
 
 
-def in_two(target, folder):
-    """What both processes wrote down that ran target(rank, port, folder)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, port, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(900)
-            assert process.exitcode == 0
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What both of two processes have."""
+    folder = tmp_path_factory.mktemp("both")
+    return in_two(one_of_two, folder, folder)
 
 
-def test_two_processes_have_the_same_masks_and_weights(tmp_path):
-    one, other = in_two(every_method, tmp_path)
+def test_two_processes_have_the_same_masks_and_weights(both):
+    one, other = (found["methods"] for found in both)
     for number, ((state, masks), (other_state, other_masks)) in enumerate(zip(one, other, strict=True)):
         assert all((mask is None) == (number == 3) for mask in masks.values())
         assert all(m is None or torch.equal(m, other_masks[name]) for name, m in masks.items())
@@ -854,8 +792,8 @@ def test_two_processes_have_the_same_masks_and_weights(tmp_path):
             assert all(torch.equal(tensor, other_state[key]) for key, tensor in state.items())
 
 
-def test_every_kind_of_layer_has_the_same_masks_and_weights_on_two_processes(tmp_path):
-    one, other = in_two(every_kind, tmp_path)
+def test_every_kind_of_layer_has_the_same_masks_and_weights_on_two_processes(both):
+    one, other = (found["kinds"] for found in both)
     assert one.keys() == other.keys() == test_compression.LAYERS.keys()
     for kind, layers in one.items():
         for name, told in layers.items():

@@ -1,15 +1,14 @@
 """Sharing: codebooks fixed and trained, their entropy, bits by budget, importance, biases and the rest in few bits."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
+from tests import making
 from trainer.compression import kmeans, units
 from trainer.compression.codebooks import close_codebook, cluster, code_entropy, open_codebook, set_codebook
 from trainer.compression.masks import set_mask
@@ -17,52 +16,31 @@ from trainer.compression.parametrizations import Codebook
 from trainer.compression.rounding import round_to, round_unshared, to_grid
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
-from trainer.data.batches import make_data
-from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.recipe import shelves
-from trainer.recipe.keys import DataKeys, StageKeys, Training
-from trainer.reporting.log import Log
+from trainer.recipe.keys import StageKeys
+from trainer.recipe.training import Training
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
 from trainer.training import fit
 from trainer.training.optimizer import make_optimizer
-from trainer.training.run import Run
 
 SPEC = {"model": "lenet300", "hidden": [16, 12]}
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    logs = []
+    made = []
 
     def make(spec=SPEC, sparsity=0.6, folder=None):
-        keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
-        settings = {"dataset": "digits", "subset": 200, "validation": 200}
-        data = make_data(keys.model_validate(settings), torch.device("cpu"))
-        torch.manual_seed(7)
-        student = build(spec, data.shape, len(data.classes))
-        folder = Path(folder or tmp_path / str(len(logs)))
-        logs.append(Log(folder / "log.jsonl"))
-        if sparsity:
-            for place in weights_of(student).values():
-                set_mask(place, place.value.abs() > place.value.abs().quantile(sparsity))
-        return Run(
-            name="x",
-            folder=folder,
-            seed=3,
-            accelerator=Accelerator(cpu=True),
-            data=data,
-            student=student,
-            student_spec=dict(spec),
-            teacher=None,
-            log=logs[-1],
-            stage_name="share",
-        )
+        made.append(folder)
+        folder = folder or tmp_path / str(len(made) - 1)
+        run = making.make_run(folder, spec, stage_name="share", subset=200, validation=200)
+        for place in weights_of(run.student).values() if sparsity else ():
+            set_mask(place, place.value.abs() > place.value.abs().quantile(sparsity))
+        return run
 
-    yield make
-    for log in logs:
-        log.close()
+    return make
 
 
 def training(**settings):
@@ -540,13 +518,10 @@ stages:
 
 def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, monkeypatch):
     from trainer.runs import runner
-    from trainer.runs.evaluate_file import evaluate_file
-    from trainer.stages import pack, share
+    from trainer.stages import share
 
     recipe = tmp_path / "folded.yaml"
     recipe.write_text(RECIPE)
-    # Not in a fresh process, which is tested elsewhere: here it is to be quick.
-    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: evaluate_file(path, run.recipe_path))
     whole = runner.run(recipe, folder=tmp_path / "whole")
     rows = {row["stage"]: row for row in whole["rows"]}
     assert rows["folded"]["top1"] == rows["pruned"]["top1"] and rows["folded"]["max_difference"] < 1e-4

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import making
 from trainer import functional
 from trainer.compression.states import dense_state, restore
 from trainer.compression.weights import weights_of
 from trainer.models.lenet5 import lenet5
 from trainer.packing import network as packed
-from trainer.reporting import report
 from trainer.runs import runner
 from trainer.runs.evaluate_file import evaluate_file
 from trainer.stages import pack
@@ -95,12 +95,9 @@ def left_by(folder, name, stage):
 @pytest.fixture(scope="module")
 def main(tmp_path_factory):
     folder = tmp_path_factory.mktemp("main")
-    return folder, run(folder, MAIN)
-
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    monkeypatch.setattr(report, "write", lambda folder, result, weights: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "_in_fresh_process", making.FRESH_PROCESS)
+        return folder, run(folder, MAIN)
 
 
 # the main job
@@ -461,9 +458,7 @@ def test_share_without_pruning(tmp_path, no_plots):
 # recipes of other shapes
 
 
-def test_a_recipe_without_a_teacher_packs_what_it_trains(tmp_path, no_plots, monkeypatch):
-    # The main job above has used a fresh process.
-    monkeypatch.setattr(pack, "_in_fresh_process", lambda run, path: evaluate_file(path, run.recipe_path))
+def test_a_recipe_without_a_teacher_packs_what_it_trains(tmp_path, no_plots):
     result = run(
         tmp_path,
         f"""

@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import nn
 
+from tests import making
 from trainer.compression.codebooks import cluster, set_codebook
 from trainer.compression.weights import weights_of
-from trainer.data.batches import make_data
 from trainer.distillation import onednn
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
@@ -28,28 +28,17 @@ from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet300 import lenet300
 from trainer.recipe import shelves
-from trainer.recipe.keys import CacheKeys, DataKeys, TeacherKeys, Term, TermKeys, Training
-from trainer.reporting.log import Log
+from trainer.recipe.keys import CacheKeys, TeacherKeys, Term, TermKeys
+from trainer.recipe.training import Training
 from trainer.runs import runner
 from trainer.storage import checkpoint
 from trainer.training import fit as fitting
 from trainer.training.fit import fit
 from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, make_optimizer
 from trainer.training.progress import Window
-from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 
 ROOT = Path(__file__).parents[2]
-
-
-OPEN: list[Log] = []
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    while OPEN:
-        OPEN.pop().close()
 
 
 class Tiny(nn.Module):
@@ -71,28 +60,8 @@ class Alone(nn.Module):
         self.student = student
 
 
-def make_run(folder, student=None, stage=0, accelerator=None, teacher=None, **data):
-    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
-    accelerator = accelerator or Accelerator(cpu=True)
-    data = make_data(
-        keys.model_validate({"dataset": "digits", "subset": 60, "validation": 40} | data), accelerator.device
-    )
-    torch.manual_seed(7)
-    log = Log(Path(folder) / "log.jsonl")
-    OPEN.append(log)
-    return Run(
-        name="x",
-        folder=Path(folder),
-        seed=3,
-        accelerator=accelerator,
-        data=data,
-        student=Tiny() if student is None else student(),
-        student_spec={},
-        teacher=teacher,
-        log=log,
-        stage=stage,
-        stage_name="train",
-    )
+def make_run(folder, student=None, **more):
+    return making.make_run(folder, student=student or Tiny, **{"subset": 60, "validation": 40} | more)
 
 
 def train(run, before_step=None, terms=None, **training):
@@ -879,7 +848,7 @@ def comparable(folder, report):
     return rows, report["layers"], {f"{a}.{b}": t for a, group in tensors.items() for b, t in group.items()}
 
 
-def test_a_run_killed_again_and_again_reports_the_same(tmp_path, often):
+def test_a_run_killed_again_and_again_reports_the_same(tmp_path, often, no_plots):
     rows, layers, tensors = result(tmp_path / "whole")
     assert [row["stage"] for row in rows] == [
         "teacher",

@@ -15,7 +15,8 @@ from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
 from trainer.recipe import shelves
-from trainer.recipe.keys import Augment, TeacherKeys, TermKeys, Training
+from trainer.recipe.keys import Augment, TeacherKeys, TermKeys
+from trainer.recipe.training import Training
 from trainer.training.optimizer import make_optimizer
 
 

@@ -23,13 +23,11 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     own_validation = source.validation is not None
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
-    held_out = (
-        0
-        if own_validation or isinstance(keys.validation, Path)
-        else round(keys.validation * total)
-        if isinstance(keys.validation, float)
-        else keys.validation
-    )
+    held_out = 0
+    if not own_validation:
+        assert not isinstance(keys.validation, Path)  # that is the source's own
+        fraction = isinstance(keys.validation, float)
+        held_out = round(keys.validation * total) if fraction else int(keys.validation)
     size = total - held_out if keys.subset is None else keys.subset
     if (held_out < 1 and not own_validation) or size < 1 or held_out + size > total:
         raise Mistake(
@@ -80,7 +78,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
 
 
 def _placed(images: Images, device: torch.device) -> Images:
-    """What is in memory, on the device; what is read from disk, as it is."""
+    """Returns images in memory on the device, and others as they are."""
     if isinstance(images, InMemory) and device.type != "cpu":
         return InMemory(images.images.to(device), images.labels.to(device))
     return images

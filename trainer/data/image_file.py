@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from trainer.data.reading import Reading
@@ -104,13 +104,13 @@ def brightest(path: str | Path) -> int | None:
     return None
 
 
-def _is_deep_colour(path: str | Path, image: ImageFile.ImageFile) -> bool:
+def _is_deep_colour(path: str | Path, image: Image.Image) -> bool:
     """Whether a picture with several channels has 16 bits in each, of which Pillow gives the upper 8."""
     if image.format == "PNG":
         with open(path, "rb") as file:
             head = file.read(26)
         return len(head) == 26 and head[24] == 16 and struct.unpack("B", head[25:26])[0] in (2, 4, 6)
-    return any("16" in str(tile[3]) for tile in image.tile if image.mode in ("RGB", "RGBA"))
+    return any("16" in str(tile[3]) for tile in getattr(image, "tile", ()) if image.mode in ("RGB", "RGBA"))
 
 
 def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> Tensor:

@@ -39,10 +39,8 @@ class Reading:
 def reading_of(shape: tuple[int, int, int], settings: dict[str, Any]) -> Reading:
     """The `Reading` of `settings`, which may come from anybody's file. Raises Mistake for what it cannot be."""
     try:
-        made = Reading(
-            tuple(shape),  # type: ignore[arg-type]  # of three
-            **{**settings, "background": tuple(settings.get("background", (255, 255, 255)))},
-        )
+        background = tuple(settings.get("background", (255, 255, 255)))
+        made = Reading((shape[0], shape[1], shape[2]), **{**settings, "background": background})
         whole = isinstance(made.depth, int) and all(isinstance(value, int) for value in made.background)
         right = (
             made.filter in FILTERS
@@ -52,7 +50,7 @@ def reading_of(shape: tuple[int, int, int], settings: dict[str, Any]) -> Reading
             and len(made.background) == 3
             and all(0 <= value <= 255 for value in made.background)
         )
-    except TypeError:
+    except (TypeError, AttributeError):
         whole = right = False
     if not (whole and right):
         raise Mistake(f"how its images are read is not known here: {settings}")
@@ -61,4 +59,4 @@ def reading_of(shape: tuple[int, int, int], settings: dict[str, Any]) -> Reading
 
 # What a packed file of version 1 meant: resized as a whole, the shorter side fitted, bilinear; then cut.
 def reading_of_version_1(shape: tuple[int, int, int]) -> Reading:
-    return Reading(tuple(shape), filter="bilinear", cut="whole pixels")  # type: ignore[arg-type]  # of three
+    return Reading((shape[0], shape[1], shape[2]), filter="bilinear", cut="whole pixels")

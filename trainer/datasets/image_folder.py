@@ -80,8 +80,8 @@ def _opened(
     bad_images: str,
 ) -> Source:
     train_folder = folder / "train" if (folder / "train").is_dir() else folder
-    fraction = test if isinstance(test, (int, float)) else None
-    if fraction is not None and train_folder != folder:
+    share = test if isinstance(test, (int, float)) else None
+    if share is not None and train_folder != folder:
         raise Mistake(
             f"test: {test} splits a plain folder of classes; {folder} has a subfolder 'train': name the test folder"
         )
@@ -103,8 +103,8 @@ def _opened(
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
     reading = Reading((3, size, size), crop=crop, background=background, depth=examined.depth)
     images = {name: _OnDisk(found, number, reading) for name, found in listings.items()}
-    if fraction is not None:
-        images["training"], images["test"] = _split(images["training"], fraction, test_seed)
+    if share is not None:
+        images["training"], images["test"] = _split(images["training"], share, test_seed)
     if examined.num_deep:
         notes.append(
             f"{examined.num_deep:,} pictures have 16 bits; their samples have {examined.depth}, and are scaled by that"
@@ -181,11 +181,11 @@ def _classes(train: Listing, listings: dict[str, Listing], train_folder: Path) -
         raise Mistake(
             f"{train_folder} has class folders without a picture that can be read: {', '.join(empty)}{train.described()}"
         )
-    for name in ("test", "validation"):
-        part = listings.get(name)
-        if part is not None and "" in part.classes:
+    for name in {"test", "validation"} & listings.keys():
+        found = listings[name]
+        if "" in found.classes:
             raise Mistake(
-                f"{part.files[part.classes.index('')]} lies in no subfolder; {name} images need a class each"
+                f"{found.files[found.classes.index('')]} lies in no subfolder; {name} images need a class each"
             )
     classes = in_order(set(labelled) or set(listings["test"].classes if "test" in listings else ()))
     if len(classes) < 2:

@@ -37,7 +37,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     """
     data = _content(path)
     network, header = packed.decode(data, str(path), into)
-    model: Any = network
+    model: Any = network  # with attributes of its own
     model.classes = header["classes"]
     if header["shape"] and header["mean"]:
         prepare = partial(
@@ -68,6 +68,7 @@ def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Seq
     Raises:
         Mistake: For a tensor of another type or size, and for files that cannot be read.
     """
+    stacked: Tensor
     if isinstance(images, Tensor):
         stacked = images if images.dim() == 4 else images[None]
         if stacked.dtype != torch.uint8 or tuple(stacked.shape[1:]) != reading.shape:

@@ -43,7 +43,7 @@ class Entry(BaseModel):
             )
         except ValidationError as error:
             # One message for one misspelling: the misspelt key is the missing one.
-            # (A type's bare name, which pydantic allows as well, is not among what `restated` returns.)
+            # (A type's bare name, which pydantic allows beside our errors, `restated` does not give.)
             faults += [f for f in restated(error) if f["type"].type != "missing" or f["loc"] not in meant]  # type: ignore[union-attr]
         wrong = {detail["loc"][0] for detail in faults if detail["loc"]}
         for name, field in cls.model_fields.items():

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.recipe.keys import EXCLUDE, Mark, StageKeys, TermKeys, Training
+from trainer.recipe.keys import EXCLUDE, Mark, StageKeys, TermKeys
 from trainer.recipe.shelves import beside, find
+from trainer.recipe.training import Training
 
 
 def name_of(stage: StageKeys) -> str:

@@ -6,8 +6,9 @@ from pydantic import Field
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
-from trainer.recipe.keys import Term, Training
+from trainer.recipe.keys import Term
 from trainer.recipe.terms import needs_teacher
+from trainer.recipe.training import Training
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run

@@ -27,8 +27,9 @@ from trainer.distributed import broadcast
 from trainer.mistakes import Mistake, nearest
 from trainer.networks.build import build
 from trainer.networks.sizes import sizes_of
-from trainer.recipe.keys import PER_LAYER, Exclude, StageKeys, Term, TermKeys, Training
+from trainer.recipe.keys import PER_LAYER, Exclude, StageKeys, Term, TermKeys
 from trainer.recipe.shelves import OnShelf, beside, fed, fields, find
+from trainer.recipe.training import Training
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
@@ -83,9 +84,14 @@ def order(_settings: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]:
 
 
 def check_student(settings: StageKeys, student: nn.Module) -> None:
-    own = beside(find("method", settings.method), "check_student")
+    criterion = find("method", settings.method)
+    own = beside(criterion, "check_student")
     if own is not None:
         own(settings, student)
+    if beside(criterion, "AMOUNT") is not None:
+        # It makes the masks itself: what it refuses, it refuses of the weights at the start too.
+        keys = {name: getattr(settings, name) for name in fields(criterion)}
+        _decision(choose(weights_of(student), settings.exclude), criterion, "once", keys)(1.0)
 
 
 def becomes(

@@ -27,7 +27,8 @@ from trainer.distillation.objective import Objective
 from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
-from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys, Training
+from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys
+from trainer.recipe.training import Training
 from trainer.training.evaluate import normalized, truth
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record

@@ -8,9 +8,10 @@ from pydantic import Field
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
-from trainer.recipe.keys import Term, TermKeys, Training
+from trainer.recipe.keys import Term, TermKeys
 from trainer.recipe.stages import changes_student
 from trainer.recipe.terms import needs_teacher
+from trainer.recipe.training import Training
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record, record_teacher
 from trainer.training.run import Run

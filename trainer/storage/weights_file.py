@@ -15,6 +15,7 @@ import numpy
 import safetensors
 import safetensors.torch
 import torch
+from numpy._core import multiarray
 from torch import Tensor
 
 from trainer.mistakes import Mistake
@@ -121,7 +122,6 @@ def unpickled(file: Path | BinaryIO, path: Path) -> Any:
 def _harmless() -> list[Any]:
     """Returns classes beside tensors that other trainers' files hold, and that do nothing when they are made."""
     # numpy has two names for each of these, before and since its version 2.
-    multiarray = numpy._core.multiarray  # type: ignore[attr-defined]  # private, but named in the files
     scalar, reconstruct = multiarray.scalar, multiarray._reconstruct
     moved = [
         (function, f"{package}.multiarray.{function.__name__}")

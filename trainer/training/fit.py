@@ -12,7 +12,7 @@ from trainer.distillation.objective import Objective
 from trainer.distributed import agreed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
-from trainer.recipe.keys import Training
+from trainer.recipe.training import Training
 from trainer.training.evaluate import percent_right, predict, truth
 from trainer.training.optimizer import Averaged
 from trainer.training.run import Run

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
-from trainer.recipe.keys import Training
+from trainer.recipe.training import Training
 
 
 def make_optimizer(objective: Objective, training: Training) -> torch.optim.Optimizer:

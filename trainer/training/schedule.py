@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.recipe.keys import Training
+from trainer.recipe.training import Training
 
 
 def learning_rate(training: Training, step: int, steps_per_epoch: int) -> float:

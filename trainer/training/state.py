@@ -19,7 +19,7 @@ from trainer.distillation.objective import Objective
 from trainer.distillation.onednn import attach, detach
 from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
-from trainer.recipe.keys import Training
+from trainer.recipe.training import Training
 from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, make_optimizer
 from trainer.training.progress import Progress, Window
 from trainer.training.run import Run

@@ -1,0 +1,90 @@
+"""Files in the formats of the data sets, small and made up: `small_NAME` for each that does not come with a library.
+
+It puts what NAME reads where NAME looks for it, and gives the keys to call it with.
+"""
+
+import io
+import tarfile
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trainer.data.images import Source
+
+
+def assert_is_a_source(source, num_train, num_test):
+    """What every dataset file owes the program."""
+    assert isinstance(source, Source)
+    assert (len(source.train), len(source.test)) == (num_train, num_test)
+    assert len(source.mean) == len(source.std) == source.shape[0]
+    assert all(isinstance(value, float) for value in source.mean + source.std)
+    assert len(set(source.classes)) == len(source.classes) > 1
+    for part in (source.train, source.test):
+        assert part.labels.dtype == torch.int64 and part.labels.shape == (len(part),)
+        assert part.labels.min() >= -1 and part.labels.max() < len(source.classes)
+        images, labels = part.__getitems__([len(part) - 1, 0])
+        assert images.dtype == torch.uint8 and images.shape == (2, *source.shape)
+        assert torch.equal(labels, part.labels[[len(part) - 1, 0]])
+
+
+def idx(array):
+    header = b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.tobytes()
+
+
+def tar(members):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def save(path, colour, size=(20, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def small_mnist(put, folder, name="mnist"):
+    draw = np.random.default_rng(0)
+    files = {}
+    for part in ("train", "t10k"):
+        files[f"{part}-images-idx3-ubyte"] = idx(draw.integers(0, 256, (12, 28, 28), np.uint8))
+        files[f"{part}-labels-idx1-ubyte"] = idx(np.arange(12, dtype=np.uint8) % 10)
+    put(name, files)
+    return {}
+
+
+def small_fashion_mnist(put, folder):
+    return small_mnist(put, folder, "fashion_mnist")
+
+
+def small_cifar10(put, folder):
+    draw, inside = np.random.default_rng(0), "cifar-10-batches-bin"
+    names = [f"data_batch_{part}.bin" for part in range(1, 6)] + ["test_batch.bin"]
+    members = {f"{inside}/{name}": draw.integers(0, 10, (4, 3073), np.uint8).tobytes() for name in names}
+    members[f"{inside}/batches.meta.txt"] = "\n".join([*"abcdefghij", ""]).encode()
+    put("cifar10", {"cifar-10-binary.tar.gz": tar(members)})
+    return {}
+
+
+def small_cifar100(put, folder):
+    draw, inside = np.random.default_rng(0), "cifar-100-binary"
+    members = {
+        f"{inside}/{name}.bin": draw.integers(0, 100, (6, 3074), np.uint8).tobytes()
+        for name in ("train", "test")
+    }
+    members[f"{inside}/fine_label_names.txt"] = "\n".join(f"kind {number}" for number in range(100)).encode()
+    put("cifar100", {"cifar-100-binary.tar.gz": tar(members)})
+    return {}
+
+
+def small_image_folder(put, folder):
+    for part in ("train", "test"):
+        for number, name in enumerate(("cat", "dog", "cow")):
+            for file in range(2):
+                save(folder / part / name / f"{file}.png", (40 * number, 9 * file, 100))
+    return {"folder": folder, "size": 8}

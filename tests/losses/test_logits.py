@@ -1,0 +1,100 @@
+"""What single losses on logits promise beside the contract."""
+
+import math
+
+import pytest
+import torch
+
+from tests.losses.feeding import NUM_CLASSES, Case, build, call, feed, naive
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy"])
+def test_labels_may_be_probabilities(name):
+    x = feed()
+    x |= {"labels": torch.rand(len(x["labels"]), NUM_CLASSES).softmax(dim=1)}
+    case = Case(name, {"label_smoothing": 0.1})
+    assert call(name, build(case), x).item() == pytest.approx(naive(case, None, x), rel=1e-5)
+
+
+def test_label_losses_equal_timms():
+    # Imported here, because it is slow and the spawned processes do not need it.
+    from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+
+    x = feed()
+    logits, labels = x["student_logits"], x["labels"]
+    for sum_classes in (False, True):
+        ours = call(
+            "binary_cross_entropy",
+            build("binary_cross_entropy", label_smoothing=0.1, sum_classes=sum_classes),
+            x,
+        )
+        theirs = BinaryCrossEntropy(smoothing=0.1, sum_classes=sum_classes)(logits, labels)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    ours = call("cross_entropy", build("cross_entropy", label_smoothing=0.1), x)
+    assert ours.item() == pytest.approx(LabelSmoothingCrossEntropy(0.1)(logits, labels).item(), rel=1e-6)
+
+
+def test_decoupled_parts_add_up_to_kl():
+    """KL = target + (1 - teacher's probability of the true class) * non-target, the paper's equation 7."""
+    x = feed(batch=1, dtype=torch.float64)
+    sure = (x["teacher_logits"] / 4).softmax(dim=1)[0, x["labels"][0]].item()
+    parts = call("decoupled", build("decoupled", alpha=1.0, beta=1 - sure), x)
+    assert parts.item() == pytest.approx(call("kl", build("kl"), x).item(), rel=1e-9)
+
+
+def test_decoupled_refuses_mixed_labels():
+    with pytest.raises(ValueError, match="decoupled: labels are"):
+        call("decoupled", build("decoupled"), feed() | {"labels": torch.rand(6, NUM_CLASSES)})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("decoupled", {"alpha": 0, "beta": 0}),
+        ("dist", {"beta": 0, "gamma": 0}),
+        ("relational", {"distance": 0, "angle": 0}),
+    ],
+)
+def test_settings_that_leave_nothing_are_refused(name, settings):
+    with pytest.raises(ValueError, match=f"{name}: .* are both 0: nothing is left of it"):
+        call(name, build(name, **settings), feed())
+
+
+def test_logit_standardized_ignores_size_and_offset():
+    x = feed(dtype=torch.float64)
+    value = call("logit_standardized", build("logit_standardized"), x)
+    x["student_logits"] = 3 * x["student_logits"] + 5
+    assert call("logit_standardized", build("logit_standardized"), x).item() == pytest.approx(value.item())
+
+
+@pytest.mark.parametrize(
+    ("epoch", "strength"), [(0.0, 0.0), (2.5, (1 - math.sqrt(0.5)) / 2), (5.0, 0.5), (10.0, 1.0), (30.0, 1.0)]
+)
+def test_temperature_climbs_with_a_growing_strength(epoch, strength):
+    x = feed(dtype=torch.float64) | {"epoch": epoch}
+    loss = build("curriculum_temperature", torch.float64)
+    call("curriculum_temperature", loss, x).backward()
+    gradient, step = loss.raw_temperature.grad.item(), 1e-6
+    with torch.no_grad():
+        loss.raw_temperature += step
+        above = call("curriculum_temperature", loss, x).item()
+        loss.raw_temperature -= 2 * step
+        below = call("curriculum_temperature", loss, x).item()
+    slope = (above - below) / (2 * step)
+    assert abs(slope) > 1e-4
+    assert gradient == pytest.approx(-strength * slope, rel=1e-5, abs=1e-12)
+
+
+def test_dist_leaves_out_the_part_a_batch_of_one_does_not_define():
+    x = feed(batch=1)
+    assert call("dist", build("dist"), x) == call("dist", build("dist", gamma=0.0), x)
+
+
+@torch.no_grad()
+def test_multi_level_of_a_doubled_batch_has_the_docstrings_scale():
+    """Its second and third part, over pairs, are twice and four times as large."""
+    x = feed()
+    twice = x | {key: torch.cat([x[key], x[key]]) for key in ("student_logits", "teacher_logits")}
+    once, doubled = (call("multi_level", build("multi_level"), given).item() for given in (x, twice))
+    alone = sum(call("kl", build("kl", temperature=t), x).item() for t in (2.0, 3.0, 4.0, 5.0, 6.0))
+    assert 2 * (once - alone) < doubled - alone < 4 * (once - alone)

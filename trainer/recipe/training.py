@@ -1,0 +1,87 @@
+"""How to train: the keys of every `training` section of a recipe."""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from trainer.mistakes import Mistake
+from trainer.recipe.faults import Entry
+
+_Count = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class Training(Entry):
+    """How to train. The recipe's `precision` holds for all stages.
+
+    Attributes:
+        batch_size: Images of a batch, over all processes.
+        lr: The highest learning rate.
+        weight_decay: Of the student's weights alone, as in timm: norms, biases, shared values (centroids), projectors and
+            parameters of losses have none.
+        decay_all: Whether everything but shared values has weight decay.
+        momentum, nesterov: Of sgd.
+        schedule: Of the learning rate: `constant`; `cosine` to 0; `one_cycle`, up over the first 30 %, then down to
+            1/10000; `step`, times gamma (0.1) at each epoch of milestones.
+        warmup: Epochs of linear rise before the schedule.
+        milestones, gamma: Of `step`.
+        clip: The largest norm of the gradient.
+        accumulate: Batches of one optimizer step.
+        keep: The `last` weights, or those of the `best` validation accuracy.
+        patience: Stop after this many epochs without a better validation accuracy.
+        validate_every: Epochs between two validations.
+        ema: Decay of the exponential moving average of the weights. The averaged weights are then kept.
+        compile: Whether torch.compile is used (a minute more at the start; on CPUs it needs a C++ compiler). It changes
+            results by rounding only, as channels_last does.
+        channels_last: Whether images and convolutions have that memory layout.
+
+    Acted on by `training.fit`.
+    """
+
+    epochs: _Count
+    batch_size: _Count = 128
+    lr: PositiveFloat = 1e-3
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: NonNegativeFloat = 0.0
+    decay_all: bool = False
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    nesterov: bool = False
+    schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
+    warmup: NonNegativeFloat = 0.0
+    milestones: list[PositiveInt] | None = None
+    gamma: PositiveFloat | None = None
+    clip: PositiveFloat | None = None
+    accumulate: _Count = 1
+    keep: Literal["last", "best"] = "last"
+    patience: PositiveInt | None = None
+    validate_every: PositiveInt = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    compile: bool = False
+    channels_last: bool = False
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "Training":
+        if self.optimizer != "sgd" and (self.momentum is not None or self.nesterov):
+            raise Mistake(
+                f"momentum and nesterov have no effect with optimizer {self.optimizer!r}; 'sgd' has them"
+            )
+        if self.nesterov and not self.momentum:
+            raise Mistake("nesterov has no effect without momentum")
+        if self.decay_all and not self.weight_decay:
+            raise Mistake("decay_all has no effect with weight_decay 0")
+        if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
+            raise Mistake(
+                f"milestones and gamma have no effect with schedule {self.schedule!r}; 'step' has them"
+            )
+        if self.schedule == "step" and not self.milestones:
+            raise Mistake("schedule 'step' needs milestones, the epochs at which the rate falls")
+        if self.schedule == "one_cycle" and self.warmup:
+            raise Mistake("warmup has no effect with schedule 'one_cycle', which rises by itself")
+        if self.warmup >= self.epochs:
+            raise Mistake(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
+        return self
