@@ -1,5 +1,6 @@
 """The split, the order of an epoch, batches, views and mixed images."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from trainer.data.augment import apply, draw
 from trainer.data.batches import batches, epoch_order, make_data, mix, num_batches, seed_of
-from trainer.data.images import InMemory, Part
+from trainer.data.images import InMemory, Part, Source
 from trainer.data.views import Views
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, DataKeys
@@ -34,6 +35,50 @@ def folder(tmp_path_factory):
         (top / "test" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), (1, 2, 3)).save(top / "test" / name / "x.png")
     return top
+
+
+class OnDisk:
+    """Images that are read when they are asked for."""
+
+    def __init__(self, num_images: int) -> None:
+        self.labels = torch.zeros(num_images, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions):
+        return torch.zeros(len(positions), 1, 4, 4, dtype=torch.uint8), self.labels[positions]
+
+
+def partly(*, kept: list[str]) -> Source:
+    """A data set whose parts are in memory where `kept` names them, else on disk."""
+
+    def part(name, num_images):
+        images = torch.zeros(num_images, 1, 4, 4, dtype=torch.uint8)
+        return InMemory(images, images[:, 0, 0, 0]) if name in kept else OnDisk(num_images)
+
+    return Source(
+        part("train", 20),
+        part("test", 6),
+        ["a", "b"],
+        (0.5,),
+        (1.0,),
+        (1, 4, 4),
+        validation=part("validation", 5),
+    )
+
+
+@pytest.mark.parametrize("kept", [["train"], ["test"], ["validation"], ["train", "test", "validation"]])
+def test_what_is_in_memory_goes_to_the_device_part_by_part(kept, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
+    kind = shelves.checker(partly, DataKeys)
+    data = make_data(
+        kind.model_validate({"dataset": "python:own:partly", "kept": kept}), torch.device("meta")
+    )
+    for name in ("train", "test", "validation"):
+        part = getattr(data, name)
+        assert part.ids.device.type == ("meta" if name in kept else "cpu")
+        assert not isinstance(part.images, InMemory) or part.images.images.device.type == "meta"
 
 
 # the split

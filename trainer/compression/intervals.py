@@ -66,6 +66,7 @@ def points_of(values: np.ndarray, weights: np.ndarray | None, chunk_bins: int) -
 
 
 def merged(held: list[Points]) -> Points:
+    """Joins lists of points (position, mass, count) into one, sorted by position."""
     if len(held) == 1:
         return held[0]
     position, mass, count = (np.concatenate(column) for column in zip(*held, strict=True))
