@@ -311,8 +311,8 @@ def _predict(options: argparse.Namespace) -> None:
     from trainer.packing.loading import load
 
     data = _read(options.file)
-    packed.reading(data, str(options.file))  # a file that does not say how its images are read is refused
     model: Any = load(options.file)
+    packed.reading(data, str(options.file))  # a file that does not say how its images are read is refused
     if data[2] == 1:
         _say(
             f"{options.file}: of format version 1: images are resized bilinearly and then cut, as that version did"

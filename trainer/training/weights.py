@@ -15,7 +15,6 @@ from trainer.mistakes import Mistake
 from trainer.networks import features
 from trainer.networks.build import build, build_entry
 from trainer.networks.build import spec as spec_of
-from trainer.packing import network as packed
 from trainer.recipe.keys import ModelKeys
 from trainer.storage.weights_file import PICKLES, read_file
 
@@ -150,6 +149,9 @@ def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
     """What a file holds, and what our own files record of the network and its images ("net", "mean", "std" ...)."""
     path = Path(path)
     if path.suffix == ".tiny":
+        # Here: a recipe is read, with this file, without the packing.
+        from trainer.packing import network as packed
+
         if not path.is_file():
             raise Mistake(f"{path}: there is no such file")
         return packed.tensors(path.read_bytes(), str(path))
