@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 import pytest
 
+from tests.datasets.files import tar
 from trainer.data import fetch as fetching
 from trainer.data.fetch import fetch
 from trainer.data.readers import FetchError, read_cifar, read_idx, read_lines, read_mnist
@@ -274,16 +275,6 @@ def test_a_host_that_never_answers_is_given_up(monkeypatch):
             fetching._download("address")
     finally:
         release.set()
-
-
-def tar(members):
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return packed.getvalue()
 
 
 @pytest.fixture

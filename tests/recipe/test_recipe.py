@@ -165,6 +165,18 @@ BAD = {
         changed("epochs: 1, lr", "epochs: 1.5, lr"),
         ["8: stages[1].training.epochs: got 1.5; it should be a valid integer"],
     ),
+    "a text that Python reads as 2e-30": (
+        changed("lr: 2e-3", "lr: 2e-3_0"),
+        ["8: stages[1].training.lr: got '2e-3_0'; it should be a valid number"],
+    ),
+    "a text that Python reads as 10": (
+        changed("epochs: 1, lr", "epochs: 1_0, lr"),
+        ["8: stages[1].training.epochs: got '1_0'; it should be a valid number"],
+    ),
+    "such a text within": (
+        changed("sensitivity: 1", "sensitivity: {fc1: 1_0}"),
+        ["12: stages[2].sensitivity.fc1: got '1_0'; it should be a valid number"],
+    ),
     "true for a number": (
         changed("lr: 2e-3", "lr: true"),
         ["8: stages[1].training.lr: got true; it should be a valid number"],

@@ -25,7 +25,7 @@ class Entry(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _every_fault(cls, given: Any, handler: Callable[[Any], Any]) -> Any:
-        # pydantic alone names no nearest key, and takes true for the number 1.
+        # pydantic alone names no nearest key, and takes true for the number 1 and '1_0' for 10.
         if not isinstance(given, dict):
             return handler(given)
         faults, meant = [], set()
@@ -48,7 +48,7 @@ class Entry(BaseModel):
         wrong = {detail["loc"][0] for detail in faults if detail["loc"]}
         for name, field in cls.model_fields.items():
             if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
-                for below, value in _booleans(given[name]):
+                for below, value in _no_numbers(given[name], _mentions(field.annotation, str, Path)):
                     if not below or not _mentions(
                         field.annotation, BaseModel
                     ):  # an inner entry checks itself
@@ -94,17 +94,33 @@ def fault(key: Any, message: str, given: Any, *below: Any, kind: str = "entry") 
 
 
 def _mentions(annotation: Any, *kinds: Any) -> bool:
-    """Returns whether a type hint names one of `kinds`, at any depth."""
+    """Returns whether a type hint names one of `kinds`, at any depth; a dict's keys do not count."""
     if annotation in kinds:
         return True
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return BaseModel in kinds
-    return any(_mentions(part, *kinds) for part in typing.get_args(annotation))
+    parts = typing.get_args(annotation)
+    return any(_mentions(part, *kinds) for part in parts[typing.get_origin(annotation) is dict :])
 
 
-def _booleans(value: Any) -> list[tuple[tuple, bool]]:
-    """Returns (keys, value) of each true and false in a value: the value itself, or its entries."""
-    if isinstance(value, bool):
+def _no_numbers(value: Any, is_text: bool) -> list[tuple[tuple, Any]]:
+    """Returns (keys, value) of what pydantic takes for a number and YAML does not, in a value: itself, or its entries.
+
+    These are true and false, and, unless `is_text`, texts such as '2e-3_0', which Python reads as 2e-30.
+    """
+    if _is_no_number(value, is_text):
         return [((), value)]
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [((key,), item) for key, item in inner if isinstance(item, bool)]
+    return [((key,), item) for key, item in inner if _is_no_number(item, is_text)]
+
+
+def _is_no_number(value: Any, is_text: bool) -> bool:
+    if not isinstance(value, str) or is_text:
+        return isinstance(value, bool)
+    if value.isascii() and "_" not in value and value == value.strip():
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False  # pydantic refuses it
+    return True
