@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.mistakes import Mistake
+from trainer.training.stopping import Stopped
 
 # torch, and what stands on it, takes seconds to import: each command imports what it needs.
 
@@ -30,11 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        goes_on = (
-            "; the same command goes on where this stopped" if options.command in (_run, _ladder) else ""
-        )
-        _say(f"interrupted{goes_on}{' (with --allow-python)' if goes_on and options.allow_python else ''}")
+        _say(f"interrupted{_goes_on(options)}")
         return 130
+    except Stopped as stopped:
+        _say(f"{stopped}{_goes_on(options)}")
+        return 128 + stopped.signal  # as a program that the signal ends
     except FloatingPointError as error:
         _say(str(error))
         return 1
@@ -50,6 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _say(told)
         return 2
+
+
+def _goes_on(options: argparse.Namespace) -> str:
+    if options.command not in (_run, _ladder):
+        return ""
+    return "; the same command goes on where this stopped" + (
+        " (with --allow-python)" if options.allow_python else ""
+    )
 
 
 def _mistake(error: Exception) -> str | None:

@@ -26,6 +26,7 @@ from trainer.runs.resuming import finish_stage, resume, same_beginning, write_re
 from trainer.runs.threads import threads_of_a_run
 from trainer.storage import files
 from trainer.training.run import Run
+from trainer.training.stopping import stopping
 
 
 def run(
@@ -48,6 +49,7 @@ def run(
         RecipeError: For a faulty recipe.
         Mistake: For what only the data and networks show.
         FloatingPointError: For a loss that is not finite.
+        Stopped: After SIGTERM or SIGHUP; the same call goes on from there.
     """
     started = time.time()
     with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator):
@@ -58,8 +60,10 @@ def run(
         with (
             threads_of_a_run(here, threads or recipe.threads, accelerator),
             Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log,
+            stopping() as stop,
         ):
             this = make_run(recipe, here, accelerator, log)
+            this.stop = stop
             for stage in _stages_due(this, recipe, recipe.stages, started):
                 find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
             return _concluded(this, recipe, plain, started)
@@ -114,6 +118,7 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
                 f"stage {run.stage_name!r} changed the teacher's weights or statistics: this run proves nothing"
             )
         finish_stage(run, proof, run.seconds_before + time.time() - started)
+        run.stop.raise_if_requested()
 
 
 def _fingerprint(run: Run) -> str | None:

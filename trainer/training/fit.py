@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.data.batches import batches, epoch_order, mix
 from trainer.distillation.objective import Objective
-from trainer.distributed import agreed
+from trainer.distributed import agreed, summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
@@ -18,6 +18,7 @@ from trainer.training.optimizer import Averaged
 from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 from trainer.training.state import State, close_training, open_training, sync_buffers
+from trainer.training.stopping import Stopped
 
 LOG_STEPS = 50  # steps between two logs of the losses, because each log waits for the device
 CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints during a training
@@ -52,13 +53,14 @@ def fit(
     state = open_training(run, objective, training)
     tally = state.tally
     done = tally["finished"]
-    while state.epoch < training.epochs and not done:
-        images, seconds = tally["images"], tally["seconds"]
-        changing = _epoch(state, before_step)
-        _look(state)
-        state.count_seconds()
-        done = _end_epoch(state, changing, (tally["images"] - images) / (tally["seconds"] - seconds))
-    close_training(state)
+    with run.stop.kept_until_the_step_ends():
+        while state.epoch < training.epochs and not done:
+            images, seconds = tally["images"], tally["seconds"]
+            changing = _epoch(state, before_step)
+            _look(state)
+            state.count_seconds()
+            done = _end_epoch(state, changing, (tally["images"] - images) / (tally["seconds"] - seconds))
+        close_training(state)
     best = {"best_validation": tally["best"], "best_epoch": tally["best_epoch"]}
     return {
         "epochs": state.epoch,
@@ -108,12 +110,35 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
         if position == last:
             _take_step(state)
             # At the end of an epoch `fit` and `_end_epoch` do this, after the validation.
-            if state.step % LOG_STEPS == 0 and last + 1 < num_batches:
-                _look(state)
-                if _save_is_due(state):
+            if last + 1 < num_batches:
+                if state.step % LOG_STEPS == 0:
+                    _look(state)
+                    if _save_is_due(state):
+                        state.count_seconds()
+                        state.save()
+                stopped_by = _stop_requested(state)
+                if stopped_by is not None:
+                    if state.step % LOG_STEPS:
+                        _look(state)
                     state.count_seconds()
                     state.save()
+                    raise Stopped(stopped_by)
     return changing
+
+
+def _stop_requested(state: State) -> int | None:
+    """Returns the number of the signal that one of the processes got, None if the training goes on.
+
+    Several processes stop together: at a step where the losses are logged, which waits for the device anyway.
+    """
+    accelerator, requested = state.run.accelerator, state.run.stop.requested
+    if accelerator.num_processes > 1:
+        if state.step % LOG_STEPS and state.step % state.steps_per_epoch:
+            return None
+        numbers = torch.zeros(accelerator.num_processes, dtype=torch.long, device=accelerator.device)
+        numbers[accelerator.process_index] = requested or 0
+        requested = int(summed(numbers).max()) or None
+    return requested
 
 
 def _augmented(
@@ -188,8 +213,12 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
             f"{speed:,.0f} images/s",
             flush=True,
         )
-    if not done and epoch < training.epochs and _save_is_due(state):
-        state.save()
+    if not done and epoch < training.epochs:
+        stopped_by = _stop_requested(state)
+        if stopped_by is not None or _save_is_due(state):
+            state.save()
+        if stopped_by is not None:
+            raise Stopped(stopped_by)
     state.clock = time.monotonic()  # validation and checkpoint are not training
     return done
 

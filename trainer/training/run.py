@@ -11,6 +11,7 @@ from trainer.compression.states import dense_bytes
 from trainer.data.images import Data
 from trainer.distillation.answers import Answers
 from trainer.distillation.teacher import Teacher
+from trainer.training.stopping import Stop
 
 if TYPE_CHECKING:  # a recipe is read without them
     from accelerate import Accelerator
@@ -44,6 +45,7 @@ class Run:
         learned: Projectors and other learned tensors of losses, for later stages.
         answers: The teacher's classes, by part of the data and the teacher's version.
         cache: The teacher's kept answers to the training images, None if they are not kept.
+        stop: Whether the program was told to end.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Run:
     learned: dict[str, Tensor] = field(default_factory=dict)
     answers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     cache: Answers | None = None
+    stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
         self.student_bytes = dense_bytes(self.student)
