@@ -175,7 +175,7 @@ def test_averaged_weights_are_zero_where_the_live_ones_are(kind):
     optimizer = make_optimizer(model, "adam")
     for _ in range(3):
         train(model, x, optimizer, steps=1)
-        averaged.update()
+        averaged.update(1000)
     live = [place.value.detach().clone() for place in weights_of(model).values()]
     averaged.swap()
     assert_pruned(model, masks)
