@@ -144,6 +144,32 @@ def test_weights_that_something_else_parametrizes_are_packed_and_not_pruned(tmp_
             call()
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("hooked", "kind"),
+    [
+        (torch.nn.utils.weight_norm, "WeightNorm"),
+        (torch.nn.utils.spectral_norm, "SpectralNorm"),
+        (lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5), "L1Unstructured"),
+    ],
+)
+def test_weights_that_a_hook_computes_are_refused(hooked, kind):
+    """A mask or codebook would be set in a tensor that the next forward pass computes anew."""
+    model = nn.Sequential(hooked(nn.Linear(4, 3)), nn.Linear(3, 2))
+    for call in (lambda: trainer.prune(model, sparsity=0.5), lambda: trainer.share(model)):
+        with pytest.raises(
+            ValueError, match=rf"layer '0': its weight is computed by a hook \({kind}\): make it plain"
+        ):
+            call()
+
+
+def test_a_spec_needs_classes(tmp_path):
+    spec = {"model": "lenet300", "hidden": [5, 4]}
+    with pytest.raises(ValueError, match="classes: got none; with a spec their names are needed"):
+        trainer.pack(nn.Linear(4, 3), tmp_path / "x.tiny", shape=(1, 8, 8), spec=spec)
+    assert not (tmp_path / "x.tiny").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

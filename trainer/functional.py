@@ -160,7 +160,7 @@ def pack(
             rebuilds the network. Without spec, `load(path, into=network)` needs the network.
 
     Raises:
-        Mistake: For a spec without a shape, and for classes that are no list.
+        Mistake: For a spec without a shape or without classes, and for classes that are no list.
     """
     if spec is not None and len(shape) != 3:
         raise Mistake(
@@ -168,6 +168,10 @@ def pack(
         )
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise Mistake(f"classes: got {classes!r}; a list of names is allowed")
+    if spec is not None and not classes:
+        raise Mistake(
+            "classes: got none; with a spec their names are needed, since they are the network's outputs"
+        )
     facts = {"shape": list(shape), "mean": list(mean), "std": list(std), "classes": list(classes)}
     data = packed.encode(model, spec, facts)
     write_bytes(Path(path), data)

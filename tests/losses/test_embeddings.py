@@ -138,6 +138,18 @@ def test_weight_distribution_compares_shapes_only():
     assert (x["student_weight"].grad != 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 2.0**-70, 1e15, 1e30])
+def test_weight_distribution_does_not_depend_on_the_scale(scale):
+    """Squares of such numbers leave float32: the gradient of weights near 1e-20 was NaN."""
+    student, teacher = torch.randn(6, 5), torch.randn(7, 4)
+    expected = build("weight_distribution")(student, teacher)
+    scaled = (student * scale).requires_grad_()
+    value = build("weight_distribution")(scaled, teacher * scale)
+    torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=1e-7)
+    value.backward()
+    assert torch.isfinite(scaled.grad).all() and scaled.grad.any()
+
+
 def test_weight_distribution_knows_a_changed_teacher():
     x = feed()
     loss = build("weight_distribution")

@@ -5,10 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from trainer.compression.parametrizations import OURS, Codebook, Mask, TrainedCodebook, parametrized
 from trainer.mistakes import Mistake, nearest
+
+#: Hooks that compute a weight from other tensors before every forward pass, and what ends that.
+_COMPUTING = {
+    WeightNorm: "remove_weight_norm",
+    SpectralNorm: "remove_spectral_norm",
+    prune.BasePruningMethod: "prune.remove",
+}
 
 
 class Weight:
@@ -93,13 +102,14 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
     These are all parameters of two dimensions or more whose name holds 'weight' (no biases, no norms). `fc1.weight`
     is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
-    Raises Mistake for a weight with a foreign parametrization (`weight_norm`).
+    Raises Mistake for a weight with a foreign parametrization (`weight_norm`), and for one that a hook computes.
     """
     found: dict[int, Weight] = {}
     others: list[tuple[int, nn.Module, str]] = []
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList | nn.LayerNorm | nn.RMSNorm):
             continue
+        _refuse_hooks(path, module)
         inner = getattr(module, "parametrizations", {})
         own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
         own |= {name: getattr(inner[name], "original", inner[name]) for name in inner}
@@ -126,6 +136,17 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
         if key in found:
             found[key].holders.append((module, attribute))
     return {layer.name: layer for layer in found.values()}
+
+
+def _refuse_hooks(path: str, module: nn.Module) -> None:
+    """Raises Mistake for a weight that is computed before every forward pass: what is set in it would be lost."""
+    for hook in module._forward_pre_hooks.values():
+        for kind, removal in _COMPUTING.items():
+            if isinstance(hook, kind):
+                raise Mistake(
+                    f"layer {path!r}: its weight is computed by a hook ({type(hook).__name__}): make it plain first, by "
+                    f"torch.nn.utils.{removal}"
+                )
 
 
 def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:

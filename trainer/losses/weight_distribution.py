@@ -38,6 +38,9 @@ class weight_distribution(nn.Module):
 
 def _quantiles(weight: Tensor, num_quantiles: int) -> Tensor:
     values = weight.flatten()
+    # Exact, since it is a power of two: the squares of numbers near 1e-20 would leave float32.
+    exponent = torch.frexp(values.detach().abs().max()).exponent.clamp(-125, 125)
+    values = values * torch.exp2(-exponent.to(values.dtype))
     mean = values.mean()
     centred = values - mean
     variance = centred.square().mean()
