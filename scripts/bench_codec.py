@@ -1,4 +1,4 @@
-"""Bytes and seconds of the packed file beside its i.i.d. bound, Huffman coding, zlib and nncodec.
+"""Compares bytes and seconds of the packed file with its i.i.d. bound, Huffman coding, zlib and nncodec.
 
 Run:    python scripts/bench_codec.py                                 (synthetic nets; a few minutes)
         python scripts/bench_codec.py --checkpoint student.safetensors --no-large
@@ -6,13 +6,13 @@ Rival:  pip install nncodec==2.1.3     (the reference implementation of the NNC 
         does not import)
 
 Bytes are those of the weight tensors (two dimensions and more: positions, codes and codebooks), at equal
-values for all; biases, names and header are in "file" only.
+values for all methods; biases, names and header are counted in "file" only.
 iid: the entropy of the mask and of the values. Huffman: relative indexes of 5 bits (8 for convolutions) and
 codes, both Huffman-coded, without their tables (Han et al. 2016). dense Huffman: the codes of all weights, zeros
 among them. zlib: the array of codes. To these four come 2 bytes for each value of a codebook.
 nncodec: the smaller of its lossless coding of the codes, plus 2 bytes for each value of a codebook, and of
 its codebook mode at the coarsest step that keeps every weight within 1 % of its layer's largest.
-ordered: ours, with the hidden units in `codec.unit_order`.
+ordered: ours, with the hidden units in `units.unit_order`.
 Seconds are CPU seconds of one thread, so that a busy machine does not spoil them.
 """
 
@@ -41,6 +41,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def checkpoint(path: Path) -> Tensors:
+    """Reads the tensors of an .npz or .safetensors file."""
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             found = dict(arrays)
@@ -48,7 +49,7 @@ def checkpoint(path: Path) -> Tensors:
         from safetensors.numpy import load_file
 
         found = load_file(path)
-    # a masked weight may be -0.0, which is no zero to the codec
+    # a masked weight may be -0.0, which the codec does not store as a zero
     return {
         name: array + array.dtype.type(0) if array.dtype.kind == "f" else array
         for name, array in found.items()
@@ -56,7 +57,7 @@ def checkpoint(path: Path) -> Tensors:
 
 
 def quantised(weight: np.ndarray, density: float, clusters: int) -> np.ndarray:
-    """The largest weights, each replaced by the middle of one of `clusters` equal ranges."""
+    """Replaces the largest weights by the middles of `clusters` equal ranges, and the others by zero."""
     kept = np.abs(weight) > np.quantile(np.abs(weight), 1 - density)
     step = np.float16(2 * np.abs(weight).max() / clusters).astype(np.float32)
     middle = (np.floor(weight / step) + 0.5) * step
@@ -64,7 +65,7 @@ def quantised(weight: np.ndarray, density: float, clusters: int) -> np.ndarray:
 
 
 def smooth(random: np.random.Generator, shape: tuple[int, int, int], reach: float) -> np.ndarray:
-    """Noise [n, height, width] that neighbours share."""
+    """Returns noise [n, height, width] in which neighbours are correlated."""
     n, height, width = shape
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
     spectrum = np.fft.fft2(random.normal(size=shape)) * np.exp(-((frequency * reach) ** 2) * 8)
@@ -73,7 +74,7 @@ def smooth(random: np.random.Generator, shape: tuple[int, int, int], reach: floa
 
 
 def lenet300(random: np.random.Generator, density: float, clusters: int) -> Tensors:
-    """784-300-100-10 with what training leaves: a blank border, receptive fields, busy and idle units."""
+    """Returns LeNet-300-100 like a trained one: a blank border, receptive fields, units of unequal norm."""
     y, x = np.mgrid[:28, :28] - 13.5
     lit = np.exp(-((np.hypot(y, x) / 10.5) ** 6))
     busy = random.lognormal(0, 0.4, (300, 1))
@@ -91,7 +92,7 @@ def lenet300(random: np.random.Generator, density: float, clusters: int) -> Tens
 
 
 def separable(random: np.random.Generator) -> Tensors:
-    """About 1,400 weights: a convolution and three depthwise-separable blocks."""
+    """Returns a network of about 1,400 weights: a convolution and three depthwise-separable blocks."""
     tensors = {"conv1.weight": quantised(smooth(random, (8, 5, 5), 1.0)[:, None], 0.7, 8)}
     for i, (inputs, outputs) in enumerate([(8, 12), (12, 16), (16, 16)]):
         tensors[f"block{i}.depthwise.weight"] = quantised(
@@ -105,7 +106,7 @@ def separable(random: np.random.Generator) -> Tensors:
 
 
 def resnet18(random: np.random.Generator) -> Tensors:
-    """11 M weights at 90 % zeros, 16 values a layer, columns of different density."""
+    """Returns 11 M weights with 90 % zeros, 16 values a layer, and columns of different density."""
     shapes = {"conv1": (64, 3, 7, 7), "fc": (1000, 512)}
     inputs = 64
     for layer, outputs in enumerate((64, 128, 256, 512)):
@@ -126,7 +127,7 @@ def resnet18(random: np.random.Generator) -> Tensors:
 
 
 def ordered(tensors: Tensors) -> Tensors:
-    """The same chain of layers with the units of all but the last in `codec.unit_order`."""
+    """Returns the same chain of layers with the units of all but the last in `units.unit_order`."""
     tensors = dict(tensors)
     names = [name for name, array in tensors.items() if array.ndim > 1]
     for name, following in itertools.pairwise(names):
@@ -143,18 +144,18 @@ def ordered(tensors: Tensors) -> Tensors:
 
 
 def ranks(weight: np.ndarray) -> tuple[np.ndarray, int]:
-    """Codes (0 for 0, 1 for the least positive value, -1 for the negative nearest 0); how many values."""
+    """Returns codes (0 for 0, 1 for the least positive value, -1 for the negative nearest 0); the number of values."""
     values = np.unique(weight)
     values = values[values != 0]
-    place = np.searchsorted(values, weight) - int((values < 0).sum())
-    return np.where(weight == 0, 0, place + (place >= 0)).astype(np.int32), len(values)
+    rank = np.searchsorted(values, weight) - int((values < 0).sum())
+    return np.where(weight == 0, 0, rank + (rank >= 0)).astype(np.int32), len(values)
 
 
 def nncodec_bytes(weights: Tensors) -> int | None:
-    """Bytes that nncodec takes, None where it is not installed."""
+    """Returns the bytes that nncodec needs, None when it is not installed."""
     if importlib.util.find_spec("nncodec") is None:
         return None
-    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         from nncodec import nn
 
     def run(tensors: Tensors, **settings) -> tuple[int, Tensors]:
@@ -175,13 +176,14 @@ def nncodec_bytes(weights: Tensors) -> int | None:
 
 
 def weight_bytes(tensors: Tensors, data: bytes) -> float:
+    """Returns the bytes of the weight tensors in a packed file."""
     return sum(
         row["bytes"] for row in container.account(data) if row["tensor"] and tensors[row["tensor"]].ndim > 1
     )
 
 
 def shared(tensors: Tensors) -> Tensors:
-    """The weight tensors that have a codebook: few values for their size."""
+    """Returns the weight tensors that have a codebook: few values for their size."""
     return {
         name: array
         for name, array in tensors.items()
@@ -190,7 +192,7 @@ def shared(tensors: Tensors) -> Tensors:
 
 
 def timed(tensors: Tensors) -> tuple[bytes, float, float]:
-    """The file, and the CPU seconds of encoding and decoding it."""
+    """Returns the file, and the CPU seconds of encoding and of decoding it."""
     start = time.process_time()
     data = container.encode({}, tensors)
     middle = time.process_time()
@@ -202,6 +204,7 @@ def timed(tensors: Tensors) -> tuple[bytes, float, float]:
 
 
 def report(name: str, tensors: Tensors, with_order: bool) -> None:
+    """Measures one network and prints its table; with_order: also with its units ordered."""
     data, encode_seconds, decode_seconds = timed(tensors)
     ours = weight_bytes(tensors, data)
     rows = [row for row in container.account(data) if "iid_bytes" in row]
@@ -249,6 +252,7 @@ def report(name: str, tensors: Tensors, with_order: bool) -> None:
 
 
 def main() -> None:
+    """Measures the networks that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,24 +1,22 @@
-"""Images a second of distillation: ours with the teacher asked each time and with its answers kept, beside torchdistill.
+"""Measures images a second of distillation: with the teacher online, with its answers cached, and by torchdistill.
 
 Run: python scripts/bench_distill.py [--threads 1 2] [--images 20000] [--rounds 5] [--clock cpu]. torchdistill
-1.1.5 comes with the `bench` extra; without it the other loops are measured. On a machine that other work keeps
-busy one thread's seconds are better taken by `--clock cpu`, which counts those that the processor spent on this
-program.
+1.1.5 comes with the `bench` extra; without it the other loops are measured. On a busy machine use one thread and
+`--clock cpu`, which counts the processor seconds of this program.
 
 MNIST, a LeNet-300-100 taught by a LeNet-5 of width 20 with BatchNorm, batches of 128, Adam, 0.1 cross-entropy +
-0.9 KL at temperature 4; once with the images as they are and once shifted and turned, there also with the views
-themselves kept (`keep_views`). torchdistill gets torchvision's MNIST and transforms and its own data loader and
-training box, as in its examples, and the same weights in networks of plain torch.nn layers; other rows give it our own
-network, whose max pooling is quicker where nothing is learned, and images that need no decoding. That the losses are
-the same is checked first.
+0.9 KL at temperature 4; once with the images as they are and once shifted and turned, there also with the augmented
+images themselves kept (`keep_views`). torchdistill gets torchvision's MNIST and transforms and its own data loader and
+training box, as in its examples, and the same weights in networks of plain torch.nn layers; other rows give it our
+own network, whose max pooling is faster without gradients, and images that need no decoding. The script first checks
+that the losses are the same.
 
 The loops take turns, so that a busy machine slows all of them; medians are compared. Of our loops the whole call of
 `fit` is timed: with its log, its checks, a validation of 100 images and its checkpoint; of torchdistill's the epoch
 alone. With two threads torchdistill's loader has a process of its own.
 
-Then the share of a training's time that is spent outside the networks' own forward and backward passes: a resnet18
-of timm teaches LeNet-5 on Fashion-MNIST. What the networks know has no influence on their speed, so no teacher is
-trained here.
+The last table is the fraction of a training's time outside the networks' own forward and backward passes: timm's
+resnet18 teaches LeNet-5 on Fashion-MNIST. Weights have no influence on speed, so no teacher is trained here.
 """
 
 import argparse
@@ -58,8 +56,8 @@ from trainer.recipe.training import Training
 
 TEMPERATURE, HARD = 4.0, 0.1
 VIEWS = 3  # of each image
-LONG = 2 * VIEWS  # epochs of the quicker loops, so that all take seconds
-SHIFT, ROTATE = 2, 8  # pixels and degrees, up to so much either way
+LONG = 2 * VIEWS  # epochs of the faster loops, so that all take seconds
+SHIFT, ROTATE = 2, 8  # largest shift in pixels and rotation in degrees
 
 LABELS = [{"loss": "cross_entropy"}]
 TAUGHT = [
@@ -69,7 +67,7 @@ TAUGHT = [
 
 
 def now(kind: str) -> float:
-    """Seconds by the clock: of the wall, or of the processor in this program and in those it started that ended."""
+    """Returns seconds of the wall clock, or processor seconds of this program and of its ended child processes."""
     if kind == "wall":
         return time.perf_counter()
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -77,6 +75,7 @@ def now(kind: str) -> float:
 
 
 def some_data(dataset: str, images: int, augmented: bool, keep_views: bool = False) -> Data:
+    """Returns the first `images` images of a data set, shifted and rotated if augmented."""
     keys = {"dataset": dataset, "subset": images, "validation": 100}
     if augmented:
         keys |= {"views": VIEWS, "keep_views": keep_views, "augment": {"shift": SHIFT, "rotate": ROTATE}}
@@ -84,11 +83,13 @@ def some_data(dataset: str, images: int, augmented: bool, keep_views: bool = Fal
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """Returns a network built from seed 0."""
     torch.manual_seed(0)
     return build()
 
 
 def small_teacher(data: Data) -> Teacher:
+    """Returns a LeNet-5 of width 20 as the teacher."""
     network = seeded(lambda: lenet5(data.shape, 10, width=20, batch_norm=True))
     return Teacher([network], [TeacherKeys(model="lenet5")], data.mean, data.std)
 
@@ -96,23 +97,23 @@ def small_teacher(data: Data) -> Teacher:
 def ours(
     data: Data,
     student: nn.Module,
-    guide: Teacher | None,
+    teacher: Teacher | None,
     losses: list[dict],
     epochs: int,
     accelerator: Accelerator,
     clock: str,
     cache: Answers | None = None,
 ) -> float:
-    """Seconds of a whole call of `fit`."""
+    """Returns the seconds of a whole call of `fit`."""
     terms = [TypeAdapter(Term).validate_python(loss) for loss in losses]
-    objective = Objective(student, terms, data, guide, num_epochs=epochs, cache=cache)
+    objective = Objective(student, terms, data, teacher, num_epochs=epochs, cache=cache)
     training = Training(epochs=epochs, lr=RATE, batch_size=BATCH)
     with contextlib.redirect_stdout(io.StringIO()):
-        return seconds_of_fit(data, objective, training, accelerator, guide, partial(now, clock))
+        return seconds_of_fit(data, objective, training, accelerator, teacher, partial(now, clock))
 
 
 class AsTensors(Dataset):
-    """The same images, decoded and normalised beforehand: the least that a loader of single samples has to do."""
+    """The same images, decoded and normalised beforehand: the least work for a loader of single samples."""
 
     def __init__(self, data: Data) -> None:
         images, self.labels, _ = data.train.__getitems__(torch.arange(len(data.train)))
@@ -126,10 +127,10 @@ class AsTensors(Dataset):
 
 
 def as_files(data: Data, augmented: bool, folder: Path) -> Dataset:
-    """torchvision's MNIST with its transforms: the same training images, by position."""
+    """Returns torchvision's MNIST with its transforms: the same training images, by position."""
     from torchvision import datasets, transforms
 
-    raw = folder / "MNIST" / "raw"  # where torchvision looks
+    raw = folder / "MNIST" / "raw"  # where torchvision expects the files
     raw.parent.mkdir(exist_ok=True)
     if not raw.exists():
         raw.symlink_to(fetch.cache_folder() / "mnist")
@@ -144,18 +145,19 @@ def as_files(data: Data, augmented: bool, folder: Path) -> Dataset:
 
 
 def plain_teacher(network: nn.Module) -> nn.Module:
-    """The teacher's layers in a chain of torch.nn's own, in evaluation mode."""
+    """Returns the teacher's layers in a chain of torch.nn's own, in evaluation mode."""
     n, relu, pool = network, nn.ReLU(), nn.MaxPool2d(2)
     maps = [n.conv1, n.norm1, pool, relu, n.conv2, n.norm2, pool, relu]
     return nn.Sequential(*maps, nn.Flatten(), n.fc1, relu, n.fc2, relu, n.fc3).eval()
 
 
 def plain_student(network: nn.Module) -> nn.Module:
+    """Returns the student's layers in a chain of torch.nn's own."""
     return nn.Sequential(nn.Flatten(), network.fc1, nn.ReLU(), network.fc2, nn.ReLU(), network.fc3)
 
 
 def training_box(train: Dataset, student: nn.Module, teacher: nn.Module, workers: int):
-    """torchdistill's, set up by a configuration like those of its examples."""
+    """Returns torchdistill's training box, configured like its examples."""
     from torchdistill.core.distillation import get_distillation_box
 
     loss = {"temperature": TEMPERATURE, "alpha": HARD, "reduction": "batchmean"}
@@ -181,7 +183,7 @@ def training_box(train: Dataset, student: nn.Module, teacher: nn.Module, workers
 
 
 def torchdistills(train: Dataset, student: nn.Module, teacher: nn.Module, workers: int, clock: str) -> float:
-    """Seconds of an epoch of torchdistill's training box, driven as its image classification example does."""
+    """Returns the seconds of an epoch of torchdistill's training box, run as in its image classification example."""
     from torchdistill.misc.log import MetricLogger, SmoothedValue
 
     box = training_box(train, student, teacher, workers)
@@ -201,20 +203,20 @@ def torchdistills(train: Dataset, student: nn.Module, teacher: nn.Module, worker
     return now(clock) - started
 
 
-def check_same_loss(data: Data, guide: Teacher, files: Dataset) -> None:
-    """Raises ValueError unless both compute the same loss of the same images with the same weights."""
+def check_same_loss(data: Data, teacher: Teacher, files: Dataset) -> None:
+    """Raises ValueError unless torchdistill computes the same loss of a batch as `Objective`."""
     student = seeded(lambda: lenet300(data.shape, 10))
     stored, labels, index = data.train.__getitems__(torch.arange(BATCH))
     terms = [TypeAdapter(Term).validate_python(loss) for loss in TAUGHT]
-    mine = Objective(student, terms, data, guide)(stored / 255, labels, index)["loss"].item()
+    our_loss = Objective(student, terms, data, teacher)(stored / 255, labels, index)["loss"].item()
     samples = [files[position] for position in range(BATCH)]
     images = torch.stack([image for image, _ in samples])
     targets = torch.tensor([label for _, label in samples])
-    box = training_box(files, plain_student(student), plain_teacher(guide.network), 0)
-    theirs = box.forward_process(images, targets, {}).item()
-    if not torch.equal(labels, targets) or abs(mine - theirs) > 1e-5 * abs(mine):
+    box = training_box(files, plain_student(student), plain_teacher(teacher.network), 0)
+    other_loss = box.forward_process(images, targets, {}).item()
+    if not torch.equal(labels, targets) or abs(our_loss - other_loss) > 1e-5 * abs(our_loss):
         raise ValueError(
-            f"the loss of one batch is {mine} here and {theirs} in torchdistill: not the same work"
+            f"the loss of one batch is {our_loss} here and {other_loss} in torchdistill: not the same work"
         )
 
 
@@ -225,7 +227,7 @@ def compare(
     clock, count = options.clock, options.images
     for augmented in (False, True):
         data = some_data("mnist", count, augmented)
-        guide = small_teacher(data)
+        teacher = small_teacher(data)
 
         def student() -> nn.Module:
             return seeded(lambda: lenet300(data.shape, 10))
@@ -233,15 +235,15 @@ def compare(
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             numbers = iter(range(10**6))
-            warm = Answers(guide, data, folder / "warm")
+            warm = Answers(teacher, data, folder / "warm")
 
             def fitted(cache: Answers | None, losses: list[dict], epochs: int, data: Data = data) -> float:
-                teacher = guide if losses is TAUGHT else None
-                return ours(data, student(), teacher, losses, epochs, accelerator, clock, cache)
+                used = teacher if losses is TAUGHT else None
+                return ours(data, student(), used, losses, epochs, accelerator, clock, cache)
 
             def cold() -> float:
                 started = now(clock)  # making the file is part of it
-                cache = Answers(guide, data, folder / f"cold-{next(numbers)}")
+                cache = Answers(teacher, data, folder / f"cold-{next(numbers)}")
                 return now(clock) - started + fitted(cache, TAUGHT, 1)
 
             loops: dict[str, tuple[int, Callable[[], float]]] = {
@@ -254,27 +256,27 @@ def compare(
                 keeping = some_data("mnist", count, augmented, keep_views=True)
                 loops["cache warm, views kept"] = (count * LONG, lambda: fitted(warm, TAUGHT, LONG, keeping))
             if with_torchdistill:
-                check_same_loss(data, guide, as_files(data, False, folder))
+                check_same_loss(data, teacher, as_files(data, False, folder))
                 files = as_files(data, augmented, folder)
-                theirs = small_teacher(data).network  # of its own: ours is made ready in place
+                other_network = small_teacher(data).network  # its own copy: ours is made ready in place
                 rows = {
-                    "torchdistill": (files, plain_student, plain_teacher(theirs)),
-                    "torchdistill, our network": (files, lambda network: network, theirs),
+                    "torchdistill": (files, plain_student, plain_teacher(other_network)),
+                    "torchdistill, our network": (files, lambda network: network, other_network),
                 }
                 if not augmented:
-                    decoded = (AsTensors(data), lambda network: network, theirs)
+                    decoded = (AsTensors(data), lambda network: network, other_network)
                     rows["torchdistill, our network, decoded images"] = decoded
-                for name, (images, in_layers, teacher) in rows.items():
-                    arguments = images, in_layers(student()), teacher, threads - 1, clock
+                for name, (images, in_layers, teaching) in rows.items():
+                    arguments = images, in_layers(student()), teaching, threads - 1, clock
                     loops[name] = (len(images), lambda arguments=arguments: torchdistills(*arguments))
             seconds: dict[str, list[float]] = {name: [] for name in loops}
             for _, loop in loops.values():
                 loop()  # warming up; fills the warm cache
-            asked = warm.num_computed
+            computed = warm.num_computed
             for _ in range(options.rounds):
                 for name, (_, loop) in loops.items():
                     seconds[name].append(loop())
-            assert warm.num_computed == asked, "the warm cache was not warm"
+            assert warm.num_computed == computed, "the warm cache was not warm"
         speeds = {name: [loops[name][0] / taken for taken in seconds[name]] for name in loops}
         report(speeds, threads, augmented, options)
 
@@ -282,15 +284,17 @@ def compare(
 def report(
     speeds: dict[str, list[float]], threads: int, augmented: bool, options: argparse.Namespace
 ) -> None:
-    """Prints the medians, and the ratios that matter: of medians, and the range of the rounds' own ratios."""
+    """Prints the medians of all loops, and ratios of loops: of their medians, and the range over the rounds."""
     images = f"shifted and turned, {VIEWS} views" if augmented else "as they are"
-    print(f"\nMNIST {images}, {options.images:,} images, {told(threads, options)}\n")
+    print(f"\nMNIST {images}, {options.images:,} images, {conditions(threads, options)}\n")
     rows = [[name, statistics.median(s), min(s), max(s)] for name, s in speeds.items()]
     print(tabulate(rows, ["loop", "images/s", "least", "most"], tablefmt="github", floatfmt=",.0f"), "\n")
     others = [name for name in speeds if name.startswith("torchdistill")]
     ratios = [("cache warm", "cross-entropy only"), ("cache cold", "teacher online")]
-    mine = [name for name in ("teacher online", "cache warm", "cache warm, views kept") if name in speeds]
-    ratios += [(one, other) for other in others for one in mine]
+    our_loops = [
+        name for name in ("teacher online", "cache warm", "cache warm, views kept") if name in speeds
+    ]
+    ratios += [(one, other) for other in others for one in our_loops]
     rows = []
     for one, other in ratios:
         each = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
@@ -300,12 +304,15 @@ def report(
     print(tabulate(rows, heads, tablefmt="github", floatfmt=".2f"), flush=True)
 
 
-def told(threads: int, options: argparse.Namespace) -> str:
+def conditions(threads: int, options: argparse.Namespace) -> str:
+    """Returns the threads, rounds and clock of a table as text."""
     plural = "s" * (threads > 1)
     return f"{threads} thread{plural}, median of {options.rounds} rounds, {options.clock} time"
 
 
 def timed(function: Callable, spent: list[float], clock: str) -> Callable:
+    """Returns a function that also adds the seconds of each call to spent[0]."""
+
     def call(*args, **kwargs):
         started = now(clock)
         result = function(*args, **kwargs)
@@ -316,15 +323,15 @@ def timed(function: Callable, spent: list[float], clock: str) -> Callable:
 
 
 def outside(threads: int, options: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Prints the share of the time of `fit` that is not the networks' forward and backward passes."""
+    """Prints the fraction of the time of `fit` outside the networks' forward and backward passes, in percent."""
     count = options.images // 4
     data = some_data("fashion_mnist", count, augmented=True)
     network = seeded(lambda: timm(data.shape, 10, "resnet18"))
-    guide = Teacher([network], [TeacherKeys(model="timm/resnet18")], data.mean, data.std)
+    teacher = Teacher([network], [TeacherKeys(model="timm/resnet18")], data.mean, data.std)
     spent = [0.0]
     network.forward = timed(network.forward, spent, options.clock)
 
-    def share(cache: Answers | None, epochs: int) -> tuple[float, float]:
+    def percent_outside(cache: Answers | None, epochs: int) -> tuple[float, float]:
         student = seeded(lambda: lenet5(data.shape, 10))
         student.forward = timed(student.forward, spent, options.clock)
         backward, accelerator.backward = (
@@ -333,29 +340,30 @@ def outside(threads: int, options: argparse.Namespace, accelerator: Accelerator)
         )
         try:
             spent[0] = 0.0
-            seconds = ours(data, student, guide, TAUGHT, epochs, accelerator, options.clock, cache)
+            seconds = ours(data, student, teacher, TAUGHT, epochs, accelerator, options.clock, cache)
         finally:
             accelerator.backward = backward
         return 100 * (1 - spent[0] / seconds), count * epochs / seconds
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        warm = Answers(guide, data, Path(folder))
-        share(warm, VIEWS)
+        warm = Answers(teacher, data, Path(folder))
+        percent_outside(warm, VIEWS)
         for name, cache, epochs in [("teacher online", None, 1), ("cache warm", warm, LONG)]:
-            found = [share(cache, epochs) for _ in range(options.rounds)]
-            shares, speeds = zip(*found, strict=True)
+            found = [percent_outside(cache, epochs) for _ in range(options.rounds)]
+            percents, speeds = zip(*found, strict=True)
             rows.append(
-                [name, statistics.median(shares), min(shares), max(shares), statistics.median(speeds)]
+                [name, statistics.median(percents), min(percents), max(percents), statistics.median(speeds)]
             )
     print(
-        f"\nFashion-MNIST, resnet18 to LeNet-5, shifted and turned, {count:,} images, {told(threads, options)}\n"
+        f"\nFashion-MNIST, resnet18 to LeNet-5, shifted and turned, {count:,} images, {conditions(threads, options)}\n"
     )
     heads = ["loop", "outside the passes, %", "least", "most", "images/s"]
     print(tabulate(rows, heads, tablefmt="github", floatfmt=("", ".1f", ".1f", ".1f", ",.0f")), flush=True)
 
 
 def main() -> None:
+    """Measures and prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--images", type=int, default=20_000)
@@ -374,8 +382,8 @@ def main() -> None:
         print(f"torchdistill from {Path(torchdistill.__file__).parent.name}, torch {torch.__version__}")
         with_torchdistill = True
     accelerator = Accelerator(cpu=True)
-    # Accelerate collects garbage at the end of a training. A walk through all that was imported takes a fifth of
-    # a second, which real trainings do not feel and these, of a few seconds, would.
+    # Accelerate collects garbage at the end of a training. Over all imported objects that takes a fifth of a second,
+    # which is negligible for real trainings but not for these, of a few seconds.
     gc.freeze()
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -1,9 +1,9 @@
-"""Images a second of `fit` beside a bare PyTorch loop on the same tensors: LeNet-300-100, cross-entropy, batch 128.
+"""Compares images a second of `fit` and of a bare PyTorch loop: LeNet-300-100, cross-entropy, batches of 128.
 
-Run: python scripts/bench_fit.py [--rounds 5] [--epochs 1]. MNIST where it has been fetched, else random images of its
-size. The loops take turns, so that a busy machine slows all of them; medians are compared. What the options of training
-are worth, on a GPU above all: --network lenet5 --precision bf16 --channels-last --compile, alone or together, hold for
-`fit`; the bare loops stay as they are.
+Run: python scripts/bench_fit.py [--rounds 5] [--epochs 1]. MNIST if it has been fetched, else random images of its
+size. The loops take turns, so that a busy machine slows all of them; medians are compared. The options --precision,
+--channels-last and --compile, alone or together, apply to `fit` only and show what they gain, mostly on a GPU with
+--network lenet5.
 """
 
 import argparse
@@ -38,6 +38,7 @@ BATCH, RATE = 128, 1e-3
 
 
 def images_and_labels() -> tuple[str, InMemory]:
+    """Returns MNIST's training images if they have been fetched, else random ones, and what they are."""
     if (fetch.cache_folder() / "mnist" / "train-images-idx3-ubyte").is_file():
         return "MNIST", mnist().train
     generator = torch.Generator().manual_seed(0)
@@ -46,21 +47,22 @@ def images_and_labels() -> tuple[str, InMemory]:
 
 
 def network(name: str, device: torch.device) -> nn.Module:
+    """Returns a network on the device, built from seed 0."""
     torch.manual_seed(0)
     build = {"lenet300": lenet300, "lenet5": partial(lenet5, width=20, batch_norm=True)}[name]
     return build((1, 28, 28), 10).to(device)
 
 
 def bare(train: InMemory, epochs: int, name: str, device: torch.device, fused: bool | None) -> float:
-    """Seconds of a loop as one would write it by hand."""
+    """Returns the seconds of a training loop written by hand."""
     model = network(name, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=fused)
     started = time.perf_counter()
     for _ in range(epochs):
         order = torch.randperm(len(train), device=device)
-        for where in order.split(BATCH):
-            images = (train.images[where].float() / 255 - 0.130660) / 0.308108
-            loss = nn.functional.cross_entropy(model(images), train.labels[where])
+        for index in order.split(BATCH):
+            images = (train.images[index].float() / 255 - 0.130660) / 0.308108
+            loss = nn.functional.cross_entropy(model(images), train.labels[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -73,10 +75,10 @@ def seconds_of_fit(
     objective: Objective,
     training: Training,
     accelerator: Accelerator,
-    guide: Teacher | None = None,
+    teacher: Teacher | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds of the whole call of `fit`: with its log, its checks, a validation and its checkpoint."""
+    """Returns the seconds of the whole call of `fit`: with its log, its checks, a validation and its checkpoint."""
     with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", accelerator) as log:
         run = Run(
             name="bench",
@@ -86,7 +88,7 @@ def seconds_of_fit(
             data=data,
             student=objective.student,
             student_spec={},
-            teacher=guide,
+            teacher=teacher,
             log=log,
             stage_name="train",
         )
@@ -96,7 +98,7 @@ def seconds_of_fit(
 
 
 def fitted(train: InMemory, epochs: int, name: str, accelerator: Accelerator, **settings: bool) -> float:
-    """Seconds of `fit`, which validates 100 images."""
+    """Returns the seconds of `fit` with a validation of 100 images."""
     few = torch.arange(100, device=train.images.device)
     data = Data(
         name="bench",
@@ -118,6 +120,7 @@ def fitted(train: InMemory, epochs: int, name: str, accelerator: Accelerator, **
 
 
 def main() -> None:
+    """Measures all loops and prints their speeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)

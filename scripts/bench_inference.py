@@ -1,7 +1,7 @@
-"""What it is worth to a teacher on a CPU to be made ready (`trainer.distillation.cpu`): its answers then and as it was built.
+"""Measures how much faster `make_ready` (`trainer.distillation.cpu`) makes a teacher, and how its logits differ.
 
-Run: python scripts/bench_inference.py [--rounds 7]. Freshly initialised networks, one thread, processor time; the two take
-turns and medians are compared. The difference of their logits is given relative to the largest logit.
+Run: python scripts/bench_inference.py [--rounds 7]. Freshly initialised networks, one thread, processor time; the two
+take turns and medians are compared. The difference of their logits is given relative to the largest logit.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from trainer.distillation.cpu import make_ready
 from trainer.models.timm import timm
 from trainer.networks.build import build
 
-SHAPES = {(1, 28, 28): 128, (3, 32, 32): 64, (3, 224, 224): 4}  # and images at a time
+SHAPES = {(1, 28, 28): 128, (3, 32, 32): 64, (3, 224, 224): 4}  # {shape: batch size}
 NAMES = ("resnet18", "mobilenetv3_small_100", "efficientnet_lite0")
-LARGE = ("convnext_atto", "densenet121", "vit_tiny_patch16_224")  # which need images of some size
+LARGE = ("convnext_atto", "densenet121", "vit_tiny_patch16_224")  # which need larger images
 
 
 @torch.no_grad()
 def measure(network: torch.nn.Module, shape: tuple[int, int, int], rounds: int) -> list[float]:
-    """Microseconds an image as it is and made ready, their ratio, and the relative difference of the logits."""
+    """Returns microseconds an image unprepared and made ready, their ratio, and the relative difference of logits."""
     images = torch.rand(SHAPES[shape], *shape)
     sides = [network.eval(), make_ready(copy.deepcopy(network))]
     first, second = (side(images) for side in sides)
@@ -42,6 +42,7 @@ def measure(network: torch.nn.Module, shape: tuple[int, int, int], rounds: int) 
 
 
 def main() -> None:
+    """Measures all networks and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
@@ -54,7 +55,7 @@ def main() -> None:
         for name in NAMES + LARGE * (shape[1] == 224):
             rows.append([name, shape, *measure(timm(shape, 10, name), shape, rounds)])
     rows = [[name, "x".join(map(str, shape)), *rest] for name, shape, *rest in rows]
-    heads = ["teacher", "images", "as it is, us/image", "made ready", "times as quick", "difference"]
+    heads = ["teacher", "images", "as it is, us/image", "made ready", "times as fast", "difference"]
     print(tabulate(rows, heads, tablefmt="github", floatfmt=("", "", ",.0f", ",.0f", ".2f", ".0e")))
 
 

@@ -1,17 +1,17 @@
-"""Time, inertia and memory of the codebook search, side by side with other tools that are installed.
+"""Compares time, inertia and memory of the codebook search with other installed tools.
 
 Run:    python scripts/bench_kmeans.py     (all cases; an hour or two, most of it in the slow rivals)
         python scripts/bench_kmeans.py --sizes 1e6 --clusters 16 32 --limit 60
-Rivals: pip install ckwrap kmeans1d coremltools     (each is left out where it does not import)
+Rivals: pip install ckwrap kmeans1d coremltools     (each is left out if it cannot be imported)
 
 Every method first runs once in a fresh process, under a limit of CPU time and of memory: that gives its
-memory, and whether it finishes at all. Those that took less than `--quick` CPU seconds then run side by side
-in this one process, in turns, and the medians are shown; of the slower ones the single run is shown. One
-thread for all, so CPU seconds compare them where a busy machine spoils the wall clock.
+memory, and whether it finishes at all. Those that took less than `--quick` CPU seconds then run in turns in
+this process, and the medians are printed; for the slower ones the single run is printed. All use one thread,
+so CPU seconds are comparable even on a busy machine.
 
 Memory is the highest resident size during the call less that before it, input and imports not counted (Linux
 only). The optimum is the least inertia of all methods here (ckwrap and kmeans1d are exact where they finish)
-and of the dynamic programme on 2^16 bins followed by Lloyd's algorithm on the sorted values until it settles.
+and of the dynamic programme on 2^16 bins followed by Lloyd's algorithm on the sorted values until it converges.
 """
 
 import os
@@ -39,7 +39,7 @@ from trainer.compression.kmeans import assign, inertia, kmeans_linear, kmeans_op
 
 
 def make_values(kind: str, size: int) -> np.ndarray:
-    """Float32 values: a Gaussian, or a mixture like a layer's weights (narrow, heavy-tailed and wide)."""
+    """Returns float32 values: a Gaussian, or a mixture like a layer's weights (narrow, heavy-tailed and wide)."""
     random = np.random.default_rng(0)
     values = random.standard_normal(size, dtype=np.float32)
     if kind == "mixture":
@@ -51,24 +51,28 @@ def make_values(kind: str, size: int) -> np.ndarray:
 
 
 def scikit_learn(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns the centroids of scikit-learn's KMeans, started by k-means++."""
     from sklearn.cluster import KMeans
 
     return KMeans(k, n_init=1, random_state=0).fit(values[:, None]).cluster_centers_[:, 0]
 
 
 def ckwrap(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns the centroids of ckwrap."""
     import ckwrap
 
     return ckwrap.ckmeans(values, k).centers
 
 
 def kmeans1d(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns the centroids of kmeans1d."""
     import kmeans1d
 
     return np.array(kmeans1d.cluster(values, k).centroids)
 
 
 def coremltools(values: np.ndarray, k: int) -> np.ndarray:
+    """Returns the centroids of coremltools' palettizer."""
     import torch
     from coremltools.optimize.torch import palettization
 
@@ -97,6 +101,7 @@ METHODS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def installed() -> list[str]:
+    """Returns the names of the methods that can be imported."""
     return [name for name in METHODS if _importable(name.split()[0])]
 
 
@@ -105,13 +110,14 @@ def _importable(name: str) -> bool:
 
 
 def timed(call: Callable, *arguments: object) -> tuple[object, float, float]:
+    """Returns the result of a call, its wall seconds and its CPU seconds."""
     wall, processor = time.perf_counter(), time.process_time()
     result = call(*arguments)
     return result, time.perf_counter() - wall, time.process_time() - processor
 
 
 def memory_bytes(field: str) -> int | None:
-    """VmRSS (now) or VmHWM (highest since the last reset) of this process."""
+    """Returns VmRSS (now) or VmHWM (highest since the last reset) of this process; None outside Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -122,7 +128,7 @@ def memory_bytes(field: str) -> int | None:
 def run_alone(
     method: str, kind: str, size: int, k: int, folder: str, limit: float, memory_limit: float
 ) -> None:
-    """In a fresh process: one run; centroids and figures go to files in the folder."""
+    """Runs a method once, within limits, in a fresh process; writes centroids and figures to files in the folder."""
     values = make_values(kind, size)
     METHODS[method](values[:2000], k)  # imports
     if sys.platform == "linux":
@@ -133,7 +139,7 @@ def run_alone(
         resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit * 1e9),) * 2)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        clear.write_text("5")  # the highest resident size starts anew
+        clear.write_text("5")  # resets the highest resident size
     before = memory_bytes("VmRSS")
     centroids, wall, processor = timed(METHODS[method], values, k)
     memory = None if before is None else memory_bytes("VmHWM") - before
@@ -143,7 +149,7 @@ def run_alone(
 
 
 def run_fresh(method: str, kind: str, size: int, k: int, limit: float, memory_limit: float) -> dict:
-    """`run_alone` in a subprocess; what stopped it is under "failure"."""
+    """Calls `run_alone` in a subprocess and returns its figures; the reason it stopped is under "failure"."""
     with tempfile.TemporaryDirectory() as folder:
         case = [method, kind, str(size), str(k), folder, str(limit), str(memory_limit)]
         command = [sys.executable, __file__, "--alone", *case]
@@ -158,7 +164,7 @@ def run_fresh(method: str, kind: str, size: int, k: int, limit: float, memory_li
 
 
 def settled(values: np.ndarray, k: int) -> np.ndarray:
-    """Near-optimal centroids: many bins, then Lloyd on the sorted values until it settles."""
+    """Returns near-optimal centroids: many bins, then Lloyd's algorithm on the sorted values until it converges."""
     centroids = kmeans_optimal(values, k, bins=1 << 16).astype(np.float64)
     values = np.sort(values)
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
@@ -173,18 +179,19 @@ def settled(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> list[str]:
+    """Measures all methods on one set of values; returns the lines of its table."""
     results = {
         name: run_fresh(name, kind, size, k, settings.limit, settings.memory_limit)
         for name in settings.methods
     }
     values = make_values(kind, size)
-    quick = [name for name, result in results.items() if result.get("processor", [1e9])[0] < settings.quick]
-    for name in quick:
+    fast = [name for name, result in results.items() if result.get("processor", [1e9])[0] < settings.quick]
+    for name in fast:
         results[name].update(wall=[], processor=[])
     codebook = kmeans_optimal(values, k)
     assigned = []
     for _ in range(settings.repeats):
-        for name in quick:
+        for name in fast:
             _, wall, processor = timed(METHODS[name], values, k)
             results[name]["wall"].append(wall)
             results[name]["processor"].append(processor)
@@ -214,6 +221,7 @@ def bench_case(kind: str, size: int, k: int, settings: argparse.Namespace) -> li
 
 
 def main() -> None:
+    """Measures all cases and prints the table; with --alone, runs one method once."""
     if sys.argv[1:2] == ["--alone"]:
         method, kind, size, k, folder, limit, memory_limit = sys.argv[2:]
         return run_alone(method, kind, int(size), int(k), folder, float(limit), float(memory_limit))

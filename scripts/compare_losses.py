@@ -1,17 +1,16 @@
 #!/usr/bin/env python
-"""What every loss is worth: students on labels alone against students of each loss, at equal epochs.
+"""Compares every loss with labels alone: students of equal architecture, data and epochs.
 
-    .venv/bin/python scripts/compare_losses.py                    # all, three seeds; goes on where it stopped
+    .venv/bin/python scripts/compare_losses.py                    # all, three seeds; resumes if interrupted
     .venv/bin/python scripts/compare_losses.py kl hint --seeds 1  # some
 
-The teacher is what the first stage of the recipe teaches (recipes/fashion_resnet18_to_lenet5.yaml: timm's
-resnet18); a run of that recipe in the folder is taken as it is. The students are LeNet-5 (61,706 parameters)
+The teacher is that of the recipe's first stage (recipes/fashion_resnet18_to_lenet5.yaml: timm's resnet18); a
+run of that recipe in the folder is used again. The students are LeNet-5 (61,706 parameters)
 on a fixed part of the training images, without augmentation, all by the same settings: those of one seed
 start from the same weights and see the same order of images. The teacher's logits, embeddings and maps are
-kept on disk before the first student starts, so that what is timed is the loss and not the teacher. The
-weights are those of the papers or of the benchmark codes that follow them, and were not tuned: nothing is
-chosen here, and the test split is only reported, after the last epoch. Who chooses a loss by this table
-should do so by the validation column.
+cached on disk before the first student starts, so that the times include the loss but not the teacher. The
+weights are those of the papers or of the benchmark codes that follow them, and were not tuned. The test split is
+only reported, after the last epoch; choose a loss by the validation column.
 
 Writes FOLDER/compare_losses/table.md, and a JSON file for each student.
 """
@@ -48,7 +47,7 @@ RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")
 STUDENT = {"model": "lenet5"}
 DATA = {"data.subset": 4_000, "data.views": None, "data.augment": {}}
 TRAINING = {"epochs": 10, "batch_size": 64, "lr": 2e-3, "schedule": "one_cycle", "validate_every": 10}
-CACHED = 500  # images that the teacher answers at once while the cache is filled
+CACHED = 500  # batch size of the teacher while the cache is filled
 
 LABELS = {"loss": "cross_entropy"}
 BASE = "labels alone"
@@ -57,18 +56,18 @@ BASE = "labels alone"
 def beside(
     loss: str, weight: float | dict[str, Any] = 1.0, labels: float = 1.0, **settings: Any
 ) -> list[dict[str, Any]]:
-    """The terms of a loss in company of cross-entropy on the labels."""
+    """Returns the terms of a loss together with cross-entropy on the labels."""
     return [LABELS | {"weight": labels}, {"loss": loss, "weight": weight, **settings}]
 
 
 def rising(value: float) -> dict[str, Any]:
-    """A weight that rises over the first twelfth of the epochs: 20 of the 240 that the papers train for."""
+    """Returns a weight that rises over the first twelfth of the epochs: 20 of the 240 that the papers train for."""
     return {"value": value, "schedule": "warm_up", "epochs": TRAINING["epochs"] / 12}
 
 
 # "authors": of the paper, in their code. RepDistiller: of Tian et al. 2020, who compare a dozen losses.
-# Where authors sum and this shelf means, the weight makes up for it at the maps that are paired here: 64x14x14,
-# 128x4x4 and 512x1x1 numbers of the teacher (12,544, 2,048 and 512).
+# Where authors take a sum and our loss takes a mean, the weight is scaled for the maps that are paired here: the
+# teacher's 64x14x14, 128x4x4 and 512x1x1 (12,544, 2,048 and 512 numbers).
 TERMS: dict[str, list[dict[str, Any]]] = {
     # No teacher.
     BASE: [LABELS],
@@ -80,8 +79,8 @@ TERMS: dict[str, list[dict[str, Any]]] = {
     "decoupled": beside("decoupled", rising(1), alpha=1, beta=8, temperature=4),  # authors
     "logit_standardized": beside("logit_standardized", 9, labels=0.1, temperature=2),  # authors
     "dist": beside("dist", 1, beta=1, gamma=1, temperature=1),  # authors' ImageNet setting
-    "multi_level": beside("multi_level", 0.9, labels=0.1),  # kl's shares
-    "curriculum_temperature": beside("curriculum_temperature", 0.9, labels=0.1),  # kl's shares
+    "multi_level": beside("multi_level", 0.9, labels=0.1),  # as for kl
+    "curriculum_temperature": beside("curriculum_temperature", 0.9, labels=0.1),  # as for kl
     # On maps.
     "hint": beside("hint", 100),  # RepDistiller
     "attention": beside("attention", 1000),  # authors
@@ -103,7 +102,7 @@ TERMS: dict[str, list[dict[str, Any]]] = {
     "relational": beside("relational", 1, distance=25, angle=50),  # authors
     "probabilistic": beside("probabilistic", 30_000),  # RepDistiller
     "correlation": beside("correlation", 1),  # published weights (0.003, 0.02) belong to other sums
-    "contrastive": beside("contrastive", 0.8),  # authors; of fewer than 16,384 others all are negatives
+    "contrastive": beside("contrastive", 0.8),  # authors; of fewer than 16,384 other images all are negatives
     "reuse_classifier": [{"loss": "reuse_classifier"}],  # authors: no labels, the classifier is replaced
     "semantic": beside("semantic", 1),  # authors
     # On weights.
@@ -114,7 +113,7 @@ TERMS: dict[str, list[dict[str, Any]]] = {
 
 
 def recipe_of(path: Path, changes: dict[str, Any], terms: list[dict[str, Any]]) -> Recipe:
-    """The checked recipe of a student: the teacher's stage and one of its own, changed from outside."""
+    """Returns the recipe of a student: the teacher's stage and one for the student, with the changes."""
     plain = read(path)[1]
     labels_only = all(term["loss"] in ("cross_entropy", "binary_cross_entropy") for term in terms)
     stage = {"stage": "train" if labels_only else "distill", "training": TRAINING, "losses": terms}
@@ -123,7 +122,7 @@ def recipe_of(path: Path, changes: dict[str, Any], terms: list[dict[str, Any]]) 
 
 
 def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
-    """Opens the cache of all that the losses ask the teacher, and fills it."""
+    """Opens a cache of all answers that the losses need from the teacher, and fills it."""
     layers: dict[str, None] = {}
     for recipe in recipes:
         objective = Objective(
@@ -148,15 +147,23 @@ def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
 
 
 def student_of(run: Run, recipe: Recipe) -> torch.nn.Module:
-    """A student of the run's seed: the same weights for every loss."""
+    """Returns a student initialised from the run's seed, with the same weights for every loss."""
     torch.manual_seed(run.seed * 2 + 1)
     return create(recipe.student, run.data.shape, len(run.data.classes)).network.to(run.accelerator.device)
 
 
 def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[str, Any]:
-    """Trains one student and measures it; what an earlier call has measured is read from the file.
+    """Trains one student and measures it, or reads the result of an earlier call from the file.
 
-    Raises ValueError where the file tells of another teacher, data or settings.
+    Args:
+        run: The run with the teacher, the data and the cache.
+        recipe: The student's recipe.
+        name: The row of the table.
+        seed: The student's seed.
+        file: The JSON file of the result.
+
+    Raises:
+        ValueError: When the file is of another teacher, data or settings.
     """
     facts = {
         "terms": [t.model_dump(mode="json", exclude_unset=True) for t in recipe.stages[1].losses],
@@ -228,7 +235,7 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
 
 
 def shown(terms: list[dict[str, Any]]) -> str:
-    """The terms with their weights, as in '0.1 cross_entropy + 0.9 kl'."""
+    """Returns the terms with their weights as text, as in '0.1 cross_entropy + 0.9 kl'."""
 
     def weight(term: dict[str, Any]) -> str:
         given = term.get("weight", 1)
@@ -239,7 +246,7 @@ def shown(terms: list[dict[str, Any]]) -> str:
 
 
 def table(trials: dict[str, list[dict[str, Any]]]) -> str:
-    """One line a loss, the best first: accuracy, gain over labels alone by pairs of one seed, agreement, cost."""
+    """Returns one line a loss, the best first: accuracy, gain over labels alone at the same seed, agreement, cost."""
     base = trials[BASE]
     base_step = statistics.median(t["step_seconds"] for t in base)
     lines = []
@@ -267,6 +274,7 @@ def table(trials: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> str:
+    """Trains all students, and writes, prints and returns the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "losses", nargs="*", help=f"rows of the table; all when not given: {', '.join(TERMS)}"
@@ -292,9 +300,9 @@ def main(arguments: list[str] | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     trials: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     started = time.time()
-    with begun(options.recipe, 1, None, options.folder) as taught, lock(folder):
-        data = make_data(recipes[BASE].data, taught.accelerator.device)
-        run = dataclasses.replace(taught, data=data, answers={})
+    with begun(options.recipe, 1, None, options.folder) as teacher_run, lock(folder):
+        data = make_data(recipes[BASE].data, teacher_run.accelerator.device)
+        run = dataclasses.replace(teacher_run, data=data, answers={})
         keep_answers(run, list(recipes.values()), folder)
         for seed in range(options.seeds):
             for name in names:
@@ -303,9 +311,9 @@ def main(arguments: list[str] | None = None) -> str:
         right = percent_right(teacher_answers(run, "test"), data.test.labels)
     training = recipes[BASE].stages[1].training
     base = recipes[BASE]
-    seen = "without augmentation" if data.augment == Augment() else "with augmentation"
+    augmentation = "without augmentation" if data.augment == Augment() else "with augmentation"
     text = (
-        f"{base.data.dataset}: {base.student.model} on {len(data.train):,} images {seen}, "
+        f"{base.data.dataset}: {base.student.model} on {len(data.train):,} images {augmentation}, "
         f"{training.epochs} epochs of batches of {training.batch_size}, {options.seeds} seeds; the teacher, "
         f"{base.teacher.model} as {options.recipe.name} teaches it, has {right:.2f} %, and its answers come from the "
         f"disk. ± is the standard deviation over the seeds; the cost is processor time.\n\n{table(trials)}\n"

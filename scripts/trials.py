@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Runs a recipe over seeds and tells mean, spread and time of every row of its report.
+"""Runs a recipe with several seeds and prints mean, spread and time of every row of its report.
 
     .venv/bin/python scripts/trials.py recipes/lenet300_mnist.yaml --seeds 3
 
-Seeds 0, 1, 2 ... each have a run of their own (runs/NAME-seedN), which goes on where it stopped; the seed of the data section,
-which splits off the validation images, stays the recipe's. Spread is the sample's standard deviation. Test accuracies are
-reported, never chosen by.
+Seeds 0, 1, 2 ... each have a run (runs/NAME-seedN), which resumes if interrupted. The seed of the data section, which
+splits off the validation images, stays the recipe's. Spread is the sample standard deviation. Test accuracies are only
+reported; nothing is chosen by them.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from trainer.runs.runner import run
 
 
 def spread(values: list[float]) -> str:
-    """'mean ± standard deviation', without the latter for one value."""
+    """Returns 'mean ± standard deviation', without the latter for one value."""
     mean = statistics.fmean(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
 
 
 def table(reports: list[dict]) -> str:
-    """One line for each row of the reports: the accuracies with their spread, the worst one, zeros and bytes."""
+    """Returns one line for each row of the reports: accuracies with their spread, the worst one, zeros and bytes."""
     lines = []
     for rows in zip(*(report["rows"] for report in reports), strict=True):
         top1 = [row["top1"] for row in rows]
@@ -51,11 +51,12 @@ def table(reports: list[dict]) -> str:
 
 
 def machine(hardware: dict) -> str:
-    """What a run was computed on, in words."""
+    """Returns the hardware of a run as text."""
     return hardware["gpu"] or f"{hardware['cpu']}, {hardware['torch_threads']} of {hardware['cores']} cores"
 
 
 def main() -> None:
+    """Runs all seeds, and writes and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--seeds", type=int, default=3)

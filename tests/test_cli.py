@@ -457,7 +457,7 @@ def test_pairs(say, tmp_path):
     status, out, _ = say(
         "pairs", tmp_path / "x.yaml", "--set", "stages.1.losses=[{loss: kl}]", "--set", "stages.2.losses="
     )
-    assert (status, out) == (0, f"{tmp_path / 'x.yaml'}: no loss looks at layers\n")
+    assert (status, out) == (0, f"{tmp_path / 'x.yaml'}: no loss compares layers\n")
     status, _, err = say("pairs", tmp_path / "x.yaml", "--set", "stages.1.losses.1.at=[conv9]")
     assert (
         status == 2

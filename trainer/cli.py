@@ -1,6 +1,7 @@
 """The command line: `accelerate launch -m trainer run recipe.yaml`, or `python -m trainer`, or `trainer`.
 
-A user's mistake is one clear message and exit 2, never a traceback. A fault of the program is a traceback, which asks for a report.
+A user's mistake prints one message and exits with 2. A fault of the program prints a traceback and a request to
+report it.
 """
 
 import argparse
@@ -15,15 +16,18 @@ from typing import Any
 from trainer.mistakes import Mistake
 from trainer.training.stopping import Stopped
 
-# torch, and what stands on it, takes seconds to import: each command imports what it needs.
+# torch and the modules that use it take seconds to import, so each command imports what it needs.
 
 REPORT = "trainer: this is a fault of the program, not of your recipe: please report it with the lines above"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 2 for a user's mistake, 1 for a run that went wrong."""
+    """Runs one command; returns the exit status: 2 for a user's mistake, 1 for a loss that is not finite.
+
+    arguments: those of the command line; None for `sys.argv`.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the console cannot show must not end a run
+        if hasattr(stream, "reconfigure"):  # a character that the console cannot print must not end a run
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
@@ -40,16 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
         _say(str(error))
         return 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (head, say). Python would complain again on closing it.
+        # The reader of the output, such as head, has closed it. Python would raise again when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a program that the signal SIGPIPE ends
+        return 141  # the exit status of a program that SIGPIPE ends
     except Exception as error:
-        told = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
-        if told is None:
+        message = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
+        if message is None:
             if not isinstance(error, (Mistake, OSError)):
                 error.add_note(REPORT)
             raise
-        _say(told)
+        _say(message)
         return 2
 
 
@@ -62,7 +66,7 @@ def _goes_on(options: argparse.Namespace) -> str:
 
 
 def _mistake(error: Exception) -> str | None:
-    """What to tell of an error that is the user's to mend; None for a fault of the program."""
+    """Returns the message for an error that the user can correct; None for a fault of the program."""
     if isinstance(error, (Mistake, OSError)):
         return str(error)
     no_room = ("can't allocate memory", "Storage size calculation overflowed")
@@ -124,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
     recipe_options(check, of_a_run=True)
-    pairs = command(_pairs, "pairs", "Print which student layer looks at which teacher layer.")
+    pairs = command(_pairs, "pairs", "Print which student layer is compared with which teacher layer.")
     recipe_options(pairs, of_a_run=False)
     scan = command(
         _scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage."
@@ -139,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(ladder, of_a_run=True)
     ladder.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
     ladder.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
-    ladder.add_argument("--sparsity", type=_numbers(float), default=[], help="shares of zeros: 0.9,0.95,0.98")
+    ladder.add_argument(
+        "--sparsity", type=_numbers(float), default=[], help="fractions of zeros: 0.9,0.95,0.98"
+    )
     ladder.add_argument("--bits", type=_numbers(int), default=[], help="bits of the shared values: 3,4,5")
     fetch = command(_fetch, "fetch", "Fetch datasets ahead of time.")
     fetch.add_argument("dataset", nargs="+")
@@ -154,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = command(_predict, "predict", "Classify images with a packed file.")
     predict.add_argument("file", type=_path)
     predict.add_argument("images", type=_path, nargs="+", metavar="IMAGE")
-    predict.add_argument("--top", type=_count, default=3, help="how many classes to tell (3)")
+    predict.add_argument("--top", type=_count, default=3, help="how many classes to print (3)")
     evaluate = command(_evaluate, "evaluate", "Measure a packed file on the test split of a recipe's data.")
     evaluate.add_argument("file", type=_path)
     recipe_options(evaluate, of_a_run=False)
@@ -165,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path(word: str) -> Path:
-    """A path of the command line; the shell leaves ~ and $HOME in quotes, or behind an =, as they are."""
+    """Returns a path with ~ and $HOME expanded, which the shell leaves in quotes and after an =."""
     return Path(os.path.expanduser(os.path.expandvars(word)))
 
 
@@ -176,7 +182,7 @@ def _count(word: str) -> int:
 
 
 def _numbers(kind: type) -> Callable[[str], list]:
-    """What reads '3,4,5'."""
+    """Returns a function that reads '3,4,5' as a list of `kind`."""
 
     def read(words: str) -> list:
         try:
@@ -190,7 +196,10 @@ def _numbers(kind: type) -> Callable[[str], list]:
 
 
 def changes_of(words: list[str]) -> dict[str, Any]:
-    """What ['stages.1.training.epochs=2', ...] asks for: {'stages.1.training.epochs': 2, ...}."""
+    """Returns ['stages.1.training.epochs=2', ...] as {'stages.1.training.epochs': 2, ...}.
+
+    Raises Mistake for a word that is not PATH=VALUE, and for a path given twice.
+    """
     from trainer.recipe.text import value
 
     changes: dict[str, Any] = {}
@@ -321,7 +330,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     data = _read(options.file)
     model: Any = load(options.file)
-    packed.reading(data, str(options.file))  # a file that does not say how its images are read is refused
+    packed.reading(data, str(options.file))  # refuses a file without settings for its images
     if data[2] == 1:
         _say(
             f"{options.file}: of format version 1: images are resized bilinearly and then cut, as that version did"

@@ -360,12 +360,12 @@ stages:
         ({"MASTER_ADDR": "127.0.0.1"}, 1, False),  # some cluster's habit
     ],
 )
-def test_a_launch_that_asked_for_more(monkeypatch, environment, got, more):
+def test_a_launch_that_requested_more(monkeypatch, environment, got, more):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert opening._asked_for_more(got) is more
+    assert opening._more_requested(got) is more
 
 
 def test_the_launch_divides_no_losses(tmp_path, monkeypatch, capsys):
@@ -395,7 +395,7 @@ def test_more_processes_than_started_is_an_error_that_names_commands(tmp_path, m
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(
-        RecipeError, match="asked for more processes than the 1 it got; .*torchrun --nproc_per_node N"
+        RecipeError, match="requested more processes than the 1 it got; .*torchrun --nproc_per_node N"
     ):
         runner.run(write(tmp_path, ALONE), folder=tmp_path)
     assert not (tmp_path / "alone").exists()

@@ -238,7 +238,7 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
 
     # The same point as a run of its own, from the same checkpoint.
     changes = {"name": "alone", "stages.1.sparsity": 0.9, "stages.2.bits": 3, "stages.2.values": None}
-    ladder._lend(read(path)[0], 0, here, folder / "runs" / "alone")
+    ladder._copy_checkpoint(read(path)[0], 0, here, folder / "runs" / "alone")
     alone = runner.run(path, changes, folder / "runs")["rows"][-1]
     assert (alone["file_bytes"], 100 - alone["top1"]) == (points[3]["file_bytes"], points[3]["error"])
 
@@ -304,7 +304,7 @@ def test_ladder_over_the_sparsity_alone(folder, monkeypatch):
         (LAMP + SHARE, {"sparsity": [0.5, 1.0]}, "less than 1"),
         (LAMP + SHARE, {"bits": [3, 17]}, "17"),
         (LAMP + SHARE, {"bits": [0]}, "0"),
-        (LAMP + SHARE, {"bits": [3, 4, 3]}, "bits-3 is asked for twice"),
+        (LAMP + SHARE, {"bits": [3, 4, 3]}, "bits-3 is given twice"),
         (SHARE, {"bits": [3]}, "there is no stage prune"),
     ],
 )

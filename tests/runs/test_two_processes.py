@@ -268,7 +268,7 @@ def test_accelerates_launcher_gives_the_same_bits(launched, ranks):
 def test_a_launch_that_got_one_process_for_two_stops_and_names_a_command_that_works(launched, name):
     folder, status, output, errors = launched[name]
     assert status != 0 and "returned non-zero exit status 2" in errors
-    assert "trainer: the launch asked for more processes than the 1 it got" in errors
+    assert "trainer: the launch requested more processes than the 1 it got" in errors
     assert "torchrun --nproc_per_node N -m trainer run RECIPE" in errors
     assert "Traceback" not in errors.partition("trainer: ")[0]
     assert not list(folder.glob("two")) and "[1/5]" not in output

@@ -1,1 +1,1 @@
-"""Whole runs: opening, checking, resuming, scans, ladders."""
+"""Whole runs: opening, checking, resuming, scans and ladders."""

@@ -1,4 +1,4 @@
-"""Whether, where and what of the teacher's answers is kept."""
+"""The cache of the teacher's answers in a run: whether it is used, where it lies and what it holds."""
 
 from trainer.data.fetch import cache_folder
 from trainer.data.images import Data
@@ -12,10 +12,21 @@ from trainer.training.run import Run
 
 
 def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers | None:
-    """Opens the cache of the teacher's answers for the stages to come, or says why they are not kept.
+    """Opens the cache of the teacher's answers for the given stages, or prints why there is none.
 
-    It is as the recipe says, or, where the recipe says nothing, in memory, with what the most stages need that fits.
-    Raises RecipeError when what the recipe says cannot be done.
+    The recipe's settings decide. Without any, the cache is in memory and holds the kinds of answers that serve the
+    most stages and fit.
+
+    Args:
+        run: The run.
+        recipe: Its recipe.
+        stages: The stages that could use the cache.
+
+    Returns:
+        The cache; None when the recipe turns it off, no stage uses the teacher, or it would not help.
+
+    Raises:
+        RecipeError: When the recipe's settings cannot be satisfied.
     """
     teaching = [
         stage
@@ -45,7 +56,7 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers |
 
 
 def _never_seen_twice(data: Data) -> str:
-    """Why no answer would be asked for again; empty where some would be."""
+    """Returns the reason why no image would be seen a second time; empty when some would."""
     if data.mixup or data.cutmix:
         return "mixed images are never seen twice"
     if data.augment != Augment() and data.views is None:
@@ -53,16 +64,22 @@ def _never_seen_twice(data: Data) -> str:
     return ""
 
 
-def _useful(asked: list[set[str]]) -> list[CacheKeys]:
-    """Settings that serve at least one stage, those that serve the most first; asked: what each asks of the teacher."""
-    embeddings, maps = (any(kind in kinds for kinds in asked) for kind in ("embedding", "maps"))
+def _useful(needed: list[set[str]]) -> list[CacheKeys]:
+    """Returns the settings that serve at least one stage, those that serve the most first.
+
+    needed: for each stage, the kinds of answers that it needs from the teacher.
+    """
+    embeddings, maps = (any(kind in kinds for kinds in needed) for kind in ("embedding", "maps"))
     combinations = dict.fromkeys([(embeddings, maps), (embeddings, False), (False, False)])
     settings = [CacheKeys(embeddings=e, maps=m) for e, m in combinations]
-    return [keys for keys in settings if any(keys.serve(kinds) for kinds in asked)]
+    return [keys for keys in settings if any(keys.serve(kinds) for kinds in needed)]
 
 
 def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str]) -> Answers:
-    """Opens the cache, compares it with the teacher, measures what it loses and says so. Raises Mistake when it cannot."""
+    """Opens the cache, checks it against the teacher, and logs its size and its loss of precision.
+
+    Raises Mistake when the cache cannot be used.
+    """
     device, is_main = run.accelerator.device, run.accelerator.is_main_process
     assert run.teacher is not None
     cache = Answers(
@@ -85,7 +102,7 @@ def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str]) -> Answe
 
 
 def _layers(run: Run, keys: CacheKeys, stages: list[StageKeys]) -> list[str]:
-    """The teacher's layers whose maps the stages' losses look at, where maps are kept."""
+    """Returns the teacher's layers whose maps the stages' losses compare; none when maps are not kept."""
     layers: dict[str, None] = {}
     for stage in stages if keys.maps else []:
         objective = Objective(run.student, stage.losses, run.data, run.teacher, device=run.accelerator.device)

@@ -1,4 +1,4 @@
-"""What only the networks know, checked before the first step of training."""
+"""Checks that need the networks, made before the first step of training."""
 
 import copy
 import math
@@ -24,32 +24,32 @@ from trainer.training.weights import Made
 
 
 def guard_teacher(run: Run) -> None:
-    """A teacher that was not taught here is examined before it teaches, each of several by itself.
+    """Checks that a teacher which this run does not train is better than chance; each of several is checked alone.
 
-    Raises Mistake when one only guesses.
+    Raises Mistake for a teacher whose validation accuracy is that of guessing.
     """
-    guide, part = run.teacher, run.data.validation
-    assert guide is not None
-    several = len(guide.networks) > 1
+    teacher, part = run.teacher, run.data.validation
+    assert teacher is not None
+    several = len(teacher.networks) > 1
     chance = 1 / len(run.data.classes)
     doubt = 3 * math.sqrt(chance * (1 - chance) / max(1, int((part.labels >= 0).sum())))
-    for number, network in enumerate(guide.networks):
+    for number, network in enumerate(teacher.networks):
         if several:
 
             def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:
-                return net(guide.prepare(images, n))
+                return net(teacher.prepare(images, n))
 
             answers = predict(alone, part, run.accelerator)
         else:
             known = teacher_answers(run, "validation")
             assert known is not None
             answers = known
-        share = percent_right(answers, part.labels) / 100
-        if share < max(chance + doubt, 1.2 * chance):
+        fraction = percent_right(answers, part.labels) / 100
+        if fraction < max(chance + doubt, 1.2 * chance):
             who = f"teachers[{number}]" if several else "the teacher"
             raise Mistake(
-                f"{who} has {share * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: its head "
-                "is untrained, its classes are others, or its images are normalised otherwise"
+                f"{who} has {fraction * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: "
+                "its head is untrained, its classes are others, or its images are normalised otherwise"
             )
     record_teacher(run, "teacher")
 
@@ -57,9 +57,17 @@ def guard_teacher(run: Run) -> None:
 def check_layers(
     recipe: Recipe, made: Made, data: Data, teacher: Teacher | None, device: torch.device | str
 ) -> None:
-    """Checks, before the first step of training, what only the networks know: layers, pairs, what losses can be fed.
+    """Checks what needs the networks: names of layers, pairs of layers, and the inputs of the losses.
 
-    made: the student. Raises RecipeError with all faults.
+    Args:
+        recipe: The recipe.
+        made: The student.
+        data: The data.
+        teacher: The teacher, None without one.
+        device: Where the networks are.
+
+    Raises:
+        RecipeError: With all faults found.
     """
     faults: list[str] = []
     rehearsed: set[str] = set()
@@ -91,7 +99,10 @@ def check_layers(
 def _after(
     stage: StageKeys, student: nn.Module, spec: dict[str, Any], data: Data
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that the stages after this one find, and its spec. Raises Mistake where the stage cannot work on it."""
+    """Returns the student as this stage leaves it, and its spec.
+
+    Raises Mistake when the stage cannot work on this student.
+    """
     check_student, becomes = hook(stage, "check_student"), hook(stage, "becomes")
     if check_student is not None:
         check_student(stage, student)
@@ -103,7 +114,7 @@ def _after(
 
 
 def _layer_faults(stage: StageKeys, student: nn.Module) -> Iterator[tuple[tuple, str]]:
-    """Layers that a stage names and the student has not, or that it should name and does not."""
+    """Yields the faults of a stage's layer names: unknown layers, layers without effect, and missing ones."""
     exclude = excluded(stage)
     if exclude is None:
         return
@@ -139,7 +150,7 @@ def _layer_faults(stage: StageKeys, student: nn.Module) -> Iterator[tuple[tuple,
 
 
 def _unknown(layers: dict[str, Weight], key: str, named: dict[Any, str]) -> Iterator[tuple[tuple, str]]:
-    """Faults of names that no layer has; named: {where it stands below the key: name}."""
+    """Yields the faults of names that no layer has; named: {path below the key: name}."""
     for below, name in named.items():
         try:
             matching(layers, name)

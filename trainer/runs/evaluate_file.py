@@ -1,4 +1,4 @@
-"""A packed file, measured on a recipe's data."""
+"""Measures a packed file on the data of a recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,21 @@ from trainer.training.evaluate import normalized, percent_right, predict
 def evaluate_file(
     file: Path, path: Path, changes: dict[str, Any] | None = None, allow_python: bool = False
 ) -> dict[str, Any]:
-    """Decodes a packed file and measures it on the test split of a recipe's data: top1 (percent), images, digest, bytes."""
+    """Decodes a packed file and measures it on the test split of a recipe's data.
+
+    Args:
+        file: The packed file.
+        path: The recipe's file, or the bare name of a shipped one.
+        changes: {'data.subset': 5000, ...}.
+        allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+
+    Returns:
+        "top1" (percent), "images" (their number), "digest" (of the weights), "file_bytes".
+
+    Raises:
+        RecipeError: For a faulty recipe.
+        Mistake: For a file that cannot be read, or that was made for other images.
+    """
     recipe, _ = read(path, changes, allow_python)
     try:
         content = Path(file).read_bytes()
@@ -25,12 +39,12 @@ def evaluate_file(
     header = packed.header(content, str(file))
     into = None
     if not packed.rebuilds(header) and header.get("net") == spec(recipe.student):
-        # The recipe's author names the code, not the file.
+        # The recipe, not the file, decides which code runs.
         into = build(header["net"], tuple(header["shape"]), len(header["classes"]))
     model, header = packed.decode(content, str(file), into)
-    # As in a run: the file was measured by the same arithmetic there.
+    # The same arithmetic as in the run that measured the file.
     accelerator = accelerator_of(mixed_precision=recipe.precision)
-    keys = recipe.data.model_copy(update={"keep_views": False})  # of images that are not looked at here
+    keys = recipe.data.model_copy(update={"keep_views": False})  # the training images are not used here
     data = make_data(keys, accelerator.device)
     if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
         raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")

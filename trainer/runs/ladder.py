@@ -1,4 +1,4 @@
-"""One student at many sizes: prune, share and pack at every point of a table, from one distilled student."""
+"""Prunes, shares and packs one distilled student at several sparsities and numbers of bits."""
 
 import json
 import os
@@ -35,52 +35,65 @@ def ladder(
 ) -> dict[str, Any]:
     """Runs a recipe at every sparsity and number of bits, and writes runs/NAME/ladder.md, .png and .json.
 
-    What comes before prune stage number `stage` (the first one) is run once, in the run's own folder; each
-    point goes on from there in runs/NAME/ladder/POINT, a run of its own: its report is there, and one that is
-    interrupted goes on. Points of one sparsity prune once, and all share the teacher's answers that the distillation
-    kept. sparsity, bits: of that prune stage and the share
-    stage after it; none: the recipe's own.
-    Returns what ladder.json holds: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and
-    "error_validation" (percent), "front"}]; on the front are the points that no smaller file beats on the
-    test split.
-    Raises RecipeError for a recipe that has no such stages, and what `runner.run` raises.
+    The stages before the prune stage run once, in the run's own folder. Each point continues from there as a run in
+    runs/NAME/ladder/POINT, with a report there; an interrupted one resumes. Points of one sparsity prune once, and
+    all points use the same cache of the teacher's answers.
+
+    Args:
+        path: The recipe's file, or the bare name of a shipped one.
+        sparsity: Sparsities of the prune stage; empty for the recipe's own.
+        bits: Numbers of bits of the share stage after it; empty for the recipe's own.
+        changes: {'stages.1.training.epochs': 2, ...}.
+        folder: The folder in which the run's own folder NAME is made.
+        stage: Number of the prune stage, counted from 0; None for the first one.
+        allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+
+    Returns:
+        The content of ladder.json: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and
+        "error_validation" (percent), "front"}]; the front is the points that no smaller file beats on the test
+        split.
+
+    Raises:
+        RecipeError: For a recipe without such stages.
+        Mistake: Without sparsities and bits, or for a point given twice.
+        Everything that `runner.run` raises.
     """
     changes = dict(changes or {})
     recipe, _ = read(path, changes, allow_python)
     number = prune_stage(recipe, stage)
-    share = _check(recipe, number, sparsity, bits)
+    share_stage = _check(recipe, number, sparsity, bits)
     sparsities: Sequence[float | None] = sparsity or [None]
     widths: Sequence[int | None] = bits or [None]
-    points = [_point(recipe, number, share, s, b) for s in sparsities for b in widths]
+    points = [_point(recipe, number, share_stage, s, b) for s in sparsities for b in widths]
     names = [name for name, _ in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise Mistake(f"ladder: {', '.join(twice)} is asked for twice")
-    for name, asked in points:
-        read(path, {**changes, **asked, "name": name}, allow_python)  # all faults before anything is trained
+        raise Mistake(f"ladder: {', '.join(twice)} is given twice")
+    for name, varied in points:
+        read(path, {**changes, **varied, "name": name}, allow_python)  # all faults before anything is trained
     with begun(path, number, changes, folder, allow_python) as base:
         here = base.folder
     rows = []
     pruned: dict[Any, Path] = {}  # a finished point of each sparsity
-    for name, asked in points:
-        of = here / "ladder" / name
-        key = asked.get(f"stages.{number}.sparsity")
+    for name, varied in points:
+        target = here / "ladder" / name
+        key = varied.get(f"stages.{number}.sparsity")
         if PartialState().is_main_process:
-            if key in pruned and share is not None:
-                _lend(recipe, share - 1, pruned[key], of)
+            if key in pruned and share_stage is not None:
+                _copy_checkpoint(recipe, share_stage - 1, pruned[key], target)
             elif number:
-                _lend(recipe, number - 1, here, of)
-            _lend_answers(here, of)
+                _copy_checkpoint(recipe, number - 1, here, target)
+            _link_answers(here, target)
             print(f"\n---- {name}", flush=True)
-        last = run(path, {**changes, **asked, "name": name}, here / "ladder", allow_python=allow_python)[
+        last = run(path, {**changes, **varied, "name": name}, here / "ladder", allow_python=allow_python)[
             "rows"
         ][-1]
-        pruned.setdefault(key, of)
+        pruned.setdefault(key, target)
         rows.append(
             {
                 "name": name,
                 "sparsity": key,
-                "bits": asked.get(f"stages.{share}.bits"),
+                "bits": varied.get(f"stages.{share_stage}.bits"),
                 "file_bytes": last["file_bytes"],
                 "error": 100 - last["top1"],
                 "error_validation": 100 - last["top1_validation"],
@@ -102,7 +115,10 @@ def ladder(
 
 
 def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequence[int]) -> int | None:
-    """The number of the share stage that is varied, or None. RecipeError where there is nothing to vary."""
+    """Returns the number of the share stage after the prune stage, or None.
+
+    Raises Mistake without sparsities and bits, RecipeError when the stages cannot be varied by them.
+    """
     if not sparsity and not bits:
         raise Mistake("a ladder needs --sparsity or --bits, such as --sparsity 0.9,0.95 --bits 3,4")
     method = recipe.stages[number].method
@@ -122,53 +138,53 @@ def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequenc
 
 
 def _point(
-    recipe: Recipe, number: int, share: int | None, sparsity: float | None, bits: int | None
+    recipe: Recipe, number: int, share_stage: int | None, sparsity: float | None, bits: int | None
 ) -> tuple[str, dict[str, Any]]:
-    """A point's name and what it changes in the recipe."""
+    """Returns the name of a point and its changes of the recipe."""
     words: list[str] = []
-    asked: dict[str, Any] = {}
+    varied: dict[str, Any] = {}
     if sparsity is not None:
         words.append(f"sparsity-{sparsity}")
-        asked[f"stages.{number}.sparsity"] = sparsity
+        varied[f"stages.{number}.sparsity"] = sparsity
     if bits is not None:
-        assert share is not None
+        assert share_stage is not None
         words.append(f"bits-{bits}")
-        asked[f"stages.{share}.bits"] = bits
-        if recipe.stages[share].values is not None:
-            asked[f"stages.{share}.values"] = None
-    return "-".join(words), asked
+        varied[f"stages.{share_stage}.bits"] = bits
+        if recipe.stages[share_stage].values is not None:
+            varied[f"stages.{share_stage}.values"] = None
+    return "-".join(words), varied
 
 
-def _lend(recipe: Recipe, number: int, source: Path, target: Path) -> None:
-    """Gives a run the checkpoint that stage `number` left in another one, unless it has one of its own."""
+def _copy_checkpoint(recipe: Recipe, number: int, source: Path, target: Path) -> None:
+    """Copies the checkpoint of stage `number` from one run into another, unless that has one of its own."""
     name = f"{number:02d}-{name_of(recipe.stages[number])}"
-    there = target / "checkpoints" / name
-    if there.exists():
+    copied = target / "checkpoints" / name
+    if copied.exists():
         return
-    there.parent.mkdir(parents=True, exist_ok=True)
-    partial = there.with_name(f".partial-{os.getpid()}-{name}")
+    copied.parent.mkdir(parents=True, exist_ok=True)
+    partial = copied.with_name(f".partial-{os.getpid()}-{name}")
     shutil.copytree(source / "checkpoints" / name, partial)
-    partial.rename(there)
+    partial.rename(copied)
 
 
-def _lend_answers(source: Path, target: Path) -> None:
-    """Lets a run that is not done use and fill the teacher's answers that another one keeps, unless it keeps its own."""
-    kept, lent = source / "views", target / "views"
-    if lent.is_symlink() and not lent.exists():
-        lent.unlink()  # that run has ended since, and removed them
-    if kept.is_dir() and not lent.exists() and not (target / "done").exists():
+def _link_answers(source: Path, target: Path) -> None:
+    """Links the cache of the teacher's answers of one run into an unfinished run that has none."""
+    kept, link = source / "views", target / "views"
+    if link.is_symlink() and not link.exists():
+        link.unlink()  # the other run has ended and removed its cache
+    if kept.is_dir() and not link.exists() and not (target / "done").exists():
         target.mkdir(parents=True, exist_ok=True)
-        lent.symlink_to(os.path.relpath(kept, target))
+        link.symlink_to(os.path.relpath(kept, target))
 
 
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether one point is no worse in bytes and error, and better in one of them."""
-    mine, theirs = (one["file_bytes"], one["error"]), (other["file_bytes"], other["error"])
-    return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
+    """Returns whether one point is no worse in bytes and error, and better in one of them."""
+    first, second = (one["file_bytes"], one["error"]), (other["file_bytes"], other["error"])
+    return first != second and first[0] <= second[0] and first[1] <= second[1]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    told = [
+    lines = [
         {
             "sparsity": "–" if row["sparsity"] is None else f"{row['sparsity']:g}",
             "bits": "–" if row["bits"] is None else str(row["bits"]),
@@ -181,7 +197,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         tabulate(
-            told, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",)
+            lines, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",)
         )
         + "\n\nBytes and test error of the file; * marks the points that no smaller file beats. "
         "Choose by the validation error: the test split is only reported."
@@ -189,7 +205,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _figure(found: Mapping[str, Any]) -> "Figure":
-    """Test error over the bytes of the file, the front as a line and by name."""
+    """Draws test error over the bytes of the file; the front has a line and labels."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
@@ -208,7 +224,7 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         axes.plot(row["file_bytes"], row["error"], "o", markeredgecolor="white", **style)
     drawing.byte_axis(axes, [row["file_bytes"] for row in rows])
     low, high = min(row["error"] for row in rows), max(row["error"] for row in rows)
-    if high > 5 * low > 0:  # so that a collapse does not press all other points flat
+    if high > 5 * low > 0:  # else one very bad point would compress the scale of all others
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
         ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 90) if low / 1.3 <= t <= high * 1.3]

@@ -1,4 +1,4 @@
-"""Opening a run: the accelerator, the folder, the data, the networks."""
+"""Opens a run: the accelerator, the folder, the data and the networks."""
 
 import contextlib
 import os
@@ -41,28 +41,38 @@ WORKING_LAUNCHES = (
 def folder_of(
     path: str | Path, changes: dict[str, Any] | None, folder: str | Path, allow_python: bool = False
 ) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator]]:
-    """The recipe, as an object and plain, its folder, which is held while this lasts, and the accelerator."""
+    """Yields the recipe, its plain values, the run's folder (locked inside the context) and the accelerator.
+
+    Args:
+        path: The recipe's file, or the bare name of a shipped one.
+        changes: {'stages.1.training.epochs': 2, ...}.
+        folder: The folder in which the run's own folder NAME is made.
+        allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+
+    Raises:
+        RecipeError: For a faulty recipe, a folder of another recipe, or a launch that got too few processes.
+    """
     recipe, plain = read(path, changes, allow_python)
     accelerator = make_accelerator(recipe)
     if accelerator.is_main_process and recipe.written.notes:
         print("\n".join(recipe.written.notes), file=sys.stderr, flush=True)
     here = Path(folder) / recipe.name
     same_recipe(here, recipe.written.file, plain)
-    accelerator.wait_for_everyone()  # nothing is written before all have looked
+    accelerator.wait_for_everyone()  # no process writes before all have read
     # Only the main process holds the lock: the others belong to it.
     with lock(here) if accelerator.is_main_process else contextlib.nullcontext():
         yield recipe, plain, here, accelerator
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator of a run. Raises RecipeError when the launch asked for more processes than it got."""
+    """Returns the Accelerator of a run. Raises RecipeError when the launch requested more processes than it got."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
-        AcceleratorState._reset_state()  # that of an earlier run in this process, which Accelerate holds on to
+        AcceleratorState._reset_state()  # Accelerate keeps the state of an earlier run in this process
     accelerator = accelerator_of(
-        cpu=not torch.accelerator.is_available(),  # else it takes one process for all that were started on CPUs
+        cpu=not torch.accelerator.is_available(),  # else it counts one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         log_with=recipe.track,
-        # Given here: else Accelerate takes a number from the launch, and divides every loss by it.
+        # Else Accelerate takes the number from the launch, and divides every loss by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -72,16 +82,19 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.is_main_process:
         for line in _without_effect(recipe):
             print(line, flush=True)
-    if _asked_for_more(accelerator.num_processes):
+    if _more_requested(accelerator.num_processes):
         raise RecipeError(
-            f"the launch asked for more processes than the {accelerator.num_processes} it got; these commands work: "
+            f"the launch requested more processes than the {accelerator.num_processes} it got; these commands work: "
             f"{WORKING_LAUNCHES}. For one process: --num_processes 1 --num_machines 1, and WORLD_SIZE and MASTER_ADDR unset"
         )
     return accelerator
 
 
 def _without_effect(recipe: Recipe) -> Iterator[str]:
-    """What the launch says and the recipe decides. (`accelerate launch` passes "no" on where no precision was asked for.)"""
+    """Yields a line for each option of the launch that has no effect, because the recipe sets it.
+
+    `accelerate launch` passes the precision "no" when none was requested.
+    """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", recipe.precision):
         yield (
@@ -96,18 +109,18 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
 
 
 def accelerator_of(**settings: Any) -> Accelerator:
-    """Raises Mistake for a precision that this machine has not got."""
+    """Returns an Accelerator with these settings. Raises Mistake for a precision this machine lacks."""
     try:
         return Accelerator(**settings)
     except ValueError as error:
         raise Mistake(str(error)) from error
 
 
-def _asked_for_more(num_processes: int) -> bool:
-    """Whether the launch asked for more processes: accelerate's launcher quietly starts one where it cannot do more.
+def _more_requested(num_processes: int) -> bool:
+    """Returns whether the launch requested more processes than were started.
 
-    By flags or by its configuration file, a launch of several sets MASTER_ADDR, and one that is really of several
-    tells each its number too.
+    Accelerate's launcher starts one process without a warning when it cannot start more. It sets MASTER_ADDR when
+    several are requested, by flags or by its configuration file, and WORLD_SIZE only when several are started.
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]) > num_processes
@@ -116,7 +129,19 @@ def _asked_for_more(num_processes: int) -> bool:
 
 
 def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> Run:
-    with accelerator.local_main_process_first():  # what is missing is fetched once
+    """Builds the data, the networks and the run, and checks them against the recipe.
+
+    Args:
+        recipe: The recipe.
+        here: The run's folder.
+        accelerator: The run's accelerator.
+        log: The run's log.
+
+    Raises:
+        RecipeError: For what does not fit these networks or this data.
+        Mistake: For data or weights that cannot be loaded.
+    """
+    with accelerator.local_main_process_first():  # missing files are downloaded once
         data = make_data(recipe.data, accelerator.device)
         teacher, notes = make_teacher(recipe, data)
     made = make_student(recipe, data)
@@ -150,7 +175,7 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
 
 
 def _report_float32(networks: list[nn.Module], precision: str, accelerator: Accelerator) -> None:
-    """Says what the recipe's precision does not reach, because this machine has it in float32 only."""
+    """Prints which layers this machine computes in float32 despite the recipe's precision."""
     if precision == "no" or accelerator.device.type != "cpu" or not accelerator.is_main_process:
         return
     if not accelerator.native_amp:
@@ -170,16 +195,16 @@ def _report_float32(networks: list[nn.Module], precision: str, accelerator: Acce
 
 
 def make_student(recipe: Recipe, data: Data) -> Made:
-    """The recipe's student, initialised from its seed or loaded. Raises Mistake when it cannot be."""
+    """Returns the recipe's student, initialised from its seed or loaded. Raises Mistake when that fails."""
     torch.manual_seed(recipe.seed * 2 + 1)
     is_taught = any(training_of(stage) is not None and not teaches(stage) for stage in recipe.stages)
     return create(recipe.student, data.shape, len(data.classes), is_taught, "student")
 
 
 def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]:
-    """The recipe's teacher, None where it has none, and what the user should read of how it was loaded.
+    """Returns the recipe's teacher, None when it has none, and notes for the user on how it was loaded.
 
-    Raises Mistake for a head that nobody has trained.
+    Raises Mistake for an untrained head that no stage trains.
     """
     if not recipe.teacher_entries:
         return None, []
@@ -194,7 +219,7 @@ def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]
             _expect_taught(keys, network, data, is_taught)
         if keys.mean is None:
             mean_and_std, found = _normalisation(keys, made, data)
-            # A copy: the checked recipe stays what its author wrote.
+            # A copy: the recipe itself is not changed.
             keys = keys.model_copy(update=dict(zip(("mean", "std"), mean_and_std, strict=False)))
             notes += found
         networks.append(network)
@@ -203,9 +228,9 @@ def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]
 
 
 def _expect_taught(keys: TeacherKeys, network: nn.Module, data: Data, is_taught: bool) -> None:
-    """A classifier for other classes than the pretrained weights' own starts from zero, and must be taught.
+    """Sets a classifier to zero when the data's classes are not those of the pretrained weights.
 
-    Raises Mistake where no stage teaches it.
+    Raises Mistake when no stage trains it.
     """
     known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes")
     if known == len(data.classes):
@@ -221,17 +246,17 @@ def _expect_taught(keys: TeacherKeys, network: nn.Module, data: Data, is_taught:
 def _normalisation(
     keys: TeacherKeys, made: Made, data: Data
 ) -> tuple[tuple[tuple[float, ...], ...], list[str]]:
-    """((mean), (std)) that a teacher's weights were trained with, () for the data's own, and what the user should read.
+    """Returns a teacher's ((mean), (std)), or () for the data's own, and notes for the user.
 
-    In this order: what a checkpoint of ours recorded; timm's configuration, of other people's checkpoints only where it is
-    not worse than the data's own on validation images.
+    A checkpoint of this program records them. Otherwise they are those of timm's configuration; for a checkpoint of
+    another program only if they are not worse than the data's own on validation images.
     """
     recorded = made.facts if len(made.facts.get("mean") or ()) == data.shape[0] else {}
     config = getattr(made.network, "pretrained_cfg", None) or {}
     if recorded:
         return (tuple(recorded["mean"]), tuple(recorded["std"])), []
     if keys.checkpoint is None and not getattr(keys, "pretrained", False):
-        return (), []  # nobody has trained it yet
+        return (), []  # it is not trained yet
     if len(config.get("mean") or ()) != data.shape[0]:
         return (), []
     timms, own = (tuple(config["mean"]), tuple(config["std"])), (tuple(data.mean), tuple(data.std))
@@ -239,22 +264,22 @@ def _normalisation(
         return timms, []
     right = [_percent_right(made.network, keys, data, *each) for each in (timms, own)]
     taken = 0 if right[0] >= right[1] else 1
-    told = (
+    note = (
         f"teacher {keys.model}: {right[0]:.2f} % of the validation images right with timm's mean and std for it, "
         f"{right[1]:.2f} % with the data's: {('timm', 'the data')[taken]}'s are taken (mean and std in the recipe decide)"
     )
-    return ((timms, ())[taken]), [told]
+    return ((timms, ())[taken]), [note]
 
 
 @torch.no_grad()
 def _percent_right(network: nn.Module, keys: TeacherKeys, data: Data, mean: tuple, std: tuple) -> float:
-    """Of at most 500 validation images, with this normalisation."""
+    """Returns the network's accuracy in percent on at most 500 validation images, with this normalisation."""
     teacher = Teacher([network], [keys.model_copy(update={"mean": mean, "std": std})], data.mean, data.std)
     part = data.validation
-    places = torch.arange(len(part))[:500]
+    indices = torch.arange(len(part))[:500]
     device = next(network.parameters()).device
     answers = [
         teacher.see(images.float() / 255).logits.argmax(-1)
-        for images, _, _ in batches(part, list(places.split(100)), part.workers, device)
+        for images, _, _ in batches(part, list(indices.split(100)), part.workers, device)
     ]
-    return percent_right(torch.cat(answers), part.labels[places])
+    return percent_right(torch.cat(answers), part.labels[indices])

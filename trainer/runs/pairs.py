@@ -1,4 +1,4 @@
-"""Which student layer a recipe's losses compare with which teacher layer."""
+"""Tables of the student layers and teacher layers that a recipe's losses compare."""
 
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,22 @@ from trainer.runs.opening import make_student, make_teacher
 
 
 def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python: bool = False) -> str:
-    """Tables of the paired layers, one for the stages that share it.
+    """Returns tables of the paired layers as text; stages with the same pairs have one table together.
 
-    Raises RecipeError for a faulty recipe, and for layers that do not exist or cannot be paired.
+    Args:
+        path: The recipe's file, or the bare name of a shipped one.
+        changes: {'stages.1.training.epochs': 2, ...}.
+        allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+
+    Raises:
+        RecipeError: For a faulty recipe, and for layers that do not exist or cannot be paired.
     """
     recipe, _ = read(path, changes, allow_python)
     data = make_data(recipe.data, torch.device("cpu"))
     teacher, _ = make_teacher(recipe, data)
     student = make_student(recipe, data)
     check_layers(recipe, student, data, teacher, "cpu")
-    tables: dict[str, list[str]] = {}  # mostly the same losses stand in several stages
+    tables: dict[str, list[str]] = {}  # {table: its stages}; often several stages have the same losses
     for number, stage in enumerate(recipe.stages):
         terms = terms_of(stage)
         rows = Objective(student.network, terms, data, teacher).pairs() if terms else []
@@ -38,5 +44,5 @@ def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python:
         if rows:
             tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
     if not tables:
-        return f"{path}: no loss looks at layers"
+        return f"{path}: no loss compares layers"
     return "\n".join(f"{', '.join(stages)}\n{table}\n" for table, stages in tables.items())

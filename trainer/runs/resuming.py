@@ -1,4 +1,4 @@
-"""What a run leaves after each stage, and how it goes on from there."""
+"""The state that a run saves after each stage, and how a run resumes from it."""
 
 import json
 import shutil
@@ -19,7 +19,15 @@ from trainer.training.run import Run
 
 
 def same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
-    """Refuses a folder that another recipe has left something in; a start that came to nothing leaves but its recipe."""
+    """Raises RecipeError when the folder holds a run of another recipe.
+
+    A folder with no more than a recipe, from a run that failed before its first checkpoint, is accepted.
+
+    Args:
+        here: The run's folder.
+        path: The recipe's file.
+        plain: The recipe as plain values.
+    """
     kept = here / "recipe.yaml"
     left = (here / "checkpoints").exists() or (here / "done").exists()
     if not kept.is_file() or not (left or kept.samefile(path)):
@@ -32,7 +40,14 @@ def same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
 
 
 def write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: bool) -> None:
-    """The recipe as run: the text that was read, or, where it was changed on the command line, what came of it."""
+    """Writes the recipe into the run's folder: its text, or its values if the command line changed some.
+
+    Args:
+        here: The run's folder.
+        recipe: The recipe.
+        plain: The recipe as plain values, with all changes.
+        changed: Whether the command line changed it.
+    """
     text = recipe.written.source
     if changed:
         text = f"# {recipe.written.file.name} with changes from the command line\n" + dump(plain)
@@ -40,8 +55,11 @@ def write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: boo
 
 
 def same_beginning(run: Run, recipe: Recipe) -> None:
-    """Raises Mistake when a run that goes on finds other images or another teacher than it began with."""
-    told = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
+    """Records the images and the teacher of a new run; checks those of a resumed run.
+
+    Raises Mistake when a resumed run has other images or another teacher than it began with.
+    """
+    messages = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
     facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
     if run.teacher is not None and not any_teaches(recipe.stages):
         facts["teacher"] = run.teacher.fingerprint()
@@ -49,16 +67,18 @@ def same_beginning(run: Run, recipe: Recipe) -> None:
     if begun:
         for what, fact in facts.items():
             if begun.get(what) != fact:
-                raise Mistake(f"{run.folder}: {told[what]} that this run began with: give it another folder")
+                raise Mistake(
+                    f"{run.folder}: {messages[what]} that this run began with: give it another folder"
+                )
         return
-    run.accelerator.wait_for_everyone()  # nothing is written before all have looked
+    run.accelerator.wait_for_everyone()  # no process writes before all have read
     if run.accelerator.is_main_process:
         facts["threads"] = torch.get_num_threads()  # of the main process
         files.write_bytes(run.folder / "begun.json", json.dumps(facts, indent=1).encode())
 
 
 def facts_of_beginning(here: Path) -> dict[str, Any]:
-    """What a run that goes on began with; nothing where there is nothing to go on from."""
+    """Returns what `same_beginning` recorded; empty when there is no checkpoint to resume from."""
     path = here / "begun.json"
     return (
         json.loads(path.read_text(encoding="utf-8"))
@@ -68,11 +88,18 @@ def facts_of_beginning(here: Path) -> dict[str, Any]:
 
 
 def stage_folder(run: Run, number: int, name: str) -> Path:
+    """Returns the folder of a stage's checkpoint."""
     return run.folder / "checkpoints" / f"{number:02d}-{name}"
 
 
 def finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> None:
-    """Keeps what the stage left: networks, rows, histograms; the training's own checkpoints are no longer needed."""
+    """Saves the checkpoint of a finished stage, and removes the checkpoints of its trainings.
+
+    Args:
+        run: The run: its networks, rows, layers and histograms are saved.
+        teacher_fingerprint: The teacher's fingerprint, None without a teacher.
+        seconds: Seconds spent since the run began.
+    """
     folder = stage_folder(run, run.stage, run.stage_name)
     if run.accelerator.is_main_process:
         tensors = {"student": run.student.state_dict(), "learned": run.learned}
@@ -82,8 +109,8 @@ def finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> N
                 zip(run.teacher.networks, run.teacher.members, strict=True)
             ):
                 tensors[f"teacher-{i}"] = network.state_dict()
-                seen = {} if member.mean is None else {"mean": member.mean, "std": member.std}
-                about[f"teacher-{i}"] = {**facts_of(run.data), **seen, "net": member.spec}
+                normalisation = {} if member.mean is None else {"mean": member.mean, "std": member.std}
+                about[f"teacher-{i}"] = {**facts_of(run.data), **normalisation, "net": member.spec}
         for moment, layers in run.histograms.items():
             tensors[f"weights-{moment}"] = {name: torch.from_numpy(array) for name, array in layers.items()}
         facts = {
@@ -102,8 +129,13 @@ def finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> N
 
 
 def resume(run: Run, stages: list) -> tuple[int, float]:
-    """Takes up what the newest finished stage left; returns the number of the first stage that is still to be run, and
-    the seconds spent before. Raises Mistake when the teacher is another than it was.
+    """Loads the checkpoint of the newest finished stage into the run.
+
+    Returns:
+        The number of the first stage that is not done, and the seconds spent before.
+
+    Raises:
+        Mistake: When the teacher differs from the one that the run began with.
     """
     for number in reversed(range(len(stages))):
         found = checkpoint.load(stage_folder(run, number, name_of(stages[number])))
@@ -112,7 +144,7 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
         tensors, facts = found
         if facts["student_spec"] != json.loads(
             json.dumps(run.student_spec)
-        ):  # a stage has made it another network: folded it, or removed channels
+        ):  # a stage has changed the architecture: folded BatchNorm, or removed channels
             run.student_spec = facts["student_spec"]
             run.student = build(run.student_spec, run.data.shape, len(run.data.classes))
         restore(run.student, tensors["student"])

@@ -1,4 +1,4 @@
-"""From a checked recipe to a report: builds what a run carries, runs the stages in order, skips what is done."""
+"""Runs a recipe: opens the run, runs the stages in order, skips the finished ones, writes the report."""
 
 import contextlib
 import shutil
@@ -36,18 +36,18 @@ def run(
     threads: int | None = None,
     allow_python: bool = False,
 ) -> dict[str, Any]:
-    """Runs a recipe and returns its report; goes on where an earlier, interrupted run of the same recipe stopped.
+    """Runs a recipe and returns its report; resumes an earlier, interrupted run of the same recipe.
 
     Args:
         path: The recipe's file, or the bare name of a shipped one.
         changes: {'stages.1.training.epochs': 2, ...}.
-        folder: Where the run's own folder NAME is made.
-        threads: Of each process, in place of the recipe's; a run that goes on keeps the number it began with.
+        folder: The folder in which the run's own folder NAME is made.
+        threads: Threads of each process, instead of the recipe's; a resumed run keeps the number it began with.
         allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
 
     Raises:
         RecipeError: For a faulty recipe.
-        Mistake: For what only the data and networks show.
+        Mistake: For mistakes that only the data and the networks show.
         FloatingPointError: For a loss that is not finite.
         Stopped: After SIGTERM or SIGHUP; the same call goes on from there.
     """
@@ -77,9 +77,17 @@ def begun(
     folder: str | Path = "runs",
     allow_python: bool = False,
 ) -> Iterator[Run]:
-    """A run as its first stages leave it: from its checkpoint where they are done, else they run now and `run` goes on there.
+    """Yields a run after its first stages, from their checkpoint or by running them; `run` can resume after them.
 
-    Raises what `run` raises.
+    Args:
+        path: The recipe's file, or the bare name of a shipped one.
+        num_stages: How many stages are run.
+        changes: {'stages.1.training.epochs': 2, ...}.
+        folder: The folder in which the run's own folder NAME is made.
+        allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+
+    Raises:
+        Everything that `run` raises.
     """
     started = time.time()
     with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator):
@@ -93,14 +101,25 @@ def begun(
 
 
 def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> Iterator[StageKeys]:
-    """Those of the stages that are not done yet, each with the run made ready for it, and kept when it is over."""
+    """Prepares the run for each unfinished stage and yields the stage; saves its checkpoint afterwards.
+
+    Args:
+        run: The run.
+        recipe: Its recipe.
+        stages: The first stages of the recipe, or all.
+        started: Time at which this process began the run.
+
+    Raises:
+        Mistake: For a teacher that only guesses, and for other images or another teacher than the run began with.
+        RuntimeError: When a stage changed the teacher without being one that trains it.
+    """
     accelerator = run.accelerator
     same_beginning(run, recipe)
     first, run.seconds_before = resume(run, stages)
     if run.teacher is not None and not any_teaches(recipe.stages) and first == 0:
         guard_teacher(run)
     proof = _fingerprint(run)
-    # A teacher's answers are worth keeping once it learns nothing more.
+    # The teacher's answers can only be kept after its last training.
     kept_from = 1 + max((n for n, stage in enumerate(recipe.stages) if teaches(stage)), default=-1)
     for number, stage in enumerate(stages[first:], first):
         run.stage, run.stage_name, run.num_fits = number, name_of(stage), 0
@@ -108,9 +127,7 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
             print(f"\n[{number + 1}/{len(stages)}] {run.stage_name}", flush=True)
         if run.teacher is not None and number == max(first, kept_from):
             run.cache = keep_answers(run, recipe, recipe.stages[kept_from:])
-        torch.manual_seed(
-            seed_of(recipe.seed, number)
-        )  # of what the stage makes new, the same in a resumed one
+        torch.manual_seed(seed_of(recipe.seed, number))  # so that a resumed stage draws the same numbers
         yield stage
         before, proof = proof, _fingerprint(run)
         if proof != before and not teaches(stage):
@@ -126,15 +143,15 @@ def _fingerprint(run: Run) -> str | None:
 
 
 def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) -> dict[str, Any]:
-    """The report of a run whose stages are done, written and shown."""
+    """Writes and prints the report of a run whose stages are all done; returns it."""
     result = _report(run, recipe, plain, run.seconds_before + time.time() - started)
     here = run.folder
     if run.accelerator.is_main_process:
-        views = here / "views"  # the teacher's answers, kept for this run
-        if views.is_symlink():  # lent by another one
-            views.unlink()
-        elif views.is_dir():
-            shutil.rmtree(views)
+        answers = here / "views"  # the cache of the teacher's answers, needed during the run only
+        if answers.is_symlink():  # the cache of another run
+            answers.unlink()
+        elif answers.is_dir():
+            shutil.rmtree(answers)
         report.write(here, result, run.histograms)
         files.write_bytes(here / "done", b"")
         print(
@@ -156,27 +173,27 @@ def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
 
 def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> dict[str, Any]:
     layers = []
-    for name, place in weights_of(run.student).items():
-        weight = place.value.detach().float().cpu().numpy()
-        told = run.layers.get(name, {})
-        num_weights, num_nonzero = weight.size, int((weight != 0).sum())
-        k = told.get("clusters")
+    for name, weight in weights_of(run.student).items():
+        array = weight.value.detach().float().cpu().numpy()
+        facts = run.layers.get(name, {})
+        num_weights, num_nonzero = array.size, int((array != 0).sum())
+        k = facts.get("clusters")
         layers.append(
             {
                 "layer": name,
-                "shape": list(weight.shape),
+                "shape": list(array.shape),
                 "num_weights": num_weights,
                 "num_nonzero": num_nonzero,
                 "sparsity": 1 - num_nonzero / num_weights,
-                "thresholds": told.get("thresholds"),
+                "thresholds": facts.get("thresholds"),
                 "clusters": k,
-                "bits": told.get("bits"),
+                "bits": facts.get("bits"),
                 "ratio_sharing": None
                 if k is None or not num_nonzero
-                else sharing_ratio(num_nonzero, 32, k * told.get("groups", 1)),
-                "file_bytes": told.get("file_bytes"),
-                "csr_bytes": csr_bytes(weight),
-                "csc_bytes": csc_bytes(weight),
+                else sharing_ratio(num_nonzero, 32, k * facts.get("groups", 1)),
+                "file_bytes": facts.get("file_bytes"),
+                "csr_bytes": csr_bytes(array),
+                "csc_bytes": csc_bytes(array),
             }
         )
     return {

@@ -1,4 +1,4 @@
-"""How much each layer can lose: accuracy against sparsity, one layer at a time, and what that suggests."""
+"""Measures the sensitivity of each layer to pruning, and suggests settings for a prune stage."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 SENSITIVITIES = tuple(step / 4 for step in range(1, 13))
-SHOWN = 20  # times the cost: as far below the unpruned accuracy the plot goes
+SHOWN = 20  # times the cost: how far below the unpruned accuracy the plot goes
 OTHERS, LIMIT = "#dfe3e6", "#c8743a"
 
 
@@ -47,14 +47,28 @@ def scan(
 ) -> dict[str, Any]:
     """Measures each layer's sensitivity to pruning, without recovery; writes scan.md, .png and .json.
 
-    They lie in runs/NAME. The student is as the stages before prune stage number `stage` (the first one)
-    leave it: from the run's checkpoint, or they run now. Each layer alone is pruned by magnitude, as far as
-    that stage's method goes: to sparsities, or where sensitivity says how much, by sensitivities. cost: the points of validation
-    accuracy that a suggested setting may cost, and every smaller setting of that layer too. Returns what
-    scan.json holds: "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation" of the student,
-    "layers" [{"layer", "num_weights", "points", "suggestion" (None: leave it alone), "sparsity"}], "together"
-    (all suggestions at once), "suggestion" (keys for the recipe).
-    Raises Mistake for a recipe without such a stage, and what `runner.run` raises.
+    The files are in runs/NAME. The student is that after the stages before the prune stage: from the run's
+    checkpoint, or they run now. Each layer is pruned alone, by magnitude: to several sparsities, or, if the stage's
+    method takes a sensitivity, with several sensitivities.
+
+    Args:
+        path: The recipe's file, or the bare name of a shipped one.
+        changes: {'stages.1.training.epochs': 2, ...}.
+        folder: The folder in which the run's own folder NAME is made.
+        stage: Number of the prune stage, counted from 0; None for the first one.
+        cost: The points of validation accuracy that a suggested setting, and every smaller one of that layer, may
+            cost.
+        allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+
+    Returns:
+        The content of scan.json: "name", "cost", "stage", "setting" ('sparsity' or 'sensitivity'), "top1_validation"
+        of the student, "layers" [{"layer", "num_weights", "points", "suggestion" (None: do not prune it),
+        "sparsity"}], "together" (all suggestions at once), "suggestion" (keys for the recipe).
+
+    Raises:
+        RecipeError: For a recipe without such a stage.
+        Mistake: For a cost that is not above 0, or a layer without weights to prune.
+        Everything that `runner.run` raises.
     """
     recipe, _ = read(path, dict(changes or {}), allow_python)
     number = prune_stage(recipe, stage)
@@ -83,7 +97,7 @@ def scan(
 
 
 def prune_stage(recipe: Recipe, number: int | None) -> int:
-    """The number of the prune stage meant, the first where none is named. RecipeError when there is none."""
+    """Returns the number of the prune stage: `number`, or for None the first. RecipeError when there is none."""
     known = [n for n, keys in enumerate(recipe.stages) if keys.stage == "prune"]
     if not known:
         raise RecipeError(recipe.fault(("stages",), "there is no stage prune in this recipe"))
@@ -99,16 +113,22 @@ def prune_stage(recipe: Recipe, number: int | None) -> int:
 
 @torch.no_grad()
 def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
-    """The scan itself, of the student as it stands."""
+    """Measures the run's present student; returns the content of scan.json without name, stage and cost.
+
+    Args:
+        run: The run.
+        keys: The prune stage of its recipe.
+        cost: The points of validation accuracy that a suggested setting may cost.
+    """
     weights = choose(weights_of(run.student), keys.exclude)
     criterion = find("method", keys.method)
     by_std = beside(criterion, "AMOUNT") == "sensitivity"
     run.student.to(run.accelerator.device).eval()
-    view = normalized(run.student, run.data)
+    network = normalized(run.student, run.data)
     labels = truth(run, run.data.validation)
 
     def accuracy() -> float:
-        return percent_right(predict(view, run.data.validation, run.accelerator), labels)
+        return percent_right(predict(network, run.data.validation, run.accelerator), labels)
 
     dense = accuracy()
     layers, masks = [], {}
@@ -126,7 +146,7 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
                     "top1_validation": accuracy(),
                 }
             points.append(point)
-            # `not >`, so that an accuracy that is not known (no labels) counts as no loss
+            # `not >`, so that an unknown accuracy (no labels) counts as no loss
             cheap = cheap and not dense - point["top1_validation"] > cost
             if cheap:
                 good, masks[name] = point, (weight, mask)
@@ -140,8 +160,8 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
             }
         )
         if run.accelerator.is_main_process:
-            told = f"up to {good['setting']:g}" if good else "leave it alone"
-            print(f"scan: {name}: {told}", flush=True)
+            message = f"up to {good['setting']:g}" if good else "leave it alone"
+            print(f"scan: {name}: {message}", flush=True)
     chosen = {layer["layer"]: layer["suggestion"] for layer in layers if layer["suggestion"] is not None}
     with _pruned(masks):
         left = sum(int(torch.count_nonzero(weight.value)) for weight in weights.values())
@@ -167,9 +187,9 @@ def measure(run: Run, keys: StageKeys, cost: float) -> dict[str, Any]:
 
 
 def _masks(weight: Weight, criterion: Callable | None) -> Iterator[tuple[float, Tensor]]:
-    """(setting, mask) from little to much, as long as something is left of the layer.
+    """Yields (setting, mask) with rising settings, as long as some weights of the layer remain.
 
-    criterion: one of sensitivities; None: by magnitude, to sparsities.
+    criterion: one that takes a sensitivity; None for magnitude, with sparsities.
     """
     alive = {weight.name: weight.mask}
     if criterion is not None:
@@ -179,7 +199,7 @@ def _masks(weight: Weight, criterion: Callable | None) -> Iterator[tuple[float, 
             except Mistake:
                 if sensitivity == SENSITIVITIES[0]:
                     raise
-                return  # it would prune every weight: the curve ends here
+                return  # this setting would prune every weight
             yield sensitivity, mask
         return
     dead = 0.0 if weight.mask is None else 1 - weight.mask.double().mean().item()
@@ -194,7 +214,7 @@ def _masks(weight: Weight, criterion: Callable | None) -> Iterator[tuple[float, 
 
 @contextlib.contextmanager
 def _pruned(masks: Mapping[str, tuple[Weight, Tensor]]) -> Iterator[None]:
-    """The weights with zeros where the masks say, while this lasts."""
+    """Sets the masked weights to zero inside the context, and restores them on exit."""
     kept = {name: weight.parameter.detach().clone() for name, (weight, _) in masks.items()}
     for weight, mask in masks.values():
         weight.parameter.masked_fill_(~mask, 0.0)
@@ -243,21 +263,21 @@ def _points(cost: float) -> str:
 
 
 def _yaml(suggestion: Mapping[str, Any]) -> str:
-    """The keys in one line, for a stage's braces."""
+    """Returns the keys in one line of YAML, without braces."""
     return yaml.safe_dump(dict(suggestion), default_flow_style=True, sort_keys=False, width=math.inf).strip()[
         1:-1
     ]
 
 
 def _figure(found: Mapping[str, Any]) -> "Figure":
-    """A panel for each layer: its curve, those of the others behind it, the limit, the point suggested."""
+    """Draws a panel for each layer: its curve before those of the others, the limit, the suggested point."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     layers, dense = found["layers"], found["top1_validation"]
     num_rows = -(-len(layers) // 4)
     num_columns = -(-len(layers) // num_rows)
-    top = 0.85 if num_columns > 2 else 1.05  # the words above take two lines where the figure is narrow
+    top = 0.85 if num_columns > 2 else 1.05  # the caption takes two lines in a narrow figure
     axes_grid = drawing.grid(num_rows, num_columns, (2.1, 1.5), (0.3, 0.55), top)
     curves = [
         (
@@ -266,11 +286,11 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         )
         for layer in layers
     ]
-    # What lies far below the limit is in the table: drawn whole, a collapse would press the rest flat.
+    # Values far below the limit are in the table only: they would compress the scale of the others.
     lowest = max(min(min(heights) for _, heights in curves), dense - SHOWN * found["cost"])
     highest = max(max(heights) for _, heights in curves)
     least_left = 1.0
-    for reach, heights in curves:  # each is seen until it has fallen out of the plot
+    for reach, heights in curves:  # each is drawn until it leaves the plot
         fallen = next((n for n, height in enumerate(heights) if height < lowest), -1)
         least_left = min(least_left, 1 - reach[fallen])
     flat = axes_grid.reshape(-1)
@@ -278,7 +298,7 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         axes.set_visible(False)
     for number, (axes, layer) in enumerate(zip(flat, layers, strict=False)):
         drawing.calm(axes)
-        # Spaced by the logarithm of what is left: half, a tenth and a hundredth of it can all be seen.
+        # A logarithmic scale of the remaining fraction, so that 1/2, 1/10 and 1/100 are all visible.
         axes.set_xscale(
             "function", functions=(lambda x: -np.log10(np.maximum(1 - x, 1e-9)), lambda z: 1 - 10.0**-z)
         )
@@ -302,7 +322,7 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         reach, heights = curves[number]
         axes.plot(reach, heights, color=drawing.BLUE, linewidth=1.6, zorder=3)
         short = layer["layer"] if len(layer["layer"]) <= 14 else f"…{layer['layer'][-13:]}"
-        said = "leave it alone"
+        setting = "leave it alone"
         if layer["suggestion"] is not None:
             point = next(p for p in layer["points"] if p["setting"] == layer["suggestion"])
             axes.plot(
@@ -314,9 +334,9 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
                 markeredgecolor="white",
                 zorder=4,
             )
-            said = f"{found['setting']} {layer['suggestion']:g}"
+            setting = f"{found['setting']} {layer['suggestion']:g}"
         axes.set_title(short, loc="left", fontsize=9, color=drawing.INK)
-        axes.set_title(said, loc="right", fontsize=7.5, color=drawing.BLUE)
+        axes.set_title(setting, loc="right", fontsize=7.5, color=drawing.BLUE)
         if number % num_columns == 0:
             axes.set_ylabel("validation %", fontsize=8, color=drawing.INK)
         else:
@@ -325,11 +345,11 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
             axes.set_xlabel("zeros in this layer (%)", fontsize=8, color=drawing.INK)
     drawing.title(flat[0].figure, f"{found['name']}: accuracy against sparsity, one layer at a time\n")
     width, height = flat[0].figure.get_size_inches()
-    told = (
+    caption = (
         f"over each panel the {found['setting']} suggested (the dot): it costs at most "
         f"{_points(found['cost'])} of validation accuracy (dashed); grey: the other layers"
     )
-    told = textwrap.fill(told, int(17 * width))
-    weight = (0.1 / width, 1 - 0.34 / height)
-    flat[0].figure.text(*weight, told, va="top", fontsize=8, color=drawing.INK)
+    caption = textwrap.fill(caption, int(17 * width))
+    position = (0.1 / width, 1 - 0.34 / height)
+    flat[0].figure.text(*position, caption, va="top", fontsize=8, color=drawing.INK)
     return flat[0].figure

@@ -1,4 +1,4 @@
-"""How many threads a run computes with: those it began with."""
+"""The number of threads of a run, which a resumed run keeps."""
 
 import contextlib
 import os
@@ -14,30 +14,37 @@ from trainer.runs.resuming import facts_of_beginning
 
 @contextlib.contextmanager
 def threads_of_a_run(here: Path, asked: int | None, accelerator: Accelerator) -> Iterator[None]:
-    """While this lasts torch computes with the threads that the run began with, or else those asked for, or all there are.
+    """Sets torch's number of threads inside the context, and restores the earlier number on exit.
 
-    The order of sums depends on the number, and so do the last bits of what is learned.
+    A resumed run keeps the number it began with, because the order of sums depends on it, and so do the last bits of
+    the weights.
+
+    Args:
+        here: The run's folder.
+        asked: The number requested; None for one thread per core, or what torch uses if that is less.
+        accelerator: The run's accelerator.
     """
     before = torch.get_num_threads()
     most = available_threads(accelerator.num_processes)
-    # What OMP_NUM_THREADS said, or a caller in Python, is the user's will, or a launcher's: who can tell?
+    # A lower number may come from OMP_NUM_THREADS, set by the user or by a launcher, or from a caller in Python;
+    # these cannot be message apart, so it is respected.
     now = asked or min(most, before)
     begun = facts_of_beginning(here).get("threads")
     number = begun or now
-    told = None
+    message = None
     if number != now:
-        told = (
+        message = (
             f"{here}: goes on with {_counted(number)}, as it began ({_counted(now)} would be used now): "
             "rounding depends on the number"
         )
     elif now < most and not asked and _launched() and accelerator.device.type == "cpu":
-        told = (
-            f"computing with {_counted(now)}, as OMP_NUM_THREADS says, which launchers set to 1 where nobody has; there are "
+        message = (
+            f"computing with {_counted(now)}, as set by OMP_NUM_THREADS (launchers set it to 1 by default); there are "
             f"cores for {most}: accelerate launch --num_cpu_threads_per_process {most}, or --threads {most}, "
             f"or threads: {most} in the recipe"
         )
-    if told and accelerator.is_main_process:
-        print(told, flush=True)
+    if message and accelerator.is_main_process:
+        print(message, flush=True)
     torch.set_num_threads(number)
     try:
         yield
@@ -46,7 +53,7 @@ def threads_of_a_run(here: Path, asked: int | None, accelerator: Accelerator) ->
 
 
 def available_threads(num_processes: int) -> int:
-    """One for each physical core that this process may use, divided among the processes of this machine."""
+    """Returns the number of physical cores for each process of this machine, at least 1."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     logical = len(affinity(0)) if affinity else os.cpu_count() or 1
     cores = min(psutil.cpu_count(logical=False) or logical, logical)
