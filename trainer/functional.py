@@ -1,4 +1,4 @@
-"""Prunes, shares and packs anybody's `nn.Module`, without a recipe."""
+"""Prunes, shares and packs any `nn.Module`, without a recipe."""
 
 import math
 import warnings
@@ -35,8 +35,8 @@ def prune(
 
     Args:
         model: The network. Its weights of two dimensions or more are pruned.
-        sensitivity: Sets the threshold of a layer: sensitivity x standard deviation of its surviving weights (Han et
-            al. 2015).
+        sensitivity: Sets the threshold of a layer: sensitivity x standard deviation of its surviving weights
+            (Han et al. 2015).
         sparsity: Fraction of each layer's weights, the smallest, that become zero.
         exclude: Layers to leave alone: 'first', 'last', a layer's name or a module's.
         keep: The old name of exclude.
@@ -47,7 +47,7 @@ def prune(
     if (sensitivity is None) == (sparsity is None):
         raise Mistake("exactly one of sensitivity and sparsity is needed")
     layers = _chosen(model, exclude, keep)
-    for layer in layers.values():  # all or none: before any layer is pruned
+    for layer in layers.values():  # all layers are checked before any is pruned
         refuse_shared(layer)
     if sensitivity is not None:
         factors = _numbers(layers, sensitivity, "sensitivity")
@@ -82,7 +82,8 @@ def share(
 ) -> dict[str, int]:
     """Makes each layer's non-zero weights share 2^bits values, in place; returns {layer: number of values}.
 
-    The values are found by exact one-dimensional k-means. Later training trains the values, not the single weights.
+    The values are found by exact one-dimensional k-means. Later training trains the values, not the single
+    weights.
 
     Args:
         model: The network. Its weights of two dimensions or more are shared; zeros stay zero.
@@ -109,7 +110,7 @@ def share(
     for name, (
         codes,
         centroids,
-    ) in shared.items():  # all or none: a layer that cannot be shared was found above
+    ) in shared.items():  # all layers were checked above
         set_codebook(layers[name], codes, centroids)
     return {
         name: len(centroids[codes[codes != 0].unique() - 1].unique())
@@ -118,6 +119,7 @@ def share(
 
 
 def _chosen(model: nn.Module, exclude: Iterable[str], keep: Iterable[str] | None) -> dict[str, Weight]:
+    """Returns the network's weights by layer, without the excluded ones. Raises Mistake if none is left."""
     if keep is not None:
         warnings.warn("keep is called exclude now", DeprecationWarning, stacklevel=3)
         exclude = [*exclude, *([keep] if isinstance(keep, str) else keep)]
@@ -130,6 +132,7 @@ def _chosen(model: nn.Module, exclude: Iterable[str], keep: Iterable[str] | None
 
 
 def _numbers(layers: Mapping[str, Weight], setting: Any, what: str) -> dict[str, float]:
+    """Returns a setting's number for each layer. Raises Mistake, naming it `what`, for other values."""
     found = per_layer(layers, setting, what)
     for name, value in found.items():
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -150,17 +153,18 @@ def pack(
     """Writes a network as one packed file; returns its size in bytes.
 
     Args:
-        model: The network. Masked and shared weights take little room.
+        model: The network. Pruned and shared weights take few bytes.
         path: The file to write.
         shape: (C, H, W) of the images; needed with spec.
-        mean: Of the images' normalisation, for each channel. Kept in the file, like std and classes, for prediction.
+        mean: Of the images' normalisation, for each channel. Stored in the file, like std and classes, for
+            prediction.
         std: Of the images' normalisation, for each channel.
         classes: Names of the classes.
-        spec: {"model": name, settings} as in a recipe, for networks of the models shelf or timm. `load(path)` then
-            rebuilds the network. Without spec, `load(path, into=network)` needs the network.
+        spec: {"model": name, settings} as in a recipe, for networks of the models shelf or timm. `load(path)`
+            then rebuilds the network. Without spec, `load(path, into=network)` needs the network.
 
     Raises:
-        Mistake: For a spec without a shape or without classes, and for classes that are no list.
+        Mistake: For a spec without a shape or without classes, and for classes that are not a list.
     """
     if spec is not None and len(shape) != 3:
         raise Mistake(

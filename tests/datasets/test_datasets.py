@@ -254,8 +254,8 @@ def test_damaged_images_may_be_skipped_up_to_one_in_a_hundred(animals):
 def test_pictures_are_opened_once_and_again_when_they_change(animals, monkeypatch):
     from trainer.data import examined
 
-    opened, look = [], examined._look
-    monkeypatch.setattr(examined, "_look", lambda path: opened.append(path) or look(path))
+    opened, check = [], examined._check
+    monkeypatch.setattr(examined, "_check", lambda path: opened.append(path) or check(path))
     image_folder(folder=animals, size=8)
     assert len(opened) == 6
     image_folder(folder=animals, size=8)

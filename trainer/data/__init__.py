@@ -1,1 +1,1 @@
-"""Images: sources, splits, augmented views, batches on the device."""
+"""Images: their sources and splits, augmented views, and batches on the device."""

@@ -1,8 +1,8 @@
-"""A view is a number: the augmented image is a function of (seed, view, index) alone.
+"""Augmentation. A view is a number: the augmented image is a function of (seed, view, index) alone.
 
-`draw` gives the random numbers of one view for all samples at once, `apply` turns a batch of stored images
-and their samples' numbers into the images that a network sees. An image's result depends on nothing but its
-own numbers, so whatever a teacher says about (view, index) can be kept and used again.
+`draw` returns the random numbers of one view for all samples at once. `apply` turns a batch of stored images
+and their random numbers into the input of a network. The result for an image depends only on its own numbers,
+so a teacher's output for (view, index) can be kept and reused.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
-# How many random numbers each setting needs, in the order of their columns.
+# Random numbers that each setting needs for one image, in the order of their columns.
 _NUMBERS = {
     "flip": 1,
     "shift": 2,
@@ -32,18 +32,26 @@ _NUMBERS = {
 
 
 def num_parameters(augment: Augment) -> int:
-    """P, the random numbers that each image of a view needs: none for the settings that are off."""
+    """Returns P, the number of random numbers for each image of a view. Settings that are off need none."""
     return sum(count for name, count in _NUMBERS.items() if getattr(augment, name))
 
 
 def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
-    """The random numbers of a view: float32 [num_samples, P] in [0, 1), row i for sample i.
+    """Draws the random numbers of a view.
 
-    The same on every machine and with every version of the libraries (NumPy promises both the seeding and the
-    raw stream of a bit generator), and the same for a sample whatever num_samples is. Seed and view are not
-    negative.
+    They are the same on every machine and with every version of the libraries, because NumPy guarantees both
+    the seeding and the raw stream of a bit generator. The row of a sample does not depend on num_samples.
+
+    Args:
+        augment: The settings of the augmentation.
+        seed: The seed of the data, not negative.
+        view: The number of the view, not negative.
+        num_samples: The number of images in the source.
+
+    Returns:
+        float32 [num_samples, P] in [0, 1), row i for sample i.
     """
-    # The word keeps the stream apart from any other that is seeded with the same two numbers.
+    # The word "view" separates this stream from others that are seeded with the same two numbers.
     words = np.random.SeedSequence(seed, spawn_key=(int.from_bytes(b"view"), view))
     count = num_parameters(augment)
     raw = np.random.PCG64(words).random_raw(num_samples * count)
@@ -51,10 +59,18 @@ def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
 
 
 def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
-    """The views of a batch: images uint8 [N, C, H, W] with their rows of `draw` give float32 in [0, 1].
+    """Augments a batch of images, on their device. With all settings off, the result is exactly images / 255.
 
-    Works on the images' device. With everything off the result is images / 255 exactly. Raises Mistake if
-    the parameters are not those of these settings, or a shift reaches beyond the image.
+    Args:
+        augment: The settings of the augmentation.
+        images: uint8 [N, C, H, W].
+        parameters: float32 [N, P], the rows of `draw` for these images.
+
+    Returns:
+        float32 [N, C, H, W] in [0, 1].
+
+    Raises:
+        Mistake: If the parameters do not belong to these settings, or a shift is as large as the image.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; they are uint8 [N, C, H, W]")
@@ -75,7 +91,7 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
     shift = _whole(number["shift"], augment.shift) if augment.shift else None
     if augment.rotate or augment.scale or augment.shear or augment.elastic:
         grid = _grid(augment, number, shift, images.shape[2:])
-        # Rounding may put an interpolated value a hair above the greatest.
+        # Rounding errors may put an interpolated value slightly above 1.
         out = functional.grid_sample(images.float() / 255, grid, align_corners=False).clamp_(0, 1)
     else:
         out = (images if shift is None else _shifted(images, shift, augment.shift)).float() / 255
@@ -83,7 +99,7 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
     if augment.brightness:
         out = out * _factor(number["brightness"], augment.brightness)[:, :, None, None]
     if augment.contrast:
-        # The mean of the stored image: a sum of whole numbers is the same in any order.
+        # The mean of the stored image, because a sum of integers is the same in any order.
         assert means is not None
         mean = means[:, None, None, None]
         out = mean + (out - mean) * _factor(number["contrast"], augment.contrast)[:, :, None, None]
@@ -95,7 +111,7 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _between(numbers: Tensor, limit: float) -> Tensor:
-    """[0, 1) to -limit .. limit."""
+    """Maps [0, 1) linearly to [-limit, limit)."""
     return (2 * numbers - 1) * limit
 
 
@@ -104,25 +120,25 @@ def _factor(numbers: Tensor, fraction: float) -> Tensor:
 
 
 def _whole(numbers: Tensor, limit: int) -> Tensor:
-    """[0, 1) to the whole numbers -limit .. limit."""
-    # The greatest number below 1 times a count is rounded up to the count.
+    """Maps [0, 1) to the integers from -limit to limit, each equally likely."""
+    # The largest float below 1, times a count, may be rounded up to the count: hence the clamp.
     return (numbers * (2 * limit + 1)).floor().clamp(max=2 * limit).long() - limit
 
 
 def _shifted(images: Tensor, shift: Tensor, limit: int) -> Tensor:
-    """Each image moved right and down by its own whole pixels: a window out of the padded image."""
+    """Moves each image right and down by its own number of whole pixels, as a window of the padded image."""
     padded = functional.pad(images, (limit,) * 4)
-    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # a view: nothing is copied
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)  # nothing is copied yet
     right, down = shift.unbind(1)
     return windows[torch.arange(len(images), device=images.device), :, limit - down, limit - right]
 
 
 def _grid(augment: Augment, number: dict[str, Tensor], shift: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Where each pixel of the views comes from, [N, H, W, 2] as grid_sample wants it.
+    """Returns where in the stored image each output pixel is sampled, as grid_sample's [N, H, W, 2].
 
-    In pixels from the image's centre: the output position less the shift, slanted, turned and divided by the
-    scale, plus the warp. Products and sums stand apart, one operation each, so that they are rounded alike
-    wherever an image lies in the batch.
+    In pixels from the image's centre: the output position minus the shift, sheared, rotated and divided by
+    the scale, plus the elastic displacement. Products and sums are separate operations, so that rounding does
+    not depend on an image's position in the batch.
     """
     height, width = shape
     any_number = next(iter(number.values()))
@@ -131,19 +147,19 @@ def _grid(augment: Augment, number: dict[str, Tensor], shift: Tensor | None, sha
     def amount(name: str, limit: float) -> Tensor:
         return _between(number[name][:, 0], limit) if name in number else zero
 
-    turn = torch.deg2rad(amount("rotate", augment.rotate))
-    slant = torch.tan(torch.deg2rad(amount("shear", augment.shear)))
-    size = 1 + amount("scale", augment.scale)
-    cos, sin = torch.cos(turn) / size, torch.sin(turn) / size
+    angle = torch.deg2rad(amount("rotate", augment.rotate))
+    shear = torch.tan(torch.deg2rad(amount("shear", augment.shear)))
+    scale = 1 + amount("scale", augment.scale)
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     right, down = (zero, zero) if shift is None else shift.to(zero.dtype).unbind(1)
 
-    # Pixel p from the centre lies at 2 p / side in grid_sample's coordinates, with align_corners=False.
+    # A pixel at p from the centre is at 2 p / side in grid_sample's coordinates, with align_corners=False.
     across = torch.arange(width, device=zero.device) - (width - 1) / 2 - right[:, None]
     along = torch.arange(height, device=zero.device) - (height - 1) / 2 - down[:, None]
-    # (x, y) as one complex number: a single addition, thrice as quick as one for each coordinate.
+    # (x, y) as one complex number: a single addition is three times as fast as one for each coordinate.
     per_column, per_row = (
-        torch.complex(place * (to_x * (2 / width))[:, None], place * (to_y * (2 / height))[:, None])
-        for place, to_x, to_y in [(across, cos, sin), (along, slant * cos - sin, slant * sin + cos)]
+        torch.complex(position * (to_x * (2 / width))[:, None], position * (to_y * (2 / height))[:, None])
+        for position, to_x, to_y in [(across, cos, sin), (along, shear * cos - sin, shear * sin + cos)]
     )
     grid = torch.view_as_real(per_column[:, None, :] + per_row[:, :, None])
     if augment.elastic:
@@ -154,20 +170,20 @@ def _grid(augment: Augment, number: dict[str, Tensor], shift: Tensor | None, sha
 
 
 def _smooth(control: Tensor, height: int, width: int) -> Tensor:
-    """Control points [N, 4, 4] spread over the image by cubic interpolation, [N, H, W]."""
+    """Interpolates control points [N, 4, 4] cubically over the image; returns [N, H, W]."""
     points = torch.eye(_CONTROL_POINTS, device=control.device)[None, None]
     down, across = (
         functional.interpolate(points, size=(_CONTROL_POINTS, side), mode="bicubic", align_corners=True)[0, 0]
         for side in (height, width)
     )
-    # Sums written out: a matrix product's order of summation changes with the number of images.
+    # Explicit sums, because the summation order of a matrix product changes with the number of images.
     rows: Any = sum(control[:, :, point, None] * across[point] for point in range(_CONTROL_POINTS))
-    found: Any = sum(rows[:, point, None, :] * down[point][:, None] for point in range(_CONTROL_POINTS))
-    return found
+    smooth: Any = sum(rows[:, point, None, :] * down[point][:, None] for point in range(_CONTROL_POINTS))
+    return smooth
 
 
 def _rectangles(numbers: Tensor, fraction: float, shape: Sequence[int]) -> Tensor:
-    """True in a rectangle of a `fraction` of the images, [N, 1, H, W]."""
+    """Returns bool [N, 1, H, W]: True in a random rectangle of a random `fraction` of the images."""
     height, width = shape
     chosen, area, ratio, top, left = numbers.unbind(1)
     area = (0.02 + area * (0.33 - 0.02)) * (height * width)
@@ -177,7 +193,7 @@ def _rectangles(numbers: Tensor, fraction: float, shape: Sequence[int]) -> Tenso
     for start, side, limit in zip((top, left), sides, shape, strict=True):
         side = side.round().clamp(1, limit)
         start = (start * (limit - side + 1)).floor().clamp(max=limit - side)
-        place = torch.arange(limit, device=numbers.device)
-        inside.append((place >= start[:, None]) & (place < (start + side)[:, None]))
+        position = torch.arange(limit, device=numbers.device)
+        inside.append((position >= start[:, None]) & (position < (start + side)[:, None]))
     rows, columns = inside
     return (rows[:, :, None] & columns[:, None, :] & (chosen < fraction)[:, None, None])[:, None]

@@ -18,16 +18,21 @@ from trainer.recipe.keys import DataKeys
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
-    """Opens the dataset, splits off the validation part and puts what is in memory on the device."""
+    """Opens the dataset, splits off the validation part, and moves images that are in memory to the device.
+
+    Raises:
+        Mistake: When the validation part and the subset do not fit in the training images, or mean and std do
+            not fit the number of channels.
+    """
     source = _source(keys)
     own_validation = source.validation is not None
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
     held_out = 0
     if not own_validation:
-        assert not isinstance(keys.validation, Path)  # that is the source's own
-        fraction = isinstance(keys.validation, float)
-        held_out = round(keys.validation * total) if fraction else int(keys.validation)
+        assert not isinstance(keys.validation, Path)  # then the source has its own validation images
+        is_fraction = isinstance(keys.validation, float)
+        held_out = round(keys.validation * total) if is_fraction else int(keys.validation)
     size = total - held_out if keys.subset is None else keys.subset
     if (held_out < 1 and not own_validation) or size < 1 or held_out + size > total:
         raise Mistake(
@@ -35,7 +40,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         )
     kept = None
     if keys.keep_views:
-        assert keys.views is not None  # or the recipe is refused
+        assert keys.views is not None  # the recipe refuses keep_views without views
         kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
@@ -43,14 +48,14 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
             f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels"
         )
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
-    # All images where they are at hand, some where they must be read first.
-    some = (
+    # All images if they are in memory, a sample of them if they must be read from disk.
+    sample = (
         source.train.images
         if isinstance(source.train, InMemory)
         else source.train.__getitems__(order[:256].tolist())[0]
     )
-    digest.update(some.contiguous().numpy().data)
-    train = _placed(source.train, device)
+    digest.update(sample.contiguous().numpy().data)
+    train = _on_device(source.train, device)
     if isinstance(train, InMemory):
         order = order.to(train.images.device)
     return Data(
@@ -58,8 +63,8 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
         validation=Part(train, order[:held_out].sort().values, keys.workers)
         if source.validation is None
-        else _whole(_placed(source.validation, device), keys.workers),
-        test=_whole(_placed(source.test, device), keys.workers),
+        else _whole(_on_device(source.validation, device), keys.workers),
+        test=_whole(_on_device(source.test, device), keys.workers),
         classes=source.classes,
         mean=mean,
         std=std,
@@ -77,20 +82,21 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     )
 
 
-def _placed(images: Images, device: torch.device) -> Images:
-    """Returns images in memory on the device, and images that are read from disk as they are."""
+def _on_device(images: Images, device: torch.device) -> Images:
+    """Moves images in memory to the device; returns images that are read from disk unchanged."""
     if isinstance(images, InMemory) and device.type != "cpu":
         return InMemory(images.images.to(device), images.labels.to(device))
     return images
 
 
 def _whole(images: Images, workers: int) -> Part:
+    """Returns all images of a set as one part."""
     device = images.images.device if isinstance(images, InMemory) else None
     return Part(images, torch.arange(len(images), device=device), workers)
 
 
 def _source(keys: DataKeys) -> Source:
-    """What the dataset's file gives; validation images of their own where the recipe says nothing else."""
+    """Returns the dataset's images, without its own validation images if the recipe splits off others."""
     function, settings = shelves.find("dataset", keys.dataset), shelves.own_settings(keys, DataKeys)
     if isinstance(keys.validation, Path):
         if "validation_folder" not in shelves.fields(function):
@@ -105,25 +111,36 @@ def _source(keys: DataKeys) -> Source:
         and not isinstance(keys.validation, Path)
     ):
         source.notes.append(
-            f"the validation images that are there are left out: validation: {keys.validation} says otherwise"
+            f"the dataset's own validation images are not used, because validation is {keys.validation}"
         )
         source.validation = None
     return source
 
 
 def seed_of(*numbers: int | str) -> int:
-    """A seed that is a function of the numbers alone: what is drawn after it is the same in a resumed run."""
+    """Returns a seed that depends on the numbers only, so that a resumed run draws the same numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
 
 
 def epoch_order(
     num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int
 ) -> list[Tensor]:
-    """Positions of this process's fraction of every batch of an epoch: a function of (seed, epoch) alone.
+    """Returns the positions of this process's images in each batch, a function of (seed, epoch) alone.
 
-    batch_size counts the images of all processes together. The last batch may be smaller; if it would give each process
-    one image, which BatchNorm cannot normalise, it joins the one before. With several processes each batch is filled up
-    from the start of the order, so that all have equally many.
+    The last batch may be smaller. If it would give each process one image, which BatchNorm cannot normalise,
+    it is merged into the batch before it. With several processes the last batch is padded with images from
+    the start of the order, so that all processes have the same number.
+
+    Args:
+        num_images: The number of training images.
+        batch_size: Images of a batch, of all processes together.
+        seed: The seed of the order.
+        epoch: The number of the epoch.
+        rank: The number of this process.
+        num_processes: The number of processes.
+
+    Returns:
+        For each batch int64 [images of this process].
     """
     order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_images))
     batches = list(order.split(batch_size))
@@ -145,16 +162,26 @@ def num_batches(num_images: int, batch_size: int, num_processes: int) -> int:
 def batches(
     part: Part, order: list[Tensor], workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """images uint8 [N, C, H, W], labels [N] and index [N], on the device, for each batch of positions."""
+    """Yields images uint8 [N, C, H, W], labels int64 [N] and index int64 [N] of each batch, on the device.
+
+    Args:
+        part: The images.
+        order: The positions in the part, one tensor for each batch (`epoch_order`).
+        workers: The number of processes that read images from disk.
+        device: The device that batches are moved to.
+
+    Raises:
+        Mistake: For an image that cannot be read.
+    """
     if isinstance(part.images, InMemory):
         for positions in order:
             yield part.__getitems__(positions.to(part.ids.device))
         return
-    told: Any = _Telling(part)
+    dataset: Any = _ReturnsMistakes(part)
     loader: DataLoader[Any] = DataLoader(
-        told,
+        dataset,
         batch_sampler=[positions.tolist() for positions in order],
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
@@ -165,8 +192,11 @@ def batches(
         yield images.to(device, non_blocking=True), labels.to(device), index.to(device)
 
 
-class _Telling:
-    """A part that gives a mistake of the user's back: raised in a loader's process it would come with that one's traceback."""
+class _ReturnsMistakes:
+    """A part that returns a Mistake instead of raising it.
+
+    Raised in a worker process, its message would contain the traceback of that process.
+    """
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -181,18 +211,29 @@ class _Telling:
             return error
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 
 def mix(
     images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float
 ) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself reversed; labels become [N, K].
+    """Mixes a batch with its own reverse by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019).
 
-    With both given one of them is chosen for each batch, evenly. Draws from torch's global generator.
+    If both are on, one of them is drawn for each batch with equal probability. Draws from torch's global
+    generator.
+
+    Args:
+        images: float [N, C, H, W].
+        labels: int64 [N], -1 for unlabelled images.
+        num_classes: K, the number of classes.
+        mixup: Alpha of mixup's beta distribution, 0 for off.
+        cutmix: Alpha of CutMix's beta distribution, 0 for off.
+
+    Returns:
+        The mixed images [N, C, H, W] and the mixed one-hot labels [N, K].
     """
-    # An unlabelled image (-1) has no class: its row is all zeros.
+    # The row of an unlabelled image (-1) is all zeros.
     one_hot = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(images.dtype)
     use_cutmix = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
     alpha = cutmix if use_cutmix else mixup

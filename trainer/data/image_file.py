@@ -1,4 +1,4 @@
-"""How a picture is brought to a network's input: the one answer, for training, measuring, predicting and exports."""
+"""Reads an image file as a network's input, alike in training, evaluation, prediction and exports."""
 
 import contextlib
 import struct
@@ -12,14 +12,14 @@ from torch import Tensor
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
-# Formats that Pillow lists and only some other program reads, or that hold no picture.
+# Formats that Pillow lists but reads only through another program, or that hold no image.
 NOT_READ = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "PDF"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-FEW_LEVELS = 32  # a picture of fewer levels of brightness is black to a network
+FEW_LEVELS = 32  # an image with fewer levels of brightness is black to a network
 
 
 def endings() -> set[str]:
-    """Endings of the files that Pillow can read, in lower case: '.jpg', '.jfif', '.avif' ..."""
+    """Returns the suffixes of the files that Pillow can read, in lower case: '.jpg', '.jfif', '.avif' ..."""
     return {
         ending
         for ending, kind in Image.registered_extensions().items()
@@ -33,16 +33,17 @@ def open_image(
     background: tuple[int, int, int] = (255, 255, 255),
     depth: int = 16,
 ) -> Image.Image:
-    """An image file upright, as grey ('L') or 'RGB', 8 bits a channel, transparent pixels laid on the background.
+    """Opens an image with 8 bits per channel, rotated by its EXIF orientation, without transparency.
 
     Args:
-        path: The file, or a picture that is open already. Its EXIF orientation is followed.
-        mode: 'L' or 'RGB'.
-        background: Under transparent pixels.
-        depth: Bits of the samples where the file has 16: the brightest of them is white.
+        path: The file, or an open image.
+        mode: 'L' (grey) or 'RGB'.
+        background: (R, G, B), 0 to 255, under transparent pixels.
+        depth: Bits of the samples in 16-bit files; 2^depth - 1 is white.
 
     Raises:
-        Mistake: Naming the file, when it is no image, a damaged one, or one of other numbers (32 bits, fractions).
+        Mistake: With the file's name, if it is not an image, is damaged, or has other samples (32 bits,
+            floats).
     """
     try:
         if isinstance(path, np.ndarray):
@@ -60,6 +61,7 @@ def open_image(
 
 
 def _deep_samples(image: Image.Image) -> np.ndarray:
+    """Returns the samples [H, W] of a grey image above 8 bits. Raises Mistake if they exceed 16 bits."""
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 2**16:
         raise Mistake(f"has pixels of {values.dtype} up to {values.max():g}; 8 and 16 bits are allowed")
@@ -67,23 +69,25 @@ def _deep_samples(image: Image.Image) -> np.ndarray:
 
 
 def _from_deep(image: Image.Image, depth: int) -> Image.Image:
-    values = _deep_samples(image)  # Pillow's own conversion would cut them off at 255
+    """Scales the samples of a 16-bit grey image to 8 bits."""
+    values = _deep_samples(image)  # Pillow's own conversion would clip them at 255
     return Image.fromarray(np.round(np.minimum(values / (2**depth - 1), 1) * 255).astype(np.uint8))
 
 
 def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if not image.has_transparency_data:
         return image
-    picture = image.convert("RGBA")
-    ground = Image.new("RGBA", picture.size, (*background, 255))
-    return Image.alpha_composite(ground, picture).convert("RGB")
+    transparent = image.convert("RGBA")
+    opaque = Image.new("RGBA", transparent.size, (*background, 255))
+    return Image.alpha_composite(opaque, transparent).convert("RGB")
 
 
 def brightest(path: str | Path) -> int | None:
-    """The greatest sample of a grey file of 16 bits; None for others. Opens the whole picture.
+    """Returns the greatest sample of a 16-bit grey file, None for other files. Decodes the whole image.
 
-    Raises Mistake as `open_image`, and for a colour picture of 16 bits so dark that of the upper 8, which Pillow gives,
-    fewer than `FEW_LEVELS` are used.
+    Raises:
+        Mistake: As `open_image`; and for a 16-bit colour image so dark that its upper 8 bits, the only ones
+            that Pillow reads, have fewer than `FEW_LEVELS` levels.
     """
     try:
         with Image.open(path) as image:
@@ -105,7 +109,7 @@ def brightest(path: str | Path) -> int | None:
 
 
 def _is_deep_colour(path: str | Path, image: Image.Image) -> bool:
-    """Whether a picture with several channels has 16 bits in each, of which Pillow gives the upper 8."""
+    """Returns whether an image of several channels has 16 bits in each, of which Pillow reads the upper 8."""
     if image.format == "PNG":
         with open(path, "rb") as file:
             head = file.read(26)
@@ -114,21 +118,23 @@ def _is_deep_colour(path: str | Path, image: Image.Image) -> bool:
 
 
 def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> Tensor:
-    """An image file as the uint8 [C, H, W] that the reading says.
+    """Returns an image file as uint8 [C, H, W], cropped and resized as in `reading`.
 
-    Raises Mistake as `open_image`, and for a number of channels that pictures do not have.
+    Raises:
+        Mistake: As `open_image`, and for other numbers of channels than 1 and 3.
     """
     channels, height, width = reading.shape
     if channels not in (1, 3):
-        raise Mistake(f"{path}: the network wants {channels} channels; images have 1 or 3")
+        raise Mistake(f"{path}: the network takes {channels} channels; images have 1 or 3")
     image = open_image(path, "L" if channels == 1 else "RGB", reading.background, reading.depth)
-    fitted = _cut_whole_pixels if reading.cut == "whole pixels" else _middle_box
-    pixels = torch.from_numpy(np.array(fitted(image, height, width, reading)))
+    fit = _cut_whole_pixels if reading.cut == "whole pixels" else _middle_box
+    pixels = torch.from_numpy(np.array(fit(image, height, width, reading)))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 def _middle_box(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:
-    # The box is cut while resizing: a picture of 100,000 x 1 is never made large.
+    """Resizes the middle box, with the input's aspect ratio, to height x width."""
+    # The box is cropped while resizing, so that an image of 100,000 x 1 pixels never becomes large.
     scale = min(image.width / width, image.height / height) * reading.crop
     box_width, box_height = scale * width, scale * height
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
@@ -137,8 +143,9 @@ def _middle_box(image: Image.Image, height: int, width: int, reading: Reading) -
 
 
 def _cut_whole_pixels(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:
+    """Resizes the image to cover height x width, then crops the middle (packed files of version 1)."""
     scale = max(height / image.height, width / image.width)
-    # What will be cut off is cut off before resizing, but for what the filter looks at.
+    # Crops what is not needed before resizing, except for the margin that the filter reads.
     reach_x, reach_y = (int(np.ceil((side / scale + 8) / 2)) for side in (width, height))
     middle_x, middle_y = image.width // 2, image.height // 2
     if image.width > 64 * width or image.height > 64 * height:

@@ -1,4 +1,4 @@
-"""Images in memory or on disk, and the parts of a run's data."""
+"""Labelled images in memory or on disk, and the parts of a run's data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ from trainer.mistakes import Mistake
 class Images(Protocol):
     """A set of labelled images: in memory (`InMemory`) or read from disk."""
 
-    labels: Tensor  # [len] int64, -1 where a label is not known
+    labels: Tensor  # int64 [len], -1 for unlabelled images
 
     def __len__(self) -> int: ...
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """images uint8 [N, C, H, W] and labels int64 [N] of the positions."""
+        """Returns images uint8 [N, C, H, W] and labels int64 [N] at the positions."""
 
 
 class InMemory:
-    """Images held as one uint8 tensor [num_images, C, H, W], fetched a batch at a time."""
+    """Images in one uint8 tensor [num_images, C, H, W], with labels [num_images]; read a batch at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
@@ -37,18 +37,25 @@ class InMemory:
         return len(self.images)
 
     def __getitems__(self, positions: Tensor | list[int]) -> tuple[Tensor, Tensor]:
-        where = torch.as_tensor(positions, device=self.images.device)
-        # Rows of bytes in one piece: nine times as quick as images[where].
-        return self.images.index_select(0, where), self.labels.index_select(0, where)
+        index = torch.as_tensor(positions, device=self.images.device)
+        # index_select copies whole rows of bytes: nine times as fast as images[index].
+        return self.images.index_select(0, index), self.labels.index_select(0, index)
 
 
 @dataclass
 class Source:
-    """What a dataset file gives: training and test images and how they look.
+    """What a dataset function returns: training and test images, and facts about them.
 
-    mean, std: per channel, of the training images scaled to [0, 1]. shape: (C, H, W). validation: images of their own;
-    None where they are split off the training set. reading: how an image file becomes such an image; the default of the
-    shape for data that is in no image files. notes: what the user should know of the data, a line each.
+    Attributes:
+        train: The training images.
+        test: The test images.
+        classes: Names of the classes, in the order of the labels.
+        mean: For each channel, of the training images scaled to [0, 1].
+        std: For each channel, likewise.
+        shape: (C, H, W) of the images.
+        validation: Separate validation images; None if they are split off the training set.
+        reading: How an image file is read as such an image; None for the default of the shape.
+        notes: Lines about the data for the user.
     """
 
     train: Images
@@ -64,9 +71,12 @@ class Source:
 
 @dataclass
 class Part:
-    """Some of a source's images. ids: [len] int64, each sample's position in the source, the same in every run.
+    """Some of a source's images, for example the training images without the validation images.
 
-    workers: processes that read the images, where they lie on disk.
+    Attributes:
+        images: The source's images.
+        ids: int64 [len], each sample's position in the source, the same in every run.
+        workers: The number of processes that read images from disk.
     """
 
     images: Images
@@ -77,7 +87,7 @@ class Part:
         return len(self.ids)
 
     def __getitems__(self, positions: Tensor | list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """images uint8 [N, C, H, W], labels int64 [N], index int64 [N] of positions within this part."""
+        """Returns images uint8 [N, C, H, W], labels int64 [N] and index int64 [N] at positions in it."""
         index = self.ids[positions]
         if isinstance(self.images, InMemory):
             return *self.images.__getitems__(index), index
@@ -85,17 +95,33 @@ class Part:
 
     @property
     def labels(self) -> Tensor:
+        """The labels, int64 [len], -1 for unlabelled images."""
         return self.images.labels[self.ids]
 
 
 @dataclass
 class Data:
-    """The images of a run. The train and validation parts come from the source's training set, test from its own.
+    """The images of a run, with the settings of their augmentation.
 
-    num_samples: size of the source's training set, so that every `index` is below it. views: how many different
-    augmented views there are before they repeat, None for endless ones. kept: the `data.KeptViews`, if any.
-    fingerprint: tells one set of training images from another. reading: how an image file becomes such an image
-    (None: by the default for the shape). notes: what the user should know of the data.
+    Attributes:
+        name: The dataset's name.
+        train: The part that is trained on, from the source's training set.
+        validation: The validation part, from the source's training set or its own validation images.
+        test: The source's test images.
+        classes: Names of the classes, in the order of the labels.
+        mean: Of the normalisation, for each channel.
+        std: Of the normalisation, for each channel.
+        shape: (C, H, W) of the images.
+        num_samples: Size of the source's training set; every `index` is below it.
+        augment: The settings of the augmentation.
+        views: The number of augmented views before they repeat, None for no limit.
+        kept: The `views.KeptViews`, if any.
+        seed: The seed of the data.
+        mixup: Alpha of mixup, 0 for off.
+        cutmix: Alpha of CutMix, 0 for off.
+        fingerprint: A hash that differs between sets of training images.
+        reading: How an image file is read as such an image; None for the default of the shape.
+        notes: Lines about the data for the user.
     """
 
     name: str
@@ -119,16 +145,17 @@ class Data:
 
     @property
     def mixed(self) -> bool:
-        """Whether training images are mixed with others: what is seen then has no number and no single label."""
+        """Whether training images are mixed with others. A mixed image has no index and no single label."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
     def labelled(self) -> bool:
+        """Whether all training images have labels."""
         return bool((self.train.labels >= 0).all())
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std per channel; images [N, C, H, W] in [0, 1]."""
+    """Returns (images - mean) / std for each channel, of images [N, C, H, W] in [0, 1]."""
     if len(mean) != images.shape[1] or len(std) != images.shape[1]:
         raise Mistake(
             f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels"

@@ -1,4 +1,4 @@
-"""The picture files below a folder and the class of each, and what was passed over."""
+"""Lists the image files below a folder, with the class of each and the number of skipped files."""
 
 import os
 import re
@@ -14,10 +14,14 @@ from trainer.mistakes import Mistake
 
 @dataclass
 class Listing:
-    """Picture files in the order of their paths; classes[i] is the class of files[i], '' where it lies in no subfolder.
+    """The image files below a folder.
 
-    folders: names of all class folders, those without a picture among them. passed_over: how many files have each other
-    ending. num_links: links that lead to what is listed already.
+    Attributes:
+        files: Their paths, in natural order.
+        classes: classes[i] is the class of files[i], '' if it is in no subfolder.
+        folders: Names of all class folders, including those without images.
+        passed_over: The number of skipped files of each other suffix.
+        num_links: The number of skipped links to files and folders that are listed already.
     """
 
     files: list[str] = field(default_factory=list)
@@ -27,26 +31,29 @@ class Listing:
     num_links: int = 0
 
     def counts(self) -> Counter[str]:
+        """Returns the number of files of each class."""
         return Counter(self.classes)
 
     def described(self) -> str:
-        """What was passed over, for the line that says what was found; '' where nothing was."""
+        """Returns the end of a message that lists the skipped files; '' if there are none."""
         parts = []
         if self.passed_over:
             most = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0] or "~"))[:5]
-            told = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in most)
-            parts.append(f"{self.passed_over.total()} files by their ending ({told})")
+            endings_text = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in most)
+            parts.append(f"{self.passed_over.total()} files by their ending ({endings_text})")
         if self.num_links:
             parts.append(f"{self.num_links} link{'s' * (self.num_links > 1)} to what is there already")
         return f"; passed over: {' and '.join(parts)}" if parts else ""
 
 
 def list_images(folder: Path) -> Listing:
-    """Lists every picture file below a folder once, however links and loops lead to it. Dot files are left out.
+    """Lists every image file below a folder once, even if several links reach it. Skips dot files.
 
-    The class is the name of the topmost subfolder, in Unicode's composed form. A file that lies below the folder counts
-    where it lies; one from elsewhere that links lead to counts at the first of them.
-    Raises Mistake for a folder that is not there, and for names that are not UTF-8.
+    The class is the name of the topmost subfolder, in Unicode's composed form. A file below the folder is
+    listed under its own path, a file outside it under the first link that reaches it.
+
+    Raises:
+        Mistake: For a missing folder, and for names that are not UTF-8.
     """
     if not folder.is_dir():
         raise Mistake(f"there is no folder {folder}")
@@ -72,9 +79,9 @@ def list_images(folder: Path) -> Listing:
 
 
 def _reached(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """(path, whether a link led to it) of the files below a folder, and of folders that a link leads to once more.
+    """Yields (path, whether it was reached by a link) of files, and of folders that were entered before.
 
-    What lies here itself comes first, then what links lead to. Each folder is entered once.
+    Paths without links come first. Each folder is entered once.
     """
     entered: set[tuple[int, int]] = set()
     own, linked = deque([folder]), deque[Path]()
@@ -94,6 +101,7 @@ def _reached(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
+    """Returns the device and inode of a path, equal for all links to a file."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -109,17 +117,17 @@ def _refuse_other_encodings(path: Path) -> None:
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's composed form (NFC): what a Mac decomposes is the same name."""
+    """Returns a name in Unicode's composed form (NFC), because macOS stores the same name decomposed."""
     return unicodedata.normalize("NFC", name)
 
 
 def in_order(names: set[str]) -> list[str]:
-    """Names in natural order (2 before 10), a function of the names alone."""
+    """Sorts names in natural order (2 before 10), independent of the locale."""
     return sorted(names, key=_natural)
 
 
 def _natural(name: str) -> tuple:
-    # Digits compare as numbers; names that are then equal (1, 01) and those that differ in case only, by themselves.
+    # Digits compare as numbers, letters without case; the name itself breaks ties (1, 01).
     parts = re.split(r"([0-9]+)", name.lower())
     return [(0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part) for part in parts], name
 
@@ -129,11 +137,16 @@ def _path_key(path: str) -> tuple:
 
 
 def notes_on_names(found: set[str], raw: set[str]) -> list[str]:
-    """What should be said of class names: several spellings of one, and names that only their case tells apart."""
+    """Returns notes for the user on class names with several Unicode forms or that differ only in case.
+
+    Args:
+        found: The names in composed form.
+        raw: The names as they are on disk.
+    """
     notes = []
     if len(raw) > len(found):
-        twice = Counter(composed(name) for name in raw)
-        same = [name for name, count in twice.items() if count > 1]
+        forms = Counter(composed(name) for name in raw)
+        same = [name for name, count in forms.items() if count > 1]
         notes.append(
             f"class {', '.join(map(repr, in_order(set(same))))} is spelt in two Unicode forms: taken as one"
         )

@@ -1,4 +1,4 @@
-"""What a network is given of a picture: the size, the part of it, and how samples are taken."""
+"""The settings that turn an image file into a network's input: size, crop, filter and bit depth."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,15 +11,17 @@ DEPTHS = (8, 10, 12, 14, 16)
 
 @dataclass(frozen=True)
 class Reading:
-    """How a picture becomes the uint8 [C, H, W] that a network is given.
+    """How an image file becomes the uint8 [C, H, W] that a network takes.
 
     Args:
         shape: (C, H, W) with C = 1 (grey) or 3 (RGB).
-        crop: The middle box of the input's proportions, `crop` times as large as fits in the picture, is taken.
-        filter: How it is resized: `bicubic` or `bilinear`, antialiased.
-        background: (R, G, B), 0 to 255, that transparent pixels are laid on.
-        depth: Bits of the samples in files of 16 bits: 12 where 4095 is white.
-        cut: The rule of packed files of version 1 is `whole pixels`: the picture is resized first, then cut.
+        crop: The middle box with the input's aspect ratio is used, `crop` times as large as fits in the
+            image.
+        filter: Of the resizing: `bicubic` or `bilinear`, antialiased.
+        background: (R, G, B), 0 to 255, under transparent pixels.
+        depth: Bits of the samples in 16-bit files: 12 if 4095 is white.
+        cut: `box` crops while resizing. `whole pixels`, as in packed files of version 1, resizes first, then
+            crops.
     """
 
     shape: tuple[int, int, int]
@@ -30,33 +32,35 @@ class Reading:
     cut: str = field(default="box", compare=True)
 
     def settings(self) -> dict[str, Any]:
-        """What differs from the default, for a packed file's header; the shape stands there already."""
-        plain, usual = asdict(self), asdict(Reading(self.shape))
-        found = {key: value for key, value in plain.items() if value != usual[key]}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+        """Returns the settings that are not default, without the shape, for a packed file's header."""
+        own, default = asdict(self), asdict(Reading(self.shape))
+        changed = {key: value for key, value in own.items() if value != default[key]}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
 
 
 def reading_of(shape: tuple[int, int, int], settings: dict[str, Any]) -> Reading:
-    """The `Reading` of `settings`, which may come from anybody's file. Raises Mistake for what it cannot be."""
+    """Returns the `Reading` of settings, maybe of an untrusted file. Raises Mistake if they are not valid."""
     try:
         background = tuple(settings.get("background", (255, 255, 255)))
-        made = Reading((shape[0], shape[1], shape[2]), **{**settings, "background": background})
-        whole = isinstance(made.depth, int) and all(isinstance(value, int) for value in made.background)
-        right = (
-            made.filter in FILTERS
-            and made.cut in ("box", "whole pixels")
-            and 0 < made.crop <= 1
-            and made.depth in DEPTHS
-            and len(made.background) == 3
-            and all(0 <= value <= 255 for value in made.background)
+        reading = Reading((shape[0], shape[1], shape[2]), **{**settings, "background": background})
+        integers = isinstance(reading.depth, int) and all(
+            isinstance(value, int) for value in reading.background
+        )
+        valid = (
+            reading.filter in FILTERS
+            and reading.cut in ("box", "whole pixels")
+            and 0 < reading.crop <= 1
+            and reading.depth in DEPTHS
+            and len(reading.background) == 3
+            and all(0 <= value <= 255 for value in reading.background)
         )
     except (TypeError, AttributeError):
-        whole = right = False
-    if not (whole and right):
+        integers = valid = False
+    if not (integers and valid):
         raise Mistake(f"how its images are read is not known here: {settings}")
-    return made
+    return reading
 
 
-# What a packed file of version 1 meant: resized as a whole, the shorter side fitted, bilinear; then cut.
 def reading_of_version_1(shape: tuple[int, int, int]) -> Reading:
+    """Returns the `Reading` of packed files of version 1: resized (bilinear) first, then cropped."""
     return Reading((shape[0], shape[1], shape[2]), filter="bilinear", cut="whole pixels")

@@ -1,4 +1,4 @@
-"""Augmented views: made as they are asked for, or kept in memory."""
+"""Augmented views of a run's images, computed when needed or kept in memory."""
 
 import math
 
@@ -13,11 +13,19 @@ from trainer.recipe.keys import Augment
 
 
 class KeptViews:
-    """The augmented images of a run's views, kept in memory from the first time that they are made.
+    """Keeps the augmented images of a run's views in memory, from the first time that they are computed.
 
-    views: their number. num_samples: every index is below it. ids: int64 [N], the indices that will be asked for, which
-    alone take memory: views x N images in float32 (in each process). shape: (C, H, W). Raises Mistake, naming
-    sizes, when there is not so much memory.
+    They take views x N images of float32 in each process.
+
+    Args:
+        views: The number of views.
+        num_samples: The size of the source's training set; every index is below it.
+        ids: int64 [N], the indices that are used.
+        shape: (C, H, W) of the images.
+        device: The device that holds them.
+
+    Raises:
+        Mistake: With the sizes, if there is not enough free memory.
     """
 
     def __init__(
@@ -32,19 +40,22 @@ class KeptViews:
                 f"data: keep_views: {views} views of {len(ids):,} images take {needed / 2**30:,.2f} GiB of memory and "
                 f"{free / 2**30:,.2f} GiB are free; fewer views take less, and keep_views: false none"
             )
-        self._row = torch.full((num_samples,), len(ids), device=device)  # no row, of what is in no view
+        self._row = torch.full(
+            (num_samples,), len(ids), device=device
+        )  # a row out of range, for images that are not used
         self._row[ids.to(device)] = torch.arange(len(ids), device=device)
         self._images = torch.empty(views, len(ids), *shape, device=device)
         self._known = torch.zeros(views, len(ids), dtype=torch.bool, device=device)
         self._whole: set[int] = set()
 
     def new(self, view: int, index: Tensor) -> Tensor:
-        """Positions in `index` of the images that are not kept yet."""
+        """Returns the positions in `index` [N] of the images that are not kept yet."""
         return (
             index[:0] if view in self._whole else (~self._known[view][self._row[index]]).nonzero().flatten()
         )
 
     def write(self, view: int, index: Tensor, images: Tensor) -> None:
+        """Keeps the augmented images [N, C, H, W] of `index` [N] in a view."""
         row = self._row[index]
         self._images[view][row] = images
         self._known[view, row] = True
@@ -52,11 +63,12 @@ class KeptViews:
             self._whole.add(view)
 
     def read(self, view: int, index: Tensor) -> Tensor:
+        """Returns the kept images [N, C, H, W] of `index` [N] in a view."""
         return self._images[view].index_select(0, self._row[index])
 
 
 class Views:
-    """Augmented batches of a run's data: a view's random parameters are drawn once and kept while it lasts."""
+    """Augments batches of a run's data. Keeps the random numbers of a view until the next view."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -64,22 +76,25 @@ class Views:
         self._table: Tensor | None = None
 
     def number(self, epoch: int, stage: int) -> int:
-        """Which view an epoch looks at; endless views differ from stage to stage too, images as they are have one."""
+        """Returns the number of the view of an epoch.
+
+        Unlimited views differ between stages too. Without augmentation there is only view 0.
+        """
         if self.data.augment == Augment():
             return 0
         return epoch % self.data.views if self.data.views else stage * 100_000 + epoch
 
     def augmented(self, images: Tensor, index: Tensor, view: int) -> Tensor:
-        """Images uint8 [N, C, H, W] as float [0, 1], seen as in `view`."""
+        """Augments images uint8 [N, C, H, W] as in `view`; returns float32 [N, C, H, W] in [0, 1]."""
         kept = self.data.kept
         if kept is None:
-            return self._made(images, index, view)
+            return self._augment(images, index, view)
         new = kept.new(view, index)
         if len(new):
-            kept.write(view, index[new], self._made(images[new], index[new], view))
+            kept.write(view, index[new], self._augment(images[new], index[new], view))
         return kept.read(view, index)
 
-    def _made(self, images: Tensor, index: Tensor, view: int) -> Tensor:
+    def _augment(self, images: Tensor, index: Tensor, view: int) -> Tensor:
         if self._view != view:
             self._table = draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(
                 images.device

@@ -1,5 +1,6 @@
-"""Images to learn from, one file a set.
+"""The datasets, one file for each.
 
-`dataset: NAME` is the file NAME.py, which defines `NAME(*, settings) -> Source`; keyword-only arguments are recipe keys.
-Small sets are held in memory as uint8, large ones read from disk. To add one: write the file.
+`dataset: NAME` in a recipe is the file NAME.py, which defines `NAME(*, settings) -> Source`. Its keyword-only
+arguments are recipe keys. Small datasets are kept in memory as uint8, large ones are read from disk. To add
+one, write its file.
 """

@@ -1,4 +1,4 @@
-"""CIFAR-100: 60,000 small colour photographs of 100 kinds of things."""
+"""CIFAR-100: 60,000 small colour photographs in 100 classes."""
 
 import torch
 
@@ -8,19 +8,22 @@ from trainer.data.readers import read_cifar, read_lines
 
 
 def cifar100() -> Source:
-    """50,000 training and 10,000 test images of 3 x 32 x 32 (RGB) in 100 fine classes (Krizhevsky 2009).
+    """Reads 50,000 training and 10,000 test images of 3 x 32 x 32 (RGB) in 100 classes (Krizhevsky 2009).
 
-    Reads the binary archive, where nothing is unpickled. Fetched into the cache folder if missing; raises
-    FetchError when no source answers.
+    The labels are the fine ones. The archive is the binary version, which needs no unpickling. It is
+    downloaded into the cache folder if missing.
+
+    Raises:
+        FetchError: When no source answers.
     """
     archive = fetch("cifar100") / "cifar-100-binary.tar.gz"
-    inside = "cifar-100-binary"
-    images, labels = read_cifar(archive, [f"{inside}/train.bin"], num_labels=2)
-    test_images, test_labels = read_cifar(archive, [f"{inside}/test.bin"], num_labels=2)
+    folder = "cifar-100-binary"
+    images, labels = read_cifar(archive, [f"{folder}/train.bin"], num_labels=2)
+    test_images, test_labels = read_cifar(archive, [f"{folder}/test.bin"], num_labels=2)
     return Source(
         train=InMemory(torch.from_numpy(images), torch.from_numpy(labels)),
         test=InMemory(torch.from_numpy(test_images), torch.from_numpy(test_labels)),
-        classes=read_lines(archive, f"{inside}/fine_label_names.txt"),
+        classes=read_lines(archive, f"{folder}/fine_label_names.txt"),
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         shape=(3, 32, 32),

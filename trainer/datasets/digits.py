@@ -1,4 +1,4 @@
-"""Digits: scikit-learn's 1,797 handwritten digits, which come with it."""
+"""Digits: the 1,797 handwritten digits of scikit-learn, installed with it."""
 
 import hashlib
 from typing import Annotated
@@ -14,14 +14,15 @@ _TEST_PER_CLASS = 36
 
 
 def digits(*, size: Annotated[int, Field(ge=8)] = 8) -> Source:
-    """1,437 training and 360 test images of 1 x size x size in 10 classes (Alpaydin & Kaynak 1998).
+    """Reads 1,437 training and 360 test images of 1 x size x size in 10 classes (Alpaydin & Kaynak 1998).
 
-    No download: they come with scikit-learn.
+    Nothing is downloaded, because the images come with scikit-learn. The test images, 36 of each class, are
+    the same in every run: those whose pixels have the lowest sha256 in their class.
 
-    size: side in pixels; other than the 8 of the data, images are resized bilinearly. The test images, 36 of
-    each class, are the same in every run: those whose pixels have the lowest sha256 in their class.
+    Args:
+        size: Side in pixels. Other sizes than the original 8 are resized bilinearly.
     """
-    from sklearn.datasets import load_digits  # only here: the import takes a second
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     pixels, classes = load_digits(return_X_y=True)
     pixels = np.rint(pixels * (255 / 16)).astype(np.uint8)

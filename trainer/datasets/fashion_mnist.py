@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 articles of clothing in the form of MNIST."""
+"""Fashion-MNIST: 70,000 images of clothing in the format of MNIST."""
 
 import torch
 
@@ -21,9 +21,12 @@ _CLASSES = [
 
 
 def fashion_mnist() -> Source:
-    """60,000 training and 10,000 test images of 1 x 28 x 28 in 10 classes (Xiao et al. 2017).
+    """Reads 60,000 training and 10,000 test images of 1 x 28 x 28 in 10 classes (Xiao et al. 2017).
 
-    Fetched into the cache folder if missing; raises FetchError when no source answers.
+    The files are downloaded into the cache folder if missing.
+
+    Raises:
+        FetchError: When no source answers.
     """
     images, labels, test_images, test_labels = map(torch.from_numpy, read_mnist(fetch("fashion_mnist")))
     return Source(

@@ -1,4 +1,4 @@
-"""Image folder: images of any size in a folder of yours, one subfolder for each class."""
+"""Image folder: images of any size in the user's folder, one subfolder for each class."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,20 +34,31 @@ def image_folder(
     background: tuple[Byte, Byte, Byte] = (255, 255, 255),
     bad_images: Literal["stop", "skip"] = "stop",
 ) -> Source:
-    """Images read from disk when needed, as RGB of 3 x size x size; the subfolder's name is the class, however deep they lie.
+    """Reads images from disk when needed, as RGB of 3 x size x size. The topmost subfolder is the class.
 
-    folder: has the subfolder `train` and one of `test`, `val`, `valid` and `validation`; or is itself the folder of the
-    training images. A `val` folder beside `train` and `test` holds the validation images. Training images that lie in
-    no subfolder are unlabelled (-1): a teacher can distil with them. Test images are labelled, and their
-    classes are the training's. Classes are in natural order (2 before 10), a function of their names alone.
-    test: another folder of test images (test_folder is its old name), or, where `folder` holds the classes themselves, the
-    fraction or number of its images that are split off as the test set, class by class, by test_seed.
-    size, crop: the middle square of `crop` times the shorter side, resized to `size` (bicubic, antialiased). Pictures are
-    turned upright by their EXIF orientation. background: (R, G, B) under transparent pixels.
-    bad_images: what damaged files do, which are all found at the start: `stop`, or `skip` up to 1 % of the files.
-    Normalised with ImageNet's mean and deviation, unless the data section gives its own. Files that Pillow cannot read by
-    their ending, dot files, and links to what is listed already are passed over, and counted.
-    Raises Mistake for a folder or class that is not there, a class without pictures, a single class, and damaged files.
+    Training images in no subfolder are unlabelled (-1) and can be used for distillation. Test images need
+    labels, and their classes must be training classes. Classes are in natural order (2 before 10), which
+    depends on their names only. Images are rotated by their EXIF orientation and normalised with ImageNet's
+    mean and standard deviation, unless the data section sets its own. Files with a suffix that Pillow does
+    not read, dot files, and links to files that are listed already are skipped and counted.
+
+    Args:
+        folder: A folder with the subfolder `train` and one of `test`, `val`, `valid` and `validation`, or the
+            folder of the training images itself. A `val` folder next to `train` and `test` has the validation
+            images.
+        test: Another folder of test images; or, if `folder` has the class folders itself, the fraction or
+            number of its images that are split off as the test set, class by class.
+        test_folder: The old name of test.
+        test_seed: Seed of that split.
+        validation_folder: Another folder of validation images.
+        size: Side of the input in pixels. The middle square is resized to it (bicubic, antialiased).
+        crop: Side of the middle square as a fraction of the image's shorter side.
+        background: (R, G, B), 0 to 255, under transparent pixels.
+        bad_images: What happens if files are damaged, which is checked at the start: `stop` raises, `skip`
+            leaves out up to 1 % of the files.
+
+    Raises:
+        Mistake: For a missing folder or class, a class without images, a single class, and damaged files.
     """
     if not folder.is_dir():
         raise Mistake(f"image_folder: there is no folder {folder}")
@@ -79,9 +90,10 @@ def _opened(
     background: tuple[int, int, int],
     bad_images: str,
 ) -> Source:
+    """Opens the folders as `image_folder`; its messages do not name the dataset."""
     train_folder = folder / "train" if (folder / "train").is_dir() else folder
-    share = test if isinstance(test, (int, float)) else None
-    if share is not None and train_folder != folder:
+    fraction = test if isinstance(test, (int, float)) else None
+    if fraction is not None and train_folder != folder:
         raise Mistake(
             f"test: {test} splits a plain folder of classes; {folder} has a subfolder 'train': name the test folder"
         )
@@ -103,8 +115,8 @@ def _opened(
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
     reading = Reading((3, size, size), crop=crop, background=background, depth=examined.depth)
     images = {name: _OnDisk(found, number, reading) for name, found in listings.items()}
-    if share is not None:
-        images["training"], images["test"] = _split(images["training"], share, test_seed)
+    if fraction is not None:
+        images["training"], images["test"] = _split(images["training"], fraction, test_seed)
     if examined.num_deep:
         notes.append(
             f"{examined.num_deep:,} pictures have 16 bits; their samples have {examined.depth}, and are scaled by that"
@@ -123,6 +135,7 @@ def _opened(
 
 
 def _test_folder(folder: Path, train_folder: Path, test: Path | None) -> Path:
+    """Returns the folder of the test images: `test` if given, else the first subfolder named in `TEST`."""
     if test is not None:
         return Path(test)
     if train_folder == folder:
@@ -136,6 +149,7 @@ def _test_folder(folder: Path, train_folder: Path, test: Path | None) -> Path:
 
 
 def _refuse_nested(parts: dict[str, Path]) -> None:
+    """Raises Mistake if one part's folder is inside another's, because they would have images in common."""
     for name, path in parts.items():
         for other, outer in parts.items():
             if name != other and path.resolve().is_relative_to(outer.resolve()):
@@ -143,21 +157,21 @@ def _refuse_nested(parts: dict[str, Path]) -> None:
 
 
 def _without_damaged(listings: dict[str, Listing], examined: Examined, bad_images: str) -> list[str]:
-    """Takes damaged files out of the listings, and says so. Raises Mistake where they are too many or may not be skipped."""
+    """Removes damaged files from the listings; returns notes. Raises Mistake if they may not be skipped."""
     damaged = examined.damaged
     if not damaged:
         return []
     shown = [f"{path}: {fault}" for path, fault in list(damaged.items())[:10]]
     shown += [f"and {len(damaged) - 10} more"] * (len(damaged) > 10)
-    told = "\n".join(shown)
+    lines = "\n".join(shown)
     total = sum(len(found.files) for found in listings.values())
     if bad_images == "stop":
         raise Mistake(
-            f"{len(damaged)} of {total:,} pictures cannot be read (bad_images: skip leaves them out, up to 1 %):\n{told}"
+            f"{len(damaged)} of {total:,} pictures cannot be read (bad_images: skip leaves them out, up to 1 %):\n{lines}"
         )
     if len(damaged) > max(1, total // 100):
         raise Mistake(
-            f"{len(damaged)} of {total:,} pictures cannot be read; at most 1 % are skipped:\n{told}"
+            f"{len(damaged)} of {total:,} pictures cannot be read; at most 1 % are skipped:\n{lines}"
         )
     for found in listings.values():
         kept = [i for i, file in enumerate(found.files) if file not in damaged]
@@ -166,7 +180,7 @@ def _without_damaged(listings: dict[str, Listing], examined: Examined, bad_image
 
 
 def _classes(train: Listing, listings: dict[str, Listing], train_folder: Path) -> list[str]:
-    """Names of the classes, in order. Raises Mistake where pictures and classes do not fit together."""
+    """Returns the classes' names, in order. Raises Mistake if the images and classes do not fit together."""
     for name, found in listings.items():
         if not found.files:
             raise Mistake(f"there are no {name} images{found.described()}")
@@ -189,8 +203,8 @@ def _classes(train: Listing, listings: dict[str, Listing], train_folder: Path) -
             )
     classes = in_order(set(labelled) or set(listings["test"].classes if "test" in listings else ()))
     if len(classes) < 2:
-        told = f"of one class, {classes[0]!r}" if classes else "in no class folder"
-        raise Mistake(f"all images of {train_folder} are {told}; two or more classes are needed")
+        fault = f"of one class, {classes[0]!r}" if classes else "in no class folder"
+        raise Mistake(f"all images of {train_folder} are {fault}; two or more classes are needed")
     for name in ("test", "validation"):
         for file, class_name in zip(*_both(listings.get(name)), strict=True):
             if class_name not in classes:
@@ -199,30 +213,34 @@ def _classes(train: Listing, listings: dict[str, Listing], train_folder: Path) -
 
 
 def _both(found: Listing | None) -> tuple[list[str], list[str]]:
+    """Returns the files of a listing and their classes; none without a listing."""
     return ([], []) if found is None else (found.files, found.classes)
 
 
 def _raw_names(folder: Path) -> list[str]:
+    """Returns the names of the class folders as they are on disk."""
     return [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _found(
     folder: Path, classes: list[str], images: dict[str, "_OnDisk"], listings: dict[str, Listing]
 ) -> str:
-    """One line: classes, images of each part, least and most of a class, and what was passed over."""
+    """Returns one line: the classes, images of each part, fewest and most of a class, and skipped files."""
     counts = torch.bincount(images["training"].labels[images["training"].labels >= 0], minlength=len(classes))
-    each = f" ({int(counts.min()):,} to {int(counts.max()):,} a class)" if counts.any() else " without labels"
-    parts = [f"{len(images['training']):,} training images{each}"]
+    per_class = (
+        f" ({int(counts.min()):,} to {int(counts.max()):,} a class)" if counts.any() else " without labels"
+    )
+    parts = [f"{len(images['training']):,} training images{per_class}"]
     parts += [f"{len(images[name]):,} {name} images" for name in ("validation", "test") if name in images]
-    passed = Listing()
+    skipped = Listing()
     for found in listings.values():
-        passed.passed_over.update(found.passed_over)
-        passed.num_links += found.num_links
-    return f"{folder}: {len(classes)} classes, {', '.join(parts)}{passed.described()}"
+        skipped.passed_over.update(found.passed_over)
+        skipped.num_links += found.num_links
+    return f"{folder}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
 
 
 def _split(images: "_OnDisk", test: float, seed: int) -> tuple["_OnDisk", "_OnDisk"]:
-    """Training and test images, class by class: of each class the same fraction, one at the least."""
+    """Splits images into training and test images: of each class the same fraction, at least one image."""
     if (images.labels < 0).any():
         raise Mistake("images without labels cannot be split class by class: give test, a folder")
     fraction = test if isinstance(test, float) else test / len(images)
@@ -240,7 +258,7 @@ def _split(images: "_OnDisk", test: float, seed: int) -> tuple["_OnDisk", "_OnDi
 
 
 class _OnDisk:
-    """Image files, decoded and brought to one size when they are asked for."""
+    """Image files, decoded and resized when they are used (an `Images`)."""
 
     def __init__(self, found: Listing, number: dict[str, int], reading: Reading) -> None:
         self.files = found.files
@@ -255,8 +273,8 @@ class _OnDisk:
         return images, self.labels[torch.as_tensor(positions)]
 
     def some(self, chosen: Tensor) -> "_OnDisk":
-        """Those of the images where `chosen` [len] is True."""
+        """Returns the images where `chosen`, bool [len], is True."""
         part = _OnDisk(Listing(), {}, self.reading)
-        part.files = [file for file, wanted in zip(self.files, chosen.tolist(), strict=True) if wanted]
+        part.files = [file for file, is_chosen in zip(self.files, chosen.tolist(), strict=True) if is_chosen]
         part.labels = self.labels[chosen]
         return part

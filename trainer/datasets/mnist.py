@@ -8,9 +8,12 @@ from trainer.data.readers import read_mnist
 
 
 def mnist() -> Source:
-    """60,000 training and 10,000 test images of 1 x 28 x 28 in 10 classes (LeCun et al. 1998).
+    """Reads 60,000 training and 10,000 test images of 1 x 28 x 28 in 10 classes (LeCun et al. 1998).
 
-    Fetched into the cache folder if missing; raises FetchError when no source answers.
+    The files are downloaded into the cache folder if missing.
+
+    Raises:
+        FetchError: When no source answers.
     """
     images, labels, test_images, test_labels = map(torch.from_numpy, read_mnist(fetch("mnist")))
     return Source(

@@ -1,4 +1,4 @@
-"""Loads a packed file as a network with its classes, its preprocessing of images, and its predictions."""
+"""Loads a packed file as a network with its classes, its image preprocessing and its predictions."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from trainer.mistakes import Mistake
 from trainer.packing import network as packed
 
 Images = Tensor | str | Path | Image.Image | np.ndarray | Iterable[str | Path | Image.Image | np.ndarray]
-BATCH = 64
+BATCH = 64  # images of a prediction batch
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
@@ -25,30 +25,32 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: The file.
-        into: A network to fill, for files of networks that are on no shelf. It is unchanged if it does not fit.
+        into: A network to fill, for files without a spec to rebuild it from. It is unchanged if it does not
+            fit.
 
     Returns:
-        The network, with the attribute `classes`, their names in order. If the file was packed with shape and mean, it
-        also has `preprocess(images)`, which returns the input [N, C, H, W] for files, pictures or uint8 tensors
-        [N, C, H, W], and `predict(images)`, which returns the name of each image's class.
+        The network, with the attribute `classes`, their names in order. If the file was packed with shape and
+        mean, it also has `preprocess(images)`, which returns the input [N, C, H, W] for files, PIL images or
+        uint8 tensors [N, C, H, W], and `predict(images)`, which returns the name of each image's class.
 
     Raises:
         Mistake: With the file's name, if it is damaged, needs `into`, or does not fit it.
     """
     data = _content(path)
     network, header = packed.decode(data, str(path), into)
-    model: Any = network  # with attributes of its own
+    model: Any = network  # of any type, because it gets new attributes
     model.classes = header["classes"]
     if header["shape"] and header["mean"]:
         prepare = partial(
             preprocess, reading=packed.reading(data, str(path)), mean=header["mean"], std=header["std"]
         )
         model.preprocess = prepare
-        model.predict = partial(_predicted, model, prepare, header["classes"])
+        model.predict = partial(_predict, model, prepare, header["classes"])
     return model
 
 
 def _content(path: str | Path) -> bytes:
+    """Reads a file. Raises Mistake with its name if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -59,9 +61,9 @@ def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Seq
     """Returns a network's input [N, C, H, W], bit for bit as in training and evaluation.
 
     Args:
-        images: A path, a PIL image or an array [H, W] or [H, W, 3], or several; or a uint8 tensor [C, H, W] or
-            [N, C, H, W] of the input's own size, which is only scaled and normalised.
-        reading: How image files are brought to the input.
+        images: A path, a PIL image or an array [H, W] or [H, W, 3], or several; or a uint8 tensor [C, H, W]
+            or [N, C, H, W] of the input's size, which is only scaled and normalised.
+        reading: How image files are resized and cropped.
         mean: Of the normalisation, for each channel.
         std: Of the normalisation, for each channel.
 
@@ -83,7 +85,8 @@ def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Seq
 
 
 @torch.inference_mode()
-def _predicted(model: nn.Module, prepare: Any, classes: Sequence[str], images: Images) -> list[str]:
+def _predict(model: nn.Module, prepare: Any, classes: Sequence[str], images: Images) -> list[str]:
+    """Returns the name of each image's class."""
     inputs = prepare(images)
-    answers = torch.cat([model(batch).argmax(-1) for batch in inputs.split(BATCH)]) if len(inputs) else inputs
-    return [classes[answer] for answer in answers.tolist()]
+    labels = torch.cat([model(batch).argmax(-1) for batch in inputs.split(BATCH)]) if len(inputs) else inputs
+    return [classes[label] for label in labels.tolist()]

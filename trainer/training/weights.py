@@ -1,4 +1,4 @@
-"""A recipe's networks with the weights of a checkpoint, whoever wrote it: which tensors of the file are the network's."""
+"""Builds a recipe's networks and loads checkpoints of any origin: finds the network's tensors in a file."""
 
 import json
 import re
@@ -18,18 +18,22 @@ from trainer.networks.build import spec as spec_of
 from trainer.recipe.keys import ModelKeys
 from trainer.storage.weights_file import PICKLES, read_file
 
-#: Tensors that other tools leave among a network's own; the network computes nothing from them.
+#: Suffixes of tensors that do not affect a network's output; other tools add some of them.
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
-#: Settings of a network that stages change: a checkpoint of ours that records others is rebuilt with them.
+#: Settings that stages change: the network is rebuilt with those that our own checkpoint records.
 CHANGED_BY_STAGES = ("resized", "batch_norm")
-SHOWN = 5
+SHOWN = 5  # names that a message lists
 
 
 class Made(NamedTuple):
-    """A network and what is known of it.
+    """A network and facts about it.
 
-    spec: What rebuilds it. facts: What a checkpoint of ours recorded of its images ("mean", "std", "classes" ...), {} for
-    others. notes: What the user should read of how it was loaded.
+    Attributes:
+        network: The network.
+        spec: The settings that rebuild it.
+        facts: What our own checkpoint records about its images ("mean", "std", "classes" ...), {} for other
+            files.
+        notes: Lines for the user about how it was loaded.
     """
 
     network: nn.Module
@@ -39,7 +43,10 @@ class Made(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """One way to fill a network: `label`, where in the file ("state_dict.student."), and own key -> the file's tensor."""
+    """One way to fill a network from a file.
+
+    label: the prefix in the file ("state_dict.student."). tensors: {the network's key: the file's tensor}.
+    """
 
     label: str
     tensors: dict[str, Tensor]
@@ -52,12 +59,15 @@ def create(
     new_head: bool = False,
     where: str = "network",
 ) -> Made:
-    """The network of a recipe's entry, its checkpoint loaded where one is named.
+    """Builds the network of a recipe's entry and loads its checkpoint, if it has one.
 
     Args:
-        shape: [C, H, W] of the data's images; a teacher's `resize` goes before it.
-        new_head: Whether a checkpoint of other classes may leave a classifier of zeros, because it is trained afterwards.
-        where: What messages call it.
+        keys: The recipe's entry.
+        shape: (C, H, W) of the data's images; a teacher's `resize` overrides H and W.
+        num_classes: The number of classes.
+        new_head: Whether a checkpoint with other classes is allowed. The classifier is then zero, to be
+            trained.
+        where: The network's name in messages.
 
     Raises:
         Mistake: When it cannot be built, or the checkpoint does not fit it.
@@ -84,19 +94,23 @@ def load_weights(
     use_ema: bool = False,
     new_head: bool = False,
 ) -> Made:
-    """The network with the weights of a checkpoint; it is filled in place, or rebuilt where a stage had changed its sizes.
+    """Loads a checkpoint into the network, or into a rebuilt network if a stage had changed its sizes.
 
-    Weights are looked for everywhere in the file, under any prefix, and are taken where they are the network's to the last
-    key and shape. Of several, `prefix` chooses; averaged weights (EMA) are taken with `use_ema` alone. Counters may be
-    missing or too many, and so may be keys beside the prefix.
+    The whole file is searched for weights, under any prefix. They are loaded if all keys and shapes are the
+    network's. Counters may be missing or extra, and so may keys outside the prefix.
 
     Args:
-        spec: What rebuilds the network.
-        path: safetensors, a pickle of tensors and plain values, or a packed file.
-        new_head: Whether the classifier may be of other classes; it then starts at zero.
+        network: The network to fill.
+        spec: The settings that rebuild it.
+        shape: (C, H, W) of its input.
+        num_classes: The number of classes.
+        path: A safetensors file, a pickle of tensors and plain values, or a packed file.
+        prefix: Selects one of several networks in the file.
+        use_ema: Whether averaged weights (EMA) are loaded. Without it, only a prefix that names them does so.
+        new_head: Whether the checkpoint may have other classes. The classifier is then zero.
 
     Raises:
-        Mistake: Naming the file, when nothing or more than one thing in it fits.
+        Mistake: With the file's name, when no network or more than one network in it fits.
     """
     content, about = _content(path)
     recorded = about.get("net") or {}
@@ -106,7 +120,7 @@ def load_weights(
         network = build(spec, shape, num_classes)
     if any(key.endswith((".0.mask", ".0.codes")) for key in content if isinstance(key, str)):
         try:
-            restore(network, content)  # of a student of ours: pruned weights stay so
+            restore(network, content)  # our own compressed student: pruned weights stay pruned
         except Mistake as error:
             raise Mistake(f"{path}: {_short(str(error))}") from None
         return Made(network, spec, about, [])
@@ -131,14 +145,14 @@ def load_weights(
 
 
 def head_keys(network: nn.Module) -> list[str]:
-    """The keys of the classifier's weights."""
+    """Returns the keys of the classifier's weights."""
     own = {id(parameter) for parameter in features.head(network).parameters()}
     return [key for key, p in network.named_parameters(remove_duplicate=False) if id(p) in own]
 
 
 @torch.no_grad()
 def zero_head(network: nn.Module) -> None:
-    """Sets the classifier's weights to zero, in place: its first gradients do not reach what was learnt below it."""
+    """Sets the classifier to zero in place, so that first gradients do not reach the pretrained layers."""
     for module in features.head(network).modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             for parameter in module.parameters():
@@ -146,10 +160,10 @@ def zero_head(network: nn.Module) -> None:
 
 
 def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
-    """What a file holds, and what our own files record of the network and its images ("net", "mean", "std" ...)."""
+    """Reads a file; returns its content, and the facts in our own files ("net", "mean", "std" ...)."""
     path = Path(path)
     if path.suffix == ".tiny":
-        # Here: a recipe is read, with this file, without the packing.
+        # Imported here, so that reading a recipe, which imports this module, does not import the packing.
         from trainer.packing import network as packed
 
         if not path.is_file():
@@ -165,18 +179,19 @@ def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
 
 
 def _by_author(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that the user gives, without those that stages change."""
     return {key: value for key, value in spec.items() if key not in CHANGED_BY_STAGES}
 
 
 def _groups(
     content: Mapping[Any, Any], path: str = "", above: tuple = ()
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(where, its tensors) of every mapping in a file that has tensors under names."""
+    """Yields (path in the file, tensors by name) of every mapping in a file that has named tensors."""
     tensors = {key: value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     if tensors and all(isinstance(key, str) for key in tensors):
         yield path, tensors
     for key, value in content.items():
-        # A dict may hold itself.
+        # A dict of a pickle may contain itself.
         if (
             isinstance(value, Mapping)
             and isinstance(key, str)
@@ -188,7 +203,7 @@ def _groups(
 def _fits(
     own: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Tensor]], ignored: set[str] | None = None
 ) -> Iterator[Fit]:
-    """Every way in which a group of tensors fills these keys. ignored: keys that the file may have or not."""
+    """Yields every way to fill the keys from a group of tensors. ignored: keys that it may also have."""
     for where, tensors in groups.items():
         prefixes = _prefixes(own, tensors)
         needed = [key for key in own if not key.endswith(COUNTERS)]
@@ -201,7 +216,7 @@ def _fits(
 
 
 def _in_two_parts(own, tensors, prefixes, needed, where, ignored) -> Iterator[Fit]:
-    """A backbone and a head that have each a prefix of its own."""
+    """Yields the way to fill a backbone and a head that have different prefixes in the file."""
     holders: dict[str, set[str]] = defaultdict(set)
     for key in needed:
         for prefix in prefixes[key]:
@@ -218,7 +233,7 @@ def _in_two_parts(own, tensors, prefixes, needed, where, ignored) -> Iterator[Fi
 
 
 def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, set[str]]:
-    """The prefixes under which each key stands in the file, with its shape."""
+    """Returns the prefixes under which the file has each key, with the network's shape."""
     found: dict[str, set[str]] = {key: set() for key in own}
     for key, tensor in tensors.items():
         parts = key.split(".")
@@ -230,7 +245,8 @@ def _prefixes(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _taken(own, tensors, by_key: dict[str, str], prefix: str) -> dict[str, Tensor]:
-    taken = {key: tensors[place + key] for key, place in by_key.items()}
+    """Returns the file's tensors by the network's keys, with the file's counters under `prefix`."""
+    taken = {key: tensors[key_prefix + key] for key, key_prefix in by_key.items()}
     counters = [key for key in own if key not in taken and prefix + key in tensors]
     return taken | {key: tensors[prefix + key] for key in counters}
 
@@ -241,7 +257,7 @@ def _extras(
     prefixes: list[str],
     ignored: set[str] | None = None,
 ) -> list[str]:
-    """Tensors under the prefixes that the network has no place for: it is another network's."""
+    """Returns the file's keys under the prefixes that the network does not have."""
     return [
         key
         for key in tensors
@@ -254,10 +270,10 @@ def _extras(
 
 
 def _chosen(fits: list[Fit], path: Path, prefix: str | None, use_ema: bool) -> list[Fit]:
-    """The one way to take, in a list, or none. Raises Mistake where the recipe must choose."""
+    """Returns a list of the only suitable way, or an empty one. Raises Mistake if the recipe must choose."""
     if prefix is not None:
-        wanted = prefix.rstrip(".") + "."
-        fits = [fit for fit in fits if f".{fit.label}".endswith(f".{wanted}") or fit.label.startswith(wanted)]
+        prefix = prefix.rstrip(".") + "."
+        fits = [fit for fit in fits if f".{fit.label}".endswith(f".{prefix}") or fit.label.startswith(prefix)]
     averaged = [fit for fit in fits if re.search(r"(^|[._])ema([._]|$)", fit.label, re.IGNORECASE)]
     plain = [fit for fit in fits if fit not in averaged]
     if use_ema and plain and not averaged:
@@ -276,9 +292,9 @@ def _chosen(fits: list[Fit], path: Path, prefix: str | None, use_ema: bool) -> l
 def _misfit(
     network: nn.Module, own: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Tensor]], prefix
 ) -> str:
-    """The first odd keys of each side, of the group that has most in common, and the likely cause."""
+    """Describes the first differing keys of the most similar group of tensors, and the likely cause."""
     best: Mapping[str, Tensor] = {}
-    place, common = "", -1
+    best_prefix, common = "", -1
     for tensors in groups.values():
         counts: dict[str, int] = defaultdict(int)
         for key in tensors:
@@ -288,26 +304,30 @@ def _misfit(
                     counts["".join(f"{part}." for part in parts[:start])] += 1
         under = max(sorted(counts), key=counts.__getitem__, default="")
         if counts.get(under, 0) > common:
-            best, place, common = tensors, under, counts.get(under, 0)
-    theirs = {key.removeprefix(place): t for key, t in best.items() if key.startswith(place)}
-    missing = [key for key in own if key not in theirs and not key.endswith(COUNTERS)]
-    extra = [key for key in theirs if key not in own and not key.endswith(COUNTERS)]
-    other = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
-    told = []
+            best, best_prefix, common = tensors, under, counts.get(under, 0)
+    in_file = {key.removeprefix(best_prefix): t for key, t in best.items() if key.startswith(best_prefix)}
+    missing = [key for key in own if key not in in_file and not key.endswith(COUNTERS)]
+    extra = [key for key in in_file if key not in own and not key.endswith(COUNTERS)]
+    other = [key for key in own if key in in_file and own[key].shape != in_file[key].shape]
+    messages = []
     if other:
         shapes = [
-            f"{key} {'x'.join(map(str, theirs[key].shape))} for {'x'.join(map(str, own[key].shape))}"
+            f"{key} {'x'.join(map(str, in_file[key].shape))} for {'x'.join(map(str, own[key].shape))}"
             for key in other
         ]
-        told.append(f"other shapes in the file: {_few(shapes)}")
+        messages.append(f"other shapes in the file: {_few(shapes)}")
     if missing:
-        told.append(f"not in the file: {_few(missing)}")
+        messages.append(f"not in the file: {_few(missing)}")
     if extra:
-        told.append(f"only in the file: {_few(extra)}")
-    return f"{'; '.join(told)}. {_cause(network, own, missing, extra, other, prefix)}"
+        messages.append(f"only in the file: {_few(extra)}")
+    return f"{'; '.join(messages)}. {_cause(network, own, missing, extra, other, prefix)}"
 
 
 def _cause(network, own, missing, extra, other, prefix) -> str:
+    """Returns the likely cause of a misfit.
+
+    missing, extra, other: keys that are not in the file, only in the file, or have other shapes.
+    """
     try:
         classifier = set(head_keys(network))
     except Mistake:
@@ -322,9 +342,11 @@ def _cause(network, own, missing, extra, other, prefix) -> str:
 
 
 def _few(names: list[str]) -> str:
+    """Joins the first names and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def _short(text: str) -> str:
+    """Cuts a text to at most 240 characters."""
     return text if len(text) <= 240 else text[:237] + "..."
