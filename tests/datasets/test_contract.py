@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.datasets import files
+from tests.dropped import lacks
 from trainer.recipe import shelves
 
 NAMES = shelves.names("dataset")
@@ -19,9 +20,8 @@ def source_of(cache, tmp_path):
         dataset = shelves.find("dataset", name)
         small = getattr(files, f"small_{name}", None)
         if small is None and [key for key, (_, default) in shelves.fields(dataset).items() if default is ...]:
-            pytest.fail(
-                f"write small_{name}(put, folder) into tests/datasets/files.py: it gives the keys that it needs"
-            )
+            sentence = f"write small_{name}(put, folder) into tests/datasets/files.py: it gives the keys that it needs"
+            lacks("datasets", name, sentence)
         if name not in settings:
             settings[name] = {} if small is None else small(cache, tmp_path / "images")
         return dataset(**settings[name])

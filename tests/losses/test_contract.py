@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.dropped import in_git, lacks
 from tests.losses.feeding import (
     OF_STUDENT,
     OF_TEACHER,
@@ -30,14 +29,10 @@ from tests.losses.feeding import (
     tensors,
     words,
 )
-from trainer import losses
 from trainer.recipe import shelves
 from trainer.recipe.terms import VOCABULARY
 
 NAMES = shelves.names("loss")
-SHELF = Path(losses.__file__).parent
-LISTED = subprocess.run(["git", "ls-files", "."], cwd=SHELF, capture_output=True, text=True, check=False)
-IN_GIT = {Path(file).stem for file in LISTED.stdout.split()}
 CASES = cases()
 every_loss = pytest.mark.parametrize("name", NAMES)
 every_case = pytest.mark.parametrize(
@@ -83,9 +78,9 @@ SETTLED = {"contrastive"}
 REMEMBERS = {"weight_distribution"}
 
 
-@pytest.mark.skipif(LISTED.returncode != 0, reason="this is a copy, not a checkout")
+@pytest.mark.skipif(in_git("losses") is None, reason="this is a copy, not a checkout")
 def test_the_shelf_is_in_git():
-    assert {"kl", "hint", "cross_entropy"} <= IN_GIT, "else no loss would need a naive reference"
+    assert {"kl", "hint", "cross_entropy"} <= in_git("losses"), "else no loss would need a naive reference"
 
 
 def test_something_is_made_up_for_every_word():
@@ -104,9 +99,11 @@ def test_a_loss_is_documented_and_asks_for_known_words(name):
 @every_case
 def test_equals_the_naive_reference(case):
     if reference(case.name) is None:
-        # A file that was just dropped into the shelf keeps the suite green; one that git knows does not.
-        end = pytest.fail if case.name in IN_GIT else pytest.skip
-        end(f"write naive_{case.name}(x, loss, **settings) into a file tests/losses/references_*.py")
+        lacks(
+            "losses",
+            case.name,
+            f"write naive_{case.name}(x, loss, **settings) into a file tests/losses/references_*.py",
+        )
     x = feed(case, batch=6)
     loss = build(case, x=x)
     before = copy.deepcopy(loss)
