@@ -1,5 +1,7 @@
 """The teacher: where a student starts from it, what it must know, and what both are shown."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,19 @@ def test_pretrained_weights_of_other_classes_leave_a_fresh_head(tmp_path, monkey
     assert recipe == before and recipe.teacher.mean is None  # the checked recipe stays what its author wrote
     assert torch.allclose(prepared, (images - 0.25) / 0.5)  # its own normalisation, not the data's
     assert data.mean != (0.25,)
+
+
+def test_a_teacher_of_removed_channels_is_known_by_its_own_sizes(tmp_path):
+    spec = {"model": "lenet5", "width": 2, "resized": {"fc1": [20, 10], "fc2": [28, 20]}}
+    full = build({"model": "lenet5", "width": 2}, (1, 8, 8), 10)
+    spec["resized"]["fc1"][1] = full.fc1.in_features
+    small = build(spec, (1, 8, 8), 10)
+    file = tmp_path / "small.safetensors"
+    save_file(file, small.state_dict(), {"facts": json.dumps({"net": spec})})
+    text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {file}}}\n"
+    recipe, _ = read(written(tmp_path, text + f"student: {{model: lenet5, width: 2}}\n{DISTILL}\n"))
+    teacher, _ = make_teacher(recipe, make_data(recipe.data, torch.device("cpu")))
+    assert teacher.members[0].spec == spec and teacher.network.fc1.out_features == 20
 
 
 # ---- what both are shown

@@ -43,6 +43,7 @@ class Teacher:
         combine: How several networks give one answer: `logits` (weighted mean of logits), `probabilities` (log of the
             weighted mean of probabilities), `confidence` (as `probabilities`, but each sample weights a network by
             its highest probability).
+        specs: Of each network, what rebuilds it, if that is not what its entry says (removed channels).
     """
 
     def __init__(
@@ -52,9 +53,13 @@ class Teacher:
         mean: Sequence[float],
         std: Sequence[float],
         combine: str = "logits",
+        specs: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         self.networks = list(networks)
-        self.members = [Member(spec(k), k.mean, k.std, k.resize, k.weight) for k in keys]
+        specs = [spec(k) for k in keys] if specs is None else specs
+        self.members = [
+            Member(own, k.mean, k.std, k.resize, k.weight) for own, k in zip(specs, keys, strict=True)
+        ]
         self.combine = combine
         self.mean, self.std = tuple(mean), tuple(std)
         self.version = 0  # counts its trainings: answers of an earlier version are outdated

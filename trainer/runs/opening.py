@@ -208,7 +208,7 @@ def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]
     """
     if not recipe.teacher_entries:
         return None, []
-    networks, entries, notes = [], [], []
+    networks, entries, specs, notes = [], [], [], []
     for number, keys in enumerate(recipe.teacher_entries):
         torch.manual_seed(recipe.seed * 2 + 1000 * number)
         is_taught = any_teaches(recipe.stages)
@@ -224,7 +224,8 @@ def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]
             notes += found
         networks.append(network)
         entries.append(keys)
-    return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits"), notes
+        specs.append(made.spec)
+    return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits", specs), notes
 
 
 def _expect_taught(keys: TeacherKeys, network: nn.Module, data: Data, is_taught: bool) -> None:
