@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.mistakes import Mistake
+from trainer.storage.files import read_bytes
 from trainer.training.stopping import Stopped
 
 # torch and the modules that use it take seconds to import, so each command imports what it needs.
@@ -284,7 +285,7 @@ def _fetch(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from trainer.packing import network as packed
 
-    data = _read(options.file)
+    data = read_bytes(options.file)
     account, header = packed.account(data, str(options.file))
     if options.json:
         print(json.dumps({"header": header, "account": account}))
@@ -303,18 +304,11 @@ def _inspect(options: argparse.Namespace) -> None:
     print(byte_table(account))
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def _unpack(options: argparse.Namespace) -> None:
     from trainer.packing import network as packed
     from trainer.storage.weights_file import save_file
 
-    state, _ = packed.tensors(_read(options.file), str(options.file))
+    state, _ = packed.tensors(read_bytes(options.file), str(options.file))
     output = options.output or options.file.with_suffix(".safetensors")
     if output.exists():
         raise Mistake(f"{output}: is there already; name another file")
@@ -328,7 +322,7 @@ def _predict(options: argparse.Namespace) -> None:
     from trainer.packing import network as packed
     from trainer.packing.loading import load
 
-    data = _read(options.file)
+    data = read_bytes(options.file)
     model: Any = load(options.file)
     packed.reading(data, str(options.file))  # refuses a file without settings for its images
     if data[2] == 1:

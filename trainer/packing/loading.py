@@ -15,6 +15,7 @@ from trainer.data.images import normalize
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 from trainer.packing import network as packed
+from trainer.storage.files import read_bytes
 
 Images = Tensor | str | Path | Image.Image | np.ndarray | Iterable[str | Path | Image.Image | np.ndarray]
 BATCH = 64  # images of a prediction batch
@@ -36,7 +37,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     Raises:
         Mistake: With the file's name, if it is damaged, needs `into`, or does not fit it.
     """
-    data = _content(path)
+    data = read_bytes(path)
     network, header = packed.decode(data, str(path), into)
     model: Any = network  # of any type, because it gets new attributes
     model.classes = header["classes"]
@@ -47,14 +48,6 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         model.preprocess = prepare
         model.predict = partial(_predict, model, prepare, header["classes"])
     return model
-
-
-def _content(path: str | Path) -> bytes:
-    """Reads a file. Raises Mistake with its name if it cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def preprocess(images: Images, reading: Reading, mean: Sequence[float], std: Sequence[float]) -> Tensor:

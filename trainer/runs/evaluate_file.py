@@ -9,6 +9,7 @@ from trainer.networks.build import build, spec
 from trainer.packing import network as packed
 from trainer.recipe.recipe import read
 from trainer.runs.opening import accelerator_of
+from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import digest
 from trainer.training.evaluate import normalized, percent_right, predict
 
@@ -32,10 +33,7 @@ def evaluate_file(
         Mistake: For a file that cannot be read, or that was made for other images.
     """
     recipe, _ = read(path, changes, allow_python)
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise Mistake(f"{file}: cannot be read: {error.strerror}") from None
+    content = read_bytes(file)
     header = packed.header(content, str(file))
     into = None
     if not packed.rebuilds(header) and header.get("net") == spec(recipe.student):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.mistakes import Mistake
+
 PARTIAL = ".partial-"  # prefix of the name of a file that is being written
 
 
@@ -40,6 +42,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Reads a file that the user has named. Raises Mistake, with its name and the reason, if that fails."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise Mistake(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def plain(value: Any, not_finite: Callable[[float], Any] = float) -> Any:

@@ -16,6 +16,7 @@ from trainer.networks import features
 from trainer.networks.build import build, build_entry
 from trainer.networks.build import spec as spec_of
 from trainer.recipe.keys import ModelKeys
+from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import PICKLES, read_file
 
 #: Suffixes of tensors that do not affect a network's output; other tools add some of them.
@@ -166,9 +167,7 @@ def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
         # Imported here, so that reading a recipe, which imports this module, does not import the packing.
         from trainer.packing import network as packed
 
-        if not path.is_file():
-            raise Mistake(f"{path}: there is no such file")
-        return packed.tensors(path.read_bytes(), str(path))
+        return packed.tensors(read_bytes(path), str(path))
     if path.suffix not in (".safetensors", *PICKLES):
         allowed = f".safetensors, .tiny, {', '.join(PICKLES)}"
         raise Mistake(f"{path}: got a file ending in {path.suffix!r}; allowed: {allowed}")
