@@ -35,6 +35,7 @@ VARIANTS = {
     "separable": [
         {"batch_norm": False},
         {"widths": (4, 4, 6), "strides": (2, 1, 2), "kernel": 3, "residual": True},
+        {"widths": (4, 4, 6), "strides": (2, 1, 2), "residual": True, "repeat": 2},
     ],
     "cifar_resnet": [{"depth": 8, "channels": (8, 16, 16, 24)}],
     "wide_resnet": [{"depth": 10, "widen": 1}],

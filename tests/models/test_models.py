@@ -94,6 +94,21 @@ def test_sizes_of_the_separable_students():
     assert count(separable(*DIGITS, widths=widths, strides=strides, batch_norm=False)) == 6_162
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_separable_repeats_a_block_with_the_same_weights(residual):
+    settings = {"widths": (4, 6, 6), "strides": (2, 1, 1), "residual": residual}
+    torch.manual_seed(0)
+    model = separable(*DIGITS, **settings, repeat=3)
+    assert count(model) == count(separable(*DIGITS, **settings)) - 6  # bias for gain and shift
+    assert model.norms() == [("conv1", "norm1"), ("block2.pointwise", "block2.norm")] and not model.chain()
+    maps = model.forward_intermediates(torch.rand(2, *DIGITS[0]))[1]
+    block, x = model.block3, maps[1]
+    for _ in range(3):
+        inner = torch.relu(block.pointwise(block.depthwise(x)))
+        x = x + inner if residual else inner
+    torch.testing.assert_close(maps[2], x)
+
+
 def test_separable_residual_adds_the_input():
     model = separable(*DIGITS, widths=(4, 4), strides=(1, 1), residual=True).eval()
     nn.init.zeros_(model.block2.norm.weight)
@@ -143,6 +158,12 @@ def test_both_directions_have_read_the_whole_image(function):
         (separable, (1, 28, 28), {"widths": (4, 4), "strides": (1,)}, "2 widths and 1 strides"),
         (separable, (1, 28, 28), {"widths": (), "strides": ()}, "0 widths"),
         (separable, (1, 28, 28), {"kernel": 4}, "kernel is 4; it must be odd"),
+        (
+            separable,
+            (1, 28, 28),
+            {"widths": (4, 6), "strides": (2, 1), "repeat": 2},
+            "repeat 2 has no effect",
+        ),
         (separable, (1, 28, 28), {"first_kernel": 2}, "first_kernel is 2; it must be odd"),
     ],
 )

@@ -66,7 +66,10 @@ def test_the_spec_must_be_the_networks():
         ([2.0**-130, 3 * 2.0**-130], 2.0**-130),  # float32's subnormal numbers too
         ([255.0, 1.0], 1.0),
         ([256.0, 1.0], None),
-        ([0.1, 0.2], None),
+        ([0.1, 0.2], np.float32(0.1)),  # not a power of two
+        ([-0.75, 0.0, 1.125], 0.375),
+        ([0.1, 0.3], None),  # float32(0.3) is not 3 times float32(0.1)
+        ([2.0**-40, 1.0], None),
         ([0.0, 0.0], None),
         ([-0.0, 1.0], None),
         ([float("nan"), 1.0], None),
@@ -81,12 +84,14 @@ def test_grid_steps(values, step):
     assert decoded.tobytes() == array.tobytes()
 
 
-def test_only_vectors_of_float32_have_steps():
-    vector = np.array([0.5, 1.0])
-    assert (
-        packed.grid_steps({"a": vector, "b": vector.astype(np.float16), "c": vector[None].astype(np.float32)})
-        == {}
-    )
+def test_weights_have_steps_if_they_use_most_of_the_integers():
+    even = np.array([[0.5, -1.5], [1.0, 0.0]], np.float32)
+    sparse = np.array([[0.5, -20.0], [1.0, 0.0]], np.float32)  # three of the 42 integers between
+    found = packed.grid_steps({"a": even, "b": sparse, "c": even.astype(np.float16), "d": even[0, 0]})
+    assert found == {"a": 0.5}
+    tensors = {"a": even, "b": sparse}
+    decoded = container.decode(container.encode({}, tensors, packed.grid_steps(tensors)))[1]
+    assert all(decoded[name].tobytes() == array.tobytes() for name, array in tensors.items())
 
 
 def test_biases_on_a_grid_take_few_bytes():

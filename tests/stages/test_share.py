@@ -438,6 +438,9 @@ def test_the_folding_stage_tells_how_far_apart_outputs_are(make_run):
     share(run, bits=2)
 
 
+EVEN = {"spacing": "even", "assign": "trained", "training": {"epochs": 1}}
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "told"),
@@ -457,6 +460,11 @@ class TestBadInput:
             ({"bits": 2, "groups": 2}, "no effect with per 'layer'"),
             ({"bits": 2, "biases": 1}, "greater than or equal to 2"),
             ({"bits": 2, "codebook": "float8"}, "float16"),
+            ({"bits": 2, "spacing": "even"}, "spacing 'even' needs assign 'trained'"),
+            (EVEN | {"values": 5}, "values: got 5; spacing 'even' has as many below zero as above"),
+            (EVEN | {"values": {"fc1": 4, "fc2": 3}}, "values: got 3"),
+            (EVEN | {"values": 4, "code_cost": 0.1}, "code_cost has no effect with spacing 'even'"),
+            (EVEN | {"values": 4, "per": "channel"}, "no effect with bits 'auto' or codebooks for parts"),
         ],
     )
     def test_settings(self, settings, told):

@@ -1,5 +1,6 @@
 """Makes a layer's weights share few values, found by k-means or trained."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from trainer.compression.parametrizations import Codebook, TrainedCodebook, bake_weight, parametrize_weight
+from trainer.compression.parametrizations import (
+    Codebook,
+    EvenCodebook,
+    TrainedCodebook,
+    bake_weight,
+    parametrize_weight,
+)
 from trainer.compression.weights import Weight
 from trainer.mistakes import Mistake
 
@@ -45,6 +52,28 @@ def open_codebook(layer: Weight, codes: Tensor, centroids: Tensor, code_cost: fl
     trained = TrainedCodebook(codes != 0, centroids, code_cost * mean_square)
     trained.count_bits(codes)
     parametrize_weight(layer, trained)
+
+
+def open_even_codebook(layer: Weight, num_values: int, round_step: Callable[[Tensor], Tensor]) -> None:
+    """Makes a weight take multiples of a trained step, in place (`EvenCodebook`). Pruned weights stay zero.
+
+    The first step is 2 x mean |weight| / sqrt(num_values / 2) (Esser et al. 2020).
+
+    Args:
+        layer: The weight.
+        num_values: Values besides zero, an even number.
+        round_step: Rounds the step, during training too.
+
+    Raises:
+        Mistake: For a weight whose values are all zero.
+    """
+    value, alive = layer.value.detach().clone(), layer.alive.clone()
+    if not value.any():
+        raise Mistake(f"layer {layer.name!r} has no weights left to share: all are zero")
+    if layer.parametrization is not None:
+        bake_weight(layer)
+    step = 2 * value[alive].abs().mean() / math.sqrt(num_values // 2)
+    parametrize_weight(layer, EvenCodebook(alive, step, num_values, round_step))
 
 
 def close_codebook(layer: Weight) -> tuple[Tensor, Tensor]:

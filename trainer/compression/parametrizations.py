@@ -226,6 +226,75 @@ class TrainedCodebook(nn.Module):
         ).sum()
 
 
+class EvenCodebook(TrainedCodebook):
+    """An open codebook of evenly spaced values: a trained step times the integers from -num_values/2 to num_values/2.
+
+    A weight is the nearest multiple of the step, zero among them, so that training decides which weights are zero. The
+    gradient goes straight through to the latent weights (only inside the range), and to the step by its rounding error
+    (Esser et al. 2020, Learned Step Size Quantization). The step is trained as its logarithm, so that an optimizer's step
+    changes it by a fraction. Uniform values with an entropy code lose little to the best ones (Gish & Pierce 1968), and a
+    packed file holds one number instead of a codebook.
+
+    Args:
+        alive: Bool of the weight's shape; other weights stay zero.
+        step: The first step, a positive number.
+        num_values: Values besides zero, an even number.
+        round_step: Rounds the step, during training too.
+    """
+
+    def __init__(
+        self, alive: Tensor, step: Tensor, num_values: int, round_step: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(alive, step.new_zeros(1, num_values), step.new_zeros(1, 1))
+        del self.centroids
+        half = num_values // 2
+        integers = [*range(-half, 0), *range(1, half + 1)]
+        self.register_buffer("integers", step.new_tensor(integers)[None], persistent=False)
+        self.highest = half
+        self.round_step = round_step
+        self.log_step = NoDecay(step.detach().log().reshape(1))
+
+    @property
+    def step(self) -> Tensor:
+        """The rounded step [1], whose gradient goes straight through the rounding."""
+        step = self.log_step.exp()
+        return self.round_step(step.detach()) + (step - step.detach())
+
+    def __getattr__(self, name: str) -> Any:
+        # Not a property: torch.nn.Module takes an AttributeError in one for a missing attribute of that name.
+        return self.integers * self.step if name == "centroids" else super().__getattr__(name)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        step = self.step
+        scaled = (latent / step).clamp(-self.highest, self.highest)
+        whole = scaled.detach().round() + (scaled - scaled.detach())
+        return torch.where(self.alive, whole * step, 0.0)
+
+    @torch.no_grad()
+    def codes(self, latent: Tensor) -> Tensor:
+        whole = (latent / self.step).clamp(-self.highest, self.highest).round().int()
+        codes = torch.where(whole < 0, whole + self.highest + 1, whole + self.highest)
+        return torch.where(self.alive & (whole != 0), codes, 0)
+
+    def entropy(self, latent: Tensor) -> Tensor:
+        """Returns the bits of all codes together, zeros among them, as `TrainedCodebook.entropy` does."""
+        levels = torch.cat([self.integers[0], self.integers.new_zeros(1)])
+        scaled = (latent / self.step.detach()).reshape(-1)[self.positions, None]
+        sums = ((scaled - levels).square() * (-0.5 / SOFTNESS**2)).softmax(1).sum(0)
+        return (sums * (sums.sum().clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())).sum()
+
+
+class Rounded(nn.Module):
+    """Rounds a tensor by a function at every step; the gradient goes straight through."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return self.function(tensor.detach()) + (tensor - tensor.detach())
+
+
 OURS = Mask | Codebook | TrainedCodebook
 
 

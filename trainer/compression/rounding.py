@@ -1,11 +1,14 @@
 """Rounds values to few bits, for a smaller packed file."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from trainer.compression.codebooks import centroid_parameters
+from trainer.compression.parametrizations import Rounded
 from trainer.mistakes import Mistake
 
 
@@ -37,6 +40,12 @@ def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:
     return rounded
 
 
+def round_evenly(centroids: Tensor, kind: str | int) -> Tensor:
+    """Rounds evenly spaced centroids, of which the smallest is one step: the step by `round_codebook`, and so all of them."""
+    step = centroids.abs().min()
+    return round_codebook(step, kind) * (centroids / step).round()
+
+
 def to_grid(values: Tensor, bits: int) -> Tensor:
     """Rounds values to integers times a step: the smallest power of two that keeps all integers within +-(2^(bits-1) - 1).
 
@@ -51,6 +60,31 @@ def to_grid(values: Tensor, bits: int) -> Tensor:
     if not torch.isfinite(rounded).all():
         raise Mistake(f"a value of {largest:.3g} is too large for {bits} bits")
     return rounded + 0.0
+
+
+def biases_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Returns (module, attribute) of all biases: parameters of one dimension with 'bias' in their name."""
+    return [
+        (module, name)
+        for module in model.modules()
+        if not isinstance(module, parametrize.ParametrizationList)
+        for name, tensor in module.named_parameters(recurse=False)
+        if tensor.dim() == 1 and "bias" in name
+    ]
+
+
+def open_biases(model: nn.Module, bits: int) -> list[tuple[nn.Module, str]]:
+    """Makes all biases be rounded by `to_grid` at every step of a training, in place. `close_biases` ends it."""
+    found = biases_of(model)
+    for module, name in found:
+        parametrize.register_parametrization(module, name, Rounded(functools.partial(to_grid, bits=bits)))
+    return found
+
+
+def close_biases(opened: list[tuple[nn.Module, str]]) -> None:
+    """Turns biases that `open_biases` returned into plain parameters of the rounded values, in place."""
+    for module, name in opened:
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 @torch.no_grad()

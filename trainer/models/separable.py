@@ -18,6 +18,7 @@ def separable(
     kernel: PositiveInt = 3,
     batch_norm: bool = True,
     residual: bool = False,
+    repeat: PositiveInt = 1,
 ) -> nn.Module:
     """A convolution, then depthwise-separable blocks, the mean over positions and a linear classifier.
 
@@ -34,9 +35,11 @@ def separable(
         batch_norm: Whether BatchNorm precedes each ReLU; the convolution before it then has no bias. Folding it away
             gives exactly the network without batch_norm.
         residual: Whether a block's input is added to its output where their shapes are equal.
+        repeat: How many times in a row each block that keeps its input's shape is applied, with the same weights. With
+            more than one, these blocks have no normalization, whose statistics would differ from time to time.
 
     Raises:
-        Mistake: For an even kernel size, and for widths and strides of different number.
+        Mistake: For an even kernel size, for widths and strides of different number, and for a repeat of no block.
     """
     if not widths or len(strides) != len(widths):
         raise Mistake(
@@ -45,24 +48,41 @@ def separable(
     for name, side in (("first_kernel", first_kernel), ("kernel", kernel)):
         if side % 2 == 0:
             raise Mistake(f"separable: {name} is {side}; it must be odd")
+    steps = zip(widths[:-1], widths[1:], strides[1:], strict=True)
+    if repeat > 1 and not any(inputs == outputs and stride == 1 for inputs, outputs, stride in steps):
+        raise Mistake(
+            f"separable: repeat {repeat} has no effect: no block has stride 1 and as many channels as the one before"
+        )
     return _Separable(
-        input_shape[0], num_classes, widths, strides, first_kernel, kernel, batch_norm, residual
+        input_shape[0], num_classes, widths, strides, first_kernel, kernel, batch_norm, residual, repeat
     )
 
 
 class _Block(nn.Module):
     def __init__(
-        self, inputs: int, outputs: int, stride: int, kernel: int, batch_norm: bool, residual: bool
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        kernel: int,
+        batch_norm: bool,
+        residual: bool,
+        repeat: int,
     ) -> None:
         super().__init__()
+        keeps_shape = stride == 1 and inputs == outputs
+        self.times = repeat if keeps_shape else 1
+        batch_norm = batch_norm and self.times == 1
         self.depthwise = nn.Conv2d(inputs, inputs, kernel, stride, kernel // 2, groups=inputs, bias=False)
         self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=not batch_norm)
         self.norm = nn.BatchNorm2d(outputs) if batch_norm else nn.Identity()
-        self.residual = residual and stride == 1 and inputs == outputs
+        self.residual = residual and keeps_shape
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = torch.relu(self.norm(self.pointwise(self.depthwise(x))))
-        return x + inner if self.residual else inner
+        for _ in range(self.times):
+            inner = torch.relu(self.norm(self.pointwise(self.depthwise(x))))
+            x = x + inner if self.residual else inner
+        return x
 
 
 class _Separable(Blocks):
@@ -76,6 +96,7 @@ class _Separable(Blocks):
         kernel: int,
         batch_norm: bool,
         residual: bool,
+        repeat: int,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(
@@ -85,14 +106,16 @@ class _Separable(Blocks):
         self.names = [f"block{number}" for number in range(2, len(widths) + 1)]
         steps = zip(self.names, widths[:-1], widths[1:], strides[1:], strict=True)
         for name, inputs, outputs, stride in steps:
-            self.add_module(name, _Block(inputs, outputs, stride, kernel, batch_norm, residual))
+            self.add_module(name, _Block(inputs, outputs, stride, kernel, batch_norm, residual, repeat))
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def blocks(self):
         return [("conv1", self._conv1), *((name, self.get_submodule(name)) for name in self.names)]
 
     def chain(self):
-        if any(self.get_submodule(name).residual for name in self.names):
+        if any(
+            self.get_submodule(name).residual or self.get_submodule(name).times != 1 for name in self.names
+        ):
             return []
         return [
             "conv1",
@@ -101,7 +124,8 @@ class _Separable(Blocks):
         ]
 
     def norms(self):
-        return [("conv1", "norm1"), *((f"{name}.pointwise", f"{name}.norm") for name in self.names)]
+        once = [name for name in self.names if self.get_submodule(name).times == 1]
+        return [("conv1", "norm1"), *((f"{name}.pointwise", f"{name}.norm") for name in once)]
 
     def _conv1(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm1(self.conv1(x)))

@@ -152,22 +152,27 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
 
 
 def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns {name: step} of float32 vectors that hold small integers times a power of two, as `to_grid` makes them.
+    """Returns {name: step} of float32 tensors that hold small integers times a step, as `to_grid` and even codebooks do.
 
-    The step is the largest power of two that divides all values. Vectors with a value beyond 255 steps are left out.
+    The step is the greatest that divides all values. Tensors with a value beyond 255 steps are left out, and weights (two
+    dimensions or more) that use less than half of the integers between their least and greatest: a codebook costs less.
     """
     steps = {}
     for name, array in tensors.items():
         values = array.astype(np.float64)
-        if array.dtype != np.float32 or array.ndim != 1 or not values.any() or not np.isfinite(values).all():
+        if array.dtype != np.float32 or not array.ndim or not values.any() or not np.isfinite(values).all():
             continue
         if np.signbit(values[values == 0]).any():  # -0.0 is no multiple
             continue
-        fractions, exponents = np.frexp(np.abs(values[values != 0]))
-        integers = np.ldexp(fractions, 24).astype(np.int64)  # float32 has so many bits
-        lowest = np.log2(integers & -integers).astype(np.int64) + exponents - 24
-        step = 2.0 ** int(lowest.min())
-        if np.abs(values).max() <= 255 * step:
+        distinct = np.unique(values[values != 0])
+        fractions, exponents = np.frexp(np.abs(distinct))
+        lowest = int(exponents.min())
+        if len(distinct) > 510 or exponents.max() - lowest > 30:
+            continue
+        integers = np.ldexp(fractions, exponents - lowest + 24).astype(np.int64)  # float32 has 24 bits
+        step = math.ldexp(int(np.gcd.reduce(integers)), lowest - 24)
+        span = (max(0.0, distinct[-1]) - min(0.0, distinct[0])) / step
+        if np.abs(distinct).max() <= 255 * step and (array.ndim == 1 or span <= 2 * len(distinct)):
             steps[name] = step
     return steps
 

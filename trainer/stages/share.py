@@ -1,6 +1,7 @@
 """Makes the weights of a layer share few values, then trains the values."""
 
 import copy
+import functools
 from typing import Annotated, Literal
 
 import torch
@@ -14,10 +15,17 @@ from trainer.compression.codebooks import (
     close_codebook,
     code_entropy,
     open_codebook,
+    open_even_codebook,
     set_codebook,
 )
 from trainer.compression.parametrizations import Mask
-from trainer.compression.rounding import round_codebook, round_unshared
+from trainer.compression.rounding import (
+    close_biases,
+    open_biases,
+    round_codebook,
+    round_evenly,
+    round_unshared,
+)
 from trainer.compression.states import dense_state
 from trainer.compression.weights import Weight, choose, per_layer, weights_of
 from trainer.data.batches import batches, epoch_order, seed_of
@@ -62,6 +70,30 @@ def check(settings) -> None:
         raise Mistake(
             "entropy has no effect with assign 'fixed': only assignments that are trained can follow it"
         )
+    if settings.spacing == "even":
+        _check_even(settings)
+
+
+def _check_even(settings) -> None:
+    if settings.assign != "trained":
+        raise Mistake(
+            "spacing 'even' needs assign 'trained': its step is trained, and each weight follows it"
+        )
+    if settings.bits == "auto" or settings.per != "layer":
+        raise Mistake("spacing 'even' has no effect with bits 'auto' or codebooks for parts of a layer")
+    for name, value in (
+        ("init 'linear'", settings.init == "linear"),
+        ("weighting", settings.weighting),
+        ("code_cost", settings.code_cost),
+    ):
+        if value:
+            raise Mistake(f"{name} has no effect with spacing 'even', whose values are not clustered")
+    numbers = settings.values if isinstance(settings.values, dict) else {"": settings.values}
+    for value in numbers.values():
+        if value is not None and value % 2:
+            raise Mistake(
+                f"values: got {value}; spacing 'even' has as many below zero as above: an even number"
+            )
 
 
 def check_student(settings, student: nn.Module) -> None:
@@ -84,6 +116,7 @@ def share(
     weighting: Literal["fisher"] | None = None,
     code_cost: NonNegativeFloat = 0.0,
     assign: Literal["fixed", "trained"] = "fixed",
+    spacing: Literal["free", "even"] = "free",
     entropy: NonNegativeFloat = 0.0,
     codebook: Literal["float16", "float32"] | FractionBits = "float16",
     biases: BiasBits | None = None,
@@ -113,6 +146,8 @@ def share(
             1989; 0.01 to 0.1).
         assign: `fixed` keeps the codes; `trained` chooses at every step which value each weight shares, with a
             straight-through gradient (Bengio et al. 2013).
+        spacing: `even` makes the values multiples of a trained step, zero among them (Esser et al. 2020). The file then
+            holds one number for each layer instead of a codebook. Biases are rounded in training too.
         entropy: Weight in the loss of the codes' entropy, in bits per surviving weight.
         codebook: The type to which shared values are rounded at the end, or a number of fraction bits.
         biases: Bits to which biases are rounded, on a grid of a power of two. Dead units are dropped first if the network
@@ -142,7 +177,16 @@ def share(
         assert budget_bytes is not None
         bits = _choose_bits(run, layers, cluster, codebook, biases, rest, budget_bytes)
     wanted = per_layer(layers, bits if values is None else values, "bits" if values is None else "values")
+    rounded_biases: list[tuple[nn.Module, str]] = []
     for name, layer in layers.items():  # the main process decides
+        if spacing == "even":
+            open_even_codebook(
+                layer,
+                wanted[name] if values is not None else 2 ** wanted[name],
+                functools.partial(round_codebook, kind=codebook),
+            )
+            _note(run, name, close_codebook(layer)[1])
+            continue
         codes, centroids = cluster(name, layer, wanted[name] if values is not None else 2 ** wanted[name])
         codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
         rounded = round_codebook(centroids, codebook)  # raises before the training, not after it
@@ -155,6 +199,8 @@ def share(
         _note(run, name, centroids)
     if training is None:
         _round(run.student, biases, rest)
+    if spacing == "even" and biases is not None:
+        rounded_biases = open_biases(run.student, biases)
     record(run, "clustered", init=init)
     keep_histogram(run, "clustered")
     if training is None:
@@ -177,7 +223,8 @@ def share(
             set_codebook(layer, codes, centroids)
     with torch.no_grad():
         for parameter in centroid_parameters(run.student):
-            parameter.copy_(round_codebook(parameter, codebook))
+            parameter.copy_((round_evenly if spacing == "even" else round_codebook)(parameter, codebook))
+    close_biases(rounded_biases)
     _round(run.student, biases, rest)
     record(run, "shared", numbers["train_seconds"], init=init, **numbers)
     keep_histogram(run, "shared")

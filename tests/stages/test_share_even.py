@@ -1,0 +1,140 @@
+"""`share` with spacing 'even': values that are a trained step times integers."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from tests import making
+from trainer.compression.codebooks import close_codebook, code_entropy, open_even_codebook, set_codebook
+from trainer.compression.masks import set_mask
+from trainer.compression.rounding import round_codebook
+from trainer.compression.states import dense_state
+from trainer.compression.weights import weights_of
+from trainer.packing import network as packed
+from trainer.recipe.training import Training
+from trainer.stages.share import share
+from trainer.training import fit
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    made = []
+
+    def make(folder=None):
+        made.append(folder)
+        folder = folder or tmp_path / str(len(made) - 1)
+        return making.make_run(folder, SPEC, stage_name="share", subset=200, validation=200)
+
+    return make
+
+
+SPEC = {"model": "lenet300", "hidden": [12, 8]}
+
+
+def training(**settings):
+    return Training(**({"epochs": 3, "batch_size": 20, "lr": 3e-3} | settings))
+
+
+def opened(num_values=4, kind="float32"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6))
+    place = weights_of(model)["0"]
+    set_mask(place, torch.rand(6, 10) < 0.7)
+    open_even_codebook(place, num_values, functools.partial(round_codebook, kind=kind))
+    return model, weights_of(model)["0"]
+
+
+def test_a_weight_is_the_nearest_multiple_of_the_rounded_step():
+    model, place = opened(kind=2)
+    found, latent = place.parametrization, place.parameter.detach()
+    step = found.step.item()
+    assert step * 2 ** (2 - torch.tensor(step).log2().floor()) % 1 == 0, "two bits of a fraction"
+    assert step == pytest.approx(2 * latent[found.alive].abs().mean().item() / 2**0.5, rel=2**-3)
+    expected = torch.where(found.alive, (latent / step).round().clamp(-2, 2), 0.0) * step
+    assert torch.equal(place.value, expected)
+    assert (place.value[found.alive] == 0).any(), "zero is one of the values"
+    set_codebook(place, *close_codebook(place))
+    assert torch.equal(weights_of(model)["0"].value, expected)
+
+
+def test_the_gradients_are_those_of_learned_step_sizes():
+    model, place = opened()
+    found = place.parametrization
+    with torch.no_grad():
+        place.parameter[found.alive] *= 3  # some beyond the range
+    gradient = torch.randn(6, 10)
+    (place.value * gradient).sum().backward()
+    step = found.step.item()
+    scaled = place.parameter.detach() / step
+    inside = scaled.abs() <= 2
+    assert not inside[found.alive].all()
+    torch.testing.assert_close(place.parameter.grad, torch.where(found.alive & inside, gradient, 0.0))
+    slope = torch.where(inside, scaled.round() - scaled, 2.0 * scaled.sign())[found.alive]
+    expected = (slope * gradient[found.alive]).sum() * step  # of the logarithm
+    torch.testing.assert_close(found.log_step.grad, expected.reshape(1))
+    assert not hasattr(found, "nothing")
+
+
+def test_soft_entropy_counts_zeros():
+    _, place = opened()
+    found = place.parametrization
+    scaled = place.parameter.detach()[found.alive] / found.step.detach()
+    shares = (-((scaled[:, None] - torch.arange(-2.0, 3.0)) ** 2) / (2 * 0.5**2)).softmax(1).mean(0)
+    value = code_entropy([place])
+    torch.testing.assert_close(value.detach(), -(shares * shares.log2()).sum())
+    value.backward()
+    assert place.parameter.grad[found.alive].any() and found.log_step.grad is None
+
+
+def test_the_stage_packs_a_step_for_each_layer_and_keeps_what_it_trained(make_run):
+    sizes = {}
+    for spacing in ("free", "even"):
+        run = make_run()
+        share(
+            run,
+            values=6,
+            assign="trained",
+            spacing=spacing,
+            codebook=4,
+            biases=5,
+            entropy=0.05,
+            training=training(),
+        )
+        arrays = {name: tensor.numpy() for name, tensor in dense_state(run.student).items()}
+        if spacing == "even":
+            assert set(packed.grid_steps(arrays)) == set(arrays)
+            assert all((place.value == 0).any() for place in weights_of(run.student).values())
+            assert not [name for name, _ in run.student.named_parameters() if "bias.original" in name]
+            assert [row["stage"] for row in run.rows] == ["clustered", "shared"]
+            assert run.layers["fc1"]["clusters"] == 6
+        rows = packed.account(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))[0]
+        sizes[spacing] = sum(
+            row["bytes"] for row in rows if row["part"] == "codebook" and "weight" in row["tensor"]
+        )
+    assert sizes["even"] < 0.6 * sizes["free"]
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(make_run, tmp_path, monkeypatch):
+    settings = {"bits": 2, "assign": "trained", "spacing": "even", "entropy": 0.1, "biases": 4}
+    settings["training"] = training(optimizer="adamw", weight_decay=0.01, ema=0.9)
+    whole = make_run()
+    share(whole, **settings)
+    monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", -1.0)
+    validate, calls = fit._validate, []
+
+    def stop(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(*given)
+
+    monkeypatch.setattr(fit, "_validate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        share(make_run(folder=tmp_path / "cut"), **settings)
+    resumed = make_run(folder=tmp_path / "cut")
+    share(resumed, **settings)
+    assert len(calls) < 6, "it began anew"
+    mine, theirs = (dense_state(run.student) for run in (whole, resumed))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
