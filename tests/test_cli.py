@@ -454,6 +454,11 @@ def test_pairs(say, tmp_path):
         "projector",
     ]
     assert out.splitlines()[3].split() == ["hint/conv1", "conv1", "2x8x8", "conv1", "3x8x8", "MapProjector"]
+    status, out, _ = say("pairs", tmp_path / "x.yaml", "--set", "stages.1.losses=[{loss: attention}]")
+    assert (
+        "attention: fc2 and fc2 are left out: on maps of one position the loss is constant"
+        in out.splitlines()
+    )
     status, out, _ = say(
         "pairs", tmp_path / "x.yaml", "--set", "stages.1.losses=[{loss: kl}]", "--set", "stages.2.losses="
     )

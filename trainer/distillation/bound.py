@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from trainer.projectors import EmbeddingProjector, MapProjector
 from trainer.recipe import shelves
 from trainer.recipe.keys import TermKeys, WeightSchedule
 from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, wants
+from trainer.tensors import same_size
 
 Pairs = list[tuple[Layer, Layer]]  # (student's layer, teacher's layer)
 
@@ -56,24 +57,83 @@ class Bound(nn.Module):
         return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
 
 
-def bind_all(terms: Sequence[TermKeys], networks: Networks, data: Data) -> list[Bound]:
+class Binding(NamedTuple):
+    """All bound terms, and a line for each pair of layers that `at: auto` leaves out."""
+
+    bounds: list[Bound]
+    left_out: list[str]
+
+
+def bind_all(terms: Sequence[TermKeys], networks: Networks, data: Data) -> Binding:
     """Binds every term to its layers, in order; a second term of the same loss is called LOSS_2.
 
-    A loss on layers is bound once for each pair, a loss on lists of maps once for all its pairs. Raises Mistake for a
-    layer that does not exist, and for layers that cannot be paired.
+    A loss on layers is bound once for each pair, a loss on lists of maps once for all its pairs. A pair whose maps have
+    one position is left out where the loss is constant on such maps.
+
+    Raises:
+        Mistake: For a layer that does not exist, layers that cannot be paired, and pairs named in `at`, or all pairs,
+            on which the loss is constant.
     """
     counts: dict[str, int] = {}
     found: list[Bound] = []
+    left_out: list[str] = []
     for term in terms:
         counts[term.loss] = counts.get(term.loss, 0) + 1
         name = term.loss if counts[term.loss] == 1 else f"{term.loss}_{counts[term.loss]}"
         asks = wants(term)
         pairs = _pairs(term, asks, networks)
         alone = not MAP_LISTS & set(asks)
+        bounds: list[Bound] = []
+        constant: list[Bound] = []
         for group in [[pair] for pair in pairs] if pairs and alone else [pairs]:
             own_name = f"{name}/{group[0][0].name}" if group and alone else name
-            found.append(_bind(term, own_name, asks, group, networks, data))
-    return found
+            bound = _bind(term, own_name, asks, group, networks, data)
+            (constant if _is_constant(bound) else bounds).append(bound)
+        if constant and (not bounds or term.at not in (None, "auto")):
+            [(student, teacher)] = constant[0].pairs
+            raise Mistake(
+                f"at: loss {term.loss!r} is constant on maps of one position, such as {student.name!r} with "
+                f"{teacher.name!r}: name layers with larger maps, or leave the loss out"
+            )
+        for bound in constant:
+            [(student, teacher)] = bound.pairs
+            left_out.append(
+                f"{name}: {student.name} and {teacher.name} are left out: on maps of one position the loss is constant"
+            )
+        found += bounds
+    return Binding(found, left_out)
+
+
+@torch.no_grad()
+def _is_constant(bound: Bound) -> bool:
+    """Returns whether a loss on one pair of maps of one position is the same number for every student's map.
+
+    Its learned parameters are drawn at random, since they may start from zero.
+    """
+    if not (MAPS & set(bound.asks) and set(bound.asks) <= MAPS | {"epoch"}):
+        return False
+    [(student, teacher)] = bound.pairs
+    if min(student.shape[1], teacher.shape[1]) * min(student.shape[2], teacher.shape[2]) > 1:
+        return False
+    found = copy.deepcopy(bound).cpu().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in found.parameters():
+        parameter.normal_(generator=generator)
+    values = []
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(3):
+            torch.manual_seed(0)  # of losses that draw numbers themselves
+            student_map = torch.randn(2, *student.shape, generator=generator)
+            teacher_map = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(1))
+            available = {"student_map": student_map, "teacher_map": teacher_map, "epoch": 0.0}
+            if found.projector is not None:
+                small, available["teacher_map"] = same_size(student_map, teacher_map)
+                available["projected_map"] = found.projector(small)
+            try:
+                values.append(float(found.function(*(available[word] for word in found.asks))))
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                return False  # the rehearsal of the objective says what is wrong
+    return max(values) - min(values) <= 1e-6 * (1 + abs(values[0]))
 
 
 def pair_table(bounds: Iterable[Bound]) -> list[dict[str, Any]]:

@@ -43,6 +43,9 @@ class Objective(nn.Module):
     Raises:
         Mistake: For a layer that does not exist, layers that cannot be paired, a missing teacher, and networks that do
             not return one logit for each class of the data.
+
+    Attributes:
+        left_out: A line for each pair of layers that is not compared.
     """
 
     bound: Sequence[Bound]
@@ -72,7 +75,8 @@ class Objective(nn.Module):
         self.penalties = dict(penalties)
         self.prepare = prepare or (lambda images: normalize(images, data.mean, data.std))
         networks = examine(student, self.prepare, teacher, terms, data, torch.device(device))
-        self.bound = nn.ModuleList(bind_all(terms, networks, data))  # type: ignore[assignment]  # torch does not say of what
+        bounds, self.left_out = bind_all(terms, networks, data)
+        self.bound = nn.ModuleList(bounds)  # type: ignore[assignment]  # torch does not say of what
         asks = {word for bound in self.bound for word in bound.asks}
         # What a forward pass asks of each network: the layers whose maps are needed, and whether the embedding is.
         self._see_student = (

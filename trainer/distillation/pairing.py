@@ -95,7 +95,7 @@ def _each_once(pairs: list[tuple[Layer, Layer]]) -> list[tuple[Layer, Layer]]:
 def _choose(
     network: nn.Module, who: str, known: Sequence[Layer], name: Name, prepared: Callable[[], Tensor]
 ) -> Layer:
-    """Returns the layer that a name means: a block's name or number, or a dotted name of a module."""
+    """Returns the layer that a name means: a block's name or number, a module's dotted name, or NAME:input."""
     if isinstance(name, int):
         if not -len(known) <= name < len(known):
             raise Mistake(f"at: {who} has no block {name}; it has {len(known)}, counted from 0")
@@ -104,7 +104,7 @@ def _choose(
         if layer.name == name:
             return layer
     modules = [path for path, _ in network.named_modules() if path]
-    if name not in modules:
+    if features.module_of(name) not in modules:
         blocks = [layer.name for layer in known]
         near = closest(name, blocks + modules)
         raise Mistake(f"at: {who} has no layer {name!r}{nearest(name, [near] if near else blocks)}")
@@ -128,7 +128,8 @@ def _partner(
     names = [other.name for other in student_layers]
     if layer.name not in names:
         names = [path for path, _ in student.named_modules() if path]
-    return _at_depth(teacher_layers, (names.index(layer.name) + 1) / len(names))
+    place = names.index(features.module_of(layer.name) if layer.name not in names else layer.name)
+    return _at_depth(teacher_layers, (place + 1) / len(names))
 
 
 def weight_pairs(student: nn.Module, teacher: nn.Module, at: At | None) -> list[tuple[Layer, Layer]]:

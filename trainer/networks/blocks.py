@@ -25,6 +25,16 @@ def as_map(tensor: Tensor) -> Tensor:
     raise Mistake(f"a layer's output of {tensor.dim()} dimensions is no feature map: 2, 3 or 4 are")
 
 
+def kept(tensor: Tensor) -> Tensor:
+    """Returns the tensor as it is now: operations that later change it in place do not change what is returned.
+
+    The gradient flows through. On a CPU nothing is copied until one of the two is written to; compiled, the compiler
+    leaves the copy out where nothing writes.
+    """
+    lazily = tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not tensor.is_inference()
+    return torch._lazy_clone(tensor) if lazily else tensor.clone()
+
+
 def max_pool(x: Tensor) -> Tensor:
     """Returns the maximum of each 2 x 2 window, [N, C, H, W] to [N, C, H // 2, W // 2]: `max_pool2d(x, 2)`, bit for bit.
 
@@ -81,7 +91,7 @@ class Blocks(nn.Module):
         for number, (_, block) in enumerate(self.blocks()):
             x = block(x)
             if indices is None or number in indices:
-                maps.append(as_map(x))
+                maps.append(kept(as_map(x)))
         return x, maps
 
     def forward(self, x: Tensor) -> Tensor:

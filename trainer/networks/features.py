@@ -1,7 +1,8 @@
 """Reads logits, pooled embedding and feature maps from one forward pass of any network.
 
 timm's models are read through `forward_intermediates` and `forward_head`. Our own networks have the same two calls
-(`Blocks`). Forward hooks on dotted module names serve any other `nn.Module`, and any layer that is not a block.
+(`Blocks`). Forward hooks on dotted module names serve any other `nn.Module`, and any layer that is not a block. A map is
+the layer's own output, also where the network then changes that tensor in place. `NAME:input` is a module's input.
 """
 
 import contextlib
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.blocks import Blocks, as_map
+from trainer.networks.blocks import Blocks, as_map, kept
+
+INPUT = ":input"  # at the end of a module's name: what the module is given, instead of what it returns
 
 
 class Seen(NamedTuple):
@@ -52,7 +55,7 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
     Args:
         model: Any network that maps images to logits.
         images: [N, C, H, W], normalised.
-        layers: Names of blocks (`block_names`) or dotted names of modules.
+        layers: Names of blocks (`block_names`), dotted names of modules, or those with `:input` at the end.
         embedding: Whether to return the pooled embedding [N, D] before the classifier.
 
     Raises:
@@ -83,7 +86,7 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
             head = _last_linear(model) if embedding else None
             inputs: list[Tensor] = []
             if head is not None:
-                handles.append(head.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+                handles.append(head.register_forward_pre_hook(lambda _, args: inputs.append(kept(args[0]))))
             logits = model(images)
             pooled = inputs[0].flatten(1) if inputs else None
     finally:
@@ -122,17 +125,29 @@ def _last_linear(model: nn.Module) -> nn.Linear:
     return linears[-1]
 
 
+def module_of(layer: str) -> str:
+    """Returns the name of the module that a layer's name means: that of `NAME:input` without its end."""
+    return layer.removesuffix(INPUT)
+
+
 def _watch(model: nn.Module, layer: str, seen: dict[str, Tensor]):
-    modules = dict(model.named_modules())
-    if layer not in modules or not layer:
+    modules, name = dict(model.named_modules()), module_of(layer)
+    if name not in modules or not name:
         raise Mistake(
             f"there is no layer {layer!r}; there are {', '.join(block_names(model) or list(modules)[1:])}"
         )
 
-    def keep(_module: nn.Module, _inputs, output) -> None:
-        seen[layer] = as_map(output[0] if isinstance(output, tuple) else output)
+    def keep(found: Any) -> None:
+        seen[layer] = kept(as_map(_first(found)))
 
-    return modules[layer].register_forward_hook(keep)
+    if name != layer:
+        return modules[name].register_forward_pre_hook(lambda _module, inputs: keep(inputs))
+    return modules[name].register_forward_hook(lambda _module, _inputs, output: keep(output))
+
+
+def _first(found: Any) -> Any:
+    """Returns the first of several outputs or inputs; what is not in a tuple as it is."""
+    return found[0] if isinstance(found, tuple) and found else found
 
 
 @contextlib.contextmanager
@@ -166,7 +181,7 @@ def _children_with_maps(model: nn.Module, images: Tensor) -> list[str]:
 
     def keep(name: str):
         def hook(_module: nn.Module, _inputs, output) -> None:
-            output = output[0] if isinstance(output, tuple) else output
+            output = _first(output)
             if isinstance(output, Tensor) and output.dim() in (2, 3, 4) and name not in found:
                 found.append(name)
 

@@ -202,7 +202,8 @@ class CacheKeys(Entry):
         return bool(asked) and all(kept[kind] for kind in asked)
 
 
-# A layer: a block's name, a module's dotted name, or a block's number (from 0; -1 is the last).
+# A layer: a block's name, a module's dotted name (with :input at its end, what the module is given), or a block's number
+# (from 0; -1 is the last).
 Name = str | int
 At = (
     Literal["auto", "last"]
@@ -260,7 +261,9 @@ class TermKeys(_ShelfEntry):
         loss: A file of the losses shelf, or `python:module:name`.
         weight: A number or a schedule; a term of weight 0 is only logged.
         at: The pairs of layers, for losses on layers: `auto` (the default), `last`, a list of the student's layers, or
-            {student layer: teacher layer}.
+            {student layer: teacher layer}. A layer is a block's name or number, a module's dotted name, or that
+            name with `:input` for what the module is given. `auto` leaves out maps of one position where the loss is
+            constant on them.
 
     Acted on by `distillation.bound` and `distillation.pairing`.
     """

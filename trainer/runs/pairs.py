@@ -33,7 +33,8 @@ def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python:
     tables: dict[str, list[str]] = {}  # {table: its stages}; often several stages have the same losses
     for number, stage in enumerate(recipe.stages):
         terms = terms_of(stage)
-        rows = Objective(student.network, terms, data, teacher).pairs() if terms else []
+        objective = Objective(student.network, terms, data, teacher) if terms else None
+        rows = objective.pairs() if objective else []
         shown = [
             {
                 key: "x".join(map(str, value)) if isinstance(value, tuple) else value
@@ -42,7 +43,9 @@ def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python:
             for row in rows
         ]
         if rows:
-            tables.setdefault(tabulate(shown, headers="keys"), []).append(f"stages[{number}] {stage.stage}")
+            assert objective is not None
+            table = "\n".join([tabulate(shown, headers="keys"), *objective.left_out])
+            tables.setdefault(table, []).append(f"stages[{number}] {stage.stage}")
     if not tables:
         return f"{path}: no loss compares layers"
     return "\n".join(f"{', '.join(stages)}\n{table}\n" for table, stages in tables.items())
