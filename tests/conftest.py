@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a taught teacher, reports without plots, runs whose logs are closed, quick packing."""
+"""What several rooms' tests share: a taught teacher, reports without plots, runs whose logs are closed, quick packing, short trainings."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 
 from tests import making
 from trainer.reporting import report
+from trainer.runs import guards
 from trainer.stages import pack
 from trainer.storage import checkpoint
 from trainer.storage.weights_file import save_file
@@ -44,6 +45,20 @@ def decoded_here():
 def fresh_process(monkeypatch):
     """Packed files are decoded by a fresh process, as a user's are."""
     monkeypatch.setattr(pack, "_in_fresh_process", making.FRESH_PROCESS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untrained_allowed():
+    """Networks that have learnt nothing are pruned, shared and packed: the trainings of most tests are that short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "_found_untrained", lambda *_: iter(()))
+        yield
+
+
+@pytest.fixture
+def untrained_refused(monkeypatch):
+    """They are refused, as a user's are."""
+    monkeypatch.setattr(guards, "_found_untrained", making.FOUND_UNTRAINED)
 
 
 @pytest.fixture(scope="session")

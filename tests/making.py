@@ -12,11 +12,13 @@ from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys
 from trainer.reporting import report
 from trainer.reporting.log import Log
+from trainer.runs import guards
 from trainer.stages import pack
 from trainer.training.run import Run
 
 _open: list[Log] = []
 FRESH_PROCESS = pack._in_fresh_process  # what conftest.py spares most tests
+FOUND_UNTRAINED = guards._found_untrained  # likewise
 
 
 def make_run(

@@ -112,4 +112,4 @@ def test_a_stage_refuses_a_key_that_it_has_not(name):
 
 
 def test_common_keys_are_those_of_every_stage():
-    assert set(StageKeys.model_fields) == {"stage"}
+    assert set(StageKeys.model_fields) == {"stage", "at_least"}

@@ -36,6 +36,7 @@ PER_LAYER = Mark("per layer")  # one value for all layers, or {layer: value}
 
 Exclude = Annotated[list[str], EXCLUDE]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class Augment(BaseModel):
@@ -276,12 +277,15 @@ class TermKeys(_ShelfEntry):
 class StageKeys(_ShelfEntry):
     """One stage of a recipe.
 
-    stage: a file of the stages shelf, or `python:module:function`.
+    Attributes:
+        stage: A file of the stages shelf, or `python:module:function`.
+        at_least: Validation accuracy in percent that the network must have after the stage; otherwise the run stops.
 
-    Acted on by `runs.runner`.
+    Acted on by `runs.runner` and `runs.guards`.
     """
 
     stage: str
+    at_least: Percent | None = None
 
 
 # An entry that names a shelf's file has that file's keys too. The type checker, which cannot run this, sees the keys of all.
@@ -314,6 +318,8 @@ class Recipe(Entry):
         precision: Of training: `no` is float32; `fp16` and `bf16` are mixed.
         threads: Of torch in each process. By default one for each physical core that the process may use, divided among
             the processes of a machine, and at most OMP_NUM_THREADS.
+        allow_untrained: Whether a student that has learnt nothing may be pruned, shared and packed, and a teacher that
+            its training has taught nothing may teach. By default the run stops there.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
@@ -328,6 +334,7 @@ class Recipe(Entry):
     track: Literal["wandb"] | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
     threads: Annotated[int, Field(gt=0, le=4096)] | None = None
+    allow_untrained: bool = False
     _text: Text | None = PrivateAttr(None)
     _allows_python: bool = PrivateAttr(False)
 

@@ -8,6 +8,7 @@ Beside its function a stage's file may define (each optional):
     teaches(settings) -> bool              whether it may change the teacher (default: no)
     changes_student(settings) -> bool      whether it may change the student (default: yes, unless it teaches)
     seals(settings) -> bool                whether later stages must not change the student (default: no)
+    needs_trained(settings) -> bool        whether it is refused for a student that has learnt nothing (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
     becomes(settings, student, spec, images) -> (student, spec)
                                            the network that later stages find; student is a copy, images an example batch
@@ -52,6 +53,12 @@ def changes_student(stage: StageKeys) -> bool:
 def seals(stage: StageKeys) -> bool:
     """Returns whether later stages must not change the student."""
     answer = hook(stage, "seals")
+    return answer is not None and answer(stage)
+
+
+def needs_trained(stage: StageKeys) -> bool:
+    """Returns whether the stage is refused for a student that has learnt nothing."""
+    answer = hook(stage, "needs_trained")
     return answer is not None and answer(stage)
 
 

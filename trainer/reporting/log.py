@@ -25,7 +25,7 @@ class Log:
     """The numbers of a run, one JSON object a line, appended to a file and flushed at once.
 
     Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values),
-    "row" (with "stage" and the row's entries) or "summary". Non-finite floats are written as the strings
+    "row" (with "stage" and the row's entries), "warning" (with "stage" and "text") or "summary". Non-finite floats are written as the strings
     "nan", "inf" and "-inf", which Python's float() reads back. A resumed run appends; a last line cut off
     by a kill is removed. Only the main process writes; on the others every call does nothing.
 
@@ -85,6 +85,10 @@ class Log:
         """Writes one row of the report."""
         self._write({"kind": "row", **row})
         self._mirror(lambda: self._chart("report", "index", row))
+
+    def warning(self, stage: str, text: str) -> None:
+        """Writes a warning about the result of a stage."""
+        self._write({"kind": "warning", "stage": stage, "text": text})
 
     def table(self, rows: list[dict[str, Any]]) -> None:
         """Shows the rows so far as a wandb.Table. The file already has each row."""

@@ -2,7 +2,7 @@
 
 A row holds the results after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
 "num_weights", "num_nonzero", "sparsity" (fraction of zeros), "file_bytes", "ratio_student", "ratio_teacher",
-"seconds" and the stage's own numbers. A layer holds "layer", "shape", "num_weights", "num_nonzero", "sparsity",
+"seconds", the stage's own numbers, and "warning" if the network has learnt nothing. A layer holds "layer", "shape", "num_weights", "num_nonzero", "sparsity",
 "thresholds" (a number or several, on |weight| unless the method says otherwise), "clusters", "bits",
 "ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". Unknown entries are None or left out.
 """
@@ -27,7 +27,7 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
     Args:
         folder: The run's folder.
         report: "name", "recipe", "versions", "hardware", "seconds", "rows", "layers" and any others; report.md also
-            shows "command" and "seed". In report.json a number that is not finite is null.
+            shows "warnings" (texts), "command" and "seed". In report.json a number that is not finite is null.
         weights: {moment: {layer: weights of any shape}}; moments are "dense", "pruned", "recovered", "clustered",
             "shared".
     """
@@ -64,6 +64,7 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
         facts.append(f"seed {seed}")
     command = report.get("command")
     parts.append((f"`{command}`  \n" if command else "") + ", ".join(facts))
+    parts += [f"> **Warning**: {warning}" for warning in report.get("warnings") or ()]
     parts += ["## Stages", table(report["rows"])]
     parts.append(
         "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at "

@@ -1,12 +1,11 @@
 """Checks that need the networks, made before the first step of training."""
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.compression.weights import Weight, choose, matching, weights_of
 from trainer.data.images import Data, normalize
@@ -17,41 +16,7 @@ from trainer.mistakes import Mistake
 from trainer.recipe.keys import EXCLUDE, PER_LAYER, Recipe, StageKeys
 from trainer.recipe.stages import excluded, hook, losses_of, marked, terms_of, training_of
 from trainer.recipe.text import RecipeError
-from trainer.training.evaluate import percent_right, predict, teacher_answers
-from trainer.training.rows import record_teacher
-from trainer.training.run import Run
 from trainer.training.weights import Made
-
-
-def guard_teacher(run: Run) -> None:
-    """Checks that a teacher which this run does not train is better than chance; each of several is checked alone.
-
-    Raises Mistake for a teacher whose validation accuracy is that of guessing.
-    """
-    teacher, part = run.teacher, run.data.validation
-    assert teacher is not None
-    several = len(teacher.networks) > 1
-    chance = 1 / len(run.data.classes)
-    doubt = 3 * math.sqrt(chance * (1 - chance) / max(1, int((part.labels >= 0).sum())))
-    for number, network in enumerate(teacher.networks):
-        if several:
-
-            def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:
-                return net(teacher.prepare(images, n))
-
-            answers = predict(alone, part, run.accelerator)
-        else:
-            known = teacher_answers(run, "validation")
-            assert known is not None
-            answers = known
-        fraction = percent_right(answers, part.labels) / 100
-        if fraction < max(chance + doubt, 1.2 * chance):
-            who = f"teachers[{number}]" if several else "the teacher"
-            raise Mistake(
-                f"{who} has {fraction * 100:.2f} % of the validation images right, and guessing {chance * 100:.2f} %: "
-                "its head is untrained, its classes are others, or its images are normalised otherwise"
-            )
-    record_teacher(run, "teacher")
 
 
 def check_layers(

@@ -32,11 +32,17 @@ def same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
     left = (here / "checkpoints").exists() or (here / "done").exists()
     if not kept.is_file() or not (left or kept.samefile(path)):
         return
-    if parse(kept).plain != plain:
+    if _without_guards(parse(kept).plain) != _without_guards(plain):
         raise RecipeError(
             f"{here}: holds a run of a different recipe (see {kept}); give this one another name (--name), "
             "another folder (--folder), or remove that run"
         )
+
+
+def _without_guards(plain: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's plain values without those that only say when a run stops."""
+    stages = [{k: v for k, v in stage.items() if k != "at_least"} for stage in plain["stages"]]
+    return {**plain, "stages": stages, "allow_untrained": None}
 
 
 def write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: bool) -> None:

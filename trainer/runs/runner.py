@@ -20,7 +20,7 @@ from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
 from trainer.reporting.tables import csc_bytes, csr_bytes, layer_table, sharing_ratio, table
 from trainer.runs.answers import keep_answers
-from trainer.runs.checks import guard_teacher
+from trainer.runs.guards import Untrained, examine, guard_teacher, stop_untrained, warnings_of
 from trainer.runs.opening import folder_of, make_run
 from trainer.runs.resuming import finish_stage, resume, same_beginning, write_recipe
 from trainer.runs.threads import threads_of_a_run
@@ -48,6 +48,7 @@ def run(
     Raises:
         RecipeError: For a faulty recipe.
         Mistake: For mistakes that only the data and the networks show.
+        Untrained: For a network that has learnt nothing, or less than at_least; the finished stages are reported.
         FloatingPointError: For a loss that is not finite.
         Stopped: After SIGTERM or SIGHUP; the same call goes on from there.
     """
@@ -64,8 +65,12 @@ def run(
         ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
-            for stage in _stages_due(this, recipe, recipe.stages, started):
-                find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
+            try:
+                for stage in _stages_due(this, recipe, recipe.stages, started):
+                    find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
+            except Untrained:
+                _write_report(this, recipe, plain, started)
+                raise
             return _concluded(this, recipe, plain, started)
 
 
@@ -116,13 +121,15 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
     accelerator = run.accelerator
     same_beginning(run, recipe)
     first, run.seconds_before = resume(run, stages)
+    if first:
+        stop_untrained(run, recipe, first - 1)
     if run.teacher is not None and not any_teaches(recipe.stages) and first == 0:
         guard_teacher(run)
     proof = _fingerprint(run)
     # The teacher's answers can only be kept after its last training.
     kept_from = 1 + max((n for n, stage in enumerate(recipe.stages) if teaches(stage)), default=-1)
     for number, stage in enumerate(stages[first:], first):
-        run.stage, run.stage_name, run.num_fits = number, name_of(stage), 0
+        run.stage, run.stage_name, run.num_fits, run.student_answers = number, name_of(stage), 0, None
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {run.stage_name}", flush=True)
         if run.teacher is not None and number == max(first, kept_from):
@@ -134,7 +141,9 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
             raise RuntimeError(
                 f"stage {run.stage_name!r} changed the teacher's weights or statistics: this run proves nothing"
             )
+        examine(run, stage)
         finish_stage(run, proof, run.seconds_before + time.time() - started)
+        stop_untrained(run, recipe, number)
         run.stop.raise_if_requested()
 
 
@@ -144,7 +153,7 @@ def _fingerprint(run: Run) -> str | None:
 
 def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) -> dict[str, Any]:
     """Writes and prints the report of a run whose stages are all done; returns it."""
-    result = _report(run, recipe, plain, run.seconds_before + time.time() - started)
+    result = _write_report(run, recipe, plain, started)
     here = run.folder
     if run.accelerator.is_main_process:
         answers = here / "views"  # the cache of the teacher's answers, needed during the run only
@@ -152,10 +161,9 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
             answers.unlink()
         elif answers.is_dir():
             shutil.rmtree(answers)
-        report.write(here, result, run.histograms)
         files.write_bytes(here / "done", b"")
         print(
-            f"\n{table(run.rows)}\n\n{layer_table(result['layers'])}\n\n"
+            f"\n{table(run.rows)}\n\n{layer_table(result['layers'])}\n\n{_warned(result)}"
             f"{here / 'report.md'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
@@ -167,8 +175,23 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
 def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
     found = report.read(here)
     if accelerator.is_main_process:
-        print(f"{here}: this recipe has run already; its report:\n\n{table(found['rows'])}", flush=True)
+        print(
+            f"{here}: this recipe has run already; its report:\n\n{_warned(found)}{table(found['rows'])}",
+            flush=True,
+        )
     return found
+
+
+def _warned(result: dict[str, Any]) -> str:
+    return "".join(f"warning: {warning}\n\n" for warning in result.get("warnings") or ())
+
+
+def _write_report(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) -> dict[str, Any]:
+    """Writes the report of the stages so far; returns it."""
+    result = _report(run, recipe, plain, run.seconds_before + time.time() - started)
+    if run.accelerator.is_main_process:
+        report.write(run.folder, result, run.histograms)
+    return result
 
 
 def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -198,6 +221,7 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
         )
     return {
         "name": recipe.name,
+        "warnings": warnings_of(recipe, run.rows),
         "recipe": plain,
         "seed": recipe.seed,
         "versions": versions(),

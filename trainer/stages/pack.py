@@ -49,6 +49,10 @@ def seals(_settings) -> bool:
     return True
 
 
+def needs_trained(_settings) -> bool:
+    return True
+
+
 def check_student(settings, student: nn.Module) -> None:
     if settings.tidy:
         units.can_tidy(student)

@@ -78,6 +78,10 @@ def check(settings: StageKeys) -> None:
         raise Mistake("losses have no effect without training")
 
 
+def needs_trained(_settings: StageKeys) -> bool:
+    return True
+
+
 def order(_settings: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]:
     if any(stage.stage == "share" for stage in before):
         yield "prunes after sharing: prune first, then share"

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
@@ -16,8 +14,6 @@ from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record, record_teacher
 from trainer.training.run import Run
 from trainer.training.weights import load_weights
-
-Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 def check(settings) -> None:
@@ -50,7 +46,6 @@ def train(
     checkpoint: Path | None = None,
     prefix: str | None = None,
     use_ema: bool = False,
-    at_least: Percent | None = None,
 ) -> None:
     """Trains the teacher or the student on labels, or loads a checkpoint.
 
@@ -60,10 +55,9 @@ def train(
         losses: By default cross-entropy.
         checkpoint: The weights to load instead of training.
         prefix, use_ema: What of the checkpoint to take (`training.weights`).
-        at_least: Validation accuracy in percent that must be reached.
 
     Raises:
-        Mistake: If the accuracy is below at_least, or the checkpoint does not fit.
+        Mistake: If the checkpoint does not fit.
     """
     losses = losses or [TermKeys(loss="cross_entropy")]
     teacher = run.teacher if who == "teacher" else None
@@ -95,14 +89,10 @@ def train(
             network.requires_grad_(False)
     if teacher is not None:
         teacher.version += 1
-        row = record_teacher(run, "teacher", numbers.get("train_seconds", 0.0), **numbers)
+        record_teacher(run, "teacher", numbers.get("train_seconds", 0.0), **numbers)
     else:
-        row = record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)
+        record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)
         keep_histogram(run, "dense")
-    if at_least is not None and not row["top1_validation"] >= at_least:
-        raise Mistake(
-            f"the {who} has {row['top1_validation']:.2f} % of the validation images right; at_least asks for {at_least} %"
-        )
 
 
 def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_ema: bool) -> None:

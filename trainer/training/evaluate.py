@@ -46,6 +46,29 @@ def percent_right(answers: Tensor, labels: Tensor) -> float:
     return (answers[known] == labels[known]).double().mean().item() * 100
 
 
+def guessing(answers: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Returns the accuracy that these answers would have if dealt out at random, and the least that is better; in percent.
+
+    With a_k images of class k, named b_k times, random dealing is right for sum(a_k b_k) / n of the images on average
+    (Cohen 1960): the share of the class that a network always names, or 1 / K if classes are equally frequent. Better is
+    what random dealing reaches with a probability of about 1 % (the normal approximation of its exact variance), if that
+    is also half as much again, or a tenth of the way to 100 %. Of few images half of the way to 100 % is enough.
+    Images without a label do not count; NaN if none has one.
+    """
+    labels = labels.to(answers.device)
+    known = labels >= 0
+    n = float(known.sum())
+    if not n:
+        return float("nan"), float("nan")
+    num_classes = int(max(answers.max(), labels.max())) + 1
+    a, b = (t[known].bincount(minlength=num_classes).double() for t in (labels, answers))
+    both = (a * b).sum().item()
+    variance = (both**2 + n**2 * both - n * (a * b * (a + b)).sum().item()) / (n**3 * max(n - 1, 1.0)) / n
+    chance = both / n**2
+    margin = max(2.33 * max(variance, 0.0) ** 0.5, min(chance / 2, (1 - chance) / 10))
+    return chance * 100, (chance + min(margin, (1 - chance) / 2)) * 100
+
+
 def teacher_answers(run: Run, part_name: str) -> Tensor | None:
     """Returns the teacher's classes for a part ('validation', 'test'), computed once; None without a teacher."""
     teacher = run.teacher

@@ -26,6 +26,7 @@ def record(run: Run, label: str, seconds: float = 0.0, **numbers) -> dict:
     network = normalized(run.student, run.data)
     answers = predict(network, run.data.test, run.accelerator)
     answers_validation = predict(network, run.data.validation, run.accelerator)
+    run.student_answers = answers_validation
     taught = teacher_answers(run, "test")
     counts = weights.counts(run.student)
     file_bytes = len(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))
