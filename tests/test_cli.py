@@ -419,7 +419,7 @@ def test_a_teacher_that_only_guesses_is_refused(say, tmp_path, finished):
         RECIPE.splitlines()[5] + "\n", ""
     )
     status, _, err = say("run", recipe(tmp_path, text))
-    assert status == 2 and "of the validation images right, and guessing 10.00 %" in err
+    assert status == 2 and "of the 144 validation images right, and guessing 11.11 %" in err
     (tmp_path / "fresh.safetensors").write_bytes(b"x" * 50)
     status, _, err = say("run", recipe(tmp_path, text))
     assert status == 2 and "fresh.safetensors" in err
