@@ -1,5 +1,6 @@
 """Bare names of recipes: which file they stand for, in a checkout and once installed."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
+from trainer.networks.build import build, spec
 from trainer.recipe import shipped as shipped_recipes
 from trainer.recipe.recipe import read
 from trainer.recipe.shipped import find_recipe
+from trainer.recipe.stages import hook
 from trainer.recipe.text import RecipeError
 
 TOP = Path(__file__).resolve().parents[2]
@@ -137,3 +141,23 @@ def test_a_bare_name_is_found_outside_a_checkout(kind, tmp_path):
     ).stdout.split()
     inside = (copy if "-e" in kind else site).resolve()
     assert all(Path(path).resolve().is_relative_to(inside) for path in where[:2]) and where[2] == "True"
+
+
+SHAPES = {"digits": (1, 28, 28), "cifar100": (3, 32, 32), "cifar10": (3, 32, 32)}
+
+
+@pytest.mark.parametrize("name", shipped_recipes.names())
+def test_every_stage_takes_the_untrained_student(name):
+    """What is refused before the first training must not refuse what a training would make right."""
+    for teacher in re.findall(r"checkpoint: (runs/\S+?)}", find_recipe(name).read_text(encoding="utf-8")):
+        Path(teacher).parent.mkdir(parents=True)  # that another recipe teaches
+        Path(teacher).touch()
+    recipe, _ = read(name)
+    shape = SHAPES.get(recipe.data.dataset, (1, 28, 28))
+    given = spec(recipe.student)
+    student = build(given, shape, 10)
+    for stage in recipe.stages:
+        if (check := hook(stage, "check_student")) is not None:
+            check(stage, student)
+        if (becomes := hook(stage, "becomes")) is not None:
+            student, given = becomes(stage, student, given, torch.zeros(2, *shape))

@@ -420,6 +420,21 @@ def test_a_constant_layer(tmp_path, quick):
     assert_exactly(run, 0.5)
 
 
+def test_untrained_weights_do_not_decide_what_a_sensitivity_may_be():
+    """Uniform weights reach 1.7 standard deviations, so that any larger sensitivity would prune all of them."""
+    student = build({"model": "lenet300"}, (1, 28, 28), 10)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    keys = TypeAdapter(Stage)
+    stage.check_student(
+        keys.validate_python({"stage": "prune", "sensitivity": 10, "training": {"epochs": 1}}), student
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    # The smallest layer has 1,000 weights: none can be further than 32 deviations from their mean.
+    hopeless = keys.validate_python({"stage": "prune", "sensitivity": 40, "training": {"epochs": 1}})
+    with pytest.raises(ValueError, match="layer 'fc3': sensitivity 40.0 prunes every weight"):
+        stage.check_student(hopeless, student)
+
+
 def test_a_layer_that_would_lose_all_its_weights(tmp_path, quick):
     run = make_run(tmp_path)
     with torch.no_grad():
