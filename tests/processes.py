@@ -9,11 +9,21 @@ import torch
 import torch.distributed as dist
 
 # What takes seconds to import; the server is started by the first pair, and has used none of it (so it may be forked).
-PRELOAD = ["accelerate", "trainer.runs.runner", "trainer.stages.pack", "sklearn.datasets"]
+PRELOAD = [
+    "accelerate",
+    "torch._dynamo",
+    "trainer.cli",
+    "trainer.runs.runner",
+    "trainer.stages.pack",
+    "sklearn.datasets",
+]
 
 
-def in_two(function, folder: Path, *arguments, seconds: float = 300) -> list[Any]:
-    """What function(rank, *arguments) gives in each of two processes, which can reach each other. torch.save must take it."""
+def in_two(function, folder: Path, *arguments, seconds: float = 300, statuses=(0, 0)) -> list[Any]:
+    """What function(rank, *arguments) gives in each of two processes, which can reach each other. torch.save must take it.
+
+    statuses: with which they end; one that ends otherwise than with 0 gives None.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     (folder / "meet").unlink(missing_ok=True)
@@ -23,12 +33,13 @@ def in_two(function, folder: Path, *arguments, seconds: float = 300) -> list[Any
     try:
         for rank, process in enumerate(processes):
             process.join(seconds)
-            assert process.exitcode == 0, f"process {rank} ended with {process.exitcode}"
+            assert process.exitcode == statuses[rank], f"process {rank} ended with {process.exitcode}"
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    files = [None if status else folder / f"{rank}.pt" for rank, status in enumerate(statuses)]
+    return [file and torch.load(file, weights_only=True) for file in files]
 
 
 def _one(function, rank: int, folder: Path, arguments: tuple) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, Said, message_of, say
 from trainer.storage.files import read_bytes
 from trainer.training.stopping import Stopped
 
@@ -41,21 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as stopped:
         _say(f"{stopped}{_goes_on(options)}")
         return 128 + stopped.signal  # as a program that the signal ends
-    except FloatingPointError as error:
-        _say(str(error))
-        return 1
+    except Said as said:
+        return said.status
     except BrokenPipeError:
         # The reader of the output, such as head, has closed it. Python would raise again when it closes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the exit status of a program that SIGPIPE ends
     except Exception as error:
-        message = None if os.environ.get("TRAINER_TRACEBACK") else _mistake(error)
+        message = None if os.environ.get("TRAINER_TRACEBACK") else message_of(error)
         if message is None:
-            if not isinstance(error, (Mistake, OSError)):
+            if not isinstance(error, (Mistake, OSError, FloatingPointError)):
                 error.add_note(REPORT)
             raise
         _say(message)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
 
 
 def _goes_on(options: argparse.Namespace) -> str:
@@ -66,26 +65,10 @@ def _goes_on(options: argparse.Namespace) -> str:
     )
 
 
-def _mistake(error: Exception) -> str | None:
-    """Returns the message for an error that the user can correct; None for a fault of the program."""
-    if isinstance(error, (Mistake, OSError)):
-        return str(error)
-    no_room = ("can't allocate memory", "Storage size calculation overflowed")
-    if isinstance(error, (OverflowError, MemoryError)) or any(words in str(error) for words in no_room):
-        return f"a number is too large, or there is too little memory: {error or type(error).__name__}"
-    if isinstance(error, RuntimeError) and "torchvision::" in str(error):
-        return (
-            f"torch and torchvision do not fit together ({error}): install a matching pair, "
-            "such as pip install torch==2.15.0 torchvision==0.29.2"
-        )
-    return None
-
-
 def _say(message: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True
-        )
+    """Prints a message once for each machine. Once the processes of a run know of each other, `runs.together` does that."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        say(message)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ Any other exception is a fault of the program: see `__main__`.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 MOST_NAMES = 40  # a message lists no more names than this
@@ -11,6 +12,34 @@ MOST_NAMES = 40  # a message lists no more names than this
 
 class Mistake(ValueError):
     """A fault that the user can mend: in a recipe, a file, a setting. The command line prints one line and exits with 2."""
+
+
+class Said(Exception):
+    """A run of several processes has failed, and one of them has said why. status: the exit status of each."""
+
+    def __init__(self, words: str, status: int) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+def say(message: str) -> None:
+    """Prints a message to the user, of one line or several, on the console."""
+    print(f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True)
+
+
+def message_of(error: Exception) -> str | None:
+    """Returns the message for an error that the user can mend; None for a fault of the program."""
+    if isinstance(error, (Mistake, OSError, FloatingPointError)):
+        return str(error)
+    no_room = ("can't allocate memory", "Storage size calculation overflowed")
+    if isinstance(error, (OverflowError, MemoryError)) or any(words in str(error) for words in no_room):
+        return f"a number is too large, or there is too little memory: {error or type(error).__name__}"
+    if isinstance(error, RuntimeError) and "torchvision::" in str(error):
+        return (
+            f"torch and torchvision do not fit together ({error}): install a matching pair, "
+            "such as pip install torch==2.15.0 torchvision==0.29.2"
+        )
+    return None
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

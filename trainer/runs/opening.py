@@ -4,20 +4,20 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
 from trainer.data.batches import batches, make_data
 from trainer.data.images import Data
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
+from trainer.distributed import check_same, check_shared
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
@@ -26,9 +26,11 @@ from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers
 from trainer.runs.resuming import same_recipe
+from trainer.runs.together import together
 from trainer.storage.lock import lock
 from trainer.training.evaluate import percent_right
 from trainer.training.run import Run
+from trainer.training.stopping import Stop
 from trainer.training.weights import Made, create, zero_head
 
 WORKING_LAUNCHES = (
@@ -40,8 +42,8 @@ WORKING_LAUNCHES = (
 @contextlib.contextmanager
 def folder_of(
     path: str | Path, changes: dict[str, Any] | None, folder: str | Path, allow_python: bool = False
-) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator]]:
-    """Yields the recipe, its plain values, the run's folder (locked inside the context) and the accelerator.
+) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator, Stop]]:
+    """Yields the recipe, its plain values, the run's folder (locked inside the context), the accelerator and the Stop.
 
     Args:
         path: The recipe's file, or the bare name of a shipped one.
@@ -51,17 +53,22 @@ def folder_of(
 
     Raises:
         RecipeError: For a faulty recipe, a folder of another recipe, or a launch that got too few processes.
+        Mistake: For processes that have not the same recipe, or do not share the folder.
+        Everything that `together` raises.
     """
-    recipe, plain = read(path, changes, allow_python)
-    accelerator = make_accelerator(recipe)
-    if accelerator.is_main_process and recipe.written.notes:
-        print("\n".join(recipe.written.notes), file=sys.stderr, flush=True)
-    here = Path(folder) / recipe.name
-    same_recipe(here, recipe.written.file, plain)
-    accelerator.wait_for_everyone()  # no process writes before all have read
-    # Only the main process holds the lock: the others belong to it.
-    with lock(here) if accelerator.is_main_process else contextlib.nullcontext():
-        yield recipe, plain, here, accelerator
+    with together() as stop:
+        recipe, plain = read(path, changes, allow_python)
+        accelerator = make_accelerator(recipe)
+        if accelerator.is_main_process and recipe.written.notes:
+            print("\n".join(recipe.written.notes), file=sys.stderr, flush=True)
+        here = Path(folder) / recipe.name
+        check_same(plain, "a recipe")
+        if accelerator.is_main_process:
+            same_recipe(here, recipe.written.file, plain)
+        # Only the main process holds the lock: the others belong to it.
+        with lock(here) if accelerator.is_main_process else contextlib.nullcontext():
+            check_shared(here)
+            yield recipe, plain, here, accelerator, stop
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -74,10 +81,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=recipe.track,
         # Else Accelerate takes the number from the launch, and divides every loss by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the main process works alone for long
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.is_main_process:
         for line in _without_effect(recipe):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trainer.compression.states import restore
+from trainer.distributed import check_same, is_main, told
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing.network import facts_of
@@ -69,6 +70,7 @@ def same_beginning(run: Run, recipe: Recipe) -> None:
     facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
     if run.teacher is not None and not any_teaches(recipe.stages):
         facts["teacher"] = run.teacher.fingerprint()
+    check_same(facts, "images or a teacher")
     begun = facts_of_beginning(run.folder)
     if begun:
         for what, fact in facts.items():
@@ -77,20 +79,19 @@ def same_beginning(run: Run, recipe: Recipe) -> None:
                     f"{run.folder}: {messages[what]} that this run began with: give it another folder"
                 )
         return
-    run.accelerator.wait_for_everyone()  # no process writes before all have read
     if run.accelerator.is_main_process:
         facts["threads"] = torch.get_num_threads()  # of the main process
         files.write_bytes(run.folder / "begun.json", json.dumps(facts, indent=1).encode())
 
 
 def facts_of_beginning(here: Path) -> dict[str, Any]:
-    """Returns what `same_beginning` recorded; empty when there is no checkpoint to resume from."""
+    """Returns what `same_beginning` recorded; empty when there is no checkpoint to resume from.
+
+    All processes must call this, and get what the main process finds.
+    """
     path = here / "begun.json"
-    return (
-        json.loads(path.read_text(encoding="utf-8"))
-        if path.is_file() and (here / "checkpoints").exists()
-        else {}
-    )
+    there = is_main() and path.is_file() and (here / "checkpoints").exists()
+    return told(json.loads(path.read_text(encoding="utf-8")) if there else {})
 
 
 def stage_folder(run: Run, number: int, name: str) -> Path:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from trainer.compression.weights import weights_of
 from trainer.data.batches import seed_of
+from trainer.distributed import told
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
 from trainer.recipe.stages import any_teaches, name_of, teaches
@@ -26,7 +27,6 @@ from trainer.runs.resuming import finish_stage, resume, same_beginning, write_re
 from trainer.runs.threads import threads_of_a_run
 from trainer.storage import files
 from trainer.training.run import Run
-from trainer.training.stopping import stopping
 
 
 def run(
@@ -53,15 +53,14 @@ def run(
         Stopped: After SIGTERM or SIGHUP; the same call goes on from there.
     """
     started = time.time()
-    with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator):
-        if (here / "report.json").is_file() and (here / "done").is_file():
+    with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator, stop):
+        if told((here / "report.json").is_file() and (here / "done").is_file()):
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
             write_recipe(here, recipe, plain, bool(changes))
         with (
             threads_of_a_run(here, threads or recipe.threads, accelerator),
             Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log,
-            stopping() as stop,
         ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
@@ -95,11 +94,12 @@ def begun(
         Everything that `run` raises.
     """
     started = time.time()
-    with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator):
+    with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator, stop):
         if accelerator.is_main_process:
             write_recipe(here, recipe, plain, bool(changes))
         with threads_of_a_run(here, recipe.threads, accelerator), Log(here / "log.jsonl", accelerator) as log:
             this = make_run(recipe, here, accelerator, log)
+            this.stop = stop
             for stage in _stages_due(this, recipe, recipe.stages[:num_stages], started):
                 find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
             yield this

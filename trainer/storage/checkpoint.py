@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.distributed import is_main, told
 from trainer.mistakes import Mistake
 from trainer.storage import files
 from trainer.storage.files import json_bytes
@@ -91,24 +92,39 @@ def save(
 def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
     """Reads the newest valid checkpoint of `folder`; returns (tensors, facts) as given to `save`, or None without one.
 
-    Tensors are on the CPU, and the states are among them. A damaged checkpoint is skipped with a warning.
+    Tensors are on the CPU, and the states are among them. A damaged checkpoint is skipped with a warning. All processes
+    of a run must call this: the main process chooses the checkpoint, and Mistake is raised on one that cannot read it.
     """
-    for path in _checkpoints(Path(folder)):
+    name, content = _newest(Path(folder)) if is_main() else ("", None)
+    name = told(name)
+    if name and not is_main():
+        content = _content(Path(folder) / name)
+    return content
+
+
+def _newest(folder: Path) -> tuple[str, Any]:
+    """Returns the name and the content of the newest valid checkpoint; ("", None) without one."""
+    for path in _checkpoints(folder):
         try:
-            content = _verified(path)
-            tensors = {
-                name.removesuffix(".safetensors"): from_bytes(data, path / name)[0]
-                for name, data in content.items()
-                if name.endswith(".safetensors")
-            } | {
-                name.removesuffix(".pt"): unpickled(io.BytesIO(data), path / name)
-                for name, data in content.items()
-                if name.endswith(".pt")
-            }
-            return tensors, json.loads(content["facts.json"])
+            return path.name, _content(path)
         except Mistake as error:
             logger.warning("skipped a damaged checkpoint: %s", error)
-    return None
+    return "", None
+
+
+def _content(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Reads one checkpoint; returns (tensors, facts). Raises Mistake if it is damaged."""
+    content = _verified(path)
+    tensors = {
+        name.removesuffix(".safetensors"): from_bytes(data, path / name)[0]
+        for name, data in content.items()
+        if name.endswith(".safetensors")
+    } | {
+        name.removesuffix(".pt"): unpickled(io.BytesIO(data), path / name)
+        for name, data in content.items()
+        if name.endswith(".pt")
+    }
+    return tensors, json.loads(content["facts.json"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.data.batches import batches, epoch_order, mix
 from trainer.distillation.objective import Objective
-from trainer.distributed import agreed, summed
+from trainer.distributed import agreed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
@@ -54,6 +54,7 @@ def fit(
     tally = state.tally
     done = tally["finished"]
     with run.stop.kept_until_the_step_ends():
+        run.stop.raise_if_requested()
         while state.epoch < training.epochs and not done:
             images, seconds = tally["images"], tally["seconds"]
             changing = _epoch(state, before_step)
@@ -116,7 +117,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
                     if _save_is_due(state):
                         state.count_seconds()
                         state.save()
-                stopped_by = _stop_requested(state)
+                stopped_by = run.stop.due()
                 if stopped_by is not None:
                     if state.step % LOG_STEPS:
                         _look(state)
@@ -124,21 +125,6 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
                     state.save()
                     raise Stopped(stopped_by)
     return changing
-
-
-def _stop_requested(state: State) -> int | None:
-    """Returns the number of the signal that one of the processes got, None if the training goes on.
-
-    Several processes stop together: at a step where the losses are logged, which waits for the device anyway.
-    """
-    accelerator, requested = state.run.accelerator, state.run.stop.requested
-    if accelerator.num_processes > 1:
-        if state.step % LOG_STEPS and state.step % state.steps_per_epoch:
-            return None
-        numbers = torch.zeros(accelerator.num_processes, dtype=torch.long, device=accelerator.device)
-        numbers[accelerator.process_index] = requested or 0
-        requested = int(summed(numbers).max()) or None
-    return requested
 
 
 def _augmented(
@@ -214,7 +200,7 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
             flush=True,
         )
     if not done and epoch < training.epochs:
-        stopped_by = _stop_requested(state)
+        stopped_by = run.stop.due()
         if stopped_by is not None or _save_is_due(state):
             state.save()
         if stopped_by is not None:
