@@ -1,17 +1,17 @@
 """The images of a run: the validation split, the order of an epoch, and batches on the device."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from trainer.data.images import Data, Images, InMemory, Part, Source
 from trainer.data.views import KeptViews
+from trainer.data.workers import read_batches
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys
@@ -58,13 +58,14 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     train = _on_device(source.train, device)
     if isinstance(train, InMemory):
         order = order.to(train.images.device)
+    reading = keys.workers, math.prod(source.shape)
     return Data(
         name=keys.dataset,
-        train=Part(train, order[held_out : held_out + size].sort().values, keys.workers),
-        validation=Part(train, order[:held_out].sort().values, keys.workers)
+        train=Part(train, order[held_out : held_out + size].sort().values, *reading),
+        validation=Part(train, order[:held_out].sort().values, *reading)
         if source.validation is None
-        else _whole(_on_device(source.validation, device), keys.workers),
-        test=_whole(_on_device(source.test, device), keys.workers),
+        else _whole(_on_device(source.validation, device), *reading),
+        test=_whole(_on_device(source.test, device), *reading),
         classes=source.classes,
         mean=mean,
         std=std,
@@ -89,10 +90,10 @@ def _on_device(images: Images, device: torch.device) -> Images:
     return images
 
 
-def _whole(images: Images, workers: int) -> Part:
+def _whole(images: Images, workers: int, image_bytes: int) -> Part:
     """Returns all images of a set as one part."""
     device = images.images.device if isinstance(images, InMemory) else None
-    return Part(images, torch.arange(len(images), device=device), workers)
+    return Part(images, torch.arange(len(images), device=device), workers, image_bytes)
 
 
 def _source(keys: DataKeys) -> Source:
@@ -167,52 +168,18 @@ def batches(
     Args:
         part: The images.
         order: The positions in the part, one tensor for each batch (`epoch_order`).
-        workers: The number of processes that read images from disk.
+        workers: The number of processes that read images from disk, if memory has room for so many.
         device: The device that batches are moved to.
 
     Raises:
-        Mistake: For an image that cannot be read.
+        Mistake: For an image that cannot be read, and for a process that has died while it read.
     """
     if isinstance(part.images, InMemory):
         for positions in order:
             yield part.__getitems__(positions.to(part.ids.device))
         return
-    dataset: Any = _ReturnsMistakes(part)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=[positions.tolist() for positions in order],
-        collate_fn=_unchanged,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
-    for batch in loader:
-        if isinstance(batch, Mistake):
-            raise batch
-        images, labels, index = batch
+    for images, labels, index in read_batches(part, order, workers, pinned=device.type == "cuda"):
         yield images.to(device, non_blocking=True), labels.to(device), index.to(device)
-
-
-class _ReturnsMistakes:
-    """A part that returns a Mistake instead of raising it.
-
-    Raised in a worker process, its message would contain the traceback of that process.
-    """
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor] | Mistake:
-        try:
-            return self.part.__getitems__(positions)
-        except Mistake as error:
-            return error
-
-
-def _unchanged(batch):
-    return batch
 
 
 def mix(

@@ -77,11 +77,13 @@ class Part:
         images: The source's images.
         ids: int64 [len], each sample's position in the source, the same in every run.
         workers: The number of processes that read images from disk.
+        image_bytes: Bytes of one image.
     """
 
     images: Images
     ids: Tensor
     workers: int = 0
+    image_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
