@@ -270,8 +270,8 @@ def test_a_batch_of_one_image_that_cannot_be_normalised():
     assert fit._of_a_batch(error, 2) is error
 
 
-def test_only_the_main_process_speaks(say, monkeypatch, tmp_path):
-    monkeypatch.setenv("RANK", "1")
+def test_one_process_of_a_machine_speaks(say, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert say("check", tmp_path / "none.yaml") == (2, "", "")
 
 
