@@ -3,96 +3,57 @@
 With several, every process must make the same calls in the same order.
 """
 
-import secrets
-import socket
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.mistakes import Mistake
-
-FOLDER_SECONDS = 5.0  # until another process must see a file that the main process has written
-
 
 def broadcast(tensor: Tensor) -> Tensor:
     """Overwrites the tensor with the main process's, in place, and returns it."""
-    if _several():
+    if several():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def agreed(wish: bool, device: torch.device) -> bool:
     """Returns the main process's decision on all processes."""
-    return bool(broadcast(torch.tensor(int(wish), device=device))) if _several() else wish
+    return bool(broadcast(torch.tensor(int(wish), device=device))) if several() else wish
 
 
 def is_main() -> bool:
     """Returns whether this is the main process, which writes the run's files and decides how far the run is."""
-    return not _several() or dist.get_rank() == 0
+    return not several() or dist.get_rank() == 0
 
 
 def told(value: Any) -> Any:
     """Returns the main process's value, of any type that pickle takes, on all processes."""
-    if not _several():
+    if not several():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def check_same(value: Any, what: str) -> None:
-    """Raises Mistake on all processes if one of them has another value than the main process. what: names the value."""
-    if not _several():
-        return
-    everyone = _gathered((socket.gethostname(), value))
-    for rank, (host, other) in enumerate(everyone):
-        if other != everyone[0][1]:
-            raise Mistake(
-                f"process {rank} (on {host}) has {what} other than process 0 (on {everyone[0][0]}): "
-                "all processes of a run need the same"
-            )
-
-
-def check_shared(folder: Path) -> None:
-    """Raises Mistake on all processes if one of them does not see the main process's folder."""
-    if not _several():
-        return
-    probe = folder / told(f".seen-{secrets.token_hex(8)}")
-    if is_main():
-        probe.touch()
-    dist.barrier()
-    deadline = time.monotonic() + FOLDER_SECONDS
-    while not (seen := probe.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    everyone = _gathered((socket.gethostname(), seen))
-    if is_main():
-        probe.unlink()
-    for rank, (host, seen) in enumerate(everyone):
-        if not seen:
-            raise Mistake(
-                f"process {rank} (on {host}) does not see the folder of process 0 (on {everyone[0][0]}), {folder}: "
-                "--folder must be on a disk that all machines share"
-            )
-
-
-def _gathered(value: Any) -> list[Any]:
-    everyone = [None] * dist.get_world_size()
+def gathered(value: Any) -> list[Any]:
+    """Returns the values of all processes, in order of rank, on all processes."""
+    if not several():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
 
 
 def summed(tensor: Tensor) -> Tensor:
     """Overwrites the tensor with the sum over all processes, in place, and returns it."""
-    if _several():
+    if several():
         dist.all_reduce(tensor)
     return tensor
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Returns whether the run has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -104,7 +65,7 @@ def gather_batch(tensor: Tensor) -> Tensor:
     gradients are then averaged over processes (as DDP does), the network's gradient equals that of one process with the
     whole batch. Batches may differ in length.
     """
-    return _Gather.apply(tensor) if _several() else tensor
+    return _Gather.apply(tensor) if several() else tensor
 
 
 class _Gather(torch.autograd.Function):

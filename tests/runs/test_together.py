@@ -13,10 +13,9 @@ import pytest
 
 from tests.making import leave_plots_out
 from tests.processes import in_two
-from trainer import distributed
 from trainer.cli import main
 from trainer.mistakes import Mistake
-from trainer.runs import runner
+from trainer.runs import runner, together
 from trainer.storage.weights_file import read_file
 from trainer.training import fit
 from trainer.training.stopping import stopping
@@ -57,7 +56,7 @@ def refuse():
 
 
 def in_folders_of_their_own(rank, top):
-    distributed.FOLDER_SECONDS = 0.3
+    together.FOLDER_SECONDS = 0.3
     return command(top, str(top / f"disk{rank}"))
 
 

@@ -17,7 +17,6 @@ from trainer.data.batches import batches, make_data
 from trainer.data.images import Data
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
-from trainer.distributed import check_same, check_shared
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
@@ -26,7 +25,7 @@ from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers
 from trainer.runs.resuming import same_recipe
-from trainer.runs.together import together
+from trainer.runs.together import check_same, check_shared, together
 from trainer.storage.lock import lock
 from trainer.training.evaluate import percent_right
 from trainer.training.run import Run

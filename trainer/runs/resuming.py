@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from trainer.compression.states import restore
-from trainer.distributed import check_same, is_main, told
+from trainer.distributed import is_main, told
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing.network import facts_of
 from trainer.recipe.keys import Recipe
 from trainer.recipe.stages import any_teaches, name_of
 from trainer.recipe.text import RecipeError, dump, parse
+from trainer.runs.together import check_same
 from trainer.storage import checkpoint, files
 from trainer.training.run import Run
 

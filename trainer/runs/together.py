@@ -8,12 +8,15 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,11 +25,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed import distributed_c10d
 
+from trainer.distributed import gathered, is_main, several, told
 from trainer.mistakes import Mistake, Said, message_of, say
 from trainer.training.stopping import Stop, Stopped, launched, stopping
 
 PERIOD = 0.5  # seconds between two looks at the store
 SILENCE = 40.0  # seconds without a sign of a process on another machine until it counts as dead
+FOLDER_SECONDS = 5.0  # until another process must see a file that the main process has written
 GRACE = 8.0  # seconds that a process has to end by itself after another has failed
 GOES_ON = "; the same command goes on where this stopped"
 HOURS = 12  # of a collective's timeout: the main process works alone for long
@@ -69,6 +74,39 @@ def _refuse_plugins() -> None:
             raise Mistake(
                 f"the launch asks for {word}, which is not supported: each process holds the whole network here. This works: "
                 "accelerate launch --multi_gpu --num_processes N -m trainer run RECIPE"
+            )
+
+
+def check_same(value: Any, what: str) -> None:
+    """Raises Mistake on all processes if one of them has another value than the main process. what: names the value."""
+    everyone = gathered((socket.gethostname(), value))
+    for rank, (host, other) in enumerate(everyone):
+        if other != everyone[0][1]:
+            raise Mistake(
+                f"process {rank} (on {host}) has {what} other than process 0 (on {everyone[0][0]}): "
+                "all processes of a run need the same"
+            )
+
+
+def check_shared(folder: Path) -> None:
+    """Raises Mistake on all processes if one of them does not see the main process's folder."""
+    if not several():
+        return
+    probe = folder / told(f".seen-{secrets.token_hex(8)}")
+    if is_main():
+        probe.touch()
+    told(None)  # then it is there
+    deadline = time.monotonic() + FOLDER_SECONDS
+    while not (seen := probe.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    everyone = gathered((socket.gethostname(), seen))
+    if is_main():
+        probe.unlink()
+    for rank, (host, seen) in enumerate(everyone):
+        if not seen:
+            raise Mistake(
+                f"process {rank} (on {host}) does not see the folder of process 0 (on {everyone[0][0]}), {folder}: "
+                "--folder must be on a disk that all machines share"
             )
 
 
