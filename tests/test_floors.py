@@ -25,13 +25,14 @@ FLOORS = [
     ["compression", "losses", "models", "datasets"],
     ["packing", "criteria", "distillation"],
     ["training", "functional"],
-    ["stages"],
+    ["exporting"],
+    ["stages", "exports"],
     ["runs"],
     ["cli", "__init__"],
     ["__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-SHELVES = {"losses", "models", "datasets", "stages", "criteria"}
+SHELVES = {"losses", "models", "datasets", "stages", "criteria", "exports"}
 FILES = sorted(TOP.rglob("*.py"))
 
 

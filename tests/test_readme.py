@@ -246,6 +246,17 @@ def test_the_criterion_and_the_stage_of_extending_run(tmp_path, monkeypatch):
     assert rows[2]["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
+def test_the_target_of_extending_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    [block] = [block for block in blocks(EXTENDING, "python") if "\ndef program(" in block]
+    (tmp_path / "extending_program.py").write_text(block)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    to = [{"to": "python:extending_program:program", "most": 300}]
+    [row] = trainer.export(net, tmp_path / "out", to, shape=(3, 2, 2), allow_python=True)
+    assert row["agreement_student"] == 100 and (tmp_path / "out/program/student.pt2").is_file()
+
+
 # ---- recipes
 
 

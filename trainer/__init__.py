@@ -1,6 +1,6 @@
 """tiny-student: teaches small image classifiers what large ones know, prunes them, shares their weights, packs them.
 
-In Python: `run("recipe.yaml")` gives the report; `prune`, `share`, `pack` and `load` work on anybody's `nn.Module`, and every
+In Python: `run("recipe.yaml")` gives the report; `prune`, `share`, `pack`, `load` and `export` work on anybody's `nn.Module`, and every
 loss of `trainer.losses` is a plain function or module.
 """
 
@@ -14,8 +14,9 @@ _WHERE = {
     "share": "trainer.functional",
     "pack": "trainer.functional",
     "load": "trainer.packing.loading",
+    "export": "trainer.exporting.export",
 }
-__all__ = ["load", "pack", "prune", "run", "share"]
+__all__ = ["export", "load", "pack", "prune", "run", "share"]
 
 
 def __getattr__(name: str) -> Any:

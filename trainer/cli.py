@@ -150,6 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(evaluate, of_a_run=False)
     evaluate.add_argument("--json", action="store_true", help="for programs: one line")
     evaluate.add_argument("--threads", type=_count, help="threads to compute with")
+    export = command(
+        _export, "export", "Write a packed file's network for where it must run, and prove it there."
+    )
+    export.add_argument("file", type=_path)
+    export.add_argument("--to", action="append", required=True, help="onnx, ...; may be given several times")
+    export.add_argument("--recipe", type=_path, help="on whose test images it is proven; else random inputs")
+    export.add_argument("--folder", type=_path, help="where they are written (export/ beside the file)")
+    export.add_argument("--force", action="store_true", help="replace earlier exports")
+    export.add_argument("--allow-python", action="store_true", help="let --to and the recipe name python:")
     command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
 
@@ -335,6 +344,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         if options.json
         else f"{options.file}: top-1 {result['top1']:.2f} % of {result['images']:,} test images"
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from trainer.runs.export_file import export_file
+
+    to, folder = options.to, options.folder or options.file.parent / "export"
+    export_file(options.file, to, folder, options.recipe, options.force, options.allow_python)
 
 
 def _schema(options: argparse.Namespace) -> None:

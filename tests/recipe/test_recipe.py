@@ -11,6 +11,7 @@ import yaml
 import trainer
 from trainer.recipe import recipe, shelves
 from trainer.recipe.keys import DataKeys, Recipe, StageKeys, StudentKeys, TermKeys
+from trainer.recipe.targets import ExportKeys
 from trainer.recipe.text import RecipeError, dump, parse
 from trainer.recipe.text import value as read_value
 
@@ -832,6 +833,7 @@ def test_the_schema_knows_every_file_and_key_of_the_shelves(schema):
         "loss": TermKeys,
         "dataset": DataKeys,
         "model": StudentKeys,
+        "to": ExportKeys,
     }
     for key, base in bases.items():
         alternatives = schema["$defs"][base.__name__]["oneOf"]

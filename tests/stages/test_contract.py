@@ -11,14 +11,16 @@ from pydantic import TypeAdapter, ValidationError
 import trainer
 from trainer.recipe import shelves
 from trainer.recipe.keys import Stage, StageKeys
+from trainer.recipe.stages import order_faults
 from trainer.reporting import report
 from trainer.storage import checkpoint
 
 NAMES = shelves.names("stage")
 TRAINING = {"epochs": 1, "batch_size": 30}
 # One of these fits each key; a stage is tried with as few of them as it allows.
-SAMPLES = (1, 0.5, True, "2:4", ["last"], TRAINING, [{"loss": "kl"}])
+SAMPLES = (1, 0.5, True, "2:4", ["last"], TRAINING, [{"loss": "kl"}], ["onnx"])
 TIMES = {"seconds", "measure_seconds", "train_seconds", "images_per_second"}
+TIMES |= {"latency_seconds", "latency_p95_seconds", "load_seconds", "peak_bytes"}
 
 
 def smallest(name: str) -> dict:
@@ -77,21 +79,26 @@ def test_a_stage_is_a_documented_function_of_the_run(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stage_has_a_row_and_ends_the_same_after_an_interruption(name, teacher, tmp_path):
     settings = smallest(name)
+    before = [{"stage": "train", "training": TRAINING}]
+    made = TypeAdapter(list[Stage]).validate_python([*before, settings])
+    if list(order_faults(made[-1], made[:-1])):
+        before.append({"stage": "pack"})
+    number = len(before)
     recipe = {
         "name": "x",
         "data": {"dataset": "digits", "subset": 90, "validation": 60},
         "teacher": {"model": "lenet5", "width": 2, "batch_norm": True, "checkpoint": str(teacher)},
         "student": {"model": "lenet5", "width": 2, "batch_norm": True},
-        "stages": [{"stage": "train", "training": TRAINING}, settings],
+        "stages": [*before, settings],
     }
     (tmp_path / "x.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     once = trainer.run(tmp_path / "x.yaml", folder=tmp_path)
-    own = [row for row in once["rows"] if row["index"] == 1]
+    own = [row for row in once["rows"] if row["index"] == number]
     assert own, "the stage tells nothing of what it did"
     assert all(
         {"stage", "top1", "top1_validation", "sparsity", "file_bytes", "seconds"} <= set(row) for row in own
     )
-    stage_folder = tmp_path / f"x/checkpoints/01-{name}"
+    stage_folder = tmp_path / f"x/checkpoints/{number:02}-{name}"
     tensors, _ = checkpoint.load(stage_folder)
     shutil.rmtree(stage_folder)
     (tmp_path / "x/done").unlink()

@@ -7,14 +7,15 @@ relative to the folder where the program is started.
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.mistakes import nearest
+from trainer.mistakes import Mistake, nearest
+from trainer.recipe.faults import Entry
 from trainer.recipe.keys import (
     Augment,
     DataEntry,
@@ -30,7 +31,8 @@ from trainer.recipe.keys import (
 )
 from trainer.recipe.rules import contradictions
 from trainer.recipe.shelves import PYTHON, arguments_on_shelves, checker, fields, find, names
-from trainer.recipe.text import RecipeError, at_path, change, holds, parse, short
+from trainer.recipe.targets import ExportKeys, Targets
+from trainer.recipe.text import RecipeError, at_path, change, holds, parse, short, where
 
 
 def read(
@@ -67,6 +69,23 @@ def read(
         raise RecipeError("\n".join(once.values()))
     recipe._text, recipe._allows_python = text, allow_python
     return recipe, text.plain
+
+
+class _Wanted(Entry):
+    to: Targets
+
+
+def targets_of(to: str | Sequence[Any], allow_python: bool = False) -> list[ExportKeys]:
+    """Returns checked targets of an export: names, or mappings with the key `to` and the target's settings.
+
+    Raises Mistake, with a line for each fault.
+    """
+    given = {"to": [to] if isinstance(to, str) else list(to)}
+    try:
+        return _Wanted.model_validate(given, context={"allow_python": allow_python}).to
+    except ValidationError as error:
+        faults = [f"{where(path)}: {message}" for path, message, _ in _explained(given, error)]
+        raise Mistake("\n".join(faults)) from None
 
 
 def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[tuple, str, tuple]]:
@@ -159,6 +178,7 @@ def schema() -> dict[str, Any]:
         ("dataset", DataKeys),
         ("model", StudentKeys),
         ("model", TeacherKeys),
+        ("to", ExportKeys),
     )
     for key, base in shelves:
         alternatives = []

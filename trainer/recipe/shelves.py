@@ -34,6 +34,7 @@ SHELVES = {
     "dataset": "datasets",
     "model": "models",
     "method": "criteria",
+    "to": "exports",
 }
 PYTHON = "python:"
 ALLOW_PYTHON = "it runs the code of that module: allow it by --allow-python (in Python by allow_python=True)"
@@ -50,7 +51,7 @@ class OnShelf(NamedTuple):
 
 
 def names(key: str) -> list[str]:
-    """Returns the files on the shelf of `key` (loss, stage, dataset, model or method), in alphabetical order."""
+    """Returns the files on the shelf of `key` (loss, stage, dataset, model, method or to), in alphabetical order."""
     package = importlib.import_module(f"trainer.{SHELVES[key]}")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 

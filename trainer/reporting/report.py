@@ -17,7 +17,7 @@ import numpy as np
 from trainer.mistakes import Mistake
 from trainer.reporting import drawing
 from trainer.reporting.plots import accuracy_against_bytes, histograms, position_of
-from trainer.reporting.tables import NOTHING, layer_table, table
+from trainer.reporting.tables import NOTHING, export_table, layer_table, table
 from trainer.storage import files
 
 
@@ -70,6 +70,14 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
         "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at "
         "that stage; the ratios compare them with the dense student and the dense teacher."
     )
+    exports = [row for row in report["rows"] if row.get("target")]
+    if exports:
+        parts += ["## Exports", export_table(exports)]
+        parts.append(
+            "Each was run on the images by its real runtime. Ties are images whose class differs from the student's and whose "
+            "two highest logits lie within 1e-4 of the largest. Times are of one image."
+        )
+        parts += [f"- {row['stage']}: {note}" for row in exports for note in row.get("notes", [])]
     if report.get("data"):
         parts += ["## Data", "\n".join(f"- {note}" for note in report["data"])]
     if report["layers"]:

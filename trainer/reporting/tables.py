@@ -33,6 +33,31 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _aligned(columns, rows, num_text=1)
 
 
+def export_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows of exports as a table: what each target takes, and how its real runtime answers."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "to": lambda row: str(row["stage"]),
+        "bytes": lambda row: _count(row.get("file_bytes")),
+        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
+        "as the student %": lambda row: _decimals(row.get("agreement_student"), 2),
+        "images": lambda row: _count(row.get("num_images")) + " random" * bool(row.get("random_inputs")),
+        "ties": lambda row: _count(row.get("num_near_ties")),
+        "largest difference": lambda row: f"{row['max_difference']:.2g}",
+        "median ms": lambda row: _decimals(row.get("latency_seconds"), 3, 1000),
+        "p95 ms": lambda row: _decimals(row.get("latency_p95_seconds"), 3, 1000),
+    }
+    further = {
+        "memory MB": ("peak_bytes", 1e-6, 1),
+        "flash": ("flash_bytes", 1, 0),
+        "RAM": ("ram_bytes", 1, 0),
+        "instructions": ("instructions", 1, 0),
+    }
+    for title, (key, times, digits) in further.items():
+        if any(row.get(key) is not None for row in rows):
+            columns[title] = lambda row, k=key, t=times, d=digits: _decimals(row.get(k), d, t)  # type: ignore[misc]
+    return _aligned(columns, rows, num_text=1)
+
+
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     """Returns a report's layers as a table; "formula" is `sharing_ratio`, "bytes" those of the packed file."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from trainer.data.batches import make_data
+from trainer.data.images import Data
 from trainer.mistakes import Mistake
 from trainer.networks.build import build, spec
 from trainer.packing import network as packed
+from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
 from trainer.runs.opening import accelerator_of
 from trainer.storage.files import read_bytes
@@ -33,19 +37,12 @@ def evaluate_file(
         Mistake: For a file that cannot be read, or that was made for other images.
     """
     recipe, _ = read(path, changes, allow_python)
-    content = read_bytes(file)
-    header = packed.header(content, str(file))
-    into = None
-    if not packed.rebuilds(header) and header.get("net") == spec(recipe.student):
-        # The recipe, not the file, decides which code runs.
-        into = build(header["net"], tuple(header["shape"]), len(header["classes"]))
-    model, header = packed.decode(content, str(file), into)
+    content, model, header = opened(file, recipe)
     # The same arithmetic as in the run that measured the file.
     accelerator = accelerator_of(mixed_precision=recipe.precision)
     keys = recipe.data.model_copy(update={"keep_views": False})  # the training images are not used here
     data = make_data(keys, accelerator.device)
-    if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
-        raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
+    expect_its_images(file, header, data, path)
     model.to(accelerator.device)
     answers = predict(normalized(model, data), data.test, accelerator)
     return {
@@ -54,3 +51,25 @@ def evaluate_file(
         "digest": digest(model.state_dict()),
         "file_bytes": len(content),
     }
+
+
+def opened(file: Path, recipe: Recipe | None) -> tuple[bytes, nn.Module, dict[str, Any]]:
+    """Returns a packed file's bytes, network and facts.
+
+    recipe: builds a network of somebody else's code, which the file itself may not name. Raises Mistake for a file that cannot
+    be read.
+    """
+    content = read_bytes(file)
+    header = packed.header(content, str(file))
+    into = None
+    if recipe is not None and not packed.rebuilds(header) and header.get("net") == spec(recipe.student):
+        # The recipe, not the file, decides which code runs.
+        into = build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    model, header = packed.decode(content, str(file), into)
+    return content, model, header
+
+
+def expect_its_images(file: Path, header: dict[str, Any], data: Data, recipe: Path | None) -> None:
+    """Raises Mistake unless a packed file was made for images such as the data's."""
+    if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
+        raise Mistake(f"{file}: was made for other images than the data of {recipe}: {header}")

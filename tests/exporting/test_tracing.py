@@ -1,0 +1,106 @@
+"""The plain graph of a network: its operators, shapes and weights, and what it says of networks that it cannot be read from."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import trainer
+from trainer.exporting.graph import OPS, Value
+from trainer.exporting.tracing import trace
+from trainer.mistakes import Mistake
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU6()
+        )
+        self.gru = nn.GRU(8, 5, batch_first=True)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.body(x)
+        steps, _ = self.gru(x.flatten(1, 2).flatten(1).unflatten(1, (8, 8)))
+        return self.fc(F.dropout(steps[:, -1], 0.5, self.training))
+
+
+def test_operators_shapes_and_weights():
+    net = Net().eval()
+    trainer.prune(net, sparsity=0.5)
+    graph = trace(net, (2, 8, 8))
+    ops = [node.op for node in graph.nodes]
+    assert [op for op in ops if op != "reshape"] == ["conv", "batch_norm", "clamp", "gru", "slice", "linear"]
+    assert set(ops) <= OPS
+    conv, norm, clamp = graph.nodes[:3]
+    assert conv.attributes == {"stride": (2, 2), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+    assert conv.weights == {"weight": "body.0.weight"} and conv.layer == "body.0"
+    assert set(norm.weights) == {"weight", "bias", "mean", "var"} and norm.attributes["eps"] == 1e-5
+    assert clamp.attributes == {"least": 0.0, "most": 6.0}
+    assert graph.values[conv.outputs[0]] == Value((1, 4, 4, 4), 0)
+    [gru] = [node for node in graph.nodes if node.op == "gru"]
+    assert gru.attributes == {"hidden": 5, "layers": 1, "bidirectional": False, "batch_first": True}
+    assert set(gru.weights) == {"weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"}
+    assert np.array_equal(graph.weights["fc.weight"], net.fc.weight.detach().numpy())
+    assert (graph.weights["body.0.weight"] == 0).mean() == pytest.approx(0.5, abs=0.02)
+    assert graph.shape(graph.output) == (1, 3) and graph.last_use()[graph.output] == len(graph.nodes)
+    assert net.body[0].parametrizations  # the network itself keeps its masks
+
+
+class Sorted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"odd": _Sort()})
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.inner["odd"](x.flatten(1)))
+
+
+class _Sort(nn.Module):
+    def forward(self, x):
+        return x.sort(1).values
+
+
+class Pairs(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[: x.shape[0] // 2]
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
+
+
+def test_what_cannot_be_exported_is_named_with_its_layer():
+    with pytest.raises(Mistake, match=r"layer 'inner.odd': operator sort cannot be exported"):
+        trace(Sorted(), (1, 2, 2))
+    with pytest.raises(Mistake, match="layer '1': a transposed convolution cannot be exported"):
+        trace(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(1, 2, 2), nn.Flatten()), (1, 2, 2))
+    with pytest.raises(Mistake, match=r"cannot read the network for images \(1, 2, 2\): .*batch"):
+        trace(Pairs(), (1, 2, 2))
+    with pytest.raises(Mistake, match=r"returns 2 values; logits \[N, K\] alone"):
+        trace(Twice(), (1, 2, 2))
+    with pytest.raises(Mistake, match=r"returns \('N', 1, 2, 2\); logits"):
+        trace(nn.ReLU(), (1, 2, 2))
+    with pytest.raises(Mistake, match="torch.export cannot read the network for images"):
+        trace(nn.Linear(5, 2), (1, 2, 2))
+    with pytest.raises(Mistake, match="float16; float32 is exported"):
+        trace(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).half(), (1, 2, 2))
+
+
+def test_parts_that_do_not_depend_on_the_image_are_constants():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, 4))
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1) + self.table[torch.arange(3)].sum(0) * 2)
+
+    graph = trace(Positions(), (1, 2, 2))
+    assert [node.op for node in graph.nodes] == ["reshape", "add", "linear"]
+    assert graph.weights[graph.nodes[1].inputs[1]].shape == (4,)

@@ -1,0 +1,366 @@
+"""Turns the operators of torch's core ATen graph into those of `graph`. Each converter is named by its operator."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+Arguments = dict[str, Any]
+
+
+class Unsupported(Exception):
+    """What a converter cannot express; the reader adds the layer."""
+
+
+# Operators whose result is their first argument: in evaluation mode, in float32.
+ALIASES = {"clone", "alias", "dropout", "detach", "contiguous", "lift_fresh_copy", "detach_", "_to_copy"}
+
+
+def _sizes(value: Any, count: int) -> tuple[int, ...]:
+    """Returns one number for each spatial axis."""
+    values = [value] if isinstance(value, int) else list(value)
+    return tuple(values * count if len(values) == 1 else values)
+
+
+def _sides(value: Any, count: int) -> tuple[tuple[int, int], ...]:
+    return tuple((size, size) for size in _sizes(value, count))
+
+
+def _rank(node: Any) -> int:
+    return len(node.meta["val"].shape)
+
+
+def _axes(value: Any, rank: int) -> tuple[int, ...]:
+    axes = range(rank) if value is None or value == [] else [value] if isinstance(value, int) else value
+    return tuple(sorted(axis % rank for axis in axes))
+
+
+def _conv(reader: Any, node: fx.Node, a: Arguments) -> None:
+    count = _rank(a["weight"]) - 2
+    if a.get("transposed") or any(a.get("output_padding") or [0]):
+        raise Unsupported("a transposed convolution")
+    if _rank(a["input"]) != count + 2:
+        raise Unsupported("a convolution of a single image without a batch axis")
+    reader.add(
+        node,
+        "conv",
+        [a["input"]],
+        {"weight": a["weight"], "bias": a["bias"]},
+        stride=_sizes(a["stride"], count),
+        padding=_sides(a["padding"], count),
+        dilation=_sizes(a["dilation"], count),
+        groups=a["groups"],
+    )
+
+
+def _linear(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "linear", [a["input"]], {"weight": a["weight"], "bias": a["bias"]})
+
+
+def _batch_norm(reader: Any, node: fx.Node, a: Arguments) -> None:
+    weights = {"weight": a["weight"], "bias": a["bias"], "mean": a["running_mean"], "var": a["running_var"]}
+    reader.add(node, "batch_norm", [a["input"]], weights, parts=1, eps=a["eps"])
+
+
+def _layer_norm(reader: Any, node: fx.Node, a: Arguments) -> None:
+    rank = _rank(node)
+    axes = tuple(range(rank - len(a["normalized_shape"]), rank))
+    reader.add(
+        node, "layer_norm", [a["input"]], {"weight": a["weight"], "bias": a["bias"]}, eps=a["eps"], axes=axes
+    )
+
+
+def _group_norm(reader: Any, node: fx.Node, a: Arguments) -> None:
+    weights = {"weight": a["weight"], "bias": a["bias"]}
+    reader.add(node, "group_norm", [a["input"]], weights, eps=a["eps"], groups=a["num_groups"])
+
+
+def _recurrent(op: str) -> Callable[[Any, fx.Node, Arguments], None]:
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
+        if any(reader.filled.get(state.name) != 0 for state in states):
+            raise Unsupported("an initial state that is not zero")
+        directions = 2 if a["bidirectional"] else 1
+        roles = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if a["has_biases"] else [])
+        names = [
+            f"{role}_l{layer}{'_reverse' * direction}"
+            for layer in range(a["num_layers"])
+            for direction in range(directions)
+            for role in roles
+        ]
+        if len(names) != len(a["params"]):
+            raise Unsupported("a projection in an LSTM")
+        weights = dict(zip(names, a["params"], strict=True))
+        hidden = a["params"][1].meta["val"].shape[1]
+        reader.add(
+            node,
+            op,
+            [a["input"]],
+            weights,
+            parts=1,
+            hidden=hidden,
+            layers=a["num_layers"],
+            bidirectional=bool(a["bidirectional"]),
+            batch_first=bool(a["batch_first"]),
+        )
+
+    return convert
+
+
+def _filled(number: float | None) -> Callable[[Any, fx.Node, Arguments], None]:
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        reader.filled[node.name] = a["fill_value"] if number is None else number
+
+    return convert
+
+
+def _max_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
+    count = _rank(a["self"]) - 2
+    several = isinstance(node.meta["val"], tuple)  # values and positions
+    reader.add(
+        node,
+        "max_pool",
+        [a["self"]],
+        parts=1 if several else 0,
+        kernel=_sizes(a["kernel_size"], count),
+        stride=_sizes(a["stride"] or a["kernel_size"], count),
+        padding=_sides(a["padding"], count),
+        dilation=_sizes(a["dilation"], count),
+        ceil=bool(a["ceil_mode"]),
+    )
+
+
+def _avg_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
+    if a.get("divisor_override"):
+        raise Unsupported("an average pooling with a divisor of its own")
+    count = _rank(a["self"]) - 2
+    reader.add(
+        node,
+        "avg_pool",
+        [a["self"]],
+        kernel=_sizes(a["kernel_size"], count),
+        stride=_sizes(a["stride"] or a["kernel_size"], count),
+        padding=_sides(a["padding"], count),
+        ceil=bool(a["ceil_mode"]),
+        count_padding=bool(a["count_include_pad"]),
+    )
+
+
+def _adaptive_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
+    before, after = a["self"].meta["val"].shape[2:], node.meta["val"].shape[2:]
+    if all(size == 1 for size in after):
+        rank = _rank(node)
+        reader.add(node, "mean", [a["self"]], axes=tuple(range(2, rank)), keep=True)
+        return
+    if any(b % a_ for b, a_ in zip(before, after, strict=True)):
+        raise Unsupported(
+            f"an adaptive pooling of {tuple(before)} to {tuple(after)}, which does not divide it"
+        )
+    size = tuple(b // a_ for b, a_ in zip(before, after, strict=True))
+    none = tuple((0, 0) for _ in size)
+    reader.add(
+        node, "avg_pool", [a["self"]], kernel=size, stride=size, padding=none, ceil=False, count_padding=True
+    )
+
+
+def _reduced(op: str) -> Callable[[Any, fx.Node, Arguments], None]:
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        axes = _axes(a["dim"], _rank(a["self"]))
+        if reader.values[reader.name(a["self"])].batch_axis in axes:
+            raise Unsupported("a reduction over the images of a batch")
+        reader.add(node, op, [a["self"]], axes=axes, keep=bool(a["keepdim"]))
+
+    return convert
+
+
+def _unary(op: str, **renamed: str) -> Callable[[Any, fx.Node, Arguments], None]:
+    """renamed: {attribute of the graph: argument of the operator}."""
+
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        attributes = {name: a[argument] for name, argument in renamed.items()}
+        reader.add(node, op, [next(iter(a.values()))], **attributes)
+
+    return convert
+
+
+def _softmax(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "softmax", [a["self"]], axis=a["dim"] % _rank(node))
+
+
+def _elu(reader: Any, node: fx.Node, a: Arguments) -> None:
+    if a["scale"] != 1 or a["input_scale"] != 1:
+        raise Unsupported("an ELU with a scale")
+    reader.add(node, "elu", [a["self"]], alpha=float(a["alpha"]))
+
+
+def _prelu(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "prelu", [a["self"]], {"weight": a["weight"]})
+
+
+def _softplus(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "softplus", [a["self"]], beta=float(a["beta"]))
+
+
+def _binary(op: str, left: bool = False) -> Callable[[Any, fx.Node, Arguments], None]:
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        if a.get("alpha", 1) != 1 or a.get("rounding_mode"):
+            raise Unsupported(f"{op} with a factor or a rounding")
+        other = a["other"]
+        filled = isinstance(other, fx.Node) and other.name in reader.filled
+        if filled or not isinstance(other, fx.Node):
+            scalar = float(reader.filled[other.name] if filled else other)
+            reader.add(node, op, [a["self"]], scalar=scalar, left=left)
+        else:
+            reader.add(node, op, [a["self"], other])
+
+    return convert
+
+
+def _power(reader: Any, node: fx.Node, a: Arguments) -> None:
+    if not isinstance(a["exponent"], int | float):
+        raise Unsupported("a power with a computed exponent")
+    reader.add(node, "power", [a["self"]], exponent=float(a["exponent"]))
+
+
+def _rsqrt(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "power", [a["self"]], exponent=-0.5)
+
+
+def _reciprocal(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "div", [a["self"]], scalar=1.0, left=True)
+
+
+def _matmul(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "matmul", [a["self"], a.get("other", a.get("mat2"))])
+
+
+def _attention(reader: Any, node: fx.Node, a: Arguments) -> None:
+    if a["is_causal"] or a.get("enable_gqa") or a["dropout_p"]:
+        raise Unsupported("attention that is causal or grouped")
+    mask = [] if a["attn_mask"] is None else [a["attn_mask"]]
+    scale = a.get("scale") or 1 / math.sqrt(a["query"].meta["val"].shape[-1])
+    reader.add(node, "attention", [a["query"], a["key"], a["value"], *mask], scale=float(scale))
+
+
+def _concat(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "concat", a["tensors"], axis=(a["dim"] or 0) % _rank(node))
+
+
+def _reshape(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "reshape", [next(iter(a.values()))])
+
+
+def _permute(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "permute", [a["self"]], order=tuple(axis % _rank(node) for axis in a["dims"]))
+
+
+def _transpose(reader: Any, node: fx.Node, a: Arguments) -> None:
+    order = list(range(_rank(node)))
+    first, second = a["dim0"] % len(order), a["dim1"] % len(order)
+    order[first], order[second] = second, first
+    reader.add(node, "permute", [a["self"]], order=tuple(order))
+
+
+def _expand(reader: Any, node: fx.Node, a: Arguments) -> None:
+    reader.add(node, "expand", [a["self"]])
+
+
+def _slice(reader: Any, node: fx.Node, a: Arguments) -> None:
+    shape = a["self"].meta["val"].shape
+    if tuple(shape) == tuple(node.meta["val"].shape):
+        reader.same[node.name] = reader.name(a["self"])
+        return
+    axis = a["dim"] % len(shape)
+    ends = (a["start"], a["end"], a["step"])
+    if not isinstance(shape[axis], int) or not all(isinstance(end, int | None) for end in ends):
+        raise Unsupported("a part of the images of a batch")
+    start, stop, step = slice(*ends).indices(shape[axis])
+    reader.add(node, "slice", [a["self"]], axis=axis, start=start, stop=stop, step=step)
+
+
+def _select(reader: Any, node: fx.Node, a: Arguments) -> None:
+    size = a["self"].meta["val"].shape[a["dim"] % _rank(a["self"])]
+    if not isinstance(size, int):
+        raise Unsupported("one image of a batch")
+    start, axis = a["index"] % size, a["dim"] % _rank(a["self"])
+    cut = reader.cut(node, a["self"], axis, start, start + 1)
+    reader.add(node, "reshape", [cut])
+
+
+def _split(reader: Any, node: fx.Node, a: Arguments) -> None:
+    axis, start = a["dim"] % _rank(a["self"]), 0
+    for number, part in enumerate(node.meta["val"]):
+        stop = start + part.shape[axis]
+        reader.parts[node.name, number] = reader.cut(node, a["self"], axis, start, stop)
+        start = stop
+
+
+def _pad(reader: Any, node: fx.Node, a: Arguments) -> None:
+    sides: Sequence[int] = a["pad"]
+    if any(side < 0 for side in sides):
+        raise Unsupported("a negative padding")
+    padding = [(0, 0)] * _rank(node)
+    for number in range(len(sides) // 2):
+        padding[-1 - number] = (sides[2 * number], sides[2 * number + 1])
+    reader.add(node, "pad", [a["self"]], padding=tuple(padding), value=float(a["value"] or 0))
+
+
+CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "convolution"), _conv),
+    "linear": _linear,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "lstm.input": _recurrent("lstm"),
+    "gru.input": _recurrent("gru"),
+    "full": _filled(None),
+    **dict.fromkeys(("zeros", "zeros_like"), _filled(0)),
+    "scalar_tensor": _filled(None),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool2d_with_indices"), _max_pool),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d"), _avg_pool),
+    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _adaptive_pool),
+    "mean.dim": _reduced("mean"),
+    "amax": _reduced("amax"),
+    **{
+        op: _unary(op)
+        for op in "relu hardswish hardsigmoid silu sigmoid tanh mish exp sqrt neg abs erf".split()
+    },
+    "hardtanh": _unary("clamp", least="min_val", most="max_val"),
+    "clamp": _unary("clamp", least="min", most="max"),
+    "gelu": _unary("gelu", approximate="approximate"),
+    "leaky_relu": _unary("leaky_relu", slope="negative_slope"),
+    "elu": _elu,
+    "prelu": _prelu,
+    "softplus": _softplus,
+    "softmax.int": _softmax,
+    "_softmax": _softmax,
+    **{f"{op}.{kind}": _binary(op) for op in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")},
+    "rsub.Scalar": _binary("sub", left=True),
+    "pow.Tensor_Scalar": _power,
+    "rsqrt": _rsqrt,
+    "reciprocal": _reciprocal,
+    **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
+    "scaled_dot_product_attention": _attention,
+    "cat": _concat,
+    **dict.fromkeys(
+        (
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "unsqueeze",
+            "squeeze.dim",
+            "squeeze.dims",
+            "squeeze",
+            "flatten.using_ints",
+        ),
+        _reshape,
+    ),
+    "permute": _permute,
+    "transpose.int": _transpose,
+    "expand": _expand,
+    "slice.Tensor": _slice,
+    "select.int": _select,
+    "split_with_sizes": _split,
+    "constant_pad_nd": _pad,
+}

@@ -1,0 +1,131 @@
+"""What a target of an export is given, and what it gives back."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.data.batches import batches
+from trainer.data.images import Data, Part, normalize
+from trainer.exporting.graph import Graph
+from trainer.mistakes import Mistake
+
+NO_DATA = "without a recipe there is no data: name one (--recipe R)"
+NUM_RANDOM = 256  # inputs that an export without data is compared on
+
+
+class NotInstalled(Mistake):
+    """A program or package that a target needs is not on this machine; the exports to other targets go on."""
+
+
+def needed(module: str, extra: str) -> ModuleType:
+    """Imports a package of an extra. Raises NotInstalled, with what to install, if it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise NotInstalled(
+            f"needs the package {error.name}: pip install {error.name}, or the extra {extra} (pip install '.[{extra}]')"
+        ) from None
+
+
+@dataclass
+class Subject:
+    """A network to be exported, and what is known of its images.
+
+    Attributes:
+        network: The decoded student, in evaluation mode, on the CPU, with plain weights.
+        graph: The same network in the plain form of `graph`.
+        shape: (C, H, W) of the images.
+        classes: Names of the classes, in the order of the logits; [] if they are not known.
+        mean, std: Of the normalisation, for each channel; [] if they are not known.
+        sha256: Of the packed file that the network came from; None without one.
+        data: The recipe's images; None without a recipe.
+        teacher_classes: The teacher's class for each test image, int64; None without a teacher.
+    """
+
+    network: nn.Module
+    graph: Graph
+    shape: tuple[int, int, int]
+    classes: Sequence[str] = ()
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    sha256: str | None = None
+    data: Data | None = None
+    teacher_classes: np.ndarray | None = None
+
+    def normalized(self, images: np.ndarray) -> np.ndarray:
+        """Returns uint8 images [N, C, H, W] as the network's float32 input, the same bits as in evaluation."""
+        scaled = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+        return (normalize(scaled, self.mean, self.std) if len(self.mean) else scaled).numpy()
+
+    def batches(
+        self, part: Part, size: int, most: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields uint8 images [N, C, H, W] and labels [N] of a part of the data, in order; of its first `most` images."""
+        order = list(torch.arange(len(part))[:most].split(size))
+        for images, labels, _ in batches(part, order, part.workers, torch.device("cpu")):
+            yield images.cpu().numpy(), labels.cpu().numpy()
+
+    def proof_batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields the images that an export is proven on: all test images; without data `NUM_RANDOM` random ones.
+
+        The labels of random images are -1.
+        """
+        if self.data is not None:
+            yield from self.batches(self.data.test, size)
+            return
+        random = np.random.default_rng(0).integers(0, 256, (NUM_RANDOM, *self.shape), np.uint8)
+        for start in range(0, NUM_RANDOM, size):
+            part = random[start : start + size]
+            yield part, np.full(len(part), -1)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the network's logits for normalised float32 images."""
+        with torch.inference_mode():
+            return self.network(torch.from_numpy(images)).numpy()
+
+    def test_vector(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a uint8 image [C, H, W] that every target can make by itself, and the network's logits for it.
+
+        Pixel i, counted through channels, rows and columns, is (i x 37 + i // 101 x 11) mod 256. A file that was written by
+        an export is checked on its machine with it.
+        """
+        i = np.arange(int(np.prod(self.shape)))
+        image = ((i * 37 + i // 101 * 11) % 256).astype(np.uint8).reshape(self.shape)
+        return image, self.logits(self.normalized(image[None]))[0]
+
+
+@dataclass
+class Exported:
+    """What a target gives back: its files, and how its runtime answers.
+
+    Attributes:
+        files: What was written, below the folder given; the first ones are what a machine needs to run it.
+        run: Images [N, C, H, W] to logits [N, K], computed by the real runtime from these files.
+        takes: What `run` takes: 'normalized' float32, or 'uint8' images as they are.
+        compared: How the answers are held against `reference`: 'float' (a class may differ only where the two highest
+            logits are within 1e-4 of the largest), 'integer' (all logits are equal) or 'measured' (reported alone).
+        reference: What is compared with, from the same images; None for the subject's own network.
+        num_bytes: What the target takes on its machine.
+        numbers: Further entries of the report's row: peak_bytes, flash_bytes, ram_bytes, instructions ...
+        notes: Sentences for the user.
+        batch: How many images `run` is given at a time.
+    """
+
+    files: list[Path]
+    run: Callable[[np.ndarray], np.ndarray]
+    num_bytes: int
+    takes: Literal["normalized", "uint8"] = "normalized"
+    compared: Literal["float", "integer", "measured"] = "float"
+    reference: Callable[[np.ndarray], np.ndarray] | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    batch: int = 200
