@@ -252,6 +252,57 @@ def test_the_golden_file_decodes_to_the_same_values_for_ever():
     assert [row["part"] for row in account(data)][:3] == ["frame", "header", "layout"]
 
 
+def test_the_golden_file_of_version_3_decodes_to_the_same_values_for_ever():
+    header, tensors = decode(GOLDEN.with_name("golden3.tiny").read_bytes())
+    assert header["net"] == {"model": "separable", "widths": [4, 12], "repeat": 2} and header["std"] == [
+        0.3081
+    ]
+    assert (tensors["conv.bias"] * 8).tolist() == [
+        6.0,
+        3.0,
+        -1.0,
+        6.0,
+        -9.0,
+        8.0,
+        0.0,
+        -3.0,
+        4.0,
+        6.0,
+        5.0,
+        12.0,
+    ]
+    assert tensors["plain"].tolist() == [1.5, -2.25]
+    digests = {name: hashlib.sha256(array.tobytes()).hexdigest()[:16] for name, array in tensors.items()}
+    assert [digests[name] for name in ("conv.weight", "fc.weight")] == [
+        "4a255d9b8ed91519",
+        "eeb2fb3ee4559fa7",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (6, 1, 3, 3), (4, 3, 1, 1), (0, 3), (3, 49)])
+@pytest.mark.parametrize("scale", [0.4, 3.0, 9000.0])
+def test_small_tensors_of_integers_come_back_and_cost_little_more_than_their_entropy(shape, scale):
+    rng = np.random.default_rng(0)
+    integers = np.clip(np.rint(rng.normal(size=shape) * scale), -32768, 32768)
+    integers.reshape(-1)[:2] = [32768, -32768][: integers.size] if scale > 5 else 0
+    array = integers.astype(np.float32) * np.float32(0.3) + np.float32(0)
+    data = encode({}, {"before": np.ones((3, 4), np.float32), "a": array}, {"a": float(np.float32(0.3))})
+    assert decode(data)[1]["a"].tobytes() == array.tobytes()
+    mask = [row for row in account(data) if row["tensor"] == "a" and row["part"] == "mask"]
+    assert not mask, "zeros are integers like others"
+
+
+def test_many_integers_cost_little_more_than_their_entropy():
+    rng = np.random.default_rng(0)
+    integers = np.rint(rng.normal(size=(50, 40)) * 1.5)
+    data = encode({}, {"a": integers.astype(np.float32) + np.float32(0)}, {"a": 1.0})
+    counts = np.unique(integers, return_counts=True)[1]
+    entropy = float((counts * np.log2(counts.sum() / counts)).sum()) / 8
+    assert entropy < len(data) < 1.03 * entropy + 20
+    larger = encode({}, {"a": np.ones((50, 41), np.float32)}, {"a": 1.0})  # not number by number
+    assert decode(larger)[1]["a"].all() and len(larger) < 30
+
+
 def test_tables_of_logarithms_are_exact():
     log2 = log2_table()
     i = np.arange(1, len(log2))
@@ -372,11 +423,12 @@ def refuse_mutations(count: int, seed: int) -> None:
         (encode(HEADER, tensors), None),
         (encode(HEADER, tensors, layout=layout), layout),
         (encode({}, {"raw": rng.normal(size=3000).astype(np.float32)}), None),
+        (GOLDEN.with_name("golden3.tiny").read_bytes(), None),  # integers, number by number
     ]
     tracemalloc.start()
     try:
         for i in range(count):
-            data, known = files[i % 3]
+            data, known = files[i % len(files)]
             damaged = mutate(data, rng)
             if damaged == data:
                 continue
@@ -430,7 +482,7 @@ def test_other_files_are_refused():
         with pytest.raises(ValueError, match=f"a.tiny: {message}"):
             read_header(data, "a.tiny")
     body = b"tS\x63" + encode({}, {})[3:-4]
-    with pytest.raises(ValueError, match="a.tiny: format version 99; this program reads versions 1 and 2"):
+    with pytest.raises(ValueError, match="a.tiny: format version 99; this program reads versions 1 to 3"):
         decode(body + container._checksum(body), "a.tiny")
     body = encode({}, network(np.random.default_rng(0)))[:-4] + b"more than enough"
     with pytest.raises(ValueError, match="a.tiny: .* bytes follow the last tensor"):

@@ -29,8 +29,10 @@ from trainer.packing.stream import Stream
 from trainer.packing.tensors import MAX_CLUSTERS, code_tensor
 
 MAGIC = b"tS"
-VERSION = 2
-VERSIONS = (1, 2)  # that are read; they are coded alike, and 2 says how images are brought to the input
+VERSION = 3
+# That are read. 1 and 2 are coded alike, and 2 says how images are brought to the input; 3 codes small tensors of integers
+# number by number, and expects other headers.
+VERSIONS = (1, 2, 3)
 MAX_NUMEL = 1 << 28  # numbers in all tensors of a file: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 _LONG, _LONGEST = 4096, 1 << 24  # bytes: a longer header is deflated; a still longer one is refused
@@ -135,7 +137,7 @@ def encode(
             raise ValueError(f"steps: there is no tensor {name!r}")
         _check_step(name, arrays[name], step)
     coder = Encoder()
-    stream = Stream(coder, bytearray())
+    stream = Stream(coder, bytearray(), VERSION)
     _code_header(stream, header)
     _code_layout(stream, found, layout is None)
     for name, array in arrays.items():
@@ -175,13 +177,15 @@ def _open(data: bytes, name: str, measure: bool = False) -> tuple[Stream, Decode
     if len(data) < 7 or _checksum(data[:-4]) != data[-4:]:
         raise Mistake(f"{name}: damaged or cut short (its checksum does not match its {len(data)} bytes)")
     if data[2] not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
+        known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
         raise Mistake(f"{name}: format version {data[2]}; this program reads versions {known}")
     body = data[3:-4]
     decoder = Decoder(body)
     # No decision costs fewer bits than one of the highest possible probability.
     capacity = (8 * len(body) + 64) / -math.log2(1 - LOWEST / ONE)
-    return Stream(Meter(decoder) if measure else decoder, bytearray(body), capacity=capacity), decoder
+    return Stream(
+        Meter(decoder) if measure else decoder, bytearray(body), data[2], capacity=capacity
+    ), decoder
 
 
 def read_header(data: bytes, name: str = "file") -> dict:

@@ -9,10 +9,11 @@ import numpy as np
 
 from trainer.mistakes import Mistake
 from trainer.packing.coder import Coder
+from trainer.packing.integers import MOST_TOGETHER, MixedBits
 from trainer.packing.predictors import Scalars, Text
 
 # Typical headers: text that a header has in common with them costs next to nothing. A change needs a new version.
-_PRIMER = (
+_PRIMER_2 = (
     "layer4.1.bn2.running_mean\0running_var\0num_batches_tracked\0layer1.0.conv1.weight\0"
     "block2.pointwise.weight\0depthwise.bias\0fc1.weight\0fc1.bias\0"
     '{"net":{"model":"cifar_resnet","depth":20},"shape":[3,32,32],"mean":[0.4914,0.4822,0.4465],'
@@ -30,6 +31,16 @@ _PRIMER = (
     '{"net":{"model":"separable","widths":[8,12,16,16],"strides":[2,1,2,1],"first_kernel":5,'
     '"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}'
 )
+_PRIMER = (
+    _PRIMER_2
+    + '\0{"net":{"model":"separable","widths":[12,16,20,24,32],"strides":[2,2,1,1],"first_kernel":3,'
+    '"kernel":5,"residual":true,"repeat":2,"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],'
+    '"std":[0.308108],"classes":10}\0'
+    '{"net":{"model":"separable","widths":[8,10,12,16],"strides":[2,1,2,1],"first_kernel":3,"residual":true,'
+    '"repeat":3,"batch_norm":false},"shape":[1,28,28],"mean":[0.286041],"std":[0.353024],"classes":10}\0'
+    '{"net":{"model":"lenet300","resized":{"fc1":[123,784],"fc2":[67,123],"fc3":[10,67]}},"shape":[1,28,28],'
+    '"mean":[0.13066],"std":[0.308108],"classes":10}'
+)
 
 
 @dataclass
@@ -38,8 +49,11 @@ class Stream:
 
     coder: Coder
     literal: bytearray  # of an Encoder: written so far, last first; of a Decoder: not yet read
+    version: int  # of the format
     scalars: Scalars = field(init=False)
     text: Text = field(init=False)
+    integers: MixedBits = field(init=False)
+    one_by_one: int = MOST_TOGETHER  # integers that may still be coded by `integers`
     parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
     capacity: float = math.inf  # the most decisions that a Decoder's bytes can hold
     live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
@@ -49,7 +63,10 @@ class Stream:
     def __post_init__(self) -> None:
         self.scalars = Scalars(self.coder)
         self.scalars.expect("exponent", 8, range(116, 128))  # 0.0005 .. 2
-        self.text = Text(self.coder, _PRIMER)
+        self.text = Text(self.coder, _PRIMER if self.version > 2 else _PRIMER_2)
+        self.integers = MixedBits(self.coder)
+        if self.version <= 2:
+            self.one_by_one = 0
 
     def here(self) -> tuple[float, int]:
         """Returns the bits and literal bytes so far, for `part`."""

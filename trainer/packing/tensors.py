@@ -6,6 +6,7 @@ import numpy as np
 
 from trainer.mistakes import Mistake
 from trainer.packing.grids import grid_of
+from trainer.packing.integers import MOST_NUMBERS, code_integers
 from trainer.packing.masks import code_mask
 from trainer.packing.numbers import code_drop, code_float, code_numbers, fraction_bits, patterns_of
 from trainer.packing.ranks import code_ranks
@@ -27,6 +28,9 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
     context = (dtype.kind, array.ndim > 1)
     form, zeros = _choose(array, patterns, present, step) if stream.coder.writes else (_RAW, _NONE)
     form = scalars.tree(("form", *context), 2, form)
+    if form == _STEPS and dtype == np.float32 and numel <= min(MOST_NUMBERS, stream.one_by_one):
+        stream.part(name, "form", start)
+        return _code_small(stream, name, array, step)
     zeros = scalars.tree(("zeros", *context), 2, zeros)
     if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
         raise Mistake("the coded stream is damaged: unknown form of a tensor")
@@ -70,6 +74,28 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
     if array.ndim > 1:
         stream.live = mask.sum(1, dtype=np.int64)
     return out.view(dtype).reshape(array.shape)
+
+
+def _code_small(stream: Stream, name: str, array: np.ndarray, step: float | None) -> np.ndarray:
+    """Codes a small tensor of a step times integers number by number."""
+    start = stream.here()
+    scale = _code_scale(stream, step)
+    stream.part(name, "codebook", start)
+    start = stream.here()
+    grid = grid_of(array.shape, stream.live)
+    integers = np.zeros((grid.rows, grid.columns), np.int64)
+    if stream.coder.writes:
+        integers = (
+            np.rint(array.astype(np.float64) / np.float64(scale)).astype(np.int64).reshape(integers.shape)
+        )
+    kind = 0 if array.ndim < 2 else 1 if grid.flat else 2
+    integers = code_integers(stream.integers, name, integers, grid, kind)
+    stream.one_by_one -= array.size
+    stream.part(name, "values", start)
+    if array.ndim > 1:
+        stream.live = (integers != 0).sum(1, dtype=np.int64)
+    with np.errstate(all="ignore"):  # a damaged step may overflow
+        return (scale * integers.astype(np.float32)).reshape(array.shape)
 
 
 def _choose(
@@ -131,12 +157,16 @@ def _code_codebook(
 
 def _code_steps(stream: Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:
     """Codes the codebook of a step times all integers between the least and the greatest."""
-    pattern = int(np.float32(step or 1).view(np.uint32))
-    drop = code_drop(stream, np.array([pattern], np.uint32), np.dtype(np.float32))
-    scale = np.uint32(code_float(stream, pattern, np.dtype(np.float32), drop)).view(np.float32)
+    scale = _code_scale(stream, step)
     integers = np.rint(array.astype(np.float64) / np.float64(scale)) if stream.coder.writes else np.zeros(1)
     most = [int(max(0, (sign * integers).max())) for sign in (-1, 1)]
     negative, positive = (stream.scalars.number("highest", high, MAX_CLUSTERS // 2 + 1) for high in most)
     integers = np.concatenate([np.arange(-negative, 0), np.arange(1, positive + 1)])
     with np.errstate(all="ignore"):  # a damaged step may overflow
         return patterns_of(scale * integers.astype(np.float32)), (negative, positive)
+
+
+def _code_scale(stream: Stream, step: float | None) -> np.float32:
+    pattern = int(np.float32(step or 1).view(np.uint32))
+    drop = code_drop(stream, np.array([pattern], np.uint32), np.dtype(np.float32))
+    return np.uint32(code_float(stream, pattern, np.dtype(np.float32), drop)).view(np.float32)
