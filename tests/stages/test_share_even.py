@@ -51,12 +51,30 @@ def test_a_weight_is_the_nearest_multiple_of_the_rounded_step():
     found, latent = place.parametrization, place.parameter.detach()
     step = found.step.item()
     assert step * 2 ** (2 - torch.tensor(step).log2().floor()) % 1 == 0, "two bits of a fraction"
-    assert step == pytest.approx(2 * latent[found.alive].abs().mean().item() / 2**0.5, rel=2**-3)
+    sizes = latent[found.alive].abs()
+    first = min(2 * sizes.mean().item() / 2**0.5, sizes.max().item() / 2)
+    assert step == pytest.approx(first, rel=2**-3)
     expected = torch.where(found.alive, (latent / step).round().clamp(-2, 2), 0.0) * step
     assert torch.equal(place.value, expected)
     assert (place.value[found.alive] == 0).any(), "zero is one of the values"
     set_codebook(place, *close_codebook(place))
     assert torch.equal(weights_of(model)["0"].value, expected)
+
+
+@pytest.mark.parametrize("num_values", [2, 4, 30, 200])
+def test_the_first_values_reach_no_further_than_the_weights(num_values):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30))
+    nn.init.normal_(model[0].weight)
+    before = model[0].weight.detach().clone()
+    place = weights_of(model)["0"]
+    open_even_codebook(place, num_values, lambda step: step)
+    place = weights_of(model)["0"]
+    centroids = place.parametrization.centroids.detach()
+    assert centroids.max() <= before.abs().max() * 1.0001
+    assert (place.value - before).square().mean() < 0.25 * before.square().mean()
+    if num_values > 20:
+        assert centroids.max() >= before.abs().max() * 0.9999, "all values are of use"
 
 
 def test_the_gradients_are_those_of_learned_step_sizes():

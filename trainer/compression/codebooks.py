@@ -57,7 +57,8 @@ def open_codebook(layer: Weight, codes: Tensor, centroids: Tensor, code_cost: fl
 def open_even_codebook(layer: Weight, num_values: int, round_step: Callable[[Tensor], Tensor]) -> None:
     """Makes a weight take multiples of a trained step, in place (`EvenCodebook`). Pruned weights stay zero.
 
-    The first step is 2 x mean |weight| / sqrt(num_values / 2) (Esser et al. 2020).
+    The first step is 2 x mean |weight| / sqrt(num_values / 2) (Esser et al. 2020), or smaller if the largest value would
+    then lie beyond all weights.
 
     Args:
         layer: The weight.
@@ -72,7 +73,8 @@ def open_even_codebook(layer: Weight, num_values: int, round_step: Callable[[Ten
         raise Mistake(f"layer {layer.name!r} has no weights left to share: all are zero")
     if layer.parametrization is not None:
         bake_weight(layer)
-    step = 2 * value[alive].abs().mean() / math.sqrt(num_values // 2)
+    half, sizes = num_values // 2, value[alive].abs()
+    step = torch.minimum(2 * sizes.mean() / math.sqrt(half), sizes.max() / half)
     parametrize_weight(layer, EvenCodebook(alive, step, num_values, round_step))
 
 
