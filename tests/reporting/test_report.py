@@ -243,11 +243,12 @@ def test_write(tmp_path):
         array=np.arange(2),
         rows=[*ROWS, row("odd", float("nan"), 10, tensor=torch.tensor(2))],
     )
-    report.write(tmp_path / "run", found, some_weights())
+    report.write(tmp_path / "run", found, some_weights(), {})
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
         "report.json",
         "report.md",
+        "report.html",
         "accuracy_bytes.png",
         "weights.png",
     }
@@ -271,21 +272,22 @@ def test_write(tmp_path):
 
 
 def test_write_of_little(tmp_path):
-    report.write(tmp_path, a_report(rows=[], layers=[], recipe="x.yaml", command=None, seconds=8000), {})
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
+    report.write(tmp_path, a_report(rows=[], layers=[], recipe="x.yaml", command=None, seconds=8000), {}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html"}
     assert (tmp_path / "report.md").read_text().startswith("# lenet300_mnist\n\ntook 2 h 13 min\n")
     report.write(
         tmp_path,
         a_report(rows=[row("trained", 100.0, 500)]),
         {"dense": {"fc": np.zeros(3)}, "shared": {"a": np.ones(2)}},
+        {},
     )
     assert (tmp_path / "weights.png").stat().st_size > 1000
 
 
 def test_the_old_report_stays_when_the_new_one_cannot_be_written(tmp_path):
-    report.write(tmp_path, a_report(), {})
+    report.write(tmp_path, a_report(), {}, {})
     with pytest.raises(KeyError):
-        report.write(tmp_path, {"name": "x", "rows": []}, {})
+        report.write(tmp_path, {"name": "x", "rows": []}, {}, {})
     assert report.read(tmp_path)["name"] == "lenet300_mnist"
 
 
@@ -299,8 +301,8 @@ def test_read_names_the_file(tmp_path):
 
 def test_same_plots_every_time_and_no_pyplot(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
-    report.write(tmp_path / "a", a_report(), some_weights())
-    thread = threading.Thread(target=report.write, args=(tmp_path / "b", a_report(), some_weights()))
+    report.write(tmp_path / "a", a_report(), some_weights(), {})
+    thread = threading.Thread(target=report.write, args=(tmp_path / "b", a_report(), some_weights(), {}))
     thread.start()
     thread.join()
     for name in ("accuracy_bytes.png", "weights.png"):

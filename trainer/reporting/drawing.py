@@ -81,7 +81,7 @@ def byte_axis(axes: "Axes", values: Sequence[float]) -> None:
     decades = math.log10(high / low * room**2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value)))
     axes.set_xlabel("size of the file", fontsize=9, color=INK)
 
 
@@ -185,8 +185,9 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _bytes(value: float) -> str:
+def short_bytes(value: float) -> str:
+    """Returns a number of bytes in at most three digits, as '9.01 kB'."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
-            return f"{value / size:g} {unit}"
-    return f"{value:g} B"
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} B"

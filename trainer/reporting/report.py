@@ -1,4 +1,4 @@
-"""Writes the report of a run: report.json for programs, report.md and plots for people.
+"""Writes the report of a run: report.json for programs, report.md with plots and report.html for people.
 
 A row holds the results after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
 "num_weights", "num_nonzero", "sparsity" (fraction of zeros), "file_bytes", "ratio_student", "ratio_teacher",
@@ -16,13 +16,19 @@ import numpy as np
 
 from trainer.mistakes import Mistake
 from trainer.reporting import drawing
+from trainer.reporting.page import page, read_log
 from trainer.reporting.plots import accuracy_against_bytes, histograms, position_of
-from trainer.reporting.tables import NOTHING, export_table, layer_table, table
+from trainer.reporting.tables import NOTHING, duration, export_table, layer_table, table
 from trainer.storage import files
 
 
-def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes report.json, report.md and the plots, each file whole or not at all.
+def write(
+    folder: Path,
+    report: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, np.ndarray]],
+    evidence: Mapping[str, Any],
+) -> None:
+    """Writes report.json, report.md, the plots and report.html, each file whole or not at all.
 
     Args:
         folder: The run's folder.
@@ -30,6 +36,7 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
             shows "warnings" (texts), "command" and "seed". In report.json a number that is not finite is null.
         weights: {moment: {layer: weights of any shape}}; moments are "dense", "pruned", "recovered", "clustered",
             "shared".
+        evidence: What the test images show, for report.html; see `runs.evidence.gather`.
     """
     folder = Path(folder)
     plots = {}
@@ -44,6 +51,9 @@ def write(folder: Path, report: Mapping[str, Any], weights: Mapping[str, Mapping
         files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False
     )
     files.write_bytes(folder / "report.json", data.encode())
+    log = folder / "log.jsonl"
+    lines = read_log(log) if log.is_file() else []
+    files.write_bytes(folder / "report.html", page(json.loads(data), lines, weights, evidence).encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
     recipe = report.get("recipe")
     seed = report.get("seed", recipe.get("seed") if isinstance(recipe, Mapping) else None)
     parts = [f"# {report['name']}"]
-    facts = [f"took {_duration(report['seconds'])}"]
+    facts = [f"took {duration(report['seconds'])}"]
     if seed is not None:
         facts.append(f"seed {seed}")
     command = report.get("command")
@@ -99,10 +109,3 @@ def _listed(facts: Mapping[str, Any]) -> str:
     return "\n".join(
         f"- {key.replace('_', ' ')}: {NOTHING if value is None else value}" for key, value in facts.items()
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

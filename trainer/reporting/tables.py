@@ -76,6 +76,33 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     return _aligned(columns, layers, num_text=2)
 
 
+def by_block(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one row for each block of a network, with the sums of its layers; `layers` has their number.
+
+    A block is what layers share up to the first number in their dotted names: blocks.1.0.conv and blocks.1.1.conv
+    are of blocks.1. A layer without a number is a block of its own.
+    """
+    blocks: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        parts = str(layer["layer"]).split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        name = ".".join(parts if number is None else parts[: number + 1])
+        row = blocks.setdefault(name, {"layer": name, "layers": 0})
+        row["layers"] += 1
+        for key in ("num_weights", "num_nonzero", "file_bytes", "csr_bytes", "csc_bytes"):
+            if layer.get(key) is not None:
+                row[key] = row.get(key, 0) + layer[key]
+    return list(blocks.values())
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration as text: '19 s', '12 min', '3 h 5 min'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
     """Returns a table of where each byte of a packed file goes: a row for each tensor, the last for the file.
 

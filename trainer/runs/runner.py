@@ -21,6 +21,7 @@ from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
 from trainer.reporting.tables import csc_bytes, csr_bytes, layer_table, sharing_ratio, table
 from trainer.runs.answers import keep_answers
+from trainer.runs.evidence import gather
 from trainer.runs.guards import Untrained, examine, guard_teacher, stop_untrained, warnings_of
 from trainer.runs.opening import folder_of, make_run
 from trainer.runs.resuming import finish_stage, resume, same_beginning, write_recipe
@@ -164,7 +165,7 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
         files.write_bytes(here / "done", b"")
         print(
             f"\n{table(run.rows)}\n\n{layer_table(result['layers'])}\n\n{_warned(result)}"
-            f"{here / 'report.md'}  ({result['seconds']:.0f} s)",
+            f"{here / 'report.html'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
     run.log.table(run.rows)
@@ -188,9 +189,10 @@ def _warned(result: dict[str, Any]) -> str:
 
 def _write_report(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) -> dict[str, Any]:
     """Writes the report of the stages so far; returns it."""
+    evidence = gather(run)
     result = _report(run, recipe, plain, run.seconds_before + time.time() - started)
     if run.accelerator.is_main_process:
-        report.write(run.folder, result, run.histograms)
+        report.write(run.folder, result, run.histograms, evidence)
     return result
 
 

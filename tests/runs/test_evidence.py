@@ -1,0 +1,72 @@
+"""What a run's page shows of the test images, against figures counted one by one."""
+
+import base64
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from tests.making import make_run
+from trainer.distillation.teacher import Teacher
+from trainer.networks.build import build
+from trainer.recipe.keys import TeacherKeys
+from trainer.runs.evidence import gather, picture
+from trainer.training.evaluate import normalized
+
+
+def test_confusion_and_disagreements_counted_one_by_one(tmp_path):
+    teacher = Teacher(
+        [build({"model": "lenet5", "width": 2}, (1, 8, 8), 10)], [TeacherKeys(model="lenet5")], [0.5], [0.5]
+    )
+    run = make_run(tmp_path, {"model": "lenet5", "width": 3}, teacher=teacher, subset=60, validation=20)
+    found = gather(run)
+    part = run.data.test
+    images, labels, _ = part.__getitems__(torch.arange(len(part)))
+    with torch.no_grad():
+        answers = normalized(run.student.eval(), run.data)(images.float() / 255).argmax(1)
+        taught = teacher.see(images.float() / 255).logits.argmax(1)
+    counts = [[0] * 10 for _ in range(10)]
+    for label, answer in zip(labels.tolist(), answers.tolist()):
+        counts[label][answer] += 1
+    assert found["confusion"] == counts
+    assert [row["right"] for row in found["per_class"]] == [counts[k][k] for k in range(10)]
+    assert [row["images"] for row in found["per_class"]] == [sum(line) for line in counts]
+    assert [row["answered"] for row in found["per_class"]] == [sum(column) for column in zip(*counts)]
+    worst = max((counts[a][b], -a, -b) for a in range(10) for b in range(10) if a != b)
+    assert found["confused"][0]["images"] == worst[0]
+    apart = (answers != taught).nonzero().flatten().tolist()
+    assert found["num_apart"] == len(apart) and len(found["disagreements"]) == min(12, len(apart)) > 0
+    first = found["disagreements"][0]
+    assert first["picture"] == picture(images[apart[0]])
+    assert first["student"] == str(answers[apart[0]].item()) and first["teacher"] == str(
+        taught[apart[0]].item()
+    )
+    assert len(found["maps"]["pictures"]) == 4 and found["account"] == []
+    assert {k for k, v in gather(run, pictures=False).items() if "data:image" in str(v)} == set()
+
+
+def test_a_picture_is_the_images_pixels():
+    for channels in (1, 3):
+        image = torch.randint(256, (channels, 5, 7), dtype=torch.uint8)
+        data = base64.b64decode(picture(image).removeprefix("data:image/png;base64,"))
+        back = np.asarray(Image.open(io.BytesIO(data)))
+        assert (back.reshape(5, 7, channels) == image.permute(1, 2, 0).numpy()).all()
+
+
+class _Flat(nn.Module):
+    """A network without a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1))
+
+
+def test_without_maps_or_teacher(tmp_path):
+    run = make_run(tmp_path, student=_Flat, subset=60, validation=20)
+    found = gather(run)
+    assert found["maps"] is None and found["disagreements"] == [] and len(found["confusion"]) == 10

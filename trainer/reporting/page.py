@@ -1,0 +1,185 @@
+"""Writes report.html: one file with the tables, charts and pictures of a run, readable anywhere without a network."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.reporting import charts
+from trainer.reporting.drawing import short_bytes
+from trainer.reporting.tables import NOTHING, by_block, duration, missing
+
+PARTS = ("mask", "values", "codebook", "other")
+FOLDED = 20  # a network with more layers than this shows one row for each block, and the layers folded away
+BINS = 40
+MATRIX_CLASSES = 30  # a confusion matrix of more classes cannot be read
+
+
+def page(
+    report: Mapping[str, Any],
+    log: Iterable[Mapping[str, Any]],
+    weights: Mapping[str, Mapping[str, np.ndarray]],
+    evidence: Mapping[str, Any],
+) -> str:
+    """Returns a report as one HTML page, without any reference to another file.
+
+    Args:
+        report: As in report.json.
+        log: The lines of log.jsonl.
+        weights: {moment: {layer: weights}}, see `report.write`.
+        evidence: What the test images show, see `runs.evidence.gather`; {} leaves those parts out.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    templates = Environment(
+        loader=PackageLoader("trainer.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "percent": lambda value: NOTHING if missing(value) else f"{value:.2f} %",
+        "share": lambda value: NOTHING if missing(value) else f"{100 * value:.2f} %",
+        "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
+        "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",
+        "short_bytes": lambda value: NOTHING if missing(value) else short_bytes(value),
+        "plain_json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        "duration": duration,
+    }
+    layers = report["layers"]
+    return templates.get_template("report.html").render(
+        report=report,
+        rows=report["rows"],
+        student=_last(report["rows"], "student"),
+        teacher=_last(report["rows"], "teacher"),
+        accuracy=Markup(_accuracy(report["rows"])),
+        byte_bars=Markup(_byte_bars(evidence.get("account", ()), len(layers))),
+        parts=PARTS,
+        trainings=[(name, *map(Markup, drawn), keys) for name, *drawn, keys in _trainings(log)],
+        layers=layers,
+        blocks=by_block(layers) if len(layers) > FOLDED else None,
+        histograms=[
+            (name, [(m, Markup(c), said) for m, c, said in found]) for name, found in _strips(weights)
+        ],
+        evidence=evidence,
+        matrix=Markup(_matrix(evidence)),
+    )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a log; a last line that a kill cut off is left out."""
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def _last(rows: Sequence[Mapping[str, Any]], who: str) -> Mapping[str, Any] | None:
+    found = [row for row in rows if ("teacher" in str(row["stage"])) == (who == "teacher")]
+    return found[-1] if found else None
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
+    points = [
+        (float(row["file_bytes"]), float(row["top1"]), str(row["stage"]), int("teacher" in str(row["stage"])))
+        for row in rows
+        if row.get("file_bytes") and not missing(row.get("top1"))
+    ]
+    return (
+        charts.scatter(points, (460, 300), ("size of the file", "top-1 accuracy (%), test split"))
+        if points
+        else ""
+    )
+
+
+def _byte_bars(account: Iterable[Mapping[str, Any]], num_layers: int) -> str:
+    rows: dict[str, dict[str, float]] = {}
+    for part in account:
+        name = part["tensor"] or f"({part['part']})"
+        if part["tensor"] and num_layers > FOLDED:
+            name = by_block([{"layer": part["tensor"]}])[0]["layer"]
+        kind = part["part"] if part["part"] in PARTS else "other"
+        rows.setdefault(name, dict.fromkeys(PARTS, 0.0))[kind] += part["bytes"]
+    return charts.stacked(list(rows.items()), PARTS, 460) if rows else ""
+
+
+def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, list[str]]]:
+    """Returns (stage, chart of its loss terms, chart of its validation accuracy, names of the terms) of each training.
+
+    A resumed run wrote some steps twice; the later line counts.
+    """
+    known = {
+        "time",
+        "kind",
+        "stage",
+        "step",
+        "epoch",
+        "lr",
+        "images_per_second",
+        "teacher_images",
+        "validation",
+    }
+    found: dict[str, tuple[dict[str, dict], dict[str, dict]]] = {}
+    for line in log:
+        if line.get("kind") != "numbers" or "step" not in line:
+            continue
+        terms, accuracies = found.setdefault(str(line["stage"]), ({}, {}))
+        if "loss" in line:
+            for name in line.keys() - known:
+                terms.setdefault(name, {})[line["step"]] = float(line[name])
+        if "validation" in line:
+            accuracies.setdefault("validation", {})[line["step"]] = float(line["validation"])
+    shown = []
+    for stage, (terms, accuracies) in found.items():
+        if not terms:
+            continue
+        names = ["loss", *sorted(terms.keys() - {"loss"})]
+        size = (460, 260)
+        losses = charts.curves(
+            {name: sorted(terms[name].items()) for name in names},
+            size,
+            ("step", "loss terms, weighted"),
+            log=True,
+        )
+        right = charts.curves(
+            {name: sorted(points.items()) for name, points in accuracies.items()},
+            size,
+            ("step", "top-1 accuracy (%), validation"),
+        ) if accuracies else ""  # fmt: skip
+        shown.append((stage, losses, right, names))
+    return shown
+
+
+def _strips(
+    weights: Mapping[str, Mapping[str, np.ndarray]],
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Returns for each layer (moment, histogram of its non-zero weights, what is said of it) of each moment."""
+    layers = list(dict.fromkeys(layer for found in weights.values() for layer in found))
+    shown = []
+    for layer in layers:
+        arrays = {moment: found[layer] for moment, found in weights.items() if layer in found}
+        far = max(float(np.abs(array).max(initial=0)) for array in arrays.values()) or 1.0
+        edges = np.linspace(-far, far, BINS + 1)
+        strips = []
+        for number, (moment, array) in enumerate(arrays.items()):
+            alive = array[array != 0]
+            heights, _ = np.histogram(alive, edges)
+            titles = [
+                f"{low:.3g} to {high:.3g}: {height:,}"
+                for low, high, height in zip(edges[:-1], edges[1:], heights, strict=True)
+            ]
+            num_values = len(np.unique(alive))
+            said = f"{100 * (1 - alive.size / array.size):.1f} % zeros"
+            said += f", {num_values} values" if num_values < min(alive.size, 257) else ""
+            strips.append((moment, charts.bars(heights.tolist(), titles, (170, 60), number), said))
+        shown.append((layer, strips))
+    return shown
+
+
+def _matrix(evidence: Mapping[str, Any]) -> str:
+    counts = evidence.get("confusion")
+    if not counts or len(counts) > MATRIX_CLASSES:
+        return ""
+    return charts.heatmap(counts, evidence["classes"], 460)
