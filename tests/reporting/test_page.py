@@ -9,7 +9,7 @@ import pytest
 from tests.reporting.test_report import a_report, row, some_weights
 from trainer.reporting import charts
 from trainer.reporting.page import page, read_log
-from trainer.reporting.tables import by_block
+from trainer.reporting.tables import by_block, layer_table
 
 EVIDENCE = {
     "classes": ["cat", "<script>alert(1)</script>", "ox"],
@@ -96,6 +96,7 @@ def test_many_layers_are_shown_by_block():
     assert blocks[0] == {
         "layer": "blocks.0", "layers": 9, "num_weights": 144, "num_nonzero": 36, "file_bytes": 22.5,
     }  # fmt: skip
+    assert re.search(r"\| blocks.1 +\| 9 layers +\|", layer_table(blocks))
     text = a_page(layers=layers, weights={})
     assert "all 28 layers" in text and text.index("<th>blocks.1</th>") < text.index(
         "<th>blocks.0.0.conv</th>"

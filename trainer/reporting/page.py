@@ -9,10 +9,9 @@ import numpy as np
 
 from trainer.reporting import charts
 from trainer.reporting.drawing import short_bytes
-from trainer.reporting.tables import NOTHING, by_block, duration, missing
+from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, missing
 
 PARTS = ("mask", "values", "codebook", "other")
-FOLDED = 20  # a network with more layers than this shows one row for each block, and the layers folded away
 BINS = 40
 MATRIX_CLASSES = 30  # a confusion matrix of more classes cannot be read
 

@@ -8,7 +8,7 @@ A row holds the results after a stage: "stage", "index", "top1", "top1_validatio
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from trainer.mistakes import Mistake
 from trainer.reporting import drawing
 from trainer.reporting.page import page, read_log
 from trainer.reporting.plots import accuracy_against_bytes, histograms, position_of
-from trainer.reporting.tables import NOTHING, duration, export_table, layer_table, table
+from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, export_table, layer_table, table
 from trainer.storage import files
 
 
@@ -91,7 +91,7 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
     if report.get("data"):
         parts += ["## Data", "\n".join(f"- {note}" for note in report["data"])]
     if report["layers"]:
-        parts += ["## Layers", layer_table(report["layers"])]
+        parts += ["## Layers", _layers(report["layers"])]
         parts.append(
             "Formula is the ratio by weight sharing alone, n·b / (n·log2 k + k·b), for the n weights left, "
             "of b = 32 bits, and k clusters; bytes are what the packed file really spends on the layer."
@@ -103,6 +103,13 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
         ]
     parts += ["## Hardware", _listed(report["hardware"]), "## Versions", _listed(report["versions"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
+    if len(layers) <= FOLDED:
+        return layer_table(layers)
+    summary = f"<summary>all {len(layers)} layers</summary>"
+    return f"{layer_table(by_block(layers))}\n\n<details>{summary}\n\n{layer_table(layers)}\n\n</details>"
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from tabulate import tabulate
 NOTHING = "–"
 # Titles of an account's entries: counts, and the bytes of mask and values in other codes.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
+FOLDED = 20  # a network with more layers than this is shown block by block, and its layers folded away
 OTHERWISE = {
     "iid_bytes": "i.i.d.",
     "huffman_bytes": "Huffman",
@@ -59,10 +60,14 @@ def export_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a report's layers as a table; "formula" is `sharing_ratio`, "bytes" those of the packed file."""
+    """Returns a report's layers, or its blocks (`by_block`), as a table; "formula" is `sharing_ratio`, "bytes" those of the packed file."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "layer": lambda layer: str(layer["layer"]),
-        "shape": lambda layer: "×".join(str(size) for size in layer["shape"]) or "scalar",
+        "shape": lambda layer: (
+            f"{layer['layers']} layers"
+            if "layers" in layer
+            else "×".join(map(str, layer["shape"])) or "scalar"
+        ),
         "non-zero": lambda layer: _count(layer.get("num_nonzero")),
         "zeros %": lambda layer: _decimals(_sparsity(layer), 2, 100),
         "threshold": lambda layer: _thresholds(layer.get("thresholds")),

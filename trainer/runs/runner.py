@@ -19,7 +19,7 @@ from trainer.recipe.stages import any_teaches, name_of, teaches
 from trainer.reporting import report
 from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
-from trainer.reporting.tables import csc_bytes, csr_bytes, layer_table, sharing_ratio, table
+from trainer.reporting.tables import FOLDED, by_block, csc_bytes, csr_bytes, layer_table, sharing_ratio, table
 from trainer.runs.answers import keep_answers
 from trainer.runs.evidence import gather
 from trainer.runs.guards import Untrained, examine, guard_teacher, stop_untrained, warnings_of
@@ -163,8 +163,10 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
         elif answers.is_dir():
             shutil.rmtree(answers)
         files.write_bytes(here / "done", b"")
+        layers = result["layers"]
+        shown = layers if len(layers) <= FOLDED else by_block(layers)
         print(
-            f"\n{table(run.rows)}\n\n{layer_table(result['layers'])}\n\n{_warned(result)}"
+            f"\n{table(run.rows)}\n\n{layer_table(shown)}\n\n{_warned(result)}"
             f"{here / 'report.html'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
