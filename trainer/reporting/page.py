@@ -46,6 +46,7 @@ def page(
         "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
         "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",
         "short_bytes": lambda value: NOTHING if missing(value) else short_bytes(value),
+        "milliseconds": lambda value: NOTHING if missing(value) else f"{1000 * value:.3g} ms",
         "plain_json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
         "duration": duration,
     }
@@ -53,6 +54,7 @@ def page(
     return templates.get_template("report.html").render(
         report=report,
         rows=report["rows"],
+        exports=[row for row in report["rows"] if row.get("target")],
         student=_last(report["rows"], "student"),
         teacher=_last(report["rows"], "teacher"),
         accuracy=Markup(_accuracy(report["rows"])),
@@ -76,7 +78,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _last(rows: Sequence[Mapping[str, Any]], who: str) -> Mapping[str, Any] | None:
-    found = [row for row in rows if ("teacher" in str(row["stage"])) == (who == "teacher")]
+    found = [
+        row
+        for row in rows
+        if ("teacher" in str(row["stage"])) == (who == "teacher") and not row.get("target")
+    ]
     return found[-1] if found else None
 
 

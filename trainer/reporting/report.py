@@ -2,7 +2,8 @@
 
 A row holds the results after a stage: "stage", "index", "top1", "top1_validation" and "agreement" (percent),
 "num_weights", "num_nonzero", "sparsity" (fraction of zeros), "file_bytes", "ratio_student", "ratio_teacher",
-"seconds", the stage's own numbers, and "warning" if the network has learnt nothing. A layer holds "layer", "shape", "num_weights", "num_nonzero", "sparsity",
+"seconds", the stage's own numbers, and "warning" if the network has learnt nothing. A layer holds "layer",
+"shape", "num_weights", "num_nonzero", "sparsity",
 "thresholds" (a number or several, on |weight| unless the method says otherwise), "clusters", "bits",
 "ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". Unknown entries are None or left out.
 """
