@@ -181,6 +181,22 @@ def test_the_rate_of_each_step_reaches_the_optimizer(tmp_path):
     assert seen == [learning_rate(training, step, 3) for step in range(6)]
 
 
+def test_with_layer_decay_each_layer_gets_its_own_rate(tmp_path):
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "SGD", Watched)
+        train(make_run(tmp_path), schedule="cosine", layer_decay=0.5)
+    training = Training(epochs=2, lr=0.1, schedule="cosine")
+    rates = [learning_rate(training, step, 3) for step in range(6)]
+    assert seen == [[rate / 2, rate] for rate in rates]
+
+
 # optimizers
 
 
@@ -713,10 +729,11 @@ SETTINGS = [
         "validate_every": 2,
         "lr": 0.01,
     },
+    {"momentum": 0.9, "ema": 0.8, "epochs": 4, "freeze_epochs": 2, "layer_decay": 0.75, "weight_decay": 1e-3},
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["average", "accumulate", "channels_last"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["average", "accumulate", "channels_last", "freeze"])
 @pytest.mark.parametrize("every", [3, 8, 13])
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, often, settings, every):
     expected = attempt(tmp_path / "whole", **settings)

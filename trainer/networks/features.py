@@ -116,6 +116,15 @@ def head(model: nn.Module) -> nn.Module:
     return classifier
 
 
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules of the head: one classifier, or several (DeiT-distilled). Raises Mistake if there is none."""
+    if not hasattr(model, "get_classifier"):
+        return [_last_linear(model)]
+    answering: Any = model
+    found = answering.get_classifier()
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
 def _last_linear(model: nn.Module) -> nn.Linear:
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linears:
@@ -152,13 +161,14 @@ def _first(found: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode inside the `with` block, and restores its mode afterwards."""
-    was_training = model.training
+    """Puts the model into evaluation mode inside the `with` block, and restores each module's mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -36,6 +37,10 @@ class Training(Entry):
         patience: Stop after this many epochs without a better validation accuracy.
         validate_every: Epochs between two validations.
         ema: Decay of the exponential moving average of the weights. The averaged weights are then kept.
+        train_only: `head` trains the classifier alone: all else, BatchNorm's statistics too, stays as it is.
+        freeze_epochs: For the first so many epochs only the classifier is trained, as with `train_only: head`.
+        layer_decay: A layer's learning rate is lr times layer_decay^(layers above it), as in timm: the classifier has lr, the
+            first layer the lowest rate. Layers are timm's groups of the network, elsewhere its blocks.
         compile: Whether torch.compile is used (a minute more at the start; on CPUs it needs a C++ compiler). It changes
             results by rounding only, as channels_last does.
         channels_last: Whether images and convolutions have that memory layout.
@@ -61,6 +66,9 @@ class Training(Entry):
     patience: PositiveInt | None = None
     validate_every: PositiveInt = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    train_only: Literal["head"] | None = None
+    freeze_epochs: NonNegativeInt = 0
+    layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     compile: bool = False
     channels_last: bool = False
 
@@ -82,6 +90,14 @@ class Training(Entry):
             raise Mistake("schedule 'step' needs milestones, the epochs at which the rate falls")
         if self.schedule == "one_cycle" and self.warmup:
             raise Mistake("warmup has no effect with schedule 'one_cycle', which rises by itself")
+        if self.train_only and (self.freeze_epochs or self.layer_decay):
+            raise Mistake(
+                "freeze_epochs and layer_decay have no effect with train_only, which trains no other layer"
+            )
+        if self.freeze_epochs >= self.epochs:
+            raise Mistake(
+                f"freeze_epochs {self.freeze_epochs} leaves no epoch of {self.epochs}; train_only: head trains the head alone"
+            )
         if self.warmup >= self.epochs:
             raise Mistake(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
         return self

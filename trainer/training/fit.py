@@ -82,6 +82,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
     sizes = [len(positions) for positions in order]
     skipped = state.step % state.steps_per_epoch * training.accumulate
     changing = False
+    state.freeze()
     for position, batch in enumerate(batches(train, order[skipped:], train.workers, device), skipped):
         first = position - position % training.accumulate
         last = min(first + training.accumulate, num_batches) - 1
@@ -91,7 +92,8 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
                 changing = before_step(state.step, state.num_steps)
         images, labels, index = _augmented(state, *batch, view)
         # DDP exchanges gradients at the last batch of a step only.
-        with contextlib.nullcontext() if position == last else accelerator.no_sync(state.wrapped):
+        syncs = position == last and not state.syncs_by_hand
+        with contextlib.nullcontext() if syncs else accelerator.no_sync(state.wrapped):
             try:
                 terms = state.wrapped(
                     images,
@@ -153,7 +155,9 @@ def _take_step(state: State) -> None:
     training = state.training
     rate = learning_rate(training, state.step, state.steps_per_epoch)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+    if state.syncs_by_hand:
+        _average_gradients(state)
     if training.clip:
         state.run.accelerator.clip_grad_norm_(state.wrapped.parameters(), training.clip)
     state.take_step()
@@ -161,6 +165,13 @@ def _take_step(state: State) -> None:
     state.step += 1
     if state.averaged is not None:
         state.averaged.update(state.step)
+
+
+def _average_gradients(state: State) -> None:
+    """Replaces each gradient by its mean over the processes, as DDP does."""
+    for parameter in state.wrapped.parameters():
+        if parameter.grad is not None:
+            summed(parameter.grad).div_(state.run.accelerator.num_processes)
 
 
 def _look(state: State) -> None:

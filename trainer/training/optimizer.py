@@ -10,24 +10,38 @@ from torch import Tensor, nn
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
+from trainer.networks.depths import depths
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
 
 
-def make_optimizer(objective: Objective, training: Training) -> torch.optim.Optimizer:
+def make_optimizer(
+    objective: Objective, training: Training, later: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """Makes the optimizer of all trainable parameters; those without weight decay are in a second group.
 
-    Raises Mistake if all parameters are frozen.
+    With `layer_decay` each depth has groups of its own, and their "lr_scale" is the factor on the learning rate.
+    later: parameters that are frozen at first; they have groups of their own, because SGD's fused step needs a
+    momentum of all parameters of a group or of none. Raises Mistake if all parameters are frozen.
     """
     spared = {id(parameter) for parameter in without_decay(objective, training)}
-    trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    if not trainable:
+    scales = lr_scales(objective.student, training.layer_decay) if training.layer_decay else {}
+    frozen = {id(parameter) for parameter in later}
+    by_group: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            key = (scales.get(id(parameter), 1.0), id(parameter) in frozen, id(parameter) in spared)
+            by_group.setdefault(key, []).append(parameter)
+    if not by_group:
         raise Mistake("there is nothing to train: all parameters are frozen")
-    groups = [
-        {"params": [p for p in trainable if id(p) not in spared], "weight_decay": training.weight_decay},
-        {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {
+            "params": by_group[scale, is_frozen, is_spared],
+            "weight_decay": 0.0 if is_spared else training.weight_decay,
+            **({"lr_scale": scale} if training.layer_decay else {}),
+        }
+        for scale, is_frozen, is_spared in sorted(by_group)
     ]
-    groups = [group for group in groups if group["params"]]
     if training.optimizer == "sgd":
         momentum = 0.0 if training.momentum is None else training.momentum
         return torch.optim.SGD(
@@ -35,6 +49,15 @@ def make_optimizer(objective: Objective, training: Training) -> torch.optim.Opti
         )
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=training.lr, fused=True)
+
+
+def lr_scales(network: nn.Module, layer_decay: float) -> dict[int, float]:
+    """Returns {id of a parameter: factor on its learning rate}, layer_decay^(layers above its own)."""
+    depth = depths(network)
+    top = max(depth.values())
+    return {
+        id(parameter): layer_decay ** (top - depth[name]) for name, parameter in network.named_parameters()
+    }
 
 
 def without_decay(objective: Objective, training: Training) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from trainer.distillation.onednn import attach, detach
 from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.recipe.training import Training
+from trainer.training.freezing import Frozen
 from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, make_optimizer
 from trainer.training.progress import Progress, Window
 from trainer.training.run import Run
@@ -41,6 +42,7 @@ class State:
         take_step: The optimizer's step, through the gradient scaler if there is one.
         averaged: The moving average of the weights, None without `ema`.
         unused: Parameters that no loss reaches, frozen during the training.
+        frozen: All but the head of the network, None if all of it is trained from the first step.
         progress: Its checkpoints.
         window: The losses since the last log.
         bar: The progress bar.
@@ -62,6 +64,7 @@ class State:
     take_step: Callable[[], Any]
     averaged: Averaged | None
     unused: list[nn.Parameter]
+    frozen: Frozen | None
     progress: Progress
     window: Window
     bar: tqdm
@@ -78,6 +81,20 @@ class State:
     def epoch(self) -> int:
         """Whole epochs done."""
         return self.step // self.steps_per_epoch
+
+    @property
+    def syncs_by_hand(self) -> bool:
+        """Whether the processes' gradients are averaged here, not by DDP.
+
+        DDP waits for a gradient of each parameter that was trainable when it was wrapped, and would never learn of
+        parameters that are unfrozen later.
+        """
+        return self.frozen is not None and self.frozen.is_on and self.training.train_only is None
+
+    def freeze(self) -> None:
+        """Freezes all but the head in the epochs that say so, and ends that after them."""
+        if self.frozen is not None:
+            self.frozen.set(self.training.train_only is not None or self.epoch < self.training.freeze_epochs)
 
     @property
     def seed(self) -> int:
@@ -128,9 +145,13 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     objective.train()
     if training.channels_last:
         objective.to(memory_format=torch.channels_last)
+    frozen = Frozen(objective.student) if training.train_only or training.freeze_epochs else None
+    if frozen is not None and training.train_only:
+        frozen.set(True)
     views = Views(run.data)
     unused = _freeze_unused(run, objective, views) if accelerator.num_processes > 1 else []
-    optimizer = make_optimizer(objective, training)
+    later = frozen.parameters if frozen is not None else []
+    optimizer = make_optimizer(objective, training, later)
     averaged = Averaged(objective, training.ema) if training.ema else None
     wrapped, scaled = accelerator.prepare(objective, optimizer)
     if training.compile:
@@ -157,6 +178,7 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
         take_step=optimizer.step if accelerator.scaler is None else scaled.step,
         averaged=averaged,
         unused=unused,
+        frozen=frozen,
         progress=progress,
         window=Window(run),
         bar=_bar(run, step, training.epochs * steps_per_epoch),
@@ -178,7 +200,7 @@ def close_training(state: State) -> None:
         sync_buffers(objective)
         # The finished state is kept until the whole stage is over: a stage may train several times.
         state.progress.save(state.step, state.tally | {"finished": True})
-    for parameter in state.unused:
+    for parameter in (*state.unused, *(state.frozen.parameters if state.frozen is not None else ())):
         parameter.requires_grad_(True)
     detach(objective)
     if state.training.channels_last:
