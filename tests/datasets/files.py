@@ -5,6 +5,7 @@ It puts what NAME reads where NAME looks for it, and gives the keys to call it w
 
 import io
 import tarfile
+import zipfile
 
 import numpy as np
 import torch
@@ -80,6 +81,32 @@ def small_cifar100(put, folder):
     members[f"{inside}/fine_label_names.txt"] = "\n".join(f"kind {number}" for number in range(100)).encode()
     put("cifar100", {"cifar-100-binary.tar.gz": tar(members)})
     return {}
+
+
+def wheel(members):
+    """A wheel, which is a zip archive, with these files in it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return packed.getvalue()
+
+
+ELPV = [(p, kind) for p in ("0.0", "1.0") for kind in ("mono", "poly") for _ in range(5)]
+ELPV += [("0.3333333333333333", "mono"), ("0.6666666666666666", "poly")]
+
+
+def small_elpv(put, folder):
+    """Five cells of each class and kind, two doubtful ones; the grey value tells the cell."""
+    members, lines = {}, []
+    for number, (probability, kind) in enumerate(ELPV):
+        picture = io.BytesIO()
+        Image.new("L", (30, 30), 10 * number).save(picture, "PNG")
+        members[f"elpv_dataset/data/images/cell{number:04d}.png"] = picture.getvalue()
+        lines.append(f"images/cell{number:04d}.png  {probability:19} {kind}")
+    members["elpv_dataset/data/labels.csv"] = "\n".join([*lines, ""]).encode()
+    put("elpv", {"elpv_dataset-1.0.0.post1-py3-none-any.whl": wheel(members)})
+    return {"size": 16}
 
 
 def small_image_folder(put, folder):

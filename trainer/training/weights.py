@@ -16,8 +16,10 @@ from trainer.networks import features
 from trainer.networks.build import build, build_entry
 from trainer.networks.build import spec as spec_of
 from trainer.recipe.keys import ModelKeys
+from trainer.recipe.wheels import wheel_name
 from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import PICKLES, read_file
+from trainer.training.wheels import fill_in_order, read_wheel
 
 #: Suffixes of tensors that do not affect a network's output; other tools add some of them.
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
@@ -105,7 +107,7 @@ def load_weights(
         spec: The settings that rebuild it.
         shape: (C, H, W) of its input.
         num_classes: The number of classes.
-        path: A safetensors file, a pickle of tensors and plain values, or a packed file.
+        path: A safetensors file, a pickle of tensors and plain values, a packed file, or wheel:NAME.
         prefix: Selects one of several networks in the file.
         use_ema: Whether averaged weights (EMA) are loaded. Without it, only a prefix that names them does so.
         new_head: Whether the checkpoint may have other classes. The classifier is then zero.
@@ -113,6 +115,14 @@ def load_weights(
     Raises:
         Mistake: With the file's name, when no network or more than one network in it fits.
     """
+    wheel = wheel_name(path)
+    if wheel is not None:
+        content, about = read_wheel(wheel, spec["model"])
+        classifier = set(head_keys(network))
+        new = fill_in_order(network, content, path, classifier if new_head else set(), shape[0] == 1)
+        if new:
+            zero_head(network)
+        return Made(network, dict(spec), about, [_on_new_head(path, classifier)] if new else [])
     content, about = _content(path)
     recorded = about.get("net") or {}
     spec = dict(spec)
@@ -138,26 +148,31 @@ def load_weights(
         fits = _chosen(list(_fits(kept, groups, classifier)), path, prefix, use_ema)
         if fits:
             zero_head(network)
-            notes = [f"{path}: has another classifier; new, from zero: {', '.join(sorted(classifier))}"]
+            notes = [_on_new_head(path, classifier)]
     if not fits:
         raise Mistake(f"{path}: does not fit the network: {_misfit(network, own, groups, prefix)}")
     network.load_state_dict({**network.state_dict(), **fits[0].tensors})
     return Made(network, spec, about, notes)
 
 
+def _on_new_head(path: Path, classifier: set[str]) -> str:
+    return f"{path}: has another classifier; new, from zero: {', '.join(sorted(classifier))}"
+
+
 def head_keys(network: nn.Module) -> list[str]:
     """Returns the keys of the classifier's weights."""
-    own = {id(parameter) for parameter in features.head(network).parameters()}
+    own = {id(p) for classifier in features.classifiers(network) for p in classifier.parameters()}
     return [key for key, p in network.named_parameters(remove_duplicate=False) if id(p) in own]
 
 
 @torch.no_grad()
 def zero_head(network: nn.Module) -> None:
     """Sets the classifier to zero in place, so that first gradients do not reach the pretrained layers."""
-    for module in features.head(network).modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for parameter in module.parameters():
-                parameter.zero_()
+    for classifier in features.classifiers(network):
+        for module in classifier.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                for parameter in module.parameters():
+                    parameter.zero_()
 
 
 def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
