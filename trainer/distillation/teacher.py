@@ -21,6 +21,7 @@ class Member(NamedTuple):
     """One network of a teacher: its spec, its input, and its weight among several.
 
     mean, std: its normalisation, None for the data's. size: side of its images in pixels, None for the data's.
+    classes: what its outputs were as the recipe says it, before they were put in the data's order.
     """
 
     spec: dict[str, Any]
@@ -28,6 +29,7 @@ class Member(NamedTuple):
     std: tuple[float, ...] | None
     size: int | None
     weight: float
+    classes: list[str | int] | None = None
 
 
 class Teacher:
@@ -58,7 +60,8 @@ class Teacher:
         self.networks = list(networks)
         specs = [spec(k) for k in keys] if specs is None else specs
         self.members = [
-            Member(own, k.mean, k.std, k.resize, k.weight) for own, k in zip(specs, keys, strict=True)
+            Member(own, k.mean, k.std, k.resize, k.weight, k.classes)
+            for own, k in zip(specs, keys, strict=True)
         ]
         self.combine = combine
         self.mean, self.std = tuple(mean), tuple(std)

@@ -162,6 +162,8 @@ class TeacherKeys(ModelKeys):
     Attributes:
         resize: Side of its input images in pixels; by default the data's.
         mean, std: Of its normalisation, for each channel; by default the data's.
+        classes: What each of its outputs is, if its classes stand in another order than the data's: their names, or their
+            positions among the data's classes.
         weight: Its weight among several teachers.
 
     Acted on by `networks.build` and `distillation.teacher`.
@@ -170,6 +172,7 @@ class TeacherKeys(ModelKeys):
     resize: PositiveInt | None = None
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
+    classes: list[Annotated[int, Field(ge=0, strict=True)] | str] | None = None
     weight: PositiveFloat = 1.0
 
 

@@ -37,6 +37,9 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
     ]
     for path, keys in entries:
         yield from _teacher_faults(path, keys, recipe.combine if several else None, several)
+        loads = any(stage and teaches(stage) and list(files_of(stage)) for stage in recipe.stages)
+        if keys.classes is not None and not _knows(keys) and not loads:
+            yield (*path, "classes"), "has no effect on a teacher that nothing is loaded into"
     if recipe.student is not None:
         yield from _model_faults(("student",), recipe.student)
         if recipe.student.from_teacher and not has_teacher:

@@ -42,6 +42,9 @@ def evaluate_file(
     accelerator = accelerator_of(mixed_precision=recipe.precision)
     keys = recipe.data.model_copy(update={"keep_views": False})  # the training images are not used here
     data = make_data(keys, accelerator.device)
+    loaded = recipe.student.checkpoint is not None or getattr(recipe.student, "pretrained", False)
+    if loaded and keys.mean is None and keys.std is None:
+        data.mean, data.std = tuple(header["mean"]), tuple(header["std"])  # those that it was known to have
     expect_its_images(file, header, data, path)
     model.to(accelerator.device)
     answers = predict(normalized(model, data), data.test, accelerator)

@@ -10,6 +10,7 @@ from trainer.compression.states import dense_state
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import changes_student, name_of, needs_trained, teaches
+from trainer.runs.orders import order_fault
 from trainer.training.evaluate import guessing, normalized, percent_right, predict, teacher_answers, truth
 from trainer.training.rows import record_teacher
 from trainer.training.run import Run
@@ -26,10 +27,8 @@ def guard_teacher(run: Run) -> None:
 
     Raises Mistake for one that is not.
     """
-    for fault in _teacher_faults(run):
-        raise Mistake(
-            f"{fault}: its head is untrained, its classes are others, or its images are normalised otherwise"
-        )
+    for fault, cause in _teacher_faults(run):
+        raise Mistake(fault + cause)
     record_teacher(run, "teacher")
 
 
@@ -39,7 +38,7 @@ def examine(run: Run, stage: StageKeys) -> None:
     The warning is printed, logged and kept in the stage's last row.
     """
     if teaches(stage):
-        faults = list(_teacher_faults(run))
+        faults = [fault for fault, _ in _teacher_faults(run)]
     elif changes_student(stage):
         faults = list(_student_faults(run))
     else:
@@ -112,24 +111,30 @@ def _standing(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> dict[str, dict[
     return found
 
 
-def _teacher_faults(run: Run) -> Iterator[str]:
-    """Yields what is wrong with each network of the teacher: weights that are not finite, or guesses."""
+def _teacher_faults(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, its cause) for each faulty network of the teacher.
+
+    Its weights are not finite, its classes stand in another order than the data's, or its answers are guesses.
+    """
     teacher, part = run.teacher, run.data.validation
     assert teacher is not None
     for number, network in enumerate(teacher.networks):
+
+        def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:
+            return net(teacher.prepare(images, n))
+
         if len(teacher.networks) == 1:
             who, answers = "the teacher", teacher_answers(run, "validation")
             assert answers is not None
         else:
-
-            def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:
-                return net(teacher.prepare(images, n))
-
             who, answers = f"teachers[{number}]", predict(alone, part, run.accelerator)
         if not _finite(network):
-            yield f"{who} has weights that are not finite"
+            yield f"{who} has weights that are not finite", ""
+        elif fault := order_fault(run, who, alone, answers):
+            yield fault, ""
         elif guessed := _guessed(answers, part.labels):
-            yield f"{who} has {guessed}"
+            cause = "its head is untrained, its classes are others, or its images are normalised otherwise"
+            yield f"{who} has {guessed}", f": {cause}"
 
 
 def _student_faults(run: Run) -> Iterator[str]:

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from trainer.data.batches import batches, make_data
+from trainer.data.batches import make_data
 from trainer.data.images import Data
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
@@ -24,13 +24,14 @@ from trainer.recipe.stages import any_teaches, teaches, training_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers
+from trainer.runs.known import known_size, looks_of
 from trainer.runs.resuming import same_recipe
 from trainer.runs.together import check_same, check_shared, together
 from trainer.storage.lock import lock
-from trainer.training.evaluate import percent_right
+from trainer.training.class_order import in_order
 from trainer.training.run import Run
 from trainer.training.stopping import Stop
-from trainer.training.weights import Made, create, zero_head
+from trainer.training.weights import Made, create, input_shape, recorded, zero_head
 
 WORKING_LAUNCHES = (
     "torchrun --nproc_per_node N -m trainer run RECIPE, or "
@@ -146,8 +147,10 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
     """
     with accelerator.local_main_process_first():  # missing files are downloaded once
         data = make_data(recipe.data, accelerator.device)
-        teacher, notes = make_teacher(recipe, data)
-    made = make_student(recipe, data)
+        # The student first, because its normalisation is the data's.
+        made = make_student(recipe, data, here, accelerator.is_main_process)
+        teacher, notes = make_teacher(recipe, data, here, accelerator.is_main_process)
+    data.notes += [*notes, *made.notes]
     student = made.network
     if recipe.student.from_teacher:
         assert teacher is not None
@@ -155,7 +158,7 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
             message = "has no effect: no layer of the student is of a kind that the teacher has"
             raise RecipeError(recipe.fault(("student", "from_teacher"), message))
     if accelerator.is_main_process:
-        for line in (*data.notes, *notes, *made.notes):
+        for line in data.notes:
             print(line, flush=True)
     student.to(accelerator.device)
     if teacher is not None:
@@ -197,17 +200,35 @@ def _report_float32(networks: list[nn.Module], precision: str, accelerator: Acce
         )
 
 
-def make_student(recipe: Recipe, data: Data) -> Made:
-    """Returns the recipe's student, initialised from its seed or loaded. Raises Mistake when that fails."""
+def make_student(recipe: Recipe, data: Data, folder: Path | None = None, writes: bool = True) -> Made:
+    """Returns the recipe's student, initialised from its seed or loaded. Raises Mistake when that fails.
+
+    The normalisation that a loaded student is known to have becomes the data's, unless the recipe gives the data one.
+    folder: of the run, None for no measurement. writes: whether this process writes what it measures.
+    """
     torch.manual_seed(recipe.seed * 2 + 1)
     is_taught = any(training_of(stage) is not None and not teaches(stage) for stage in recipe.stages)
-    return create(recipe.student, data.shape, len(data.classes), is_taught, "student")
+    made = create(recipe.student, data.shape, len(data.classes), is_taught, "student")
+    made = in_order(made, None, data.classes, data.shape, "student")
+    size = tuple(made.facts.get("shape") or data.shape)
+    if size != tuple(data.shape):
+        shapes = ["x".join(map(str, shape)) for shape in (size, data.shape)]
+        note = f"student: its checkpoint was trained on images of {shapes[0]}, and the data's are {shapes[1]}"
+        made = made._replace(notes=[*made.notes, note])
+    if recipe.data.mean is None and recipe.data.std is None:
+        looks, notes = looks_of(recipe.student, made, data, "student", folder, writes)
+        if looks is not None:
+            data.mean, data.std = looks.mean, looks.std
+        made = made._replace(notes=[*made.notes, *notes])
+    return made
 
 
-def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]:
+def make_teacher(
+    recipe: Recipe, data: Data, folder: Path | None = None, writes: bool = True
+) -> tuple[Teacher | None, list[str]]:
     """Returns the recipe's teacher, None when it has none, and notes for the user on how it was loaded.
 
-    Raises Mistake for an untrained head that no stage trains.
+    Raises Mistake for an untrained head that no stage trains. folder, writes: as in `make_student`.
     """
     if not recipe.teacher_entries:
         return None, []
@@ -215,20 +236,39 @@ def make_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, list[str]]
     for number, keys in enumerate(recipe.teacher_entries):
         torch.manual_seed(recipe.seed * 2 + 1000 * number)
         is_taught = any_teaches(recipe.stages)
-        made = create(keys, data.shape, len(data.classes), is_taught, f"teacher {keys.model}")
+        where = f"teacher {keys.model}"
+        if keys.resize is None and keys.checkpoint is not None:
+            keys, found = _resized(keys, known_size(recorded(keys.checkpoint), "shape", data.shape), where)
+            notes += found
+        made = create(keys, data.shape, len(data.classes), is_taught, where)
+        made = in_order(made, keys.classes, data.classes, input_shape(keys, data.shape), where)
         network = made.network
-        notes += made.notes
         if getattr(keys, "pretrained", False):
             _expect_taught(keys, network, data, is_taught)
+            if keys.resize is None and not is_taught:
+                config = getattr(network, "pretrained_cfg", None) or {}
+                keys, found = _resized(keys, known_size(config, "input_size", data.shape), where)
+                notes += found
+        notes += made.notes
         if keys.mean is None:
-            mean_and_std, found = _normalisation(keys, made, data)
-            # A copy: the recipe itself is not changed.
-            keys = keys.model_copy(update=dict(zip(("mean", "std"), mean_and_std, strict=False)))
+            looks, found = looks_of(keys, made, data, where, folder, writes)
+            if looks is not None:
+                keys = keys.model_copy(update={"mean": looks.mean, "std": looks.std})
             notes += found
         networks.append(network)
         entries.append(keys)
         specs.append(made.spec)
     return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits", specs), notes
+
+
+def _resized(keys: TeacherKeys, size: int | None, where: str) -> tuple[TeacherKeys, list[str]]:
+    """Returns a teacher's entry with the size that its images are known to have, and a note."""
+    if size is None:
+        return keys, []
+    note = (
+        f"{where}: sees images of {size} x {size} pixels, as it was trained on (resize in the recipe decides)"
+    )
+    return keys.model_copy(update={"resize": size}), [note]  # a copy: the recipe itself is not changed
 
 
 def _expect_taught(keys: TeacherKeys, network: nn.Module, data: Data, is_taught: bool) -> None:
@@ -245,45 +285,3 @@ def _expect_taught(keys: TeacherKeys, network: nn.Module, data: Data, is_taught:
             "head is freshly initialised. Teach it with a stage train (who: teacher), or load a checkpoint"
         )
     zero_head(network)
-
-
-def _normalisation(
-    keys: TeacherKeys, made: Made, data: Data
-) -> tuple[tuple[tuple[float, ...], ...], list[str]]:
-    """Returns a teacher's ((mean), (std)), or () for the data's own, and notes for the user.
-
-    A checkpoint of this program records them. Otherwise they are those of timm's configuration; for a checkpoint of
-    another program only if they are not worse than the data's own on validation images.
-    """
-    recorded = made.facts if len(made.facts.get("mean") or ()) == data.shape[0] else {}
-    config = getattr(made.network, "pretrained_cfg", None) or {}
-    if recorded:
-        return (tuple(recorded["mean"]), tuple(recorded["std"])), []
-    if keys.checkpoint is None and not getattr(keys, "pretrained", False):
-        return (), []  # it is not trained yet
-    if len(config.get("mean") or ()) != data.shape[0]:
-        return (), []
-    timms, own = (tuple(config["mean"]), tuple(config["std"])), (tuple(data.mean), tuple(data.std))
-    if keys.checkpoint is None or made.notes or timms == own or not (data.validation.labels >= 0).any():
-        return timms, []
-    right = [_percent_right(made.network, keys, data, *each) for each in (timms, own)]
-    taken = 0 if right[0] >= right[1] else 1
-    note = (
-        f"teacher {keys.model}: {right[0]:.2f} % of the validation images right with timm's mean and std for it, "
-        f"{right[1]:.2f} % with the data's: {('timm', 'the data')[taken]}'s are taken (mean and std in the recipe decide)"
-    )
-    return ((timms, ())[taken]), [note]
-
-
-@torch.no_grad()
-def _percent_right(network: nn.Module, keys: TeacherKeys, data: Data, mean: tuple, std: tuple) -> float:
-    """Returns the network's accuracy in percent on at most 500 validation images, with this normalisation."""
-    teacher = Teacher([network], [keys.model_copy(update={"mean": mean, "std": std})], data.mean, data.std)
-    part = data.validation
-    indices = torch.arange(len(part))[:500]
-    device = next(network.parameters()).device
-    answers = [
-        teacher.see(images.float() / 255).logits.argmax(-1)
-        for images, _, _ in batches(part, list(indices.split(100)), part.workers, device)
-    ]
-    return percent_right(torch.cat(answers), part.labels[indices])

@@ -27,8 +27,8 @@ def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python:
     """
     recipe, _ = read(path, changes, allow_python)
     data = make_data(recipe.data, torch.device("cpu"))
-    teacher, _ = make_teacher(recipe, data)
     student = make_student(recipe, data)
+    teacher, _ = make_teacher(recipe, data)
     check_layers(recipe, student, data, teacher, "cpu")
     tables: dict[str, list[str]] = {}  # {table: its stages}; often several stages have the same losses
     for number, stage in enumerate(recipe.stages):

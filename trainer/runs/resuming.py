@@ -117,8 +117,10 @@ def finish_stage(run: Run, teacher_fingerprint: str | None, seconds: float) -> N
                 zip(run.teacher.networks, run.teacher.members, strict=True)
             ):
                 tensors[f"teacher-{i}"] = network.state_dict()
-                normalisation = {} if member.mean is None else {"mean": member.mean, "std": member.std}
-                about[f"teacher-{i}"] = {**facts_of(run.data), **normalisation, "net": member.spec}
+                own: dict[str, Any] = {} if member.mean is None else {"mean": member.mean, "std": member.std}
+                if member.size:
+                    own["shape"] = [run.data.shape[0], member.size, member.size]
+                about[f"teacher-{i}"] = {**facts_of(run.data), **own, "net": member.spec}
         for moment, layers in run.histograms.items():
             tensors[f"weights-{moment}"] = {name: torch.from_numpy(array) for name, array in layers.items()}
         facts = {

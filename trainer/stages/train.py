@@ -10,10 +10,11 @@ from trainer.recipe.keys import Term, TermKeys
 from trainer.recipe.stages import changes_student
 from trainer.recipe.terms import needs_teacher
 from trainer.recipe.training import Training
+from trainer.training.class_order import in_order
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record, record_teacher
 from trainer.training.run import Run
-from trainer.training.weights import load_weights
+from trainer.training.weights import Made, load_weights
 
 
 def check(settings) -> None:
@@ -96,9 +97,12 @@ def train(
 
 
 def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_ema: bool) -> None:
-    classes = len(run.data.classes)
+    names = run.data.classes
+    classes = len(names)
     if who == "student":
         made = load_weights(run.student, run.student_spec, run.data.shape, classes, path, prefix, use_ema)
+        made = in_order(made, None, names, run.data.shape, "student")
+        _say(run, made)
         run.student, run.student_spec = made.network.to(run.accelerator.device), made.spec
         return
     assert run.teacher is not None
@@ -107,3 +111,10 @@ def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_e
     made = load_weights(network, member.spec, shape, classes, path, prefix, use_ema)
     if made.network is not network:
         raise Mistake(f"{path}: has removed channels: name it as the teacher's own checkpoint")
+    _say(run, in_order(made, member.classes, names, shape, "teacher"))
+
+
+def _say(run: Run, made: Made) -> None:
+    if run.accelerator.is_main_process:
+        for note in made.notes:
+            print(note, flush=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.data.batches import batches, epoch_order, mix
 from trainer.distillation.objective import Objective
-from trainer.distributed import agreed
+from trainer.distributed import agreed, summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training

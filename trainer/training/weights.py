@@ -16,7 +16,7 @@ from trainer.networks import features
 from trainer.networks.build import build, build_entry
 from trainer.networks.build import spec as spec_of
 from trainer.recipe.keys import ModelKeys
-from trainer.recipe.wheels import wheel_name
+from trainer.recipe.wheels import WHEELS, wheel_name
 from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import PICKLES, read_file
 from trainer.training.wheels import fill_in_order, read_wheel
@@ -75,9 +75,7 @@ def create(
     Raises:
         Mistake: When it cannot be built, or the checkpoint does not fit it.
     """
-    size = getattr(keys, "resize", None)
-    if size:
-        shape = (shape[0], size, size)
+    shape = input_shape(keys, shape)
     spec, network = spec_of(keys), build_entry(keys, shape, num_classes)
     if keys.checkpoint is None:
         return Made(network, spec, {}, [])
@@ -85,6 +83,12 @@ def create(
         network, spec, shape, num_classes, keys.checkpoint, keys.prefix, keys.use_ema, new_head
     )
     return made._replace(notes=[f"{where}: {note}" for note in made.notes])
+
+
+def input_shape(keys: ModelKeys, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the input of a recipe's network, for data of `shape`: a teacher's `resize` overrides H and W."""
+    size = getattr(keys, "resize", None)
+    return (shape[0], size, size) if size else shape
 
 
 def load_weights(
@@ -190,6 +194,14 @@ def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
     if not isinstance(content, Mapping):
         raise Mistake(f"{path}: no weights found; it holds a {type(content).__name__}")
     return content, json.loads(metadata.get("facts", "{}"))
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Returns what a checkpoint of this program, or a known wheel, says of its images ("shape", "mean" ...); {} for others."""
+    wheel = wheel_name(path)
+    if wheel is not None:
+        return dict(WHEELS[wheel].facts) if wheel in WHEELS else {}
+    return _content(path)[1] if Path(path).suffix in (".safetensors", ".tiny") else {}
 
 
 def _by_author(spec: Mapping[str, Any]) -> dict[str, Any]:
