@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainer.data.batches import make_data
@@ -40,12 +41,7 @@ def evaluate_file(
     content, model, header = opened(file, recipe)
     # The same arithmetic as in the run that measured the file.
     accelerator = accelerator_of(mixed_precision=recipe.precision)
-    keys = recipe.data.model_copy(update={"keep_views": False})  # the training images are not used here
-    data = make_data(keys, accelerator.device)
-    loaded = recipe.student.checkpoint is not None or getattr(recipe.student, "pretrained", False)
-    if loaded and keys.mean is None and keys.std is None:
-        data.mean, data.std = tuple(header["mean"]), tuple(header["std"])  # those that it was known to have
-    expect_its_images(file, header, data, path)
+    data = images_of(file, header, recipe, path, accelerator.device)
     model.to(accelerator.device)
     answers = predict(normalized(model, data), data.test, accelerator)
     return {
@@ -72,7 +68,18 @@ def opened(file: Path, recipe: Recipe | None) -> tuple[bytes, nn.Module, dict[st
     return content, model, header
 
 
-def expect_its_images(file: Path, header: dict[str, Any], data: Data, recipe: Path | None) -> None:
-    """Raises Mistake unless a packed file was made for images such as the data's."""
+def images_of(
+    file: Path, header: dict[str, Any], recipe: Recipe, path: Path | None, device: torch.device
+) -> Data:
+    """Returns the images of a recipe for a packed file. Raises Mistake if the file was made for others.
+
+    A student that the recipe loads has the normalisation that it was known to have when the run began.
+    """
+    keys = recipe.data.model_copy(update={"keep_views": False})  # the training images are not used here
+    data = make_data(keys, device)
+    loaded = recipe.student.checkpoint is not None or getattr(recipe.student, "pretrained", False)
+    if loaded and keys.mean is None and keys.std is None:
+        data.mean, data.std = tuple(header["mean"]), tuple(header["std"])
     if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
-        raise Mistake(f"{file}: was made for other images than the data of {recipe}: {header}")
+        raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
+    return data

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from trainer.data.batches import make_data
 from trainer.exporting.export import export_all, subject_of
 from trainer.exporting.subject import NotInstalled
 from trainer.recipe.recipe import read, targets_of
 from trainer.reporting.tables import export_table
-from trainer.runs.evaluate_file import expect_its_images, opened
+from trainer.runs.evaluate_file import images_of, opened
 
 
 def export_file(
@@ -44,8 +43,7 @@ def export_file(
     content, network, header = opened(file, recipe)
     data = None
     if recipe is not None:
-        data = make_data(recipe.data.model_copy(update={"keep_views": False}), torch.device("cpu"))
-        expect_its_images(file, header, data, recipe_path)
+        data = images_of(file, header, recipe, recipe_path, torch.device("cpu"))
     subject = subject_of(
         network,
         header["shape"],
