@@ -126,7 +126,7 @@ def test_the_stage_packs_a_step_for_each_layer_and_keeps_what_it_trained(make_ru
             assert all((place.value == 0).any() for place in weights_of(run.student).values())
             assert not [name for name, _ in run.student.named_parameters() if "bias.original" in name]
             assert [row["stage"] for row in run.rows] == ["clustered", "shared"]
-            assert run.layers["fc1"]["clusters"] == 6
+            assert run.layers["fc1"]["clusters"] == 6 and run.rows[-1]["spacing"] == "even"
         rows = packed.account(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))[0]
         sizes[spacing] = sum(
             row["bytes"] for row in rows if row["part"] == "codebook" and "weight" in row["tensor"]

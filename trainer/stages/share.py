@@ -205,7 +205,8 @@ def share(
         _round(run.student, biases, rest)
     if spacing == "even" and biases is not None:
         rounded_biases = open_biases(run.student, biases)
-    record(run, "clustered", init=init)
+    how = {"spacing": spacing} if spacing == "even" else {"init": init}
+    record(run, "clustered", **how)
     keep_histogram(run, "clustered")
     if training is None:
         return
@@ -230,7 +231,7 @@ def share(
             parameter.copy_((round_evenly if spacing == "even" else round_codebook)(parameter, codebook))
     close_biases(rounded_biases)
     _round(run.student, biases, rest)
-    record(run, "shared", numbers["train_seconds"], init=init, **numbers)
+    record(run, "shared", numbers["train_seconds"], **how, **numbers)
     keep_histogram(run, "shared")
 
 
