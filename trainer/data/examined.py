@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from trainer.data.fetch import cache_folder
 from trainer.data.image_file import brightest
 from trainer.data.reading import DEPTHS
 from trainer.mistakes import Mistake
-from trainer.storage import files
+from trainer.storage import files, records
+
+
+class _Record(TypedDict):
+    """The file of the results: {path: [[size, time], fault, greatest sample]}, and their sha256 sum."""
+
+    sum: str
+    files: dict[str, list]
 
 
 @dataclass
@@ -54,7 +62,8 @@ def examine(paths: Sequence[str], name: str) -> Examined:
             known[path] = [stamps[path], fault, level]
     if new:
         with contextlib.suppress(OSError):  # without a writable cache, the next start checks them again
-            files.write_bytes(record, json.dumps({path: known[path] for path in paths}).encode())
+            kept = {path: known[path] for path in paths}
+            files.write_bytes(record, json.dumps({"sum": _sum(kept), "files": kept}).encode())
     found = {path: known[path] for path in paths}
     levels = [level for _, _, level in found.values() if level is not None]
     return Examined(
@@ -67,13 +76,14 @@ def examine(paths: Sequence[str], name: str) -> Examined:
 def _read(record: Path) -> dict[str, list]:
     """Returns the cached results; none if the cache file is missing or not valid."""
     try:
-        known = json.loads(record.read_bytes())
-    except (OSError, ValueError):
+        kept = records.read(record, _Record)
+    except Mistake:
         return {}
-    valid = isinstance(known, dict) and all(
-        isinstance(entry, list) and len(entry) == 3 for entry in known.values()
-    )
-    return known if valid else {}
+    return kept["files"] if kept["sum"] == _sum(kept["files"]) else {}
+
+
+def _sum(known: dict[str, list]) -> str:
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _stamp(path: str) -> list[int]:

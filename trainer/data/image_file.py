@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
+from trainer.storage.files import check_regular
 
 # Formats that Pillow lists but reads only through another program, or that hold no image.
 NOT_READ = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "PDF"}
@@ -48,6 +49,8 @@ def open_image(
     try:
         if isinstance(path, np.ndarray):
             path = Image.fromarray(path)
+        if not isinstance(path, Image.Image):
+            check_regular(path)
         with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -55,7 +58,7 @@ def open_image(
                 upright = _from_deep(upright, depth)
             return _on_background(upright, background).convert(mode)
     except Mistake as error:
-        raise Mistake(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise Mistake(f"{path}: is no image that can be read: {error}") from None
 
@@ -90,6 +93,7 @@ def brightest(path: str | Path) -> int | None:
             that Pillow reads, have fewer than `FEW_LEVELS` levels.
     """
     try:
+        check_regular(path)
         with Image.open(path) as image:
             deep_colour = _is_deep_colour(path, image)
             image.load()
@@ -97,7 +101,7 @@ def brightest(path: str | Path) -> int | None:
                 return int(_deep_samples(image).max())
             level = int(np.asarray(image).max()) if deep_colour else 255
     except Mistake as error:
-        raise Mistake(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except Exception as error:
         raise Mistake(f"{path}: is no image that can be read: {error}") from None
     if level < FEW_LEVELS:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.distillation.answer_space import make_file, refuse_above
 from trainer.mistakes import Mistake
-from trainer.storage import files
+from trainer.storage import files, records
 
 FORMAT = 1
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {field: (shape in one record, type)}
@@ -186,10 +186,9 @@ def _factors(count: int) -> np.ndarray:
 
 def _read_facts(folder: Path) -> dict[str, Any] | None:
     try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return records.read(folder / "facts.json", dict[str, Any])
+    except Mistake:
         return None
-    return facts if isinstance(facts, dict) else None
 
 
 def _same_facts(folder: Path, facts: dict[str, Any]) -> None:

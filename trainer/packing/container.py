@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from trainer.mistakes import Mistake
+from trainer.networks.bounded import bounded
 from trainer.packing.coder import LOWEST, ONE, Decoder, Encoder, Meter
 from trainer.packing.numbers import patterns_of
 from trainer.packing.rivals import rival_bytes
@@ -36,9 +37,21 @@ VERSIONS = (1, 2, 3)
 MAX_NUMEL = 1 << 28  # numbers in all tensors of a file: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 _LONG, _LONGEST = 4096, 1 << 24  # bytes: a longer header is deflated; a still longer one is refused
+# What a file may ask for: so much at least, and so much more for each of its bytes. Real files are far below: of the
+# most heavily pruned networks that are known, a byte holds 20 weights.
+_NUMBERS = (1 << 24, 1 << 12)
+_CALLS = (1 << 18, 1 << 6)  # function calls that build its network: a ResNet-18's take 46,000
+_MOST_CALLS = 1 << 22  # timm's networks take up to 1.2 million
+_TEXT = (1 << 13, 1 << 4)  # bytes of its tensors' names
+_INFLATED = (1 << 16, 1 << 6)  # bytes of a deflated header's text, by its deflated bytes
 Layout = Mapping[str, tuple[tuple[int, ...], str | np.dtype]]
 Normal = dict[str, tuple[tuple[int, ...], str]]
 LayoutSource = Layout | Callable[[dict], Layout] | None
+
+
+def _most(limit: tuple[int, int], num_bytes: float) -> float:
+    """Returns what a file of so many bytes may ask for."""
+    return limit[0] + limit[1] * num_bytes
 
 
 def _normal(layout: Layout) -> Normal:
@@ -73,9 +86,13 @@ def _code_layout(stream: Stream, layout: Normal | None, stored: bool) -> Normal:
         return layout
     items = list(layout.items()) if stream.coder.writes and layout is not None else []
     found: Normal = {}
+    left = _most(_TEXT, stream.num_bytes)
     for i in range(scalars.number("tensors", len(items), 1 << 20)):
         name, (shape, dtype) = items[i] if stream.coder.writes else ("", ((), DTYPES[0]))
-        name = stream.text.code(name)
+        name = stream.text.code(name, left)
+        left -= len(name.encode()) + 1
+        if name in found and not stream.coder.writes:
+            raise Mistake(f"the coded stream is damaged: two tensors are called {name!r}")
         dtype = DTYPES[scalars.number("dtype", DTYPES.index(dtype), len(DTYPES))]
         dims = scalars.number("dims", len(shape), 65)
         found[name] = (
@@ -86,6 +103,23 @@ def _code_layout(stream: Stream, layout: Normal | None, stored: bool) -> Normal:
             dtype,
         )
     return _normal(found)
+
+
+def _known_layout(stream: Stream, header: dict, layout: LayoutSource) -> Normal | None:
+    """Returns the layout that the reader knows, None if there is none."""
+    if not callable(layout):
+        return None if layout is None else _normal(layout)
+    calls = int(min(_MOST_CALLS, _most(_CALLS, stream.num_bytes)))
+    with bounded(calls, int(_most(_NUMBERS, stream.num_bytes))):
+        known = layout(header)
+    return _normal(known)
+
+
+def _check_room(layout: Normal, num_bytes: int) -> None:
+    """Raises Mistake for more numbers than a file of so many bytes may hold."""
+    total, most = sum(math.prod(shape) for shape, _ in layout.values()), _most(_NUMBERS, num_bytes)
+    if total > most:
+        raise Mistake(f"{total:,} numbers in a file of {num_bytes:,} bytes; at most {most:,} are allowed")
 
 
 def _code_header(stream: Stream, header: dict) -> dict:
@@ -100,9 +134,13 @@ def _code_header(stream: Stream, header: dict) -> dict:
     if stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
         packed = zlib.compress(packed, 9)
         packed = stream.literally(stream.scalars.number("header", len(packed), _LONGEST), packed)
-        text = zlib.decompressobj().decompress(packed, _LONGEST).decode()
+        most = int(min(_LONGEST, _most(_INFLATED, len(packed))))
+        inflated = zlib.decompressobj().decompress(packed, most + 1)
+        if len(inflated) > most:
+            raise Mistake(f"the header's {len(packed):,} bytes unfold to more than {most:,} bytes of text")
+        text = inflated.decode()
     else:
-        text = stream.text.code(text)
+        text = stream.text.code(text, _LONG)
     try:
         return json.loads(text)
     except RecursionError:
@@ -143,6 +181,7 @@ def encode(
     for name, array in arrays.items():
         code_tensor(stream, name, array, steps.get(name))
     body = MAGIC + bytes([VERSION]) + coder.finish(bool(stream.literal)) + bytes(stream.literal)
+    _check_room(found, len(body) + 4)
     return body + _checksum(body)
 
 
@@ -183,9 +222,9 @@ def _open(data: bytes, name: str, measure: bool = False) -> tuple[Stream, Decode
     decoder = Decoder(body)
     # No decision costs fewer bits than one of the highest possible probability.
     capacity = (8 * len(body) + 64) / -math.log2(1 - LOWEST / ONE)
-    return Stream(
-        Meter(decoder) if measure else decoder, bytearray(body), data[2], capacity=capacity
-    ), decoder
+    coder = Meter(decoder) if measure else decoder
+    stream = Stream(coder, bytearray(body), data[2], capacity=capacity, num_bytes=len(data))
+    return stream, decoder
 
 
 def read_header(data: bytes, name: str = "file") -> dict:
@@ -205,8 +244,8 @@ def _decode(
         header = _code_header(stream, {})
         stream.part("", "header", (0.0, len(stream.literal)))
         start = stream.here()
-        known = layout(header) if callable(layout) else layout
-        found = _code_layout(stream, None if known is None else _normal(known), False)
+        found = _code_layout(stream, _known_layout(stream, header, layout), False)
+        _check_room(found, len(data))
         stream.part("", "layout", start)
         tensors = {
             tensor: code_tensor(stream, tensor, np.zeros(shape, dtype))

@@ -19,6 +19,8 @@ from trainer.packing import container
 MAX_CLASSES = (
     2**20
 )  # of classes that are stored as their number; names need no limit, since they make the file larger
+MAX_PIXELS = 2**26  # numbers of an input: 3 x 4,700 x 4,700
+MAX_SETTINGS = 2**20  # sum of the numbers in a network's settings: depths, widths, sides
 
 
 def facts_of(data: Data) -> dict[str, Any]:
@@ -81,6 +83,8 @@ def _check(header: Any) -> None:
         wrong.append("net names no model")
     if not numbers("shape", int) or len(header["shape"]) not in (0, 3) or min(header["shape"], default=1) < 1:
         wrong.append("shape is not channels, height and width")
+    elif math.prod(header["shape"]) > MAX_PIXELS:
+        wrong.append(f"shape is of more than {MAX_PIXELS:,} numbers")
     elif net is not None and not header["shape"]:
         wrong.append("shape is missing")
     if not (numbers("mean", Real) and numbers("std", Real)):
@@ -261,9 +265,22 @@ def _misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return sorted(wrong)
 
 
+def _sum_of_numbers(value: Any) -> float:
+    """Returns the sum of the absolute values of all numbers in a value of JSON's types."""
+    if isinstance(value, Mapping):
+        return sum(_sum_of_numbers(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_sum_of_numbers(item) for item in value)
+    # An integer of JSON may be too large for a float.
+    return float(min(abs(value), 2**64)) if isinstance(value, int | float) else 0.0
+
+
 def layout(header: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Returns names, shapes and types of the tensors of the network that the header names, without allocating it."""
     header = _full(header)
+    most = _sum_of_numbers({key: value for key, value in header["net"].items() if key != "resized"})
+    if not most <= MAX_SETTINGS:
+        raise Mistake(f"the network's settings add up to {most:.3g}; at most {MAX_SETTINGS:,} are allowed")
     with torch.device("meta"):
         model = build(header["net"], tuple(header["shape"]), len(header["classes"]))
     return {

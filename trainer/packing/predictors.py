@@ -192,11 +192,16 @@ class Text:
             model.code(text)
         return model._states, model._weights, model._past
 
-    def code(self, text: str = "") -> str:
-        """Codes text without the byte 0, which ends it. A Decoder raises UnicodeDecodeError if it is not UTF-8."""
+    def code(self, text: str = "", most: float = math.inf) -> str:
+        """Codes text without the byte 0, which ends it.
+
+        Raises Mistake for more than `most` bytes; a Decoder raises UnicodeDecodeError if it is not UTF-8.
+        """
         data = text.encode() + b"\0"
         out = bytearray()
         while not out or out[-1]:
+            if len(out) > most:
+                raise Mistake(f"a text is longer than {most:,.0f} bytes")
             out.append(self._byte(data[len(out)] if self._coder.writes else 0))
             self._past.append(out[-1])
         return out[:-1].decode()

@@ -56,6 +56,7 @@ class Stream:
     one_by_one: int = MOST_TOGETHER  # integers that may still be coded by `integers`
     parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
     capacity: float = math.inf  # the most decisions that a Decoder's bytes can hold
+    num_bytes: float = math.inf  # of the file that a Decoder reads
     live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
     density: tuple[int, int] = (3, 10)  # non-zeros and positions of the last masked tensor
     ranks: dict[int, np.ndarray] = field(default_factory=dict)  # counts of the last ranks, by number of bits

@@ -34,8 +34,8 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
     zeros = scalars.tree(("zeros", *context), 2, zeros)
     if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
         raise Mistake("the coded stream is damaged: unknown form of a tensor")
-    if zeros == _SOME and numel > stream.capacity:
-        raise Mistake(f"the coded stream is damaged: it cannot hold the {numel:,} positions of tensor {name}")
+    if zeros == _SOME:
+        _check_capacity(stream, name, numel)
     grid = grid_of(array.shape, stream.live)
     matrix = (grid.rows, grid.columns)
     mask = np.full(matrix, zeros == _NONE, np.uint8)
@@ -59,6 +59,7 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
         if len(codebook) == 1:
             values = np.repeat(codebook, len(values))
         elif len(codebook):
+            _check_capacity(stream, name, len(values))
             ranks = np.zeros(matrix, np.int64)
             if stream.coder.writes:
                 order = np.argsort(codebook, kind="stable")
@@ -96,6 +97,12 @@ def _code_small(stream: Stream, name: str, array: np.ndarray, step: float | None
         stream.live = (integers != 0).sum(1, dtype=np.int64)
     with np.errstate(all="ignore"):  # a damaged step may overflow
         return (scale * integers.astype(np.float32)).reshape(array.shape)
+
+
+def _check_capacity(stream: Stream, name: str, num: int) -> None:
+    """Raises Mistake, before memory is taken, for more positions than the file's bytes can hold decisions."""
+    if num > stream.capacity:
+        raise Mistake(f"the coded stream is damaged: it cannot hold the {num:,} positions of tensor {name}")
 
 
 def _choose(

@@ -11,16 +11,33 @@ A row holds the results after a stage: "stage", "index", "top1", "top1_validatio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
-from trainer.mistakes import Mistake
 from trainer.reporting import drawing
 from trainer.reporting.page import page, read_log
 from trainer.reporting.plots import accuracy_against_bytes, histograms, position_of
 from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, export_table, layer_table, table
-from trainer.storage import files
+from trainer.storage import files, records
+
+
+class _Row(TypedDict):
+    """The entries of a row that `table` shows."""
+
+    stage: str
+    top1: NotRequired[float | None]
+    agreement: NotRequired[float | None]
+    num_nonzero: NotRequired[int | None]
+    sparsity: NotRequired[float | None]
+    file_bytes: NotRequired[int | None]
+    ratio_student: NotRequired[float | None]
+    ratio_teacher: NotRequired[float | None]
+
+
+class _Report(TypedDict):
+    rows: list[_Row]
 
 
 def write(
@@ -60,10 +77,7 @@ def write(
 def read(folder: Path) -> dict[str, Any]:
     """Reads report.json of a run's folder. Raises Mistake, with the file's name, if it is missing or damaged."""
     path = Path(folder) / "report.json"
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise Mistake(f"{path}: cannot be read: {error}") from error
+    return records.read(path, _Report, f"remove {path}, and the same command writes it anew")
 
 
 def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:

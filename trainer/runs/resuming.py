@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import PositiveInt
+from typing_extensions import TypedDict
 
 from trainer.compression.states import restore
 from trainer.distributed import is_main, told
@@ -16,8 +18,27 @@ from trainer.recipe.keys import Recipe
 from trainer.recipe.stages import any_teaches, name_of
 from trainer.recipe.text import RecipeError, dump, parse
 from trainer.runs.together import check_same
-from trainer.storage import checkpoint, files
+from trainer.storage import checkpoint, files, records
 from trainer.training.run import Run
+
+
+class _Beginning(TypedDict):
+    """What a run records when it begins: the images' digest and number, the teacher's digest, the threads."""
+
+    images: list[str | int]
+    teacher: NotRequired[str | None]
+    threads: NotRequired[PositiveInt]
+
+
+class _Finished(TypedDict):
+    """The facts of a stage's checkpoint."""
+
+    rows: list[dict[str, Any]]
+    layers: dict[str, dict[str, Any]]
+    seconds: float
+    teacher: str | None
+    student_spec: dict[str, Any]
+    teacher_version: int
 
 
 def same_recipe(here: Path, path: Path, plain: dict[str, Any]) -> None:
@@ -91,8 +112,11 @@ def facts_of_beginning(here: Path) -> dict[str, Any]:
     All processes must call this, and get what the main process finds.
     """
     path = here / "begun.json"
-    there = is_main() and path.is_file() and (here / "checkpoints").exists()
-    return told(json.loads(path.read_text(encoding="utf-8")) if there else {})
+    found: dict[str, Any] = {}
+    if is_main() and path.is_file() and (here / "checkpoints").exists():
+        advice = f"remove {path}: the run then goes on, without a check of its images and teacher"
+        found = records.read(path, _Beginning, advice)
+    return told(found)
 
 
 def stage_folder(run: Run, number: int, name: str) -> Path:
@@ -148,7 +172,8 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
         Mistake: When the teacher differs from the one that the run began with.
     """
     for number in reversed(range(len(stages))):
-        found = checkpoint.load(stage_folder(run, number, name_of(stages[number])))
+        folder = stage_folder(run, number, name_of(stages[number]))
+        found = checkpoint.load(folder, _Finished, ("student", "learned"))
         if found is None:
             continue
         tensors, facts = found

@@ -12,20 +12,30 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from trainer.distributed import is_main, told
 from trainer.mistakes import Mistake
-from trainer.storage import files
+from trainer.storage import files, records
 from trainer.storage.files import json_bytes
 from trainer.storage.weights_file import from_bytes, to_bytes, unpickled
 
 logger = logging.getLogger(__name__)
+_ENTRY = r"[\w.\-]+"
+
+
+class _Sum(TypedDict):
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    files: dict[str, _Sum]
 
 
 def save(
@@ -89,30 +99,39 @@ def save(
     return final
 
 
-def load(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
+def load(
+    folder: Path, kind: Any = dict[str, Any], needed: Iterable[str] = ()
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]] | None:
     """Reads the newest valid checkpoint of `folder`; returns (tensors, facts) as given to `save`, or None without one.
 
     Tensors are on the CPU, and the states are among them. A damaged checkpoint is skipped with a warning. All processes
     of a run must call this: the main process chooses the checkpoint, and Mistake is raised on one that cannot read it.
+
+    Args:
+        folder: The folder of all checkpoints of a training.
+        kind: The type that the facts must have, see `records.read`.
+        needed: Names of tensors and states that must be there.
     """
-    name, content = _newest(Path(folder)) if is_main() else ("", None)
+    name, content = _newest(Path(folder), kind, needed) if is_main() else ("", None)
     name = told(name)
     if name and not is_main():
-        content = _content(Path(folder) / name)
+        content = _content(Path(folder) / name, kind, needed)
     return content
 
 
-def _newest(folder: Path) -> tuple[str, Any]:
+def _newest(folder: Path, kind: Any, needed: Iterable[str]) -> tuple[str, Any]:
     """Returns the name and the content of the newest valid checkpoint; ("", None) without one."""
     for path in _checkpoints(folder):
         try:
-            return path.name, _content(path)
+            return path.name, _content(path, kind, needed)
         except Mistake as error:
             logger.warning("skipped a damaged checkpoint: %s", error)
     return "", None
 
 
-def _content(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def _content(
+    path: Path, kind: Any, needed: Iterable[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Reads one checkpoint; returns (tensors, facts). Raises Mistake if it is damaged."""
     content = _verified(path)
     tensors = {
@@ -124,7 +143,11 @@ def _content(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         for name, data in content.items()
         if name.endswith(".pt")
     }
-    return tensors, json.loads(content["facts.json"])
+    facts = records.parsed(content["facts.json"], path / "facts.json", kind)
+    missing = sorted(set(needed) - tensors.keys())
+    if missing:
+        raise Mistake(f"{path}: has no {', '.join(missing)}")
+    return tensors, facts
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -136,15 +159,18 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _verified(path: Path) -> dict[str, bytes]:
     """Returns the contents of a checkpoint's files. Raises Mistake if one is missing or its sum differs from the manifest."""
     try:
-        sums = json.loads((path / "manifest.json").read_bytes())["files"]
-        content = {name: (path / name).read_bytes() for name in sums}
+        sums = records.read(path / "manifest.json", _Manifest)["files"]
+        for name in sums:
+            if not re.fullmatch(_ENTRY, name):
+                raise Mistake(f"{path}: the manifest names {name[:80]!r}, which is no file of it")
+        content = {name: files.read_bytes(path / name) for name in sums}
         for name, data in content.items():
             if hashlib.sha256(data).hexdigest() != sums[name]["sha256"]:
-                raise Mistake(f"{name} is not what was written")
+                raise Mistake(f"{path}: {name} is not what was written")
         if "facts.json" not in content:
-            raise Mistake("facts.json is missing")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise Mistake(f"{path}: {error or type(error).__name__}") from error
+            raise Mistake(f"{path}: facts.json is missing")
+    except OSError as error:
+        raise Mistake(f"{path}: {error}") from error
     return content
 
 
@@ -157,7 +183,7 @@ def _is_valid(path: Path) -> bool:
 
 
 def _checked(name: str) -> str:
-    if not re.fullmatch(r"[\w.\-]+", name):
+    if not re.fullmatch(_ENTRY, name):
         raise ValueError(f"checkpoint entry {name!r}: letters, digits and . _ - make a file name")
     return name
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def check_regular(path: str | Path) -> None:
+    """Raises Mistake for a path that is no file but a pipe, a socket or a device: reading it might never end."""
+    mode = os.stat(path).st_mode if os.path.exists(path) else stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise Mistake(f"{path}: is {kind}; a file is needed")
+
+
 def read_bytes(path: str | Path) -> bytes:
     """Reads a file that the user has named. Raises Mistake, with its name and the reason, if that fails."""
+    check_regular(path)
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,7 +1,6 @@
 """Locks a run's folder."""
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -9,11 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from trainer.mistakes import Mistake
-from trainer.storage import files
+from trainer.storage import files, records
 from trainer.storage.checkpoint import logger
 from trainer.storage.files import json_bytes
+
+
+class _Holder(TypedDict):
+    pid: int
+    host: str
+    since: str
 
 
 @contextlib.contextmanager
@@ -47,7 +53,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 def _holder(path: Path) -> str:
     try:
-        who = json.loads(path.read_bytes())
-    except OSError:  # the holder has not written its name yet
+        who = records.read(path, _Holder)
+    except Mistake:  # the holder has not written its name yet
         return "holder unknown"
     return f"process {who['pid']} on {who['host']}, since {who['since']}"

@@ -55,6 +55,7 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         Mistake: Naming the file when it is missing, damaged, or a pickle with code in it, which is never run.
     """
     path = Path(path)
+    files.check_regular(path)
     if not path.is_file():
         raise Mistake(f"{path}: there is no such file")
     if path.suffix == ".safetensors":
@@ -115,7 +116,7 @@ def unpickled(file: Path | BinaryIO, path: Path) -> Any:
             f"  torch.save(loaded.state_dict() if hasattr(loaded, 'state_dict') else loaded['state_dict'], 'weights.pth')"
         ) from error
     except Exception as error:  # a damaged pickle or archive may raise anything in torch
-        why = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        why = f"{type(error).__name__} {error}".strip().splitlines()[0][:160]
         raise Mistake(f"{path}: cannot be read; is it damaged, or no file of weights? ({why})") from error
 
 

@@ -2,9 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
@@ -49,6 +52,22 @@ class Window:
         self.loss = means["loss"]
         self.run.log.numbers(self.run.stage_name, step, lr=rate, **means)
         self._kept, self._where = [], []
+
+
+class _Tally(TypedDict):
+    images: int
+    seconds: float
+    best: float | None
+    best_epoch: int | None
+    finished: bool
+
+
+class _Facts(TypedDict):
+    """The facts of a training's checkpoint."""
+
+    step: NonNegativeInt
+    tally: _Tally
+    layers: dict[str, dict[str, Any]]
 
 
 class Progress:
@@ -107,7 +126,7 @@ class Progress:
 
         Raises Mistake for a checkpoint of an older version of the program.
         """
-        found = checkpoint.load(self.folder)
+        found = checkpoint.load(self.folder, _Facts, ("objective",))
         if found is None:
             return 0, {"images": 0, "seconds": 0.0, "best": None, "best_epoch": None, "finished": False}
         groups, facts = found

