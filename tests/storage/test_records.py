@@ -16,7 +16,6 @@ from trainer.data import examined, image_file
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 from trainer.packing.loading import load
-from trainer.recipe.text import parse
 from trainer.runs import resuming
 from trainer.storage import checkpoint, files, records
 from trainer.storage.lock import lock
@@ -174,7 +173,7 @@ def test_a_pipe_a_socket_and_a_device_are_refused_at_once(tmp_path):
     reading = Reading((1, 4, 4))
     for path, kind in ((pipe, "a pipe"), (plug, "a socket"), ("/dev/zero", "a device")):
         for read in (
-            files.read_bytes, load, parse, image_file.brightest, lambda path: image_file.read_image(path, reading),
+            files.read_bytes, load, image_file.brightest, lambda path: image_file.read_image(path, reading),
             lambda path: load_weights(nn.Linear(2, 2), {}, (1, 1, 2), 2, path),
         ):  # fmt: skip
             with pytest.raises(Mistake, match=rf"^{path}: (is {kind}; a file is needed|got a file ending)"):

@@ -10,7 +10,6 @@ import yaml
 
 from trainer.mistakes import Mistake
 from trainer.recipe.shipped import find_recipe
-from trainer.storage.files import check_regular
 
 MOST_BYTES = 2**18  # of a recipe's text
 MOST_VALUES = 10_000  # once its anchors are unfolded; more is a mistake or an attack
@@ -111,7 +110,6 @@ def parse(path: str | Path) -> Text:
     path = Path(path)
     try:
         path = find_recipe(path)
-        check_regular(path)
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
@@ -119,8 +117,6 @@ def parse(path: str | Path) -> Text:
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Mistake as error:
-        raise RecipeError(str(error)) from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RecipeError(
