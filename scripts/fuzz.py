@@ -12,6 +12,7 @@ and number. What fails is written to FOLDER/KIND-NUMBER.txt, the outcomes to FOL
 import argparse
 import collections
 import json
+import logging
 import os
 import random
 import resource
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="run this one input here, without catching what it raises")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
     options.folder.mkdir(parents=True, exist_ok=True)
     bad = 0
     for kind in options.kinds or fuzz_targets.TARGETS:

@@ -56,6 +56,10 @@ def recipes(folder: Path) -> Attempt:
 
     plains = [parse(path).plain for path in sorted(shipped.folder().glob("*.yaml"))]
     file = folder / "recipe.yaml"
+    for text in texts:  # imports what reading a recipe needs
+        file.write_text(text)
+        with contextlib.suppress(RecipeError):
+            recipe.read(file)
 
     def attempt(chance: random.Random, number: int) -> str:
         if number % 4:
@@ -285,10 +289,64 @@ def examinations(folder: Path) -> Attempt:
     return attempt
 
 
+def run_files(folder: Path) -> Attempt:
+    """The JSON files of a run's folder: begun, report, log, the holder of the lock, the facts of kept answers."""
+    from trainer.distillation import answer_file
+    from trainer.reporting import page, report
+    from trainer.runs import resuming
+    from trainer.storage import lock
+
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    row = {
+        "stage": "teacher",
+        "top1": 98.5,
+        "agreement": None,
+        "num_nonzero": 3,
+        "sparsity": 0.5,
+        "file_bytes": 99,
+    }
+    line = {"time": 1.5, "kind": "numbers", "stage": "train", "step": 5, "lr": 0.1, "loss": 2.5, "kl": "nan"}
+    originals: dict[str, Any] = {
+        "begun.json": {"images": ["ab12", 300], "teacher": "cd34", "threads": 2},
+        "report.json": {"name": "x", "rows": [row, row | {"stage": "pruned"}], "layers": [], "seconds": 3.0},
+        ".holder": {"pid": 3, "host": "h", "since": "now"},
+        "facts.json": {"dataset": "digits", "views": 3},
+        "log.jsonl": [line, line | {"step": 6, "validation": 50.0}, {"time": 2.0, "kind": "row", **row}],
+    }
+
+    def attempt(chance: random.Random, number: int) -> str:
+        name = list(originals)[number % len(originals)]
+        value = originals[name]
+        changed = reshaped(value, chance) if number % 2 else value
+        if name == "log.jsonl":
+            lines = changed if isinstance(changed, list) else [changed]
+            data = "".join(json.dumps(one) + "\n" for one in lines).encode()
+        else:
+            data = json.dumps(changed).encode()
+        path = folder / name
+        path.write_bytes(data if number % 2 else damaged(data, chance))
+        if name == "begun.json":
+            resuming.facts_of_beginning(folder).get("threads")
+        elif name == "report.json":
+            from trainer.reporting.tables import table
+
+            table(report.read(folder)["rows"])
+        elif name == ".holder":
+            lock._holder(path)
+        elif name == "facts.json":
+            answer_file._read_facts(folder)
+        else:
+            page._trainings(page.read_log(path))
+        return f"{name} read"
+
+    return attempt
+
+
 TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "recipes": recipes,
     "packed": packed_files,
     "checkpoints": checkpoints,
     "weights": weights,
     "examinations": examinations,
+    "run_files": run_files,
 }

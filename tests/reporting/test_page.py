@@ -83,6 +83,24 @@ def test_a_resumed_run_wrote_some_steps_twice_and_the_later_line_counts(tmp_path
     assert "step 5: loss 2" in text and "step 5: loss 3" not in text
 
 
+def test_damaged_lines_of_a_log_are_left_out_of_the_page(tmp_path, caplog):
+    right = {"kind": "numbers", "stage": "train", "step": 5, "loss": 3.0}
+    odd = [
+        *("{", "3", "[]", "{}", '{"kind": 3}', "[" * 100_000),
+        *(
+            json.dumps(right | change)
+            for change in ({"loss": [1]}, {"step": "x"}, {"step": 10**400}, {"kl": {}})
+        ),
+        json.dumps({"kind": "numbers", "step": 3, "loss": 9e99}),
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(right), *odd, ""]))
+    found = read_log(tmp_path / "log.jsonl")
+    assert found[0] == right and len(found) == 2
+    assert "10 lines of the log are left out" in caplog.text and "log.jsonl:2: is damaged" in caplog.text
+    assert "step 5: loss 3" in a_page(found)
+    assert "step 5: loss 3" in a_page([right, right | {"kl": "a lot", "loss": 10**400, "step": 6}])
+
+
 def test_many_layers_are_shown_by_block():
     layers = [
         {"layer": f"blocks.{block}.{n}.conv", "shape": [4, 4], "num_weights": 16, "num_nonzero": 4,

@@ -1,19 +1,38 @@
 """Writes report.html: one file with the tables, charts and pictures of a run, readable anywhere without a network."""
 
 import json
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from trainer.mistakes import Mistake
 from trainer.reporting import charts
 from trainer.reporting.drawing import short_bytes
 from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, missing
+from trainer.storage import records
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("mask", "values", "codebook", "other")
 BINS = 40
 MATRIX_CLASSES = 30  # a confusion matrix of more classes cannot be read
+
+
+class _Line(TypedDict):
+    """What every line of a log has, and a line of numbers needs."""
+
+    kind: str
+    step: NotRequired[Annotated[int, Field(ge=0, le=2**53)]]
+
+
+#: A line of numbers: those that are not finite are texts.
+_NUMBERS = dict[str, float | str | bool | None]
 
 
 def page(
@@ -72,9 +91,29 @@ def page(
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a log; a last line that a kill cut off is left out."""
+    """Returns the lines of a log; a last line that a kill cut off is left out, and so are damaged ones, with a warning."""
     whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines() if line]
+    found, damaged = [], []
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        try:
+            if line:
+                read = records.parsed(line, f"{path}:{number}", _Line)
+                if read["kind"] == "numbers":
+                    records.parsed(line, f"{path}:{number}", _NUMBERS)
+                found.append(read)
+        except Mistake as error:
+            damaged.append(str(error))
+    if damaged:
+        logger.warning("%d lines of the log are left out of the page: %s", len(damaged), damaged[0])
+    return found
+
+
+def _number(value: Any) -> float:
+    """Returns a number of a log, which may be the text "nan" or "inf"; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _last(rows: Sequence[Mapping[str, Any]], who: str) -> Mapping[str, Any] | None:
@@ -128,14 +167,14 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
     }
     found: dict[str, tuple[dict[str, dict], dict[str, dict]]] = {}
     for line in log:
-        if line.get("kind") != "numbers" or "step" not in line:
+        if line.get("kind") != "numbers" or "step" not in line or "stage" not in line:
             continue
         terms, accuracies = found.setdefault(str(line["stage"]), ({}, {}))
         if "loss" in line:
             for name in line.keys() - known:
-                terms.setdefault(name, {})[line["step"]] = float(line[name])
+                terms.setdefault(name, {})[line["step"]] = _number(line[name])
         if "validation" in line:
-            accuracies.setdefault("validation", {})[line["step"]] = float(line["validation"])
+            accuracies.setdefault("validation", {})[line["step"]] = _number(line["validation"])
     shown = []
     for stage, (terms, accuracies) in found.items():
         if not terms:

@@ -3,6 +3,7 @@
 In this order: what the recipe says, what our own checkpoint recorded, timm's configuration, the data's.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from torch import nn
 from trainer.data.batches import batches
 from trainer.data.images import Data
 from trainer.distillation.teacher import Teacher
+from trainer.mistakes import Mistake
 from trainer.recipe.keys import ModelKeys, TeacherKeys
-from trainer.storage import files
+from trainer.storage import files, records
 from trainer.storage.weights_file import digest
 from trainer.training.evaluate import percent_right
 from trainer.training.weights import Made
@@ -115,15 +117,13 @@ def _measured(
     depends_on = (digest(network.state_dict()), data.fingerprint, labels, size, [c[:2] for c in candidates])
     key = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     path = folder / MEASURED
-    kept: dict[str, Any] = {}
+    kept: dict[str, list[float]] = {}
     if path.is_file():
-        try:
-            kept = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
-            kept = {}  # damaged: measured again
+        with contextlib.suppress(Mistake):  # damaged: measured again
+            kept = records.read(path, dict[str, list[float]])
     found = kept.get(key)
-    if isinstance(found, list) and len(found) == len(candidates):
-        return [float(value) for value in found]
+    if found is not None and len(found) == len(candidates):
+        return found
     right = [_percent_right(network, size, data, looks) for looks in candidates]
     if writes:
         files.write_bytes(path, json.dumps(kept | {key: right}, indent=1).encode())
