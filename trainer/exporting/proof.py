@@ -23,7 +23,6 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
 
     Raises RuntimeError if the answers are not the student's, by the rule of `Exported.compared`.
     """
-    reference = exported.reference or subject.logits
     answers, labels, right = [], [], []
     ties: list[int] = []
     wrong: list[int] = []
@@ -32,7 +31,10 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
     for images, known in subject.proof_batches(exported.batch):
         given = subject.normalized(images) if exported.takes == "normalized" else images
         first = given[:1] if first is None else first
-        ours, theirs = np.asarray(exported.run(given)), reference(given)
+        ours = np.asarray(exported.run(given))
+        theirs = (
+            exported.reference(given) if exported.reference else subject.logits(subject.normalized(images))
+        )
         if ours.shape != theirs.shape:
             raise RuntimeError(f"it answers {ours.shape} where the student answers {theirs.shape}")
         if not np.isfinite(ours).all():

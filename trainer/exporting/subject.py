@@ -13,6 +13,7 @@ from torch import nn
 
 from trainer.data.batches import batches
 from trainer.data.images import Data, Part, normalize
+from trainer.data.reading import Reading
 from trainer.exporting.graph import Graph
 from trainer.mistakes import Mistake
 
@@ -49,6 +50,7 @@ class Subject:
         sha256: Of the packed file that the network came from; None without one.
         data: The recipe's images; None without a recipe.
         teacher_classes: The teacher's class for each test image, int64; None without a teacher.
+        reading: How an image file becomes the network's input; None for the default of the shape.
     """
 
     network: nn.Module
@@ -60,6 +62,7 @@ class Subject:
     sha256: str | None = None
     data: Data | None = None
     teacher_classes: np.ndarray | None = None
+    reading: Reading | None = None
 
     def normalized(self, images: np.ndarray) -> np.ndarray:
         """Returns uint8 images [N, C, H, W] as the network's float32 input, the same bits as in evaluation."""

@@ -9,6 +9,7 @@ import torch
 
 from trainer.exporting.export import export_all, subject_of
 from trainer.exporting.subject import NotInstalled
+from trainer.packing import network as packed
 from trainer.recipe.recipe import read, targets_of
 from trainer.reporting.tables import export_table
 from trainer.runs.evaluate_file import images_of, opened
@@ -52,6 +53,7 @@ def export_file(
         std=header["std"],
         sha256=hashlib.sha256(content).hexdigest(),
         data=data,
+        reading=packed.reading(content, str(file)) if header["mean"] else None,
     )
     rows, missing = export_all(subject, targets, folder, force)
     if rows:

@@ -64,6 +64,7 @@ def export(run: Run, *, to: Targets) -> None:
             sha256=hashlib.sha256(read_bytes(run.folder / file)).hexdigest(),
             data=run.data,
             teacher_classes=classes,
+            reading=run.data.reading,
         )
         rows, missing = export_all(subject, to, run.folder / "export", force=True)
         for sentence in missing:

@@ -1,0 +1,102 @@
+"""A student alive in a page: its script, a board to draw on or a place to drop images, and known images with the teacher's answers."""
+
+import base64
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.reading import Reading
+from trainer.exporting.script import bare, script_of
+from trainer.exporting.subject import NotInstalled, Subject
+
+WARM_UP, CALLS = 20, 200
+ANSWER = """
+const images = require("fs").readFileSync(0), size = student.shape.reduce((a, b) => a * b, 1);
+const found = [];
+for (let at = 0; at < images.length; at += size) found.push(...student(images.subarray(at, at + size)));
+process.stdout.write(Buffer.from(Float32Array.from(found).buffer));
+"""
+TIMES = f"""
+const image = require("fs").readFileSync(0), times = [];
+for (let i = 0; i < {WARM_UP + CALLS}; i++) {{
+  const before = performance.now();
+  student(image);
+  if (i >= {WARM_UP}) times.push(performance.now() - before);
+}}
+process.stdout.write(Buffer.from(Float64Array.from(times).buffer));
+"""
+
+
+def player(subject: Subject, num_images: int) -> str:
+    """Returns the piece of HTML in which a student answers; a page holds it once.
+
+    It uses the page's CSS variables --rule, --soft and --s0. num_images: how many test images stand in it, with their labels and
+    the teacher's answers; none without data.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(loader=PackageLoader("trainer.exporting"), undefined=StrictUndefined)
+    reading = subject.reading or Reading(subject.shape)
+    return templates.get_template("player.html").render(
+        script=script_of(subject),
+        known=_inside(_known(subject, num_images)),
+        reading=_inside({"crop": reading.crop, "filter": reading.filter, "background": reading.background}),
+        player=bare(templates.get_template("player.js").render()),
+        drawing=subject.shape == (1, 28, 28),
+    )
+
+
+def _inside(value: Any) -> str:
+    """Returns a value as JSON that may stand in a script element."""
+    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/")
+
+
+def _known(subject: Subject, num_images: int) -> list[dict[str, Any]]:
+    if subject.data is None or not num_images:
+        return []
+    part = subject.data.test
+    chosen = np.linspace(0, len(part) - 1, min(num_images, len(part))).astype(int).tolist()
+    found = []
+    for position in chosen:
+        images, labels, _ = part.__getitems__([position])
+        label = int(labels[0])
+        teacher = None if subject.teacher_classes is None else int(subject.teacher_classes[position])
+        found.append(
+            {
+                "pixels": base64.b64encode(images[0].cpu().numpy().tobytes()).decode(),
+                "label": subject.classes[label] if label >= 0 else None,
+                "teacher": None if teacher is None else subject.classes[teacher],
+            }
+        )
+    return found
+
+
+def ask(page: Path, images: np.ndarray) -> np.ndarray:
+    """Returns the logits [N, K] that the student in a page gives for uint8 images [N, C, H, W], by node.
+
+    Raises NotInstalled without node.
+    """
+    return np.frombuffer(_by_node(page, ANSWER, images), "<f4").reshape(len(images), -1)
+
+
+def seconds(page: Path, image: np.ndarray) -> np.ndarray:
+    """Returns how long the student in a page takes for a uint8 image [C, H, W], in each of `CALLS` calls, by node."""
+    return np.frombuffer(_by_node(page, TIMES, image), "<f8") / 1000
+
+
+def _by_node(page: Path, program: str, images: np.ndarray) -> bytes:
+    if shutil.which("node") is None:
+        raise NotInstalled("needs node: apt-get install nodejs")
+    text = page.read_text(encoding="utf-8")
+    script = text.partition('<script id="student-script">')[2].partition("</script>")[0]
+    given = np.ascontiguousarray(images).tobytes()
+    done = subprocess.run(["node", "-e", script + program], input=given, capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"node could not run the page's script: {done.stderr.decode(errors='replace')[-500:]}"
+        )
+    return done.stdout

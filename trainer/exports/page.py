@@ -1,0 +1,47 @@
+"""One HTML file with the student alive inside."""
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import NonNegativeInt
+
+from trainer.exporting.player import ask, player, seconds
+from trainer.exporting.script import LINES, script_of
+from trainer.exporting.subject import Exported, Subject
+
+OPS = frozenset(LINES)
+
+
+def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Exported:
+    """Writes student.html: open it anywhere, without a network; the student answers what is drawn or dropped.
+
+    images: how many test images stand in it, beside the teacher's answers; none without a recipe.
+    The weights are compressed inside, and a script of plain JavaScript with the network's operators alone runs them. The page
+    checks itself when it is opened.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    templates = Environment(loader=PackageLoader("trainer.exporting"), undefined=StrictUndefined)
+    template = templates.get_template("page.html")
+    bare, inside = (player(subject, number) for number in (0, images))
+    file = folder / "student.html"
+    size = len(template.render(player=bare, num_bytes=0, title="").encode())
+    title = f"A student of {size:,} bytes, script and weights"
+    file.write_text(template.render(player=inside, num_bytes=f"{size:,}", title=title), encoding="utf-8")
+    took = seconds(file, subject.test_vector()[0])
+    script = len(script_of(subject).encode())
+    return Exported(
+        [file],
+        lambda pixels: ask(file, pixels),
+        num_bytes=size,
+        takes="uint8",
+        batch=1000,
+        numbers={
+            "latency_seconds": float(np.median(took)),
+            "latency_p95_seconds": float(np.quantile(took, 0.95)),
+        },
+        notes=[
+            f"{size:,} bytes, of which {script:,} are the student and its script; {file.stat().st_size:,} with the test images",
+            "timed inside node, whose start is not counted",
+        ],
+    )
