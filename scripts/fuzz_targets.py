@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hostile import hostile
 from mutations import damaged, reshaped, respelled
 
 from trainer.data import examined, fetch
@@ -349,4 +350,5 @@ TARGETS: dict[str, Callable[[Path], Attempt]] = {
     "weights": weights,
     "examinations": examinations,
     "run_files": run_files,
+    "hostile": hostile,
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.mistakes import Mistake, Said, message_of, say
+from trainer.mistakes import Mistake, Said, message_of, printable, say
 from trainer.storage.files import read_bytes
 from trainer.training.stopping import Stopped
 
@@ -294,8 +294,8 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     size = f" for images {'x'.join(map(str, header['shape']))}" if header["shape"] else ""
     classes = f", {len(header['classes'])} classes" if header["classes"] else ""
-    print(f"{options.file}: {len(data):,} bytes: {made}{size}{classes}\n")
-    print(byte_table(account))
+    print(printable(f"{options.file}: {len(data):,} bytes: {made}{size}{classes}"), end="\n\n")
+    print(byte_table([row | {"tensor": printable(row["tensor"], keep="")} for row in account]))
 
 
 def _unpack(options: argparse.Namespace) -> None:
@@ -328,7 +328,8 @@ def _predict(options: argparse.Namespace) -> None:
             probabilities = model(model.preprocess(path)).softmax(-1)[0]
         best = probabilities.topk(min(options.top, len(probabilities)))
         answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        print(f"{path}: {'  '.join(f'{model.classes[i]} {value * 100:.1f} %' for i, value in answers)}")
+        words = [f"{printable(model.classes[i], keep='')} {value * 100:.1f} %" for i, value in answers]
+        print(f"{printable(str(path), keep='')}: {'  '.join(words)}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -5,8 +5,13 @@ Any other exception is a fault of the program: see `__main__`.
 
 import difflib
 import sys
+import unicodedata
 from collections.abc import Iterable
 
+_CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of a pair, ends of lines and paragraphs
+_TURNS = set(
+    "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # change the direction of writing
 MOST_NAMES = 40  # a message lists no more names than this
 
 
@@ -24,6 +29,7 @@ class Said(Exception):
 
 def say(message: str) -> None:
     """Prints a message to the user, of one line or several, on the console."""
+    message = printable(message)
     print(f"trainer:\n{message}" if "\n" in message else f"trainer: {message}", file=sys.stderr, flush=True)
 
 
@@ -40,6 +46,15 @@ def message_of(error: Exception) -> str | None:
             "such as pip install torch==2.15.0 torchvision==0.29.2"
         )
     return None
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """Returns text with control characters as escapes: a file's names must not clear a screen or write right to left.
+
+    keep: control characters that stay.
+    """
+    odd = {c for c in text if (unicodedata.category(c) in _CONTROL or c in _TURNS) and c not in keep}
+    return "".join(c.encode("unicode_escape").decode() if c in odd else c for c in text)
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from trainer.data.listing import in_order, list_images
 from trainer.data.reading import Reading
 from trainer.datasets.image_folder import image_folder
 from trainer.mistakes import Mistake
+from trainer.packing import container
 from trainer.packing import network as packed
 
 
@@ -119,7 +120,7 @@ def test_what_equals_the_default_takes_no_byte_and_old_files_keep_their_rule(tmp
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     facts = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.5], "classes": ["a", "b"]}
     usual = packed.encode(net, None, {**facts, "reading": Reading((1, 8, 8)).settings()})
-    assert len(usual) == len(packed.encode(net, None, facts)) and usual[2] == 2
+    assert len(usual) == len(packed.encode(net, None, facts)) and usual[2] == container.VERSION
     cropped = packed.encode(net, None, {**facts, "reading": Reading((1, 8, 8), crop=0.5).settings()})
     assert packed.reading(cropped).crop == 0.5 and len(cropped) > len(usual)
     old = bytearray(usual[:-4])
@@ -277,6 +278,17 @@ def test_a_real_file_counts_once_however_links_and_loops_lead_to_it(tmp_path):
         ("a", "0.png"), ("a", "1.png"), ("a", "2.png"), ("b", "0.png"), ("b", "1.png"), ("b", "2.png"), ("b", "far.png"),
     ]  # fmt: skip
     assert found.num_links == 3
+    assert found.num_special == 1  # the link to nothing
+
+
+def test_a_pipe_among_the_photos_is_passed_over_and_said(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    picture(tmp_path / "a" / "1.png")
+    os.mkfifo(tmp_path / "a" / "2.png")
+    found = list_images(tmp_path)
+    assert [os.path.basename(file) for file in found.files] == ["1.png"]
+    assert found.described() == "; passed over: 1 that are no files (broken links, pipes, devices)"
 
 
 def test_the_order_of_classes_is_a_function_of_their_names_alone():

@@ -22,6 +22,7 @@ class Listing:
         folders: Names of all class folders, including those without images.
         passed_over: The number of skipped files of each other suffix.
         num_links: The number of skipped links to files and folders that are listed already.
+        num_special: The number of links to nothing, pipes, sockets and devices, which are skipped too.
     """
 
     files: list[str] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Listing:
     folders: list[str] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
     num_links: int = 0
+    num_special: int = 0
 
     def counts(self) -> Counter[str]:
         """Returns the number of files of each class."""
@@ -43,6 +45,8 @@ class Listing:
             parts.append(f"{self.passed_over.total()} files by their ending ({endings_text})")
         if self.num_links:
             parts.append(f"{self.num_links} link{'s' * (self.num_links > 1)} to what is there already")
+        if self.num_special:
+            parts.append(f"{self.num_special} that are no files (broken links, pipes, devices)")
         return f"; passed over: {' and '.join(parts)}" if parts else ""
 
 
@@ -63,7 +67,9 @@ def list_images(folder: Path) -> Listing:
         inside = path.relative_to(folder)
         _refuse_other_encodings(path)
         ending = path.suffix.lower()
-        if path.is_dir() or _identity(path) in seen:
+        if not path.is_dir() and not path.is_file():
+            found.num_special += 1
+        elif path.is_dir() or _identity(path) in seen:
             found.num_links += 1
         elif ending not in known:
             found.passed_over[ending] += not by_link
@@ -88,9 +94,9 @@ def _reached(folder: Path) -> Iterator[tuple[Path, bool]]:
     while own or linked:
         by_link = not own
         path = linked.popleft() if by_link else own.popleft()
-        if path.is_file():
+        if not path.is_dir():
             yield path, by_link
-        elif path.is_dir():
+        else:
             if _identity(path) in entered:
                 yield path, by_link
                 continue

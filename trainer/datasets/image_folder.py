@@ -236,6 +236,7 @@ def _found(
     for found in listings.values():
         skipped.passed_over.update(found.passed_over)
         skipped.num_links += found.num_links
+        skipped.num_special += found.num_special
     return f"{folder}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
 
 

@@ -266,7 +266,7 @@ class _Reader:
         try:
             if node.tag.removeprefix(_TAG) in ("null", "bool", "int", "float", "str"):
                 return self.loader.construct_object(node)
-        except (ValueError, KeyError):  # '!!int x', or thousands of digits
+        except (ValueError, KeyError, IndexError):  # '!!int x', '!!float ""', or thousands of digits
             pass
         message = f"{short(node.value)} is no {node.tag.replace(_TAG, '!!')}"
         raise RecipeError(
