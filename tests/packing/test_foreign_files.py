@@ -1,5 +1,6 @@
 """A packed file never has code run: what it names must be on the shelf, or be brought by the reader."""
 
+import importlib
 import re
 import sys
 import time
@@ -164,6 +165,26 @@ def test_a_loop_of_a_model_that_builds_nothing_ends_too(monkeypatch):
         container.encode({"net": {"model": "x"}, **FACTS}, {})
     )
     assert sys.getprofile() is None
+
+
+def test_what_a_model_imports_does_not_count(monkeypatch):
+    """timm's import takes a million calls; a fresh process does it while the network is built."""
+
+    def importing(input_shape, num_classes):
+        importlib.import_module("xml.dom.minidom")
+        return nn.Linear(2, 2)
+
+    monkeypatch.setattr(building.shelves, "find", lambda key, name: importing)
+    monkeypatch.setattr(container, "_CALLS", (400, 0))
+    net = {"model": "x"}
+    data = packed.encode(nn.Linear(2, 2), net, FACTS)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xml"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert packed.decode(data)[1]["net"] == net
+    assert "xml.dom.minidom" in sys.modules
+    monkeypatch.setattr(container, "_CALLS", (20, 0))
+    with pytest.raises(ValueError, match="more parts than the file can hold"):
+        packed.decode(data)
 
 
 def test_large_networks_that_are_real_are_read():

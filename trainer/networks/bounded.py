@@ -1,6 +1,7 @@
 """Limits the work of building a network that a file names, because anyone may have made the file."""
 
 import contextlib
+import importlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from torch.nn.modules import module as hooks
 
 from trainer.mistakes import Mistake
 
+_IMPORT: Any = importlib._bootstrap._find_and_load.__code__  # type: ignore[attr-defined]
+
 
 @contextlib.contextmanager
 def bounded(num_calls: int, num_numbers: int) -> Iterator[None]:
     """Ends the building of networks in this block once it exceeds a limit. Meant for the meta device.
 
-    The count of function calls is the same on every machine, unlike the time. It covers loops that build nothing.
+    The count of function calls is the same on every machine, unlike the time. It covers loops that build nothing. Those of
+    imports do not count: a model's function may import a large library.
 
     Args:
         num_calls: The most function calls.
@@ -24,12 +28,14 @@ def bounded(num_calls: int, num_numbers: int) -> Iterator[None]:
     Raises:
         Mistake: As soon as a limit is exceeded, with the limit.
     """
-    thread, calls, numbers = threading.get_ident(), 0, 0
+    thread, calls, numbers, imports = threading.get_ident(), 0, 0, 0
     before = sys.getprofile()
 
-    def count_call(_frame: Any, event: str, _function: Any) -> None:
-        nonlocal calls
-        calls += event in ("call", "c_call")
+    def count_call(frame: Any, event: str, _function: Any) -> None:
+        nonlocal calls, imports
+        if frame.f_code is _IMPORT and event in ("call", "return"):
+            imports += 1 if event == "call" else -1
+        calls += imports == 0 and event in ("call", "c_call")
         if calls > num_calls:
             raise Mistake(
                 f"its header names a network of more parts than the file can hold ({num_calls:,} calls do not build it)"
