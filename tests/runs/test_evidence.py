@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ from torch import nn
 
 from tests.making import make_run
 from trainer.distillation.teacher import Teacher
+from trainer.exporting.player import ask
 from trainer.networks.build import build
+from trainer.packing import network as packed
 from trainer.recipe.keys import TeacherKeys
+from trainer.runs import evidence
 from trainer.runs.evidence import gather, picture
 from trainer.training.evaluate import normalized
 
@@ -70,3 +74,38 @@ def test_without_maps_or_teacher(tmp_path):
     run = make_run(tmp_path, student=_Flat, subset=60, validation=20)
     found = gather(run)
     assert found["maps"] is None and found["disagreements"] == [] and len(found["confusion"]) == 10
+
+
+def test_the_student_answers_in_the_page_or_it_is_said_why_not(tmp_path):
+    run = make_run(tmp_path, {"model": "lenet5", "width": 2}, subset=60, validation=20)
+    assert gather(run)["no_player"] == "the recipe packs no file"
+    run.rows.append({"stage": "decoded", "file": "student.tiny"})
+    (tmp_path / "student.tiny").write_bytes(
+        packed.encode(run.student, run.student_spec, packed.facts_of(run.data))
+    )
+    found = gather(run)
+    assert found["no_player"] is None and found["player"].count('"pixels"') == 12
+    assert gather(run, pictures=False)["player"].count('"pixels"') == 0
+    (tmp_path / "x.html").write_text(found["player"], encoding="utf-8")
+    images = run.data.test.images.images[:20]
+    with torch.no_grad():
+        expected = normalized(run.student, run.data)(images.float() / 255)
+    if shutil.which("node"):
+        torch.testing.assert_close(
+            torch.tensor(ask(tmp_path / "x.html", images.numpy())), expected, atol=1e-5, rtol=0
+        )
+
+
+class _Sorted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images):
+        return self.fc(images.flatten(1).sort(1).values)
+
+
+def test_what_cannot_stand_in_a_page_is_said(tmp_path):
+    run = make_run(tmp_path, student=_Sorted, subset=60, validation=20)
+    run.rows.append({"stage": "decoded", "file": "student.tiny"})
+    assert "sort" in evidence._player(run, None, False)[1]

@@ -86,6 +86,7 @@ def page(
             (name, [(m, Markup(c), said) for m, c, said in found]) for name, found in _strips(weights)
         ],
         evidence=evidence,
+        player=Markup(evidence.get("player") or ""),
         matrix=Markup(_matrix(evidence)),
     )
 

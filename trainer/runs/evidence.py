@@ -13,12 +13,14 @@ from torch import Tensor
 from trainer.data.batches import batches
 from trainer.data.images import Part, normalize
 from trainer.distillation.pairing import pair
+from trainer.mistakes import Mistake
 from trainer.networks import features
 from trainer.storage import files
 from trainer.training.evaluate import normalized, predict, teacher_answers
 from trainer.training.run import Run
 
 NUM_PICTURES, NUM_MAPS = 12, 4
+MOST_WEIGHTS = 1_000_000  # of a student that is written into its report: coding more takes minutes
 CONFUSED = 8  # pairs of classes that are listed
 
 
@@ -32,7 +34,8 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
     Returns:
         "classes", their names; "confusion" [K][K], images by true class and answer; "per_class", a list of
         {"name", "images", "right", "answered"}; "confused", the commonest mistakes; "account", where each byte of the
-        packed file goes, [] without one. With pictures: "disagreements", images on which student and teacher differ,
+        packed file goes, [] without one; "player", the student as a piece of HTML that answers, and "no_player", why there is
+        none (one of them is None). With pictures: "disagreements", images on which student and teacher differ,
         and "maps", what a pair of layers sees. Pictures are data addresses of PNG files.
     """
     data = run.data
@@ -43,9 +46,12 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
         "account": _account(run),
         "disagreements": [],
         "maps": None,
+        "player": None,
+        "no_player": None,
     }
     if not run.accelerator.is_main_process:
         return found
+    found["player"], found["no_player"] = _player(run, teacher, pictures)
     found |= _confusion(student.cpu(), data.test.labels.cpu(), data.classes)
     if teacher is not None and pictures:
         apart = (student != teacher).nonzero().flatten().cpu()
@@ -64,6 +70,29 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
         ]
         found["maps"] = _maps(run)
     return found
+
+
+def _player(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | None, str | None]:
+    """Returns the packed student as HTML in which it answers, or the reason why it cannot stand in a page."""
+    from trainer.exporting.export import check, subject_of  # here: torch.export takes seconds to import
+    from trainer.exporting.player import player
+    from trainer.recipe.recipe import targets_of
+
+    if not any(row.get("file") for row in run.rows):
+        return None, "the recipe packs no file"
+    num_weights = sum(parameter.numel() for parameter in run.student.parameters())
+    if num_weights > MOST_WEIGHTS:
+        return None, f"it has {num_weights:,} weights, more than {MOST_WEIGHTS:,}"
+    data = run.data
+    try:
+        subject = subject_of(
+            run.student, data.shape, mean=data.mean, std=data.std, classes=data.classes, data=data, reading=data.reading,
+            teacher_classes=None if teacher is None else teacher.cpu().numpy(),
+        )  # fmt: skip
+        check(targets_of(["page"]), subject.graph, has_data=True)
+    except Mistake as error:
+        return None, str(error)
+    return player(subject, NUM_PICTURES if pictures else 0), None
 
 
 def _confusion(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:
