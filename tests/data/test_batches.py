@@ -261,7 +261,8 @@ def test_kept_views_are_made_once_and_are_the_same(monkeypatch):
     plain, keeping = data_of(**keys), data_of(**keys, keep_views=True)
     made = []
     monkeypatch.setattr(
-        "trainer.data.views.apply", lambda a, images, p: made.append(len(images)) or apply(a, images, p)
+        "trainer.data.views.apply",
+        lambda a, images, *rest: made.append(len(images)) or apply(a, images, *rest),
     )
     for view in (0, 1, 0, 1):
         for positions in ([5, 1, 7], [1, 8, 5, 5], list(range(40))):

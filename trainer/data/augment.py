@@ -5,6 +5,7 @@ and their random numbers into the input of a network. The result for an image de
 so a teacher's output for (view, index) can be kept and reused.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,13 +59,15 @@ def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
     return torch.from_numpy((raw >> 40).astype(np.float32) * np.float32(2**-24)).view(num_samples, count)
 
 
-def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
+def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.0) -> Tensor:
     """Augments a batch of images, on their device. With all settings off, the result is exactly images / 255.
 
     Args:
         augment: The settings of the augmentation.
         images: uint8 [N, C, H, W].
         parameters: float32 [N, P], the rows of `draw` for these images.
+        zoom: How many times as large as the data's the images are. Amounts in pixels are of the data's, so that a
+            view shows the same part of the image at every size.
 
     Returns:
         float32 [N, C, H, W] in [0, 1].
@@ -79,8 +82,8 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
             f"parameters: got {tuple(parameters.shape)} where these settings need "
             f"{(len(images), num_parameters(augment))}"
         )
-    if augment.shift >= min(images.shape[2:]):
-        raise Mistake(f"shift: got {augment.shift} pixels; the images are {tuple(images.shape[2:])}")
+    if augment.shift * zoom >= min(images.shape[2:]):
+        raise Mistake(f"shift: got {augment.shift * zoom:g} pixels; the images are {tuple(images.shape[2:])}")
     on = [name for name in _NUMBERS if getattr(augment, name)]
     columns = parameters.to(images.device).split([_NUMBERS[name] for name in on], dim=1)
     number = dict(zip(on, columns, strict=True))
@@ -89,12 +92,16 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor) -> Tensor:
     if augment.flip:
         images = torch.where(number["flip"][:, :, None, None] < 0.5, images.flip(3), images)
     shift = _whole(number["shift"], augment.shift) if augment.shift else None
+    if shift is not None and zoom != 1:
+        shift = (shift * zoom).round().long()
     if augment.rotate or augment.scale or augment.shear or augment.elastic:
-        grid = _grid(augment, number, shift, images.shape[2:])
+        grid = _grid(augment, number, shift, images.shape[2:], zoom)
         # Rounding errors may put an interpolated value slightly above 1.
         out = functional.grid_sample(images.float() / 255, grid, align_corners=False).clamp_(0, 1)
     else:
-        out = (images if shift is None else _shifted(images, shift, augment.shift)).float() / 255
+        out = (
+            images if shift is None else _shifted(images, shift, math.ceil(augment.shift * zoom))
+        ).float() / 255
 
     if augment.brightness:
         out = out * _factor(number["brightness"], augment.brightness)[:, :, None, None]
@@ -133,7 +140,9 @@ def _shifted(images: Tensor, shift: Tensor, limit: int) -> Tensor:
     return windows[torch.arange(len(images), device=images.device), :, limit - down, limit - right]
 
 
-def _grid(augment: Augment, number: dict[str, Tensor], shift: Tensor | None, shape: Sequence[int]) -> Tensor:
+def _grid(
+    augment: Augment, number: dict[str, Tensor], shift: Tensor | None, shape: Sequence[int], zoom: float
+) -> Tensor:
     """Returns where in the stored image each output pixel is sampled, as grid_sample's [N, H, W, 2].
 
     In pixels from the image's centre: the output position minus the shift, sheared, rotated and divided by
@@ -163,7 +172,9 @@ def _grid(augment: Augment, number: dict[str, Tensor], shift: Tensor | None, sha
     )
     grid = torch.view_as_real(per_column[:, None, :] + per_row[:, :, None])
     if augment.elastic:
-        control = _between(number["elastic"], augment.elastic).view(-1, 2, _CONTROL_POINTS, _CONTROL_POINTS)
+        control = _between(number["elastic"], augment.elastic * zoom).view(
+            -1, 2, _CONTROL_POINTS, _CONTROL_POINTS
+        )
         for axis, side in enumerate((width, height)):
             grid[..., axis] += _smooth(control[:, axis] * (2 / side), height, width)
     return grid

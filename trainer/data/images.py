@@ -1,7 +1,7 @@
 """Labelled images in memory or on disk, and the parts of a run's data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,10 @@ from trainer.mistakes import Mistake
 
 
 class Images(Protocol):
-    """A set of labelled images: in memory (`InMemory`) or read from disk."""
+    """A set of labelled images: in memory (`InMemory`) or read from disk.
+
+    Images that are read from pictures may have `at(reading) -> Images`, the same read as another `Reading` says.
+    """
 
     labels: Tensor  # int64 [len], -1 for unlabelled images
 
@@ -124,6 +127,7 @@ class Data:
         fingerprint: A hash that differs between sets of training images.
         reading: How an image file is read as such an image; None for the default of the shape.
         notes: Lines about the data for the user.
+        zoom: How many times as large as the recipe's the images are (`at_size`).
     """
 
     name: str
@@ -144,6 +148,29 @@ class Data:
     fingerprint: str = ""
     reading: Reading | None = None
     notes: list[str] = field(default_factory=list)
+    zoom: float = 1.0
+
+    def at_size(self, size: int | None) -> "Data":
+        """Returns the same images as read from their pictures at size x size, for a network that sees larger ones.
+
+        Returns the data itself for its own size, for None, and for images that are not read from pictures.
+        """
+        channels, height, width = self.shape
+        parts = (self.train, self.validation, self.test)
+        if size is None or size == height == width or not all(hasattr(p.images, "at") for p in parts):
+            return self
+        reading = replace(self.reading or Reading(self.shape), shape=(channels, size, size))
+        train, validation, test = (replace(part, images=part.images.at(reading)) for part in parts)  # type: ignore[attr-defined]
+        return replace(
+            self,
+            train=train,
+            validation=validation,
+            test=test,
+            shape=reading.shape,
+            reading=reading,
+            kept=None,
+            zoom=self.zoom * size / height,
+        )
 
     @property
     def mixed(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.augment import apply, draw
-from trainer.data.images import Data
+from trainer.data.images import Data, InMemory
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment
 
@@ -101,4 +101,13 @@ class Views:
             )
             self._view = view
         assert self._table is not None
-        return apply(self.data.augment, images, self._table[index])
+        return apply(self.data.augment, images, self._table[index], self.data.zoom)
+
+    def of(self, index: Tensor, view: int) -> Tensor:
+        """Reads the training images of `index` [N] and augments them as in `view`; returns float32 [N, C, H, W] in [0, 1]."""
+        images = self.data.train.images
+        if isinstance(images, InMemory):
+            stored, _ = images.__getitems__(index.to(images.images.device))
+        else:
+            stored, _ = images.__getitems__(index.tolist())
+        return self.augmented(stored.to(index.device), index, view)

@@ -273,6 +273,12 @@ class _OnDisk:
         images = torch.stack([read_image(self.files[position], self.reading) for position in positions])
         return images, self.labels[torch.as_tensor(positions)]
 
+    def at(self, reading: Reading) -> "_OnDisk":
+        """Returns the same images, read in another way."""
+        part = _OnDisk(Listing(), {}, reading)
+        part.files, part.labels = self.files, self.labels
+        return part
+
     def some(self, chosen: Tensor) -> "_OnDisk":
         """Returns the images where `chosen`, bool [len], is True."""
         part = _OnDisk(Listing(), {}, self.reading)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.images import Data, InMemory
+from trainer.data.images import Data
 from trainer.data.views import Views
 from trainer.distillation.answer_file import FORMAT, AnswerFile
 from trainer.distillation.answer_record import Record, differences, logit_fields, pack, record_of, restore
@@ -77,6 +77,8 @@ class Answers:
         self._device = torch.device("cpu") if torch.device(device).type == "cpu" else torch.device(device)
         self._tolerance = TOLERANCE if precision == "no" else HALF_TOLERANCE
         self._num_views = num_views
+        # A teacher of larger images sees them as read from their pictures.
+        self._views = Views(data.at_size(teacher.size))
         with torch.no_grad():
             seen = self._ask(torch.zeros(1, *data.shape, device=self._device))
         self.record = record_of(seen, getattr(torch, keys.type), keys.top)
@@ -130,7 +132,7 @@ class Answers:
         """Returns the teacher's answers to a batch; those that are not kept yet are computed and kept.
 
         Args:
-            images: [N, C, H, W] in [0, 1], augmented as in the view.
+            images: [N, C, H, W] in [0, 1], augmented as in the view. (A teacher of larger images is shown the pictures.)
             index: [N] sample ids.
             view: The number of the view.
             layers: The layers whose maps are returned.
@@ -140,7 +142,8 @@ class Answers:
         self._turn_to(view)
         new = self._new(index)
         if new is not None:
-            seen = self._ask(images[new])
+            own = self._views.data is self.data
+            seen = self._ask(images[new] if own else self._images(index[new], view))
             self.num_computed += len(seen.logits)
             self._write(seen, index[new])
         return self._recall(index, layers, embedding)
@@ -212,13 +215,7 @@ class Answers:
         return self.teacher.see(images, self.layers, self.keys.embeddings)
 
     def _images(self, index: Tensor, view: int) -> Tensor:
-        images = self.data.train.images
-        if isinstance(images, InMemory):
-            stored, _ = images.__getitems__(index.to(images.images.device))
-        else:
-            stored, _ = images.__getitems__(index.tolist())
-        stored = stored.to(self._device)
-        return Views(self.data).augmented(stored, index.to(self._device), view)
+        return self._views.of(index.to(self._device), view)
 
     def _turn_to(self, view: int) -> None:
         """Makes `view` the current one: loads its valid records to the device, those of other processes included."""
@@ -286,6 +283,7 @@ def _depends_on(
 ) -> dict[str, Any]:
     """Returns everything that the answers depend on. Without augmentation the seed is None: it has no effect."""
     augmented = data.augment != Augment()
+    pictures = data.at_size(teacher.size).shape  # without any the facts are those of earlier versions
     return {
         "format": FORMAT,
         "teacher": teacher.fingerprint(),
@@ -295,6 +293,7 @@ def _depends_on(
         "images": data.fingerprint,
         "num_samples": data.num_samples,
         "shape": list(data.shape),
+        **({} if pictures == data.shape else {"pictures": list(pictures)}),
         "augment": data.augment.model_dump() if augmented else None,
         "seed": data.seed if augmented else None,
         "views": num_views,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.images import Data, normalize
+from trainer.data.views import Views
 from trainer.distillation.answers import Answers
 from trainer.distillation.bound import Bound, bind_all, pair_table
 from trainer.distillation.examine import examine, example_images
@@ -92,6 +93,10 @@ class Objective(nn.Module):
             assert teacher is not None
             teacher.make_ready()  # now, because torch.compile would trace it in the first step
         self._teacher_images = 0
+        # A teacher of larger images sees the same views of them, as read from their pictures.
+        larger = data if teacher is None else data.at_size(teacher.size)
+        self._pictures = None if larger is data else Views(larger)
+        self.mixed_pictures: Callable[[], Tensor] | None = None  # the present batch, where it is mixed
         self._ids = data.train.ids.to(device) if "index" in asks else None
         self.to(device)
 
@@ -136,18 +141,31 @@ class Objective(nn.Module):
         cache = self.cache
         if cache is not None and view is not None and cache.keeps(*self._see_teacher):
             return self._recalled(images, index, view)
-        seen = self.teacher.see(images, *self._see_teacher)
+        seen = self.teacher.see(self._for_teacher(images, index, view), *self._see_teacher)
         self._count(len(images))
         if cache is not None and view is not None:
             self._keep(seen, index, view)  # for later stages, whose losses may take less
         return seen
+
+    @property
+    def pictures(self) -> Views | None:
+        """The views of the images as the teacher sees them; None if it sees those of the student."""
+        return self._pictures
+
+    def _for_teacher(self, images: Tensor, index: Tensor, view: int | None) -> Tensor:
+        """Returns the batch as the teacher sees it."""
+        if self._pictures is None:
+            return images
+        if view is not None:
+            return self._pictures.of(index, view)
+        return images if self.mixed_pictures is None else self.mixed_pictures()
 
     def leave_out_of_compile(self) -> None:
         """Excludes from torch.compile the methods that it would recompile for every changed number.
 
         Decorators would import torch._dynamo at class definition, which takes seconds.
         """
-        for name in ("_recalled", "_keep", "_count"):
+        for name in ("_recalled", "_keep", "_count", "_for_teacher"):
             setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:

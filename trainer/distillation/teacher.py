@@ -46,6 +46,7 @@ class Teacher:
             weighted mean of probabilities), `confidence` (as `probabilities`, but each sample weights a network by
             its highest probability).
         specs: Of each network, what rebuilds it, if that is not what its entry says (removed channels).
+        shape: (C, H, W) of the data's images, which networks without `resize` see; None for images as they come.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Teacher:
         std: Sequence[float],
         combine: str = "logits",
         specs: Sequence[dict[str, Any]] | None = None,
+        shape: Sequence[int] | None = None,
     ) -> None:
         self.networks = list(networks)
         specs = [spec(k) for k in keys] if specs is None else specs
@@ -65,6 +67,7 @@ class Teacher:
         ]
         self.combine = combine
         self.mean, self.std = tuple(mean), tuple(std)
+        self.shape = None if shape is None else tuple(shape)
         self.version = 0  # counts its trainings: answers of an earlier version are outdated
         self._ready: list[nn.Module] = []  # the networks that are run: these, or faster copies
         self._ready_for: list = []  # the state of the networks that the copies were made from
@@ -75,6 +78,11 @@ class Teacher:
     def network(self) -> nn.Module:
         """The first network, whose maps and embeddings losses compare."""
         return self.networks[0]
+
+    @property
+    def size(self) -> int | None:
+        """The largest side of the images that its networks see, None if all see the data's."""
+        return max((member.size for member in self.members if member.size), default=None)
 
     @property
     def num_bytes(self) -> int:
@@ -114,10 +122,14 @@ class Teacher:
         return hashlib.sha256(repr((facts, self.combine, self.mean, self.std)).encode()).hexdigest()
 
     def prepare(self, images: Tensor, number: int = 0) -> Tensor:
-        """Returns images [N, C, H, W] in [0, 1] as the input of network `number`: in its size and normalisation."""
+        """Returns images [N, C, H, W] in [0, 1] as the input of network `number`: in its size and normalisation.
+
+        The images are the data's, or the same as read at the teacher's `size` (`Data.at_size`).
+        """
         member = self.members[number]
-        if member.size:
-            images = F.interpolate(images, size=(member.size, member.size), mode="bilinear", antialias=True)
+        size = (member.size, member.size) if member.size else self.shape and self.shape[1:]
+        if size and tuple(images.shape[2:]) != tuple(size):
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         return normalize(images, member.mean or self.mean, member.std or self.std)
 
     @torch.no_grad()

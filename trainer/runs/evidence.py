@@ -145,10 +145,12 @@ def _maps(run: Run) -> dict[str, Any] | None:
     assert run.teacher is not None
     device = run.accelerator.device
     step = max(1, len(run.data.test) // NUM_MAPS)
-    images = _images(run, run.data.test, torch.arange(0, len(run.data.test), step)[:NUM_MAPS])[0].to(device)
-    scaled = images.float() / 255
-    inputs = normalize(scaled, run.data.mean, run.data.std)
-    teacher = run.teacher
+    positions, teacher = torch.arange(0, len(run.data.test), step)[:NUM_MAPS], run.teacher
+    images = _images(run, run.data.test, positions)[0].to(device)
+    inputs = normalize(images.float() / 255, run.data.mean, run.data.std)
+    larger = run.data.at_size(teacher.size)  # as the teacher sees them
+    scaled = images if larger is run.data else _images(run, larger.test, positions)[0].to(device)
+    scaled = scaled.float() / 255
     layers = pair(
         features.look(run.student, inputs),
         features.look(teacher.network, teacher.prepare(scaled)),

@@ -116,8 +116,9 @@ def _teacher_faults(run: Run) -> Iterator[tuple[str, str]]:
 
     Its weights are not finite, its classes stand in another order than the data's, or its answers are guesses.
     """
-    teacher, part = run.teacher, run.data.validation
+    teacher = run.teacher
     assert teacher is not None
+    part = run.data.at_size(teacher.size).validation
     for number, network in enumerate(teacher.networks):
 
         def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:

@@ -137,7 +137,7 @@ def _percent_right(network: nn.Module, size: int | None, data: Data, looks: Look
     learns = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     entry = TeacherKeys(model="python:x:y", resize=size, mean=looks.mean, std=looks.std)
     teacher = Teacher([network], [entry], data.mean, data.std, specs=[{}])
-    part = data.validation
+    part = data.at_size(size).validation
     indices = torch.arange(0, len(part), max(1, len(part) // NUM_IMAGES))
     device = next(network.parameters()).device
     answers = [

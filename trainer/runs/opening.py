@@ -258,7 +258,8 @@ def make_teacher(
         networks.append(network)
         entries.append(keys)
         specs.append(made.spec)
-    return Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits", specs), notes
+    teacher = Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits", specs, data.shape)
+    return teacher, notes
 
 
 def _resized(keys: TeacherKeys, size: int | None, where: str) -> tuple[TeacherKeys, list[str]]:

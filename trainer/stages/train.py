@@ -1,5 +1,6 @@
 """Trains the teacher or the student on labels, or loads a checkpoint and checks its accuracy."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -70,17 +71,24 @@ def train(
             _load(run, who, number, checkpoint, prefix, use_ema)
             continue
         assert training is not None
-        prepare = None if teacher is None else (lambda images, n=number: teacher.prepare(images, n))
         network.requires_grad_(True)
-        objective = Objective(
-            network,
-            losses,
-            run.data,
-            num_epochs=training.epochs,
-            device=run.accelerator.device,
-            prepare=prepare,
-        )
-        fitted = fit(run, objective, training)
+        data = run.data
+        prepare = None
+        if teacher is not None:
+            prepare = functools.partial(teacher.prepare, number=number)
+            run.data = data.at_size(teacher.members[number].size)  # as it will see them when it teaches
+        try:
+            objective = Objective(
+                network,
+                losses,
+                run.data,
+                num_epochs=training.epochs,
+                device=run.accelerator.device,
+                prepare=prepare,
+            )
+            fitted = fit(run, objective, training)
+        finally:
+            run.data = data
         numbers = {
             k: fitted[k] + numbers.get(k, 0) if k in ("epochs", "steps", "train_seconds") else v
             for k, v in fitted.items()

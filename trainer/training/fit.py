@@ -136,10 +136,21 @@ def _augmented(
     data = state.run.data
     images = state.views.augmented(images, index, view)
     if data.mixed:
-        images, labels = mix(images, labels, len(data.classes), data.mixup, data.cutmix)
+        mixing = (labels, len(data.classes), data.mixup, data.cutmix)
+        pictures, drawn = state.objective.pictures, torch.get_rng_state()
+        if pictures is not None:
+            state.objective.mixed_pictures = lambda: _mixed_alike(pictures.of(index, view), mixing, drawn)
+        images, labels = mix(images, *mixing)
     if state.training.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     return images, labels, index
+
+
+def _mixed_alike(images: Tensor, mixing: tuple, drawn: Tensor) -> Tensor:
+    """Returns images mixed by the numbers that follow a state of the random generator; leaves the generator as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(drawn)
+        return mix(images, *mixing)[0]
 
 
 def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
