@@ -138,7 +138,7 @@ def test_kept_answers_to_enlarged_pixels_are_not_taken_for_those_to_pictures(fol
     data = data_of(folder)
     teacher = teacher_of(data, Seeing())
     with monkeypatch.context() as patch:
-        patch.setattr(type(data), "at_size", lambda self, size: self)
+        patch.setattr(type(data), "at_size", lambda self, *_: self)
         before = Answers(teacher, data, tmp_path, CacheKeys())
     after = Answers(teacher, data, tmp_path, CacheKeys())
     assert before.file.folder != after.file.folder
@@ -222,3 +222,37 @@ def test_mixed_batches_are_mixed_alike_at_two_sizes(folder, tmp_path, monkeypatc
     for large, small in zip(seen, batches, strict=True):
         shown = functional.interpolate(large, size=(SMALL, SMALL), mode="bilinear", antialias=True)
         assert (shown - small).abs().mean() < 0.03 < (shown.flip(0) - small).abs().mean()
+
+
+TAUGHT = """name: {name}
+data: {{dataset: image_folder, folder: {folder}, size: 16, workers: 0, validation: 4}}
+teacher: {{model: lenet5, width: 2{teacher}}}
+student: {{model: lenet5, width: 2}}
+stages: [{stages}]
+allow_untrained: true
+"""
+
+
+def test_the_size_that_a_checkpoint_recorded_is_the_teacher_s(folder, tmp_path, monkeypatch):
+    from tests import making
+
+    making.leave_plots_out(monkeypatch)
+    distil = "{stage: distill, training: {epochs: 1}, losses: [{loss: kl}]}"
+    teach = "{stage: train, who: teacher, training: {epochs: 40, batch_size: 8, lr: 5e-3}}"
+    rows, notes = [], []
+    for name, teacher, stages in (
+        ("first", ", resize: 64", f"{teach}, {distil}"),
+        ("second", ", checkpoint: {file}", distil),
+    ):
+        file = next(tmp_path.glob("first/checkpoints/01-distill/*/teacher-0.safetensors"), None)
+        path = tmp_path / f"{name}.yaml"
+        given = teacher.format(file=file)
+        path.write_text(TAUGHT.format(name=name, folder=folder, teacher=given, stages=stages))
+        report = runner.run(path, folder=tmp_path)
+        rows.append([row["top1"] for row in report["rows"] if row["stage"] == "teacher"])
+        notes = report["data"]
+    assert rows[0] == rows[1] == [100.0]
+    assert (
+        "teacher lenet5: sees images of 64 x 64 pixels, as it was trained on (resize in the recipe decides)"
+        in notes
+    )

@@ -70,7 +70,7 @@ def test_both_are_measured_and_said_once_in_a_run(
 ):
     measured = []
 
-    def right(network, size, data, looks):
+    def right(network, size, filter, data, looks):
         measured.append(looks)
         return own_right if looks.source == "the data" else known_right
 
@@ -153,3 +153,17 @@ stages: [{{stage: distill, training: {{epochs: 1, lr: 1e-12}}, losses: [{{loss: 
     # `trainer pairs` needs no measurement.
     monkeypatch.setattr(known, "_percent_right", None)
     pairs(path)
+
+
+@pytest.mark.parametrize(
+    "facts, config, expected",
+    [
+        ({"reading": {"filter": "bilinear"}}, {"interpolation": "bicubic"}, "bilinear"),
+        ({"reading": {}}, {"interpolation": "bilinear"}, "bicubic"),
+        ({}, {"interpolation": "bilinear"}, "bilinear"),
+        ({}, {"interpolation": "random"}, None),
+    ],
+)
+def test_the_filter_is_known_likewise(facts, config, expected):
+    assert known.known_filter(LOADED, made(facts, config)) == expected
+    assert known.known_filter(ModelKeys(model="x"), made({}, config)) is None

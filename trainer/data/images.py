@@ -150,9 +150,10 @@ class Data:
     notes: list[str] = field(default_factory=list)
     zoom: float = 1.0
 
-    def at_size(self, size: int | None) -> "Data":
+    def at_size(self, size: int | None, filter: str | None = None) -> "Data":
         """Returns the same images as read from their pictures at size x size, for a network that sees larger ones.
 
+        filter: of the resizing; the data's own for None. What of a picture is seen, `crop`, is the data's.
         Returns the data itself for its own size, for None, and for images that are not read from pictures.
         """
         channels, height, width = self.shape
@@ -160,6 +161,7 @@ class Data:
         if size is None or size == height == width or not all(hasattr(p.images, "at") for p in parts):
             return self
         reading = replace(self.reading or Reading(self.shape), shape=(channels, size, size))
+        reading = replace(reading, filter=filter or reading.filter)
         train, validation, test = (replace(part, images=part.images.at(reading)) for part in parts)  # type: ignore[attr-defined]
         return replace(
             self,

@@ -78,7 +78,7 @@ class Answers:
         self._tolerance = TOLERANCE if precision == "no" else HALF_TOLERANCE
         self._num_views = num_views
         # A teacher of larger images sees them as read from their pictures.
-        self._views = Views(data.at_size(teacher.size))
+        self._views = Views(teacher.images_of(data))
         with torch.no_grad():
             seen = self._ask(torch.zeros(1, *data.shape, device=self._device))
         self.record = record_of(seen, getattr(torch, keys.type), keys.top)
@@ -283,7 +283,7 @@ def _depends_on(
 ) -> dict[str, Any]:
     """Returns everything that the answers depend on. Without augmentation the seed is None: it has no effect."""
     augmented = data.augment != Augment()
-    pictures = data.at_size(teacher.size).shape  # without any the facts are those of earlier versions
+    pictures = teacher.images_of(data)  # if they are the data the facts are those of earlier versions
     return {
         "format": FORMAT,
         "teacher": teacher.fingerprint(),
@@ -293,7 +293,7 @@ def _depends_on(
         "images": data.fingerprint,
         "num_samples": data.num_samples,
         "shape": list(data.shape),
-        **({} if pictures == data.shape else {"pictures": list(pictures)}),
+        **({} if pictures is data else {"pictures": [list(pictures.shape), teacher.filter]}),
         "augment": data.augment.model_dump() if augmented else None,
         "seed": data.seed if augmented else None,
         "views": num_views,

@@ -94,7 +94,7 @@ class Objective(nn.Module):
             teacher.make_ready()  # now, because torch.compile would trace it in the first step
         self._teacher_images = 0
         # A teacher of larger images sees the same views of them, as read from their pictures.
-        larger = data if teacher is None else data.at_size(teacher.size)
+        larger = data if teacher is None else teacher.images_of(data)
         self._pictures = None if larger is data else Views(larger)
         self.mixed_pictures: Callable[[], Tensor] | None = None  # the present batch, where it is mixed
         self._ids = data.train.ids.to(device) if "index" in asks else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.data.images import normalize
+from trainer.data.images import Data, normalize
 from trainer.distillation import cpu
 from trainer.networks import features
 from trainer.networks.build import spec
@@ -47,6 +47,7 @@ class Teacher:
             its highest probability).
         specs: Of each network, what rebuilds it, if that is not what its entry says (removed channels).
         shape: (C, H, W) of the data's images, which networks without `resize` see; None for images as they come.
+        filter: With which pictures are resized to its `size`, None for the data's.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Teacher:
         combine: str = "logits",
         specs: Sequence[dict[str, Any]] | None = None,
         shape: Sequence[int] | None = None,
+        filter: str | None = None,
     ) -> None:
         self.networks = list(networks)
         specs = [spec(k) for k in keys] if specs is None else specs
@@ -68,6 +70,7 @@ class Teacher:
         self.combine = combine
         self.mean, self.std = tuple(mean), tuple(std)
         self.shape = None if shape is None else tuple(shape)
+        self.filter = filter
         self.version = 0  # counts its trainings: answers of an earlier version are outdated
         self._ready: list[nn.Module] = []  # the networks that are run: these, or faster copies
         self._ready_for: list = []  # the state of the networks that the copies were made from
@@ -83,6 +86,10 @@ class Teacher:
     def size(self) -> int | None:
         """The largest side of the images that its networks see, None if all see the data's."""
         return max((member.size for member in self.members if member.size), default=None)
+
+    def images_of(self, data: Data) -> Data:
+        """Returns the data as the teacher sees them: read from their pictures at its size, where there are pictures."""
+        return data.at_size(self.size, self.filter)
 
     @property
     def num_bytes(self) -> int:
@@ -124,7 +131,7 @@ class Teacher:
     def prepare(self, images: Tensor, number: int = 0) -> Tensor:
         """Returns images [N, C, H, W] in [0, 1] as the input of network `number`: in its size and normalisation.
 
-        The images are the data's, or the same as read at the teacher's `size` (`Data.at_size`).
+        The images are the data's, or the same as read at the teacher's `size` (`images_of`).
         """
         member = self.members[number]
         size = (member.size, member.size) if member.size else self.shape and self.shape[1:]

@@ -100,8 +100,8 @@ class DataKeys(_ShelfEntry):
         augment: The augmentation.
         mixup, cutmix: Alpha of their Beta distributions, 0 for off.
         workers: Processes that read images from disk.
-        mean, std: Of the normalisation, for each channel; by default the training images' own. (0 and 1 leave images
-            in [0, 1].)
+        mean, std: Of the normalisation, for each channel; by default those of a loaded student, else the training
+            images' own. (0 and 1 leave images in [0, 1].)
 
     Acted on by `data.batches` and `data.views`.
     """
@@ -160,8 +160,11 @@ class TeacherKeys(ModelKeys):
     """A teacher.
 
     Attributes:
-        resize: Side of its input images in pixels; by default the data's.
-        mean, std: Of its normalisation, for each channel; by default the data's.
+        resize: Side of its input images in pixels; by default the side that its checkpoint or timm's pretrained weights
+            were trained on, else the data's. They are read from the pictures at that size, where there are pictures, in
+            the student's view.
+        mean, std: Of its normalisation, for each channel; by default those that its checkpoint recorded or timm's
+            configuration says, else the data's.
         classes: What each of its outputs is, if its classes stand in another order than the data's: their names, or their
             positions among the data's classes.
         weight: Its weight among several teachers.

@@ -148,7 +148,7 @@ def _maps(run: Run) -> dict[str, Any] | None:
     positions, teacher = torch.arange(0, len(run.data.test), step)[:NUM_MAPS], run.teacher
     images = _images(run, run.data.test, positions)[0].to(device)
     inputs = normalize(images.float() / 255, run.data.mean, run.data.std)
-    larger = run.data.at_size(teacher.size)  # as the teacher sees them
+    larger = teacher.images_of(run.data)  # as the teacher sees them
     scaled = images if larger is run.data else _images(run, larger.test, positions)[0].to(device)
     scaled = scaled.float() / 255
     layers = pair(

@@ -118,7 +118,7 @@ def _teacher_faults(run: Run) -> Iterator[tuple[str, str]]:
     """
     teacher = run.teacher
     assert teacher is not None
-    part = run.data.at_size(teacher.size).validation
+    part = teacher.images_of(run.data).validation
     for number, network in enumerate(teacher.networks):
 
         def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:

@@ -1,4 +1,4 @@
-"""Finds the mean, standard deviation and size of the images that a loaded network was trained on.
+"""Finds the mean, standard deviation, size and filter of the images that a loaded network was trained on.
 
 In this order: what the recipe says, what our own checkpoint recorded, timm's configuration, the data's.
 """
@@ -15,6 +15,7 @@ from torch import nn
 
 from trainer.data.batches import batches
 from trainer.data.images import Data
+from trainer.data.reading import FILTERS
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import ModelKeys, TeacherKeys
@@ -43,6 +44,16 @@ def known_size(facts: Mapping[str, Any], key: str, shape: tuple[int, int, int]) 
     size = list(facts.get(key) or ())[1:]
     square = len(size) == 2 and size[0] == size[1]
     return int(size[0]) if square and tuple(size) != tuple(shape[1:]) else None
+
+
+def known_filter(keys: ModelKeys, made: Made) -> str | None:
+    """Returns the filter with which the images of a loaded network were resized; None if nothing is known."""
+    if "reading" in made.facts:
+        return dict(made.facts["reading"] or {}).get("filter", "bicubic")
+    config = getattr(made.network, "pretrained_cfg", None) or {}
+    loaded = keys.checkpoint is not None or getattr(keys, "pretrained", False)
+    found = config.get("interpolation") if loaded else None
+    return found if found in FILTERS else None
 
 
 def known_looks(keys: ModelKeys, made: Made, channels: int) -> Looks | None:
@@ -92,7 +103,7 @@ def looks_of(
     if folder is None or head_is_new or not (data.validation.labels >= 0).any():
         numbers = [", ".join(f"{value:.4g}" for value in values) for values in known[:2]]
         return known, [f"{who}: mean {numbers[0]} and std {numbers[1]} are {known.source}'s, not the data's"]
-    right = _measured(keys, made.network, data, [known, own], folder, writes)
+    right = _measured(keys, made, data, [known, own], folder, writes)
     is_guess = known.source == "timm" and keys.checkpoint is not None
     taken = own if is_guess and right[1] > right[0] else known
     note = (
@@ -109,12 +120,20 @@ def _has_other_classes(keys: ModelKeys, network: nn.Module, data: Data) -> bool:
 
 
 def _measured(
-    keys: ModelKeys, network: nn.Module, data: Data, candidates: list[Looks], folder: Path, writes: bool
+    keys: ModelKeys, made: Made, data: Data, candidates: list[Looks], folder: Path, writes: bool
 ) -> list[float]:
     """Returns the accuracy in percent on validation images with each normalisation; kept in the run's folder."""
-    size = getattr(keys, "resize", None)
+    network, size = made.network, getattr(keys, "resize", None)
+    filter = known_filter(keys, made) if size else None
     labels = data.validation.labels.tolist()
-    depends_on = (digest(network.state_dict()), data.fingerprint, labels, size, [c[:2] for c in candidates])
+    depends_on = (
+        digest(network.state_dict()),
+        data.fingerprint,
+        labels,
+        size,
+        filter,
+        [c[:2] for c in candidates],
+    )
     key = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     path = folder / MEASURED
     kept: dict[str, list[float]] = {}
@@ -124,20 +143,22 @@ def _measured(
     found = kept.get(key)
     if found is not None and len(found) == len(candidates):
         return found
-    right = [_percent_right(network, size, data, looks) for looks in candidates]
+    right = [_percent_right(network, size, filter, data, looks) for looks in candidates]
     if writes:
         files.write_bytes(path, json.dumps(kept | {key: right}, indent=1).encode())
     return right
 
 
 @torch.no_grad()
-def _percent_right(network: nn.Module, size: int | None, data: Data, looks: Looks) -> float:
+def _percent_right(
+    network: nn.Module, size: int | None, filter: str | None, data: Data, looks: Looks
+) -> float:
     """Returns the network's accuracy in percent on at most `NUM_IMAGES` validation images, evenly spread."""
     modes = [(module, module.training) for module in network.modules()]
     learns = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     entry = TeacherKeys(model="python:x:y", resize=size, mean=looks.mean, std=looks.std)
     teacher = Teacher([network], [entry], data.mean, data.std, specs=[{}])
-    part = data.at_size(size).validation
+    part = data.at_size(size, filter).validation
     indices = torch.arange(0, len(part), max(1, len(part) // NUM_IMAGES))
     device = next(network.parameters()).device
     answers = [

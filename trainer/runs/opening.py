@@ -24,7 +24,7 @@ from trainer.recipe.stages import any_teaches, teaches, training_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers
-from trainer.runs.known import known_size, looks_of
+from trainer.runs.known import known_filter, known_size, looks_of
 from trainer.runs.resuming import same_recipe
 from trainer.runs.together import check_same, check_shared, together
 from trainer.storage.lock import lock
@@ -232,7 +232,7 @@ def make_teacher(
     """
     if not recipe.teacher_entries:
         return None, []
-    networks, entries, specs, notes = [], [], [], []
+    networks, entries, specs, notes, filters = [], [], [], [], []
     for number, keys in enumerate(recipe.teacher_entries):
         torch.manual_seed(recipe.seed * 2 + 1000 * number)
         is_taught = any_teaches(recipe.stages)
@@ -258,7 +258,11 @@ def make_teacher(
         networks.append(network)
         entries.append(keys)
         specs.append(made.spec)
-    teacher = Teacher(networks, entries, data.mean, data.std, recipe.combine or "logits", specs, data.shape)
+        if keys.resize:
+            filters.append(known_filter(keys, made))
+    teacher = Teacher(
+        networks, entries, data.mean, data.std, recipe.combine or "logits", specs, data.shape, *filters[:1]
+    )
     return teacher, notes
 
 

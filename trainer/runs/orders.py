@@ -30,7 +30,8 @@ def order_fault(run: Run, who: str, network: Callable[[Tensor], Tensor], answers
     labels, classes = run.data.validation.labels, run.data.classes
     if another_order(answers, labels, len(classes)) is None:
         return None
-    train = run.data.at_size(None if run.teacher is None else run.teacher.size).train
+    assert run.teacher is not None
+    train = run.teacher.images_of(run.data).train
     ids = train.ids[:: max(1, len(train) // NUM_IMAGES)]
     part = Part(train.images, ids, train.workers)
     taught = predict(network, part, run.accelerator)

@@ -76,7 +76,9 @@ def train(
         prepare = None
         if teacher is not None:
             prepare = functools.partial(teacher.prepare, number=number)
-            run.data = data.at_size(teacher.members[number].size)  # as it will see them when it teaches
+            run.data = data.at_size(
+                teacher.members[number].size, teacher.filter
+            )  # as it will see them when it teaches
         try:
             objective = Objective(
                 network,

@@ -76,7 +76,7 @@ def teacher_answers(run: Run, part_name: str) -> Tensor | None:
         return None
     key = (part_name, teacher.version)
     if key not in run.answers:
-        part = getattr(run.data.at_size(teacher.size), part_name)
+        part = getattr(teacher.images_of(run.data), part_name)
         run.answers[key] = predict(lambda images: teacher.see(images).logits, part, run.accelerator)
     return run.answers[key]
 
