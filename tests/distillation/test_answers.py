@@ -698,7 +698,7 @@ def run_twice(rank, path, folder):
     making.leave_plots_out(pytest.MonkeyPatch())  # for as long as the process lives
     images = []
     for name in ("first", "second"):
-        runner.run(path, folder=folder / name)
+        runner.run(path, {"allow_untrained": True}, folder / name)
         lines = [json.loads(line) for line in (folder / name / "x" / "log.jsonl").read_text().splitlines()]
         images.append([line["teacher_images"] for line in lines if "teacher_images" in line])
     return images
