@@ -21,10 +21,10 @@ from trainer.training.weights import Made
 LOADED = TeacherKeys.model_construct(model="x", checkpoint="x.pth")
 
 
-def made(facts=None, config=None, notes=()):
+def made(facts=None, config=None, new_head=False):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     network.pretrained_cfg = config
-    return Made(network, {}, facts or {}, list(notes))
+    return Made(network, {}, facts or {}, [], new_head)
 
 
 OURS = {"mean": [0.1], "std": [0.2]}
@@ -98,7 +98,7 @@ def test_both_are_measured_and_said_once_in_a_run(
 
 def test_what_cannot_be_measured_is_taken_and_said(tmp_path, monkeypatch, data):
     monkeypatch.setattr(known, "_percent_right", None)
-    looks, notes = looks_of(LOADED, made({}, TIMMS, ["new head"]), data, "x", tmp_path)
+    looks, notes = looks_of(LOADED, made({}, TIMMS, new_head=True), data, "x", tmp_path)
     assert looks == ((0.3,), (0.4,), "timm")
     assert notes == ["x: mean 0.3 and std 0.4 are timm's, not the data's"]
     assert looks_of(LOADED, made(OURS), data, "x", None)[0] == ((0.1,), (0.2,), "its checkpoint")

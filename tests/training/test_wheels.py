@@ -54,7 +54,7 @@ def test_tensors_of_other_names_are_taken_in_their_order(put):
     put(renamed(good))
     made = loaded(network())
     assert all(torch.equal(tensor, good[key]) for key, tensor in made.network.state_dict().items())
-    assert made.facts == FACTS and made.spec == SPEC and made.notes == []
+    assert made.facts == FACTS and made.spec == SPEC and made.notes == [] and not made.new_head
 
 
 def test_with_other_classes_the_head_starts_at_zero_where_it_will_be_taught(put):
@@ -65,6 +65,7 @@ def test_with_other_classes_the_head_starts_at_zero_where_it_will_be_taught(put)
     ):
         loaded(network())
     made = loaded(network(), new_head=True)
+    assert made.new_head
     own = made.network.state_dict()
     assert all(torch.equal(own[key], good[key]) for key in own if not key.startswith("fc"))
     assert not own["fc.weight"].any() and not own["fc.bias"].any()

@@ -47,12 +47,14 @@ class Made(NamedTuple):
         facts: What our own checkpoint records about its images ("mean", "std", "classes" ...), {} for other
             files.
         notes: Lines for the user about how it was loaded.
+        new_head: Whether its classifier is new, and zero.
     """
 
     network: nn.Module
     spec: dict[str, Any]
     facts: dict[str, Any]
     notes: list[str]
+    new_head: bool = False
 
 
 class Fit(NamedTuple):
@@ -136,7 +138,7 @@ def load_weights(
         new = fill_in_order(network, content, path, classifier if new_head else set(), shape[0] == 1)
         if new:
             zero_head(network)
-        return Made(network, dict(spec), about, [_on_new_head(path, classifier)] if new else [])
+        return Made(network, dict(spec), about, [_on_new_head(path, classifier)] if new else [], bool(new))
     content, about = _content(path)
     recorded = about.get("net") or {}
     spec = dict(spec)
@@ -166,7 +168,7 @@ def load_weights(
     if not fits:
         raise Mistake(f"{path}: does not fit the network: {_misfit(network, own, groups, prefix)}")
     network.load_state_dict({**network.state_dict(), **fits[0].tensors})
-    return Made(network, spec, about, notes)
+    return Made(network, spec, about, notes, new_head=bool(notes))
 
 
 def _on_new_head(path: Path, classifier: set[str]) -> str:
