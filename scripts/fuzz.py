@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_targets
+import psutil
 import torch
 
 from trainer.mistakes import Mistake
 
 MOST_SECONDS, MOST_BYTES, MOST_CHARACTERS = 2.0, 500e6, 300
-HANGING = 60  # seconds on the clock after which an input is given up
+HANGING, ASLEEP = 30, 600  # seconds of the processor, and on the clock, after which an input is given up
 BATCH = 100
 
 
@@ -89,15 +90,16 @@ def run(kind: str, attempt: Callable, count: int, folder: Path) -> None:
 
 def ended_well(child: int, record: Path, num: int) -> bool:
     """Waits for a batch's process; kills it if no input ends for long. Returns whether it ended by itself."""
-    size, since = -1, time.monotonic()
+    size, since, worked = -1, time.monotonic(), 0.0
+    watched = psutil.Process(child)
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return status == 0
-        now = record.stat().st_size if record.exists() else 0
+        now, busy = record.stat().st_size if record.exists() else 0, watched.cpu_times().user
         if now != size:
-            size, since = now, time.monotonic()
-        elif time.monotonic() - since > HANGING:
+            size, since, worked = now, time.monotonic(), busy
+        elif busy - worked > HANGING or time.monotonic() - since > ASLEEP:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return False
