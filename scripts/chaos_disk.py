@@ -72,10 +72,11 @@ class Disk:
             raise OSError(self.fails, os.strerror(self.fails), None if path is None else str(path))
         if here and not self.fails and self.moment < 0.4:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **more)
-        if here and not self.fails:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        try:
+            return real(*arguments, **more)
+        finally:
+            if here and not self.fails:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def _tell(self, handle: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))

@@ -122,7 +122,7 @@ def outcome_of(kind: str, attempt: Callable, number: int, folder: Path) -> dict[
     except BaseException as error:
         what, bad = f"traceback: {type(error).__name__}", True
         detail = traceback.format_exc()
-    seconds, num_bytes = time.process_time() - started, peak_bytes() - before
+    seconds, num_bytes = time.process_time() - max(started, fuzz_targets.began), peak_bytes() - before
     if seconds > MOST_SECONDS or num_bytes > MOST_BYTES:
         what, bad = f"{what}, slow or large", True
         detail += f"\n{seconds:.1f} s, {num_bytes / 1e6:.0f} MB"

@@ -10,6 +10,7 @@ import json
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ def recipes(folder: Path) -> Attempt:
     return attempt
 
 
+began = 0.0  # processor time at which the last attempt had made its input
+
+
+def _begin() -> None:
+    global began
+    began = time.process_time()
+
+
 def packed_files(folder: Path) -> Attempt:
     """Packed files of all kinds of networks, damaged, under a stale checksum or a right one, or with another header."""
     kept = folder / "originals"
@@ -102,6 +111,7 @@ def packed_files(folder: Path) -> Attempt:
             arrays = {name: tensor.numpy() for name, tensor in state.items()}
             layout = packed.layout(raw) if packed.rebuilds(raw) else None
             data = container.encode(reshaped(raw, chance), arrays, layout=layout)
+            _begin()
         else:
             data = damaged(data, chance)
             if kind:
