@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +205,7 @@ def test_what_is_nobodys_mistake_is_not_hidden(say, monkeypatch, tmp_path):
         (
             OSError(28, "No space left on device", "x"),
             2,
-            "trainer: [Errno 28] No space left on device: 'x'\n",
+            "trainer: x: No space left on device\n",
         ),
         (RuntimeError("operator torchvision::nms does not exist"), 2, "install a matching pair"),
         (
@@ -302,7 +304,7 @@ def test_check_tells_every_fault(say, tmp_path):
         ),
         (
             ["--set", "a=[1"],
-            "trainer: --set a=[1: is not YAML: expected ',' or ']', but got '<stream end>'\n",
+            "trainer: --set a=[1: is not YAML: the bracket [ is never closed\n",
         ),
         (["--set", "seed=1", "--set", "seed=2"], "trainer: --set seed: is given twice\n"),
         (["--set", "seed=1", "--seed", "2"], "trainer: --set seed: --seed gives it too\n"),
@@ -333,6 +335,83 @@ def test_run_reports_and_is_not_run_twice(finished, say):
     assert contents(finished) == before
 
 
+@pytest.fixture
+def of_another_user(finished, say, monkeypatch):
+    """A copy of the finished run and its recipe that this process can read and not write; root becomes `nobody` for it."""
+    user = os.geteuid()
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders can be entered by their owner only
+    shutil.copytree(finished.parent, folder, dirs_exist_ok=True)
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    monkeypatch.chdir(folder)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield folder
+    finally:
+        os.seteuid(user)
+        monkeypatch.undo()
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_finished_run_of_another_user_is_shown(of_another_user, say):
+    folder = of_another_user
+    with pytest.raises(PermissionError):
+        (folder / "tiny" / "x").touch()
+    status, out, err = say("run", folder / "tiny.yaml", "--folder", folder)
+    assert (status, err) == (0, "") and "this recipe has run already" in out and "decoded" in out
+    status, out, err = say("inspect", folder / "tiny" / "student.tiny")
+    assert (status, err) == (0, "") and "lenet5" in out
+    status, out, err = say("evaluate", folder / "tiny" / "student.tiny", folder / "tiny.yaml")
+    assert (status, err) == (0, "") and "top-1" in out
+    # What must write says which path it cannot write.
+    status, _, err = say("run", folder / "tiny.yaml", "--folder", folder, "--name", "new")
+    assert (status, err) == (2, f"trainer: {folder / 'new'}: Permission denied\n")
+    status, _, err = say("unpack", folder / "tiny" / "student.tiny")
+    assert (status, err) == (2, f"trainer: {folder / 'tiny' / 'student.safetensors'}: Permission denied\n")
+
+
+def test_no_line_of_a_message_is_long(say, tmp_path):
+    long = "x" * 100_000
+    faulty = (
+        changed("bits: 4", f"{long}: 4"),
+        changed("bits: 4", f"bits: {long}"),
+        changed("model: lenet5, width: 2", f"model: {long}"),
+        changed("name: tiny", f"name: [{long}"),
+        changed("name: tiny", f"name: *{long}"),
+        changed("name: tiny", f"name: !{long} a"),
+        changed("name: tiny", f"a: &{long} 1\nb: &{long} 1"),
+        RECIPE + "".join(f"key{n}: 3\n" for n in range(3000)),
+    )
+    recipe(tmp_path)
+    for words in (
+        *(["check", recipe(tmp_path, text, f"{n}.yaml")] for n, text in enumerate(faulty)),
+        ["check", "x.yaml", "--set", f"{long}=3"],
+        ["check", "x.yaml", "--set", long],
+        ["check", "x.yaml", "--set", f"seed=[{long}"],
+        ["check", long],
+        ["inspect", long],
+        ["run", "x.yaml", "--name", long],
+    ):
+        status, _, err = say(*words)
+        assert status == 2 and err.startswith("trainer:"), str(words)[-200:]
+        lines = err.splitlines()
+        assert len(lines) < 50 and max(map(len, lines)) <= 300 + len("trainer: "), err[:2000]
+    with pytest.raises(SystemExit):
+        say("predict", "x", "y", "--top", long)
+
+
+def test_a_long_value_loses_its_middle(say, tmp_path):
+    recipe(tmp_path, changed("bits: 4", f"begin{'x' * 1000}end: 4"))
+    status, _, err = say("check", "x.yaml")
+    assert status == 2 and re.fullmatch(
+        r"trainer: x.yaml:13: stages\[3\]\.beginx{20,}\.\.\.x{20,}end: is no key here; there are: .*\(17 in all\)\n",
+        err,
+    )
+
+
 def test_a_folder_of_another_recipe_is_left_alone(finished, say, tmp_path):
     before = contents(finished)
     for words in (["--set", "stages.0.training.lr=1e-2"], ["--seed", "1", "--name", "tiny"]):
@@ -360,8 +439,11 @@ def test_run_with_changes(say, tmp_path):
         "teacher=",
         "--set",
         "data.subset=64",
+        "--set",
+        "data.workers=3",
     ]
-    assert say("run", recipe(tmp_path), "--seed", "3", *words)[0] == 0
+    status, out, _ = say("run", recipe(tmp_path), "--seed", "3", *words)
+    assert status == 0 and "data.workers: has no effect: the images are in memory\n" in out
     here = tmp_path / "runs" / "tiny-seed3"
     kept = (here / "recipe.yaml").read_text()
     assert kept.startswith("# x.yaml with changes from the command line\nname: tiny-seed3\n")

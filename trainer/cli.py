@@ -7,13 +7,14 @@ report it.
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from trainer.mistakes import Mistake, Said, message_of, printable, say
+from trainer.mistakes import Mistake, Said, brief, message_of, printable, say
 from trainer.storage.files import read_bytes
 from trainer.training.stopping import Stopped
 
@@ -71,10 +72,15 @@ def _say(message: str) -> None:
         say(message)
 
 
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose messages are as short as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(brief(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trainer", description="Distil, prune, weight-share and pack image classifiers."
-    )
+    parser = _Parser(prog="trainer", description="Distil, prune, weight-share and pack image classifiers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, name: str, help: str) -> argparse.ArgumentParser:
@@ -100,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(seed=None, name=None)
         if of_a_run:
             made.add_argument(
-                "--seed", type=int, help="another seed; without --name the run is then called NAME-seedN"
+                "--seed",
+                type=_number(int),
+                help="another seed; without --name the run is then called NAME-seedN",
             )
             made.add_argument("--name", help="another name of the run")
 
@@ -119,14 +127,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     recipe_options(scan, of_a_run=True)
     scan.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
-    scan.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
     scan.add_argument(
-        "--cost", type=float, default=1.0, help="points of validation accuracy a setting may cost (1)"
+        "--stage", type=_number(int), help="number of the prune stage, counted from 0 (the first one)"
+    )
+    scan.add_argument(
+        "--cost",
+        type=_number(float),
+        default=1.0,
+        help="points of validation accuracy a setting may cost (1)",
     )
     ladder = command(_ladder, "ladder", "Prune, share and pack at several sizes, from one distilled student.")
     recipe_options(ladder, of_a_run=True)
     ladder.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
-    ladder.add_argument("--stage", type=int, help="number of the prune stage, counted from 0 (the first one)")
+    ladder.add_argument(
+        "--stage", type=_number(int), help="number of the prune stage, counted from 0 (the first one)"
+    )
     ladder.add_argument(
         "--sparsity", type=_numbers(float), default=[], help="fractions of zeros: 0.9,0.95,0.98"
     )
@@ -181,12 +196,24 @@ def _numbers(kind: type) -> Callable[[str], list]:
 
     def read(words: str) -> list:
         try:
-            return [kind(word) for word in words.split(",")]
+            return [_number(kind)(word) for word in words.split(",")]
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"got {words!r}; numbers with commas between them are allowed"
             ) from None
 
+    return read
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    """Returns a function that reads a number as a recipe does: Python alone takes 1_0 for 10, and inf."""
+
+    def read(word: str) -> Any:
+        if not re.fullmatch(r"[-+.0-9eE]+", word):
+            raise ValueError(word)
+        return kind(word)
+
+    read.__name__ = kind.__name__  # for argparse: invalid int value: '1_0'
     return read
 
 

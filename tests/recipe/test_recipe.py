@@ -174,9 +174,59 @@ BAD = {
         changed("epochs: 1, lr", "epochs: 1_0, lr"),
         ["8: stages[1].training.epochs: got '1_0'; it should be a valid number"],
     ),
+    "such a text in augment": (
+        changed("size: 16", "augment: {shift: 1_0, rotate: ' 3'}"),
+        [
+            "2: data.augment.shift: got '1_0'; it should be a valid number",
+            "2: data.augment.rotate: got ' 3'; it should be a valid number",
+        ],
+    ),
+    "such a text where a folder may be named": (
+        changed("size: 16", "validation: 0_1"),
+        ["2: data.validation: got '0_1'; a number has no quotes and no _ (a folder: ./0_1)"],
+    ),
+    "a number in quotes where a folder may be named": (
+        changed("size: 16", "validation: '0.1'"),
+        ["2: data.validation: got '0.1'; a number has no quotes and no _ (a folder: ./0.1)"],
+    ),
+    "a number of base sixty": (
+        changed("epochs: 1, lr", "epochs: 1:30, lr"),
+        ["8: stages[1].training.epochs: got '1:30'; it should be a valid integer"],
+    ),
+    "a binary number": (
+        changed("epochs: 1, lr", "epochs: 0b11, lr"),
+        ["8: stages[1].training.epochs: got '0b11'; it should be a valid integer"],
+    ),
+    "infinity in quotes": (
+        changed("lr: 2e-3", "lr: ' .inf'"),
+        ["8: stages[1].training.lr: got ' .inf'; it should be a valid number"],
+    ),
+    "digits of another script": (
+        changed("epochs: 1, lr", "epochs: ３, lr"),
+        ["8: stages[1].training.epochs: got '３'; it should be a valid integer"],
+    ),
+    "a key without a space after its colon": (
+        changed("size: 16", "size:16"),
+        ["2: data.size:16: is no key here: a space is missing after the colon of 'size'"],
+    ),
     "such a text within": (
         changed("sensitivity: 1", "sensitivity: {fc1: 1_0}"),
         ["12: stages[2].sensitivity.fc1: got '1_0'; it should be a valid number"],
+    ),
+    # settings that have no effect in so few epochs
+    "milestones at the end": (
+        changed("epochs: 1, lr", "epochs: 9, schedule: step, milestones: [3, 9], lr"),
+        ["8: stages[1].training: milestones has 9, which is never reached: there are 9 epochs"],
+    ),
+    "patience until the end": (
+        changed("epochs: 1, lr", "epochs: 9, patience: 8, lr"),
+        [
+            "8: stages[1].training: patience 8 has no effect: it can stop after epoch 9 at the earliest, and there are 9"
+        ],
+    ),
+    "patience between two validations": (
+        changed("epochs: 1, lr", "epochs: 9, patience: 4, validate_every: 3, lr"),
+        ["8: stages[1].training: patience 4 has no effect: it can stop after epoch 9 at the earliest"],
     ),
     "true for a number": (
         changed("lr: 2e-3", "lr: true"),
@@ -458,7 +508,7 @@ BAD = {
         ],
     ),
     # keys
-    "twice": (changed("size: 16", "size: 16, size: 17"), ["2: data.size: is given twice"]),
+    "twice": (changed("size: 16", "size: 16, size: 17"), ["2: data.size: is given twice, first on line 2"]),
     "true as a key": (
         changed("name: good", "name: good\ntrue: 3\n[a]: 4\n1.5: 3\n~: 3"),
         [
@@ -475,7 +525,7 @@ BAD = {
     ),
     "merging twice": (
         changed("  - {stage: pack}", "  - {<<: &a {stage: pack}, <<: *a}"),
-        ["14: stages[4].<<: is given twice"],
+        ["14: stages[4].<<: is given twice, first on line 14"],
     ),
 }
 
@@ -487,6 +537,28 @@ def test_every_fault_is_told_with_its_line(case, faults):
     assert len(found) == len(wanted), "\n".join(found)
     for line, start in zip(found, wanted, strict=True):
         assert line.startswith(start), f"\n{line}\nis not\n{start}"
+
+
+def test_numbers_are_read_as_yaml_has_them(tmp_path, monkeypatch):
+    """YAML 1.2, as editors read it: 017 is 17, 0o17 is 15; a number in quotes is that number."""
+    monkeypatch.chdir(tmp_path)
+    for written_as, number in {
+        "0x10": 16,
+        "0o17": 15,
+        "017": 17,
+        "+3": 3,
+        "'3'": 3,
+        "3.0": 3,
+        "1e1": 10,
+    }.items():
+        path = written(tmp_path, changed("epochs: 1, lr", f"epochs: {written_as}, lr"))
+        assert recipe.read(path)[0].stages[1].training.epochs == number
+        by_change = recipe.read(written(tmp_path, GOOD), {"stages.1.training.epochs": read_value(written_as)})
+        assert by_change[0].stages[1].training.epochs == number
+    path = written(
+        tmp_path, changed("lr: 2e-3", "lr: 2e-3, patience: 7").replace("epochs: 1, lr", "epochs: 9, lr")
+    )
+    assert recipe.read(path)[0].stages[1].training.patience == 7
 
 
 def test_all_faults_at_once(faults):
@@ -570,12 +642,12 @@ c: {x: 3, <<: [*a, *b]}
         "# only words\n": "1: a recipe is a mapping (name: ..., data: ..., stages: ...); got nothing",
         "- a\n- b\n": "1: a recipe is a mapping (name: ..., data: ..., stages: ...); got a list",
         "\n\nword\n": "3: a recipe is a mapping (name: ..., data: ..., stages: ...); got 'word'",
-        "name: a\n\tdata: 3\n": "2: is not YAML: found a tab (YAML is indented by spaces)",
-        "name: a\ndata: {x: 3\nseed: 1\n": "3: is not YAML: expected ',' or '}', but got ':'",
-        "name: a: b\n": "1: is not YAML: mapping values are not allowed here",
-        "name: a\n---\nname: b\n": "2: is not YAML: expected a single document in the stream, but found another document",
+        "name: a\n\tdata: 3\n": "2: is not YAML: a tab: YAML is indented by spaces",
+        "name: a\ndata: {x: 3\nseed: 1\n": "3: is not YAML: a comma is missing in 'seed: 1', or the bracket { of line 2 is not closed",
+        "name: a: b\n": "1: is not YAML: a second 'key: value' on one line: begin a new line, or",
+        "name: a\n---\nname: b\n": "2: is not YAML: a second document begins here; one is allowed",
         "name: a\nx: \0\n": "2: is not YAML: character 0x0000 is not allowed",
-        "name: *a\n": "1: is not YAML: found undefined alias 'a'",
+        "name: *a\n": "1: is not YAML: there is no anchor &a above",
         "name: a\nx: !!python/object/apply:os.getcwd []\n": "2: x: the tag !!python/object/apply:os.getcwd is not known here",
         "name: !mine a\n": "1: name: cannot be read: 'a' is no !mine that is known here",
         "name: !!bool a\n": "1: name: cannot be read: 'a' is no !!bool that is known here",

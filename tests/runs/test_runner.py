@@ -13,12 +13,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from trainer.compression import codebooks
+from trainer.data.batches import make_data
 from trainer.distillation import onednn
 from trainer.models.lenet5 import lenet5
+from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import report
 from trainer.runs import evaluate_file as evaluate_module
 from trainer.runs import opening, runner, threads
+from trainer.runs.checks import without_effect
 from trainer.runs.evaluate_file import evaluate_file
 from trainer.runs.opening import make_accelerator
 from trainer.runs.threads import available_threads
@@ -564,3 +567,22 @@ def test_a_precision_that_a_cpu_has_not_got_is_told_and_trained(tmp_path, capsys
     runner.run(write(tmp_path, f"{ALONE}precision: fp16\n"), folder=tmp_path)
     told = "precision fp16: Accelerate has it on GPUs only: all is computed in float32 here\n"
     assert capsys.readouterr().out.count(told) == 1
+
+
+def test_what_has_no_effect_on_these_images_is_told(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ndata: {dataset: digits, size: 16, subset: 40, workers: 2}\nstudent: {model: lenet5, width: 2}\n"
+        "stages:\n"
+        "  - {stage: train, training: {epochs: 1, batch_size: 8, accumulate: 6}}\n"
+        "  - {stage: train, training: {epochs: 1, batch_size: 41}}\n"
+        "  - {stage: train, training: {epochs: 1, batch_size: 8, accumulate: 5}}\n"
+        "  - {stage: train, training: {epochs: 1}}\n"
+    )
+    recipe, _ = read(path)
+    data = make_data(recipe.data, torch.device("cpu"))
+    assert list(without_effect(recipe, data, 1)) == [
+        f"{path}:2: data.workers: has no effect: the images are in memory",
+        f"{path}:5: stages[0].training.accumulate: got 6, and an epoch has 5 batches: a step ends with the epoch",
+        f"{path}:6: stages[1].training.batch_size: got 41, and there are 40 training images: all are one batch",
+    ]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from trainer.mistakes import Mistake
+from trainer.storage.files import naming
 
 GIB = 2**30
 _SMALLER = (
@@ -33,7 +34,7 @@ def make_file(path: Path, size: int) -> None:
     if size > shutil.disk_usage(path.parent).free:
         raise _full(path.parent, size)
     try:
-        with open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             _take_space(file, size)
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -47,8 +48,8 @@ def make_file(path: Path, size: int) -> None:
 
 def _full(folder: Path, size: int) -> Mistake:
     return Mistake(
-        f"the teacher's answers take {size_text(size)}, and {folder} has {size_text(shutil.disk_usage(folder).free)} free; {_SMALLER}, and "
-        "the environment variable TRAINER_DATA names another folder"
+        f"the teacher's answers take {size_text(size)}, and {folder} has {size_text(shutil.disk_usage(folder).free)} free; "
+        "type float16, top, fewer views or no maps make it smaller; the environment variable TRAINER_DATA moves it"
     )
 
 

@@ -238,8 +238,8 @@ def decode(
     model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
     wrong = _misfits(model, state)
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise Mistake(f"{name}: does not fit the network: {'; '.join(wrong[:8])}{more}")
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise Mistake(f"{name}: does not fit the network: {'; '.join(wrong[:4])}{more}")
     bake(model)
     model.load_state_dict(state)
     return model.eval(), header

@@ -2,7 +2,7 @@
 
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class Entry(BaseModel):
     @classmethod
     def no_key(cls, key: str) -> str:
         """Returns the message for an unknown key."""
-        return f"is no key here{nearest(key, cls.model_fields)}"
+        return unknown(key, cls.model_fields)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -47,17 +47,29 @@ class Entry(BaseModel):
             faults += [f for f in restated(error) if f["type"].type != "missing" or f["loc"] not in meant]  # type: ignore[union-attr]
         wrong = {detail["loc"][0] for detail in faults if detail["loc"]}
         for name, field in cls.model_fields.items():
-            if name in given and name not in wrong and not _mentions(field.annotation, bool, Any):
-                for below, value in _no_numbers(given[name], _mentions(field.annotation, str, Path)):
-                    if not below or not _mentions(
-                        field.annotation, BaseModel
-                    ):  # an inner entry checks itself
-                        faults.append(
-                            fault(name, "it should be a valid number", value, *below, kind="bool_type")
-                        )
+            if name not in given or name in wrong or _mentions(field.annotation, bool, Any):
+                continue
+            is_text = _mentions(field.annotation, str, Path)
+            for below, value in _no_numbers(given[name], is_text):
+                if not below or not _mentions(field.annotation, BaseModel):  # an inner entry checks itself
+                    faults.append(fault(name, "it should be a valid number", value, *below, kind="bool_type"))
+            if isinstance(given[name], str) and _mentions(field.annotation, Path):
+                if _mentions(field.annotation, int, float) and _reads_as_number(given[name]):
+                    message = (
+                        f"got {given[name]!r}; a number has no quotes and no _ (a folder: ./{given[name]})"
+                    )
+                    faults.append(fault(name, message, given[name]))
         if faults:
             raise ValidationError.from_exception_data(cls.__name__, faults)
         return checked
+
+
+def unknown(key: str, known: Iterable[str]) -> str:
+    """Returns the message for a key that is none of the known ones."""
+    name, colon, _ = key.partition(":")
+    if colon and name in known:
+        return f"is no key here: a space is missing after the colon of {name!r}"
+    return f"is no key here{nearest(key, known)}"
 
 
 def restated(error: ValidationError) -> list[InitErrorDetails]:
@@ -104,14 +116,14 @@ def _mentions(annotation: Any, *kinds: Any) -> bool:
 
 
 def _no_numbers(value: Any, is_text: bool) -> list[tuple[tuple, Any]]:
-    """Returns (keys, value) of what pydantic takes for a number and YAML does not, in a value: itself, or its entries.
+    """Returns (keys, value) of what pydantic takes for a number and YAML does not, in a value: itself, or what it holds.
 
     These are true and false, and, unless `is_text`, texts such as '2e-3_0', which Python reads as 2e-30.
     """
     if _is_no_number(value, is_text):
         return [((), value)]
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [((key,), item) for key, item in inner if _is_no_number(item, is_text)]
+    return [((key, *below), found) for key, item in inner for below, found in _no_numbers(item, is_text)]
 
 
 def _is_no_number(value: Any, is_text: bool) -> bool:
@@ -119,8 +131,13 @@ def _is_no_number(value: Any, is_text: bool) -> bool:
         return isinstance(value, bool)
     if value.isascii() and "_" not in value and value == value.strip():
         return False
+    return _reads_as_number(value)  # otherwise pydantic refuses it
+
+
+def _reads_as_number(value: str) -> bool:
+    """Returns whether Python reads a text as a number."""
     try:
         float(value)
     except ValueError:
-        return False  # pydantic refuses it
+        return False
     return True

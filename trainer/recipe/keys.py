@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -39,7 +38,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
-class Augment(BaseModel):
+class Augment(Entry):
     """Augmentation: how the views of an image differ from it. Amounts are uniform at random; everything is off by default.
 
     Pixels from outside the image are 0. Interpolation is bilinear; `shift` and `flip` alone are exact.
@@ -47,7 +46,7 @@ class Augment(BaseModel):
     Acted on by `data.views`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True)
 
     flip: bool = Field(False, description="mirror left and right, with probability 1/2")
     shift: NonNegativeInt = Field(0, description="largest shift in each direction, in whole pixels")

@@ -14,10 +14,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.mistakes import Mistake, nearest
+from trainer.mistakes import Mistake
 from trainer.recipe.faults import Entry
 from trainer.recipe.keys import (
-    Augment,
     DataEntry,
     DataKeys,
     Recipe,
@@ -33,6 +32,8 @@ from trainer.recipe.rules import contradictions
 from trainer.recipe.shelves import PYTHON, arguments_on_shelves, checker, fields, find, names
 from trainer.recipe.targets import ExportKeys, Targets
 from trainer.recipe.text import RecipeError, at_path, change, holds, parse, short, where
+
+MOST_FAULTS = 40  # of which a message tells
 
 
 def read(
@@ -66,7 +67,10 @@ def read(
             # A fault of an anchor is reported once, not for each alias.
             mark = text.mark(near)
             once.setdefault((mark, at[-1:] if any(mark) else at, message), text.fault(at, message, near))
-        raise RecipeError("\n".join(once.values()))
+        lines = list(once.values())
+        if len(lines) > MOST_FAULTS:
+            lines[MOST_FAULTS:] = [f"and {len(lines) - MOST_FAULTS:,} more faults"]
+        raise RecipeError("\n".join(lines))
     recipe._text, recipe._allows_python = text, allow_python
     return recipe, text.plain
 
@@ -104,8 +108,6 @@ def _explained(plain: dict[str, Any], error: ValidationError) -> Iterator[tuple[
             message = first["msg"]
         elif first["type"] == "missing":
             message, near = "is missing, and required", path[:-1]
-        elif first["type"] == "extra_forbidden":  # of `Augment`, which is no `Entry`
-            message = f"is no key here{nearest(str(path[-1]), Augment.model_fields)}"
         elif first["type"] == "value_error":
             message = first["msg"].removeprefix("Value error, ")
             given = at_path(plain, path)

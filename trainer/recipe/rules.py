@@ -18,7 +18,7 @@ from trainer.recipe.keys import (
 from trainer.recipe.shelves import chosen, fed, find, split
 from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of
 from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
-from trainer.recipe.text import at_path, short
+from trainer.recipe.text import at_path
 from trainer.recipe.wheels import WHEELS, wheel_name
 
 
@@ -48,9 +48,7 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
             if recipe.student.from_teacher and getattr(recipe.student, other, None):
                 yield ("student", "from_teacher"), f"overwrites what {other} loads; one of them is allowed"
     if recipe.data is not None:
-        augment = at_path(plain, ("data", "augment"))
-        assert isinstance(augment, dict)
-        yield from _data_faults(recipe.data, augment)
+        yield from _data_faults(recipe.data)
     yield from _stage_faults(recipe, plain, has_teacher, entries)
     if recipe.cache not in (None, "off"):
         yield from _cache_faults(recipe, has_teacher)
@@ -89,10 +87,7 @@ def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, st
         )
 
 
-def _data_faults(data: DataKeys, augment: dict) -> Iterator[tuple[tuple, str]]:
-    for name, amount in augment.items():
-        if isinstance(amount, bool) and Augment.model_fields[name].annotation is not bool:
-            yield ("data", "augment", name), f"got {short(amount)}; it should be a valid number"
+def _data_faults(data: DataKeys) -> Iterator[tuple[tuple, str]]:
     if data.mean is not None and data.std is not None and len(data.mean) != len(data.std):
         yield (
             ("data", "std"),

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainer.mistakes import Mistake, closest, nearest
-from trainer.recipe.faults import fault, restated
+from trainer.recipe.faults import fault, restated, unknown
 
 SHELVES = {
     "loss": "losses",
@@ -202,7 +202,7 @@ def _no_key(
         if meant is not None and meant not in cls.model_fields:
             said = "" if meant == key else f" (did you mean {meant!r}?)"
             return f"is no key with {argument} {other.__name__!r}{said}; with {', '.join(having)} {meant!r} is one"
-    return f"is no key here{nearest(key, cls.model_fields)}"
+    return unknown(key, cls.model_fields)
 
 
 def _checked_by(check: Callable[[Any], None]) -> Callable[[Any], Any]:

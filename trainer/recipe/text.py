@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, brief
 from trainer.recipe.shipped import find_recipe
+from trainer.recipe.yaml_faults import in_words
 
 MOST_BYTES = 2**18  # of a recipe's text
 MOST_VALUES = 10_000  # once its anchors are unfolded; more is a mistake or an attack
 DEEPEST = 50
+MOST_OF_A_VALUE = 60  # characters of a key or a value in a message
 
 
 class RecipeError(Mistake):
@@ -56,7 +58,7 @@ class Text:
 
 def where(path: tuple) -> str:
     """Formats a path as people write it: stages[1].losses[3].at."""
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{_as_written(key)}" for key in path)
     return text.removeprefix(".") or "recipe"
 
 
@@ -186,10 +188,8 @@ def _read(path: Path, text: str) -> tuple[Any, "_Reader"]:
             f"{path}:{line}: is not YAML: character {error.character:#06x} is not allowed"
         ) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        context = f"{error.context}, " if error.problem.startswith("but ") else ""
-        problem = (context + error.problem).replace("character '\\t'", "a tab (YAML is indented by spaces)")
-        raise RecipeError(f"{path}:{mark.line + 1}: is not YAML: {problem}") from None
+        line, problem = in_words(error, text)
+        raise RecipeError(f"{path}:{line}: is not YAML: {problem}") from None
     except RecursionError:
         raise RecipeError(f"{path}: is nested too deep: that is no recipe") from None
 
@@ -242,7 +242,7 @@ class _Reader:
                         inherited |= self.read(source, path, holders)
                     else:
                         self._fault((*path, "<<"), "a mapping, or a list of mappings, is allowed")
-        seen = set()
+        first: dict[str | int, int] = {}  # {key: its line}
         for key, value in node.value:
             name = "<<" if key.tag == _TAG + "merge" else self._scalar(key, path)
             if not isinstance(name, (str, int)) or isinstance(name, bool):
@@ -252,9 +252,9 @@ class _Reader:
                 self._fault(path, f"got {got} as a key; a name is allowed (in quotes if need be)", near)
                 continue
             self.marks[(*path, name)] = _mark(key)
-            if name in seen:
-                self._fault((*path, name), "is given twice")
-            seen.add(name)
+            if name in first:
+                self._fault((*path, name), f"is given twice, first on line {first[name]}")
+            first.setdefault(name, _mark(key)[0])
             if key.tag != _TAG + "merge":
                 own[name] = self.read(value, (*path, name), holders)
         return inherited | own
@@ -309,6 +309,11 @@ def change(text: Text, name: str, value: Any) -> None:
         into = into[key]
 
 
+def _as_written(key: Any) -> str:
+    text = str(key)
+    return brief(text if text.isprintable() else repr(text), MOST_OF_A_VALUE)
+
+
 def holds(plain: Any, key: Any) -> bool:
     """Returns whether a list or mapping has an entry `key`."""
     if isinstance(plain, list):
@@ -324,8 +329,8 @@ def at_path(plain: Any, path: tuple) -> dict | list:
 
 
 def short(value: Any) -> str:
-    """Formats a value for a message, in at most 60 characters."""
+    """Formats a value for a message; a long one loses its middle."""
     if value is None:
         return "nothing"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return brief(text, MOST_OF_A_VALUE)

@@ -1,5 +1,6 @@
 """How to train: the keys of every `training` section of a recipe."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -100,4 +101,17 @@ class Training(Entry):
             )
         if self.warmup >= self.epochs:
             raise Mistake(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}")
+        late = [milestone for milestone in self.milestones or [] if milestone >= self.epochs]
+        if late:
+            raise Mistake(f"milestones has {late[0]}, which is never reached: there are {self.epochs} epochs")
+        if self.patience is not None and self._first_stop() >= self.epochs:
+            raise Mistake(
+                f"patience {self.patience} has no effect: it can stop after epoch {self._first_stop()} at the "
+                f"earliest, and there are {self.epochs}"
+            )
         return self
+
+    def _first_stop(self) -> int:
+        """Returns the first epoch after which patience can stop the training: the first validation was the best."""
+        assert self.patience is not None
+        return self.validate_every * (1 + math.ceil(self.patience / self.validate_every))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from trainer.compression.weights import Weight, choose, matching, weights_of
-from trainer.data.images import Data, normalize
+from trainer.data.batches import num_batches
+from trainer.data.images import Data, InMemory, normalize
 from trainer.distillation.examine import example_images
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
@@ -59,6 +60,31 @@ def check_layers(
         faults += found
     if faults:
         raise RecipeError("\n".join(faults))
+
+
+def without_effect(recipe: Recipe, data: Data, num_processes: int) -> Iterator[str]:
+    """Yields a line for each setting that has no effect on these images, or less than it says."""
+    if "workers" in recipe.data.model_fields_set and recipe.data.workers and _all_in_memory(data):
+        yield recipe.fault(("data", "workers"), "has no effect: the images are in memory")
+    num_images = len(data.train)
+    for number, stage in enumerate(recipe.stages):
+        training = training_of(stage)
+        if training is None:
+            continue
+        path = ("stages", number, "training")
+        of_an_epoch = num_batches(num_images, training.batch_size, num_processes)
+        if "batch_size" in training.model_fields_set and training.batch_size > num_images:
+            message = (
+                f"got {training.batch_size}, and there are {num_images} training images: all are one batch"
+            )
+            yield recipe.fault((*path, "batch_size"), message)
+        if training.accumulate > of_an_epoch:
+            message = f"got {training.accumulate}, and an epoch has {of_an_epoch} batches: a step ends with the epoch"
+            yield recipe.fault((*path, "accumulate"), message)
+
+
+def _all_in_memory(data: Data) -> bool:
+    return all(isinstance(part.images, InMemory) for part in (data.train, data.validation, data.test))
 
 
 def _after(

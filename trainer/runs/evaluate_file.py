@@ -80,6 +80,9 @@ def images_of(
     loaded = recipe.student.checkpoint is not None or getattr(recipe.student, "pretrained", False)
     if loaded and keys.mean is None and keys.std is None:
         data.mean, data.std = tuple(header["mean"]), tuple(header["std"])
-    if packed.facts_of(data) != {key: header[key] for key in packed.facts_of(data)}:
-        raise Mistake(f"{file}: was made for other images than the data of {path}: {header}")
+    other = [key for key, fact in packed.facts_of(data).items() if header[key] != fact]
+    if other:
+        raise Mistake(
+            f"{file}: was made for other images ({', '.join(other)} differ) than the data of {path}"
+        )
     return data

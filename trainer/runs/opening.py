@@ -17,15 +17,16 @@ from trainer.data.batches import make_data
 from trainer.data.images import Data
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
+from trainer.distributed import told
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import any_teaches, teaches, training_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
-from trainer.runs.checks import check_layers
+from trainer.runs.checks import check_layers, without_effect
 from trainer.runs.known import known_filter, known_size, looks_of
-from trainer.runs.resuming import same_recipe
+from trainer.runs.resuming import is_finished, same_recipe
 from trainer.runs.together import check_same, check_shared, together
 from trainer.storage.lock import lock
 from trainer.training.class_order import in_order
@@ -41,7 +42,11 @@ WORKING_LAUNCHES = (
 
 @contextlib.contextmanager
 def folder_of(
-    path: str | Path, changes: dict[str, Any] | None, folder: str | Path, allow_python: bool = False
+    path: str | Path,
+    changes: dict[str, Any] | None,
+    folder: str | Path,
+    allow_python: bool = False,
+    reads_finished: bool = False,
 ) -> Iterator[tuple[Recipe, dict[str, Any], Path, Accelerator, Stop]]:
     """Yields the recipe, its plain values, the run's folder (locked inside the context), the accelerator and the Stop.
 
@@ -50,6 +55,8 @@ def folder_of(
         changes: {'stages.1.training.epochs': 2, ...}.
         folder: The folder in which the run's own folder NAME is made.
         allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+        reads_finished: Whether the folder of a finished run is only read. It is not locked then, as it may be another
+            user's.
 
     Raises:
         RecipeError: For a faulty recipe, a folder of another recipe, or a launch that got too few processes.
@@ -65,6 +72,9 @@ def folder_of(
         check_same(plain, "a recipe")
         if accelerator.is_main_process:
             same_recipe(here, recipe.written.file, plain)
+        if reads_finished and told(is_finished(here)):
+            yield recipe, plain, here, accelerator, stop
+            return
         # Only the main process holds the lock: the others belong to it.
         with lock(here) if accelerator.is_main_process else contextlib.nullcontext():
             check_shared(here)
@@ -158,7 +168,7 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
             message = "has no effect: no layer of the student is of a kind that the teacher has"
             raise RecipeError(recipe.fault(("student", "from_teacher"), message))
     if accelerator.is_main_process:
-        for line in data.notes:
+        for line in (*data.notes, *without_effect(recipe, data, accelerator.num_processes)):
             print(line, flush=True)
     student.to(accelerator.device)
     if teacher is not None:

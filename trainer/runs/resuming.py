@@ -68,6 +68,11 @@ def _without_guards(plain: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "stages": stages, "allow_untrained": None}
 
 
+def is_finished(here: Path) -> bool:
+    """Returns whether the folder holds a run that has ended and its report."""
+    return (here / "report.json").is_file() and (here / "done").is_file()
+
+
 def write_recipe(here: Path, recipe: Recipe, plain: dict[str, Any], changed: bool) -> None:
     """Writes the recipe into the run's folder: its text, or its values if the command line changed some.
 

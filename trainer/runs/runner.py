@@ -24,7 +24,7 @@ from trainer.runs.answers import keep_answers
 from trainer.runs.evidence import gather
 from trainer.runs.guards import Untrained, examine, guard_teacher, stop_untrained, warnings_of
 from trainer.runs.opening import folder_of, make_run
-from trainer.runs.resuming import finish_stage, resume, same_beginning, write_recipe
+from trainer.runs.resuming import finish_stage, is_finished, resume, same_beginning, write_recipe
 from trainer.runs.threads import threads_of_a_run
 from trainer.storage import files
 from trainer.training.run import Run
@@ -54,8 +54,9 @@ def run(
         Stopped: After SIGTERM or SIGHUP; the same call goes on from there.
     """
     started = time.time()
-    with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator, stop):
-        if told((here / "report.json").is_file() and (here / "done").is_file()):
+    with folder_of(path, changes, folder, allow_python, reads_finished=True) as opened:
+        recipe, plain, here, accelerator, stop = opened
+        if told(is_finished(here)):
             return _already_done(here, accelerator)
         if accelerator.is_main_process:
             write_recipe(here, recipe, plain, bool(changes))

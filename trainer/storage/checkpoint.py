@@ -83,12 +83,13 @@ def save(
     content["manifest.json"] = json_bytes({"files": sums})
 
     partial = folder / f"{files.PARTIAL}{final.name}"
-    partial.mkdir()
-    for name, data in content.items():
-        files.write_through(partial / name, data)
-    files.sync_folder(partial)
-    os.rename(partial, final)
-    files.sync_folder(folder)
+    with files.naming(final):
+        partial.mkdir()
+        for name, data in content.items():
+            files.write_through(partial / name, data)
+        files.sync_folder(partial)
+        os.rename(partial, final)
+        files.sync_folder(folder)
 
     valid = 0
     for path in _checkpoints(folder):

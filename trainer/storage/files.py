@@ -1,10 +1,11 @@
 """Writes files that exist whole or not at all."""
 
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,20 @@ from trainer.mistakes import Mistake
 PARTIAL = ".partial-"  # prefix of the name of a file that is being written
 
 
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Names the path in an OSError that names none (a full disk) or only a partial file (a missing permission)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename and PARTIAL not in str(error.filename)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_through(path: Path, data: bytes) -> None:
     """Writes a file and syncs it to the disk."""
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -25,11 +37,12 @@ def sync_folder(folder: Path) -> None:
     """Syncs a folder's entries to the disk (Windows has no such call and needs none)."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with naming(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -38,8 +51,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
-        write_through(partial, data)
-        os.replace(partial, path)
+        with naming(path):
+            write_through(partial, data)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
