@@ -1,6 +1,7 @@
 """Sharing: codebooks fixed and trained, their entropy, bits by budget, importance, biases and the rest in few bits."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from tests import making
-from trainer.compression import kmeans, units
+from trainer.compression import kmeans, parametrizations, units
 from trainer.compression.codebooks import close_codebook, cluster, code_entropy, open_codebook, set_codebook
 from trainer.compression.masks import set_mask
-from trainer.compression.parametrizations import Codebook
+from trainer.compression.parametrizations import Codebook, TrainedCodebook
 from trainer.compression.rounding import round_to, round_unshared, to_grid
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
+from trainer.mistakes import Mistake
 from trainer.packing import network as packed
 from trainer.recipe import shelves
 from trainer.recipe.keys import StageKeys
@@ -108,6 +110,49 @@ def test_codes_are_those_of_the_nearest_value_or_the_cheapest():
         assert codes[position] == 1 + int(np.argmin(prices))
 
 
+@pytest.mark.parametrize("code_cost", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_codes_of_many_values_are_found_without_comparing_all(monkeypatch, groups, code_cost):
+    """Twelve values of thirty rows, of which the last group has no weight left."""
+    model, place, _, _ = opened(values=12, groups=groups, rows=30, code_cost=code_cost)
+    trained, latent = place.parametrization, model[0].parametrizations.weight.original
+    with torch.no_grad():
+        latent.add_(0.1 * torch.randn_like(latent))
+        trained.bits.copy_(10 * torch.rand(groups, 12))
+        trained.centroids[0, 5] = 0
+    every = trained.codes(latent)
+    monkeypatch.setattr(parametrizations, "MOST_COMPARED", 11)
+    assert torch.equal(trained.codes(latent), every) and every.dtype == torch.int32
+    assert 6 not in every and (every != 0).sum() == trained.alive.sum()
+
+
+def test_a_step_with_as_many_values_as_weights_takes_no_table():
+    """Each of 40,000 weights compared with each of 40,000 values took 7 s."""
+    latent = torch.randn(200, 200)
+    trained = TrainedCodebook(
+        torch.ones(200, 200, dtype=torch.bool), latent.reshape(1, -1).sort().values, torch.zeros(1, 1)
+    )
+    started = time.monotonic()
+    value = trained(latent)
+    assert time.monotonic() - started < 2
+    assert torch.equal(value, latent)
+
+
+def test_no_more_values_than_weights():
+    torch.manual_seed(0)
+    place = weights_of(nn.Sequential(nn.Linear(10, 6)))["0"]
+    codes, centroids = cluster(place, 65536)
+    assert centroids.shape == (60,) and torch.equal(centroids[codes.long() - 1], place.value)
+    set_mask(place, torch.arange(60).reshape(6, 10) < 25)  # three rows have 10, 10 and 5, three have none
+    codes, centroids = cluster(place, 65536, groups=6)
+    assert centroids.shape == (6, 10) and (centroids[3:] == 0).all()
+    table = torch.cat([torch.zeros(1), centroids.reshape(-1)])
+    assert torch.equal(table[codes.long()], place.value)
+    set_mask(place, torch.zeros(6, 10, dtype=torch.bool))
+    with pytest.raises(Mistake, match="no weights left"):
+        cluster(place, 4)
+
+
 def test_the_gradient_goes_straight_through_and_to_the_centroids():
     model, place, _, codes = opened()
     x = torch.randn(5, 10)
@@ -157,6 +202,16 @@ def test_soft_entropy_is_finite_where_values_are_unused_or_coincide(values):
     value = code_entropy([place])
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(model[0].parametrizations.weight.original.grad).all()
+
+
+@pytest.mark.parametrize("given", [{"bits": 11}, {"bits": {"fc1": 3, "fc2": 11}}, {"values": 1025}])
+def test_the_entropy_of_very_many_values_is_refused(given):
+    entry = shelves.checker(share, StageKeys)
+    settings = {"stage": "share", "assign": "trained", "training": {"epochs": 1}, **given}
+    assert entry.model_validate(settings).entropy == 0
+    with pytest.raises(ValidationError, match=r"1,024 values \(10 bits\) are the most"):
+        entry.model_validate(settings | {"entropy": 0.1})
+    assert entry.model_validate(settings | {"entropy": 0.1, **dict.fromkeys(given, 10)}).entropy == 0.1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -565,3 +620,16 @@ def test_orders_that_make_no_sense_are_seen_before_anything_is_trained(tmp_path,
     recipe.write_text(RECIPE.partition("stages:")[0] + f"stages: {stages}\n")
     with pytest.raises(RecipeError, match=told):
         runner.run(recipe, folder=tmp_path)
+
+
+@pytest.mark.parametrize("assign", ["fixed", "trained"])
+def test_layers_with_fewer_weights_than_values_are_told(make_run, capsys, assign):
+    run = make_run()
+    left = {name: int(place.value.count_nonzero()) for name, place in weights_of(run.student).items()}
+    share(run, bits=16, assign=assign, training=Training(epochs=1, batch_size=50))
+    told = ", ".join(f"{name} {number:,} of 65,536" for name, number in left.items())
+    assert f"share: no layer gets more values than it has weights: {told}\n" in capsys.readouterr().out
+    for name, place in weights_of(run.student).items():
+        codebook = place.parametrization
+        assert isinstance(codebook, Codebook) and place.parameter.shape == (left[name],)
+    assert run.rows[-1]["stage"] == "shared" and run.rows[-1]["top1_validation"] > 0

@@ -111,6 +111,7 @@ def cluster(
 
     Code 0 is zero, code 1 + c is centroid c of centroids.flatten(). centroids are [k], or [groups, k] for several groups.
     A group with fewer distinct survivors than `num_values` keeps them exactly; unused entries of its codebook are zero.
+    k is `num_values`, or if all groups have fewer survivors the largest number of them.
 
     Args:
         layer: The weight.
@@ -135,6 +136,7 @@ def cluster(
         raise Mistake(f"layer {layer.name!r} has weights that are not finite")
     if not value.any():
         raise Mistake(f"layer {layer.name!r} has no weights left to share: all are zero")
+    num_values = max(1, min(num_values, most_survivors(value, groups)))
     codes = torch.zeros(value.shape, dtype=torch.int32)
     centroids = torch.zeros(groups, num_values)
     blocks = zip(value.chunk(groups), codes.chunk(groups), strict=True)
@@ -157,6 +159,11 @@ def cluster(
         centroids[number, : len(found)] = torch.from_numpy(np.asarray(found, dtype=np.float32))
         block_codes[alive] = torch.from_numpy(chosen.astype(np.int32)) + 1 + number * num_values
     return codes, centroids if groups > 1 else centroids[0]
+
+
+def most_survivors(value: Tensor, groups: int = 1) -> int:
+    """Returns how many weights are not zero in the group of rows that has the most of them."""
+    return max(int(block.count_nonzero()) for block in value.chunk(groups))
 
 
 def _damped(layer: Weight, importance: Tensor) -> Tensor:

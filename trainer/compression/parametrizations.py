@@ -6,6 +6,7 @@ under any optimizer, and the state is plain tensors in the `state_dict`.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from trainer.compression.weights import Weight
 
+MOST_COMPARED = 256  # centroids with which each weight is compared one by one
 LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in memory at a time
 SOFTNESS = (
     0.5  # width of a weight's soft assignment to centroids, in mean distances of neighbouring centroids
@@ -175,11 +177,30 @@ class TrainedCodebook(nn.Module):
         extra = torch.where(self.centroids == 0, torch.inf, self.cost * self.bits)
         flat = latent.reshape(-1)
         codes = torch.zeros(flat.shape, dtype=torch.int32, device=flat.device)
+        if k > MOST_COMPARED:
+            codes[self.positions] = self._codes_of_many(flat[self.positions], extra)
+            return codes.reshape(latent.shape)
         most = max(1, LARGEST_TABLE // k)
         for where, group in zip(self.positions.split(most), self.group.split(most), strict=True):
             error = (flat[where, None] - self._of(group, self.centroids)).square() + self._of(group, extra)
             codes[where] = (error.argmin(1) + group * k + 1).int()
         return codes.reshape(latent.shape)
+
+    def _codes_of_many(self, survivors: Tensor, extra: Tensor) -> Tensor:
+        """Returns the codes of the surviving weights [N] as `codes` has them, in time that hardly grows with k."""
+        from trainer.compression import kmeans  # here: few codebooks are so large
+
+        k = self.centroids.shape[1]
+        ends = self.group.bincount(minlength=len(self.centroids)).cumsum(0).tolist()
+        values, centroids, costs = (t.float().cpu().numpy() for t in (survivors, self.centroids, extra))
+        found = []
+        for number, (first, last) in enumerate(pairwise([0, *ends])):
+            if first < last:
+                cheapest = kmeans.assign(
+                    values[first:last], centroids[number], code_bits=costs[number], code_cost=1.0
+                )
+                found.append(torch.from_numpy(cheapest.astype("int32")) + (number * k + 1))
+        return torch.cat(found).to(survivors.device) if found else survivors.new_zeros(0, dtype=torch.int32)
 
     @staticmethod
     def _of(group: Tensor, table: Tensor) -> Tensor:

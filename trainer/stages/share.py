@@ -47,6 +47,7 @@ NumValues = Annotated[int, Field(ge=1, le=65536)]
 FractionBits = Annotated[int, Field(ge=1, le=10)]
 BiasBits = Annotated[int, Field(ge=2, le=16)]
 
+MOST_WITH_ENTROPY = 1024
 AUTO_BITS = range(1, 7)  # `bits: auto` chooses among these
 FISHER_BATCHES, FISHER_BATCH_SIZE = 64, 16
 
@@ -69,6 +70,10 @@ def check(settings) -> None:
     if settings.assign == "fixed" and settings.entropy:
         raise Mistake(
             "entropy has no effect with assign 'fixed': only assignments that are trained can follow it"
+        )
+    if settings.entropy and _most_values(settings) > MOST_WITH_ENTROPY:
+        raise Mistake(
+            f"entropy compares every weight with every value, so {MOST_WITH_ENTROPY:,} values (10 bits) are the most"
         )
     if settings.spacing == "even":
         _check_even(settings)
@@ -98,6 +103,13 @@ def _check_even(settings) -> None:
 
 def needs_trained(_settings) -> bool:
     return True
+
+
+def _most_values(settings) -> int:
+    """Returns the largest number of values that the settings give a layer."""
+    given = settings.values if settings.bits is None else settings.bits
+    numbers = given.values() if isinstance(given, dict) else [0 if given == "auto" else given]
+    return max(number if settings.bits is None else 2**number for number in numbers)
 
 
 def check_student(settings, student: nn.Module) -> None:
@@ -182,16 +194,16 @@ def share(
         bits = _choose_bits(run, layers, cluster, codebook, biases, rest, budget_bytes)
     wanted = per_layer(layers, bits if values is None else values, "bits" if values is None else "values")
     rounded_biases: list[tuple[nn.Module, str]] = []
+    fewer = []
     for name, layer in layers.items():  # the main process decides
+        asked = wanted[name] if values is not None else 2 ** wanted[name]
         if spacing == "even":
-            open_even_codebook(
-                layer,
-                wanted[name] if values is not None else 2 ** wanted[name],
-                functools.partial(round_codebook, kind=codebook),
-            )
+            open_even_codebook(layer, asked, functools.partial(round_codebook, kind=codebook))
             _note(run, name, close_codebook(layer)[1])
             continue
-        codes, centroids = cluster(name, layer, wanted[name] if values is not None else 2 ** wanted[name])
+        codes, centroids = cluster(name, layer, asked)
+        if centroids.shape[-1] < asked:
+            fewer.append(f"{name} {centroids.shape[-1]:,} of {asked:,}")
         codes, centroids = broadcast(codes.to(device)), broadcast(centroids.to(device))
         rounded = round_codebook(centroids, codebook)  # raises before the training, not after it
         if training is None:
@@ -201,6 +213,8 @@ def share(
         else:
             set_codebook(layer, codes, centroids)
         _note(run, name, centroids)
+    if fewer and run.accelerator.is_main_process:
+        print(f"share: no layer gets more values than it has weights: {', '.join(fewer)}", flush=True)
     if training is None:
         _round(run.student, biases, rest)
     if spacing == "even" and biases is not None:
