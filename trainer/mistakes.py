@@ -8,7 +8,7 @@ import difflib
 import itertools
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of a pair, ends of lines and paragraphs
 _TURNS = set(
@@ -95,9 +95,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     near = closest(word, known)
     if near is not None:
         return f" (did you mean {near!r}?)"
-    if not 0 < len(known) <= MOST_NAMES:
-        return ""
+    return f"; there are: {listed(known)}" if 0 < len(known) <= MOST_NAMES else ""
+
+
+def listed(known: Sequence[str]) -> str:
+    """Returns names with commas between them: all, or those that have room, and how many there are in all."""
     ends = list(itertools.accumulate(len(name) + 2 for name in known))
     shown = known[: max(1, bisect.bisect_right(ends, ROOM_OF_NAMES))]
     more = f", ... ({len(known)} in all)" if len(shown) < len(known) else ""
-    return f"; there are: {', '.join(shown)}{more}"
+    return f"{', '.join(shown)}{more}"

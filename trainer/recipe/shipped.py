@@ -7,6 +7,8 @@ import difflib
 import importlib.resources
 from pathlib import Path
 
+from trainer.mistakes import listed
+
 ENDINGS = (".yaml", ".yml")
 
 
@@ -29,7 +31,7 @@ def find_recipe(given: str | Path) -> Path:
 
     An existing file wins. A folder does not, because a run's own folder may have the recipe's name. A bare name
     is `NAME` or `records/NAME`, without .yaml; anything else is returned unchanged, for the caller to open.
-    Raises FileNotFoundError for a bare name that is neither a file nor shipped, with all names, nearest first.
+    Raises FileNotFoundError for a bare name that is neither a file nor shipped, with the names, nearest first.
     """
     path = Path(given)
     bare = path.suffix not in ENDINGS and (len(path.parts) == 1 or path.parts[:-1] == ("records",))
@@ -42,7 +44,7 @@ def find_recipe(given: str | Path) -> Path:
         return path
     by_nearness = sorted(known, key=lambda one: -max(_likeness(name, one), _likeness(name, Path(one).name)))
     raise FileNotFoundError(
-        f"there is no such file, and no shipped recipe of that name; there are: {', '.join(by_nearness)}"
+        f"there is no such file, and no shipped recipe of that name; there are: {listed(by_nearness)}"
     )
 
 
