@@ -122,9 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer is compared with which teacher layer.")
     recipe_options(pairs, of_a_run=False)
-    scan = command(
-        _scan, "scan", "Measure how much each layer can lose, and suggest settings of a prune stage."
-    )
+    scan = command(_scan, "scan", "Measure how much each layer can lose, and suggest prune settings.")
     recipe_options(scan, of_a_run=True)
     scan.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
     scan.add_argument(
@@ -176,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--folder", type=_path, help="where they are written (export/ beside the file)")
     export.add_argument("--force", action="store_true", help="replace earlier exports")
     export.add_argument("--allow-python", action="store_true", help="let --to and the recipe name python:")
+    sync = command(_sync, "sync", "Send the log of a run to Weights & Biases: what is not there yet.")
+    sync.add_argument("folder", type=_path, metavar="RUN", help="the run's folder")
+    sync.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)  # for `tracking`
     command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
 
@@ -381,6 +382,14 @@ def _export(options: argparse.Namespace) -> None:
 
     to, folder = options.to, options.folder or options.file.parent / "export"
     export_file(options.file, to, folder, options.recipe, options.force, options.allow_python)
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from trainer.recipe.text import parse
+    from trainer.reporting.sync import command
+
+    sent = command(options.folder, parse(options.folder / "recipe.yaml").plain, options.follow)
+    print(f"{options.folder}: {sent:,} lines of the log sent")
 
 
 def _schema(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """From a recipe to a report: what is refused, what is skipped, what is taken up again, and what the teacher must be."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -586,3 +587,26 @@ def test_what_has_no_effect_on_these_images_is_told(tmp_path):
         f"{path}:5: stages[0].training.accumulate: got 6, and an epoch has 5 batches: a step ends with the epoch",
         f"{path}:6: stages[1].training.batch_size: got 41, and there are 40 training images: all are one batch",
     ]
+
+
+def test_tracking_starts_after_the_data_was_opened_and_only_if_asked(tmp_path, monkeypatch):
+    began = []
+
+    @contextlib.contextmanager
+    def tracked(folder, wanted):
+        began.append((folder.name, wanted, sorted(path.name for path in folder.iterdir())))
+        yield
+        began.append((folder / "report.json").is_file())
+
+    monkeypatch.setattr(runner, "tracked", tracked)
+    missing = "{dataset: image_folder, folder: NONE, size: 16}"
+    path = write(
+        tmp_path, ALONE.replace("{dataset: digits, subset: 100, validation: 60}", missing) + "track: wandb\n"
+    )
+    with pytest.raises(ValueError, match="NONE"):
+        runner.run(path, folder=tmp_path)
+    assert began == []
+    runner.run(write(tmp_path, ALONE + "track: wandb\n"), folder=tmp_path)
+    assert began == [("alone", True, [".holder", ".lock", "log.jsonl", "recipe.yaml"]), True]
+    runner.run(write(tmp_path, ALONE.replace("name: alone", "name: untracked")), folder=tmp_path)
+    assert began[2][:2] == ("untracked", False)

@@ -320,7 +320,7 @@ class Recipe(Entry):
             or of probabilities weighted by each teacher's `confidence` in the sample.
         stages: What is done, in this order.
         cache: Where the teacher's answers are kept. By default in memory, if they are used again and take at most 2 GiB.
-        track: `wandb` mirrors the log in Weights & Biases.
+        track: `wandb` mirrors the log in Weights & Biases, by a process of its own; `trainer sync RUN` sends it later.
         precision: Of training: `no` is float32; `fp16` and `bf16` are mixed.
         threads: Of torch in each process. By default one for each physical core that the process may use, divided among
             the processes of a machine, and at most OMP_NUM_THREADS.

@@ -88,7 +88,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = accelerator_of(
         cpu=not torch.accelerator.is_available(),  # else it counts one process for all that were started on CPUs
         mixed_precision=recipe.precision,
-        log_with=recipe.track,
         # Else Accelerate takes the number from the launch, and divides every loss by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],

@@ -20,6 +20,7 @@ from trainer.reporting import report
 from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
 from trainer.reporting.tables import FOLDED, by_block, csc_bytes, csr_bytes, layer_table, sharing_ratio, table
+from trainer.reporting.tracking import tracked
 from trainer.runs.answers import keep_answers
 from trainer.runs.evidence import gather
 from trainer.runs.guards import Untrained, examine, guard_teacher, stop_untrained, warnings_of
@@ -62,17 +63,19 @@ def run(
             write_recipe(here, recipe, plain, bool(changes))
         with (
             threads_of_a_run(here, threads or recipe.threads, accelerator),
-            Log(here / "log.jsonl", accelerator, recipe.track, name=recipe.name, config=plain) as log,
+            Log(here / "log.jsonl", accelerator) as log,
         ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
-            try:
-                for stage in _stages_due(this, recipe, recipe.stages, started):
-                    find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
-            except Untrained:
-                _write_report(this, recipe, plain, started)
-                raise
-            return _concluded(this, recipe, plain, started)
+            tracks = recipe.track is not None and accelerator.is_main_process
+            with tracked(here, tracks):  # after the data was opened
+                try:
+                    for stage in _stages_due(this, recipe, recipe.stages, started):
+                        find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
+                except Untrained:
+                    _write_report(this, recipe, plain, started)
+                    raise
+                return _concluded(this, recipe, plain, started)
 
 
 @contextlib.contextmanager
@@ -171,7 +174,6 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
             f"{here / 'report.html'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
-    run.log.table(run.rows)
     run.log.summary({k: v for k, v in run.rows[-1].items() if isinstance(v, (int, float))})
     return result
 
