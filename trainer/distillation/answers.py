@@ -210,6 +210,17 @@ class Answers:
         self.keep(live, index, 0)
         return self.error
 
+    @torch.no_grad()
+    def example(self, count: int = 64) -> tuple[Tensor, Tensor, Seen, Seen]:
+        """Returns some training images in view 0, their ids, the teacher's live answers, and these as a record keeps them."""
+        index = self._ids[:count]
+        images = self._images(index, 0)
+        live = self._ask(images)
+        packed = pack(self.record, live)
+        embedding = packed["embedding"].float() if "embedding" in packed else None
+        maps = {name: packed[f"map/{name}"].float() for name in self.layers}
+        return images, index, live, Seen(restore(self.record, packed), embedding, maps)
+
     def _ask(self, images: Tensor) -> Seen:
         """Returns the teacher's live answers, with everything that a record holds."""
         return self.teacher.see(images, self.layers, self.keys.embeddings)

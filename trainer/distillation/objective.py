@@ -84,7 +84,7 @@ class Objective(nn.Module):
             self._layers({"student_map", "student_maps", "projected_map"}, 0),
             bool({"student_embedding", "projected_embedding"} & asks),
         )
-        self._see_teacher = (
+        self.see_teacher = (
             self._layers({"teacher_map", "teacher_maps", "projected_map"}, 1),
             "teacher_embedding" in asks,
         )
@@ -139,9 +139,9 @@ class Objective(nn.Module):
     def _ask_teacher(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
         assert self.teacher is not None
         cache = self.cache
-        if cache is not None and view is not None and cache.keeps(*self._see_teacher):
+        if cache is not None and view is not None and cache.keeps(*self.see_teacher):
             return self._recalled(images, index, view)
-        seen = self.teacher.see(self._for_teacher(images, index, view), *self._see_teacher)
+        seen = self.teacher.see(self._for_teacher(images, index, view), *self.see_teacher)
         self._count(len(images))
         if cache is not None and view is not None:
             self._keep(seen, index, view)  # for later stages, whose losses may take less
@@ -171,7 +171,7 @@ class Objective(nn.Module):
     def _recalled(self, images: Tensor, index: Tensor, view: int) -> features.Seen:
         assert self.cache is not None
         before = self.cache.num_computed
-        seen = self.cache.see(images, index, view, *self._see_teacher)
+        seen = self.cache.see(images, index, view, *self.see_teacher)
         self._count(self.cache.num_computed - before)
         return seen
 
@@ -185,7 +185,7 @@ class Objective(nn.Module):
     @property
     def teacher_layers(self) -> list[str]:
         """The teacher's layers whose maps the losses take."""
-        return list(self._see_teacher[0])
+        return list(self.see_teacher[0])
 
     def counted(self) -> dict[str, int]:
         """Returns {"teacher_images": images that the teacher really saw since the last call}, summed over all processes.

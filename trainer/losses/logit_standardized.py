@@ -4,6 +4,8 @@ from torch import Tensor
 
 from trainer.tensors import full_precision
 
+NEEDS_ALL_LOGITS = True
+
 
 def logit_standardized(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: PositiveFloat = 2.0

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from trainer.tensors import full_precision
 
+NEEDS_ALL_LOGITS = True
+
 
 class semantic(nn.Module):
     """Softmax regression: the teacher's classifier should give its own logits on the student's embedding.

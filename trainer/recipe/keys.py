@@ -188,7 +188,8 @@ class CacheKeys(Entry):
             at the run's end), or `disk`, for later runs too (in views/ in the folder of TRAINER_DATA, by default
             ~/.cache/tiny-student; the program never removes it).
         type: `float16` halves the size; its error is measured and reported.
-        top: Number of highest logits to keep, with the mass of the rest; for many classes. All by default.
+        top: Number of highest logits to keep, with the mass of the rest; for many classes. All by default. Losses of
+            probabilities allow it; one that takes the values of all logits is refused.
         embeddings: Whether to keep embeddings, if the recipe's losses use them.
         maps: Whether to keep the feature maps that the recipe's losses use. Maps are large.
         limit_gib: The largest allowed size; by default 2 in memory, and all free space on disk.

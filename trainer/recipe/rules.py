@@ -15,7 +15,7 @@ from trainer.recipe.keys import (
     TeacherKeys,
     TermKeys,
 )
-from trainer.recipe.shelves import chosen, fed, find, split
+from trainer.recipe.shelves import beside, chosen, fed, find, split
 from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of
 from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 from trainer.recipe.text import at_path
@@ -77,6 +77,14 @@ def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, st
     for key, kind in (("embeddings", "embedding"), ("maps", "maps")):
         if getattr(keys, key) and not any(kind in kinds for kinds in asked):
             yield ("cache", key), f"has no effect: no loss asks for the teacher's {key}"
+    if keys.top is not None:
+        for number, stage in enumerate(recipe.stages):
+            for term in terms_of(stage):
+                if beside(find("loss", term.loss), "NEEDS_ALL_LOGITS"):
+                    yield (
+                        ("cache", "top"),
+                        f"loss {term.loss!r} of stages[{number}] takes the values of all logits: leave out top",
+                    )
     if not any(asked):
         yield ("cache",), "has no effect: no loss asks what the teacher sees"
     elif not any(keys.serve(kinds) for kinds in asked):

@@ -32,6 +32,8 @@ INIT_SECONDS = 30  # how long wandb may take to start, and to log in
 def sync(folder: Path, config: Mapping[str, Any], ended: Callable[[float], bool] = lambda _: True) -> int:
     """Sends the lines of a run's log that the service does not have; returns their number.
 
+    With WANDB_MODE=offline wandb writes all of them into the run's folder instead.
+
     Args:
         folder: The run's folder, with log.jsonl.
         config: The recipe as plain values: the run's settings in wandb, with its name there and its group.

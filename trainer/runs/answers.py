@@ -3,6 +3,7 @@
 from trainer.data.fetch import cache_folder
 from trainer.data.images import Data
 from trainer.distillation.answers import Answers
+from trainer.distillation.kept_gradient import least_cosine
 from trainer.distillation.objective import Objective
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
@@ -39,14 +40,14 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers |
         keys = recipe.cache if isinstance(recipe.cache, CacheKeys) else CacheKeys(where=recipe.cache)
         layers = _layers(run, keys, teaching)
         try:
-            return _open(run, recipe, keys, layers)
+            return _open(run, recipe, keys, layers, teaching)
         except Mistake as error:
             raise RecipeError(recipe.fault(("cache",), str(error))) from error
     refused = _never_seen_twice(run.data)
     for keys in [] if refused else _useful([asked_of_teacher(stage.losses) for stage in teaching]):
         layers = _layers(run, keys, teaching)
         try:
-            return _open(run, recipe, keys, layers)
+            return _open(run, recipe, keys, layers, teaching)
         except Mistake as error:
             refused = str(error)
     if run.accelerator.is_main_process:
@@ -75,7 +76,7 @@ def _useful(needed: list[set[str]]) -> list[CacheKeys]:
     return [keys for keys in settings if any(keys.serve(kinds) for kinds in needed)]
 
 
-def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str]) -> Answers:
+def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str], teaching: list[StageKeys]) -> Answers:
     """Opens the cache, checks it against the teacher, and logs its size and its loss of precision.
 
     Raises Mistake when the cache cannot be used.
@@ -94,9 +95,12 @@ def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str]) -> Answe
     with run.accelerator.autocast():
         cache.check()
         lost = cache.measure() if is_main else {}
+        if lost:
+            cosine = least_cosine(cache, run.student, [stage.losses for stage in teaching], device)
+            lost |= {} if cosine is None else {"cosine": cosine}
     run.log.numbers("cache", 0, num_bytes=cache.file.num_bytes, **lost)
     if is_main:
-        losses = "".join(f"; {key} {value:.3g}" for key, value in lost.items())
+        losses = "".join(f"; {key} {value:.4g}" for key, value in lost.items())
         print(f"the teacher's answers are kept: {cache.describe()}{losses}", flush=True)
     return cache
 

@@ -11,10 +11,11 @@ from trainer.compression.weights import Weight, choose, matching, weights_of
 from trainer.data.batches import num_batches
 from trainer.data.images import Data, InMemory, normalize
 from trainer.distillation.examine import example_images
+from trainer.distillation.kept_gradient import refuse_misled
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
-from trainer.recipe.keys import EXCLUDE, PER_LAYER, Recipe, StageKeys
+from trainer.recipe.keys import EXCLUDE, PER_LAYER, CacheKeys, Recipe, StageKeys
 from trainer.recipe.stages import excluded, hook, losses_of, marked, terms_of, training_of
 from trainer.recipe.text import RecipeError
 from trainer.training.weights import Made
@@ -55,6 +56,8 @@ def check_layers(
             rehearsed.add(repr(term))
             try:
                 Objective(student, [term], data, teacher, device=device).rehearse(data)
+                if teacher is not None and isinstance(recipe.cache, CacheKeys):
+                    refuse_misled(student, [term], data, teacher, recipe.cache, device)
             except Mistake as error:
                 found.append(recipe.fault((*path, key, n), str(error)))
         faults += found
