@@ -81,12 +81,14 @@ class Part:
         ids: int64 [len], each sample's position in the source, the same in every run.
         workers: The number of processes that read images from disk.
         image_bytes: Bytes of one image.
+        at_once: The most images of a batch that is measured, on one process.
     """
 
     images: Images
     ids: Tensor
     workers: int = 0
     image_bytes: int = 0
+    at_once: int = 1000
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -173,6 +175,11 @@ class Data:
             kept=None,
             zoom=self.zoom * size / height,
         )
+
+    def measure_at_once(self, num_images: int) -> None:
+        """Sets how many images are measured at a time, at most."""
+        for part in (self.train, self.validation, self.test):
+            part.at_once = num_images
 
     @property
     def mixed(self) -> bool:

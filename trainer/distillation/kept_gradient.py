@@ -75,7 +75,7 @@ def least_cosine(
         with torch.random.fork_rng():
             objective = Objective(student, terms, cache.data, cache.teacher, device=device)
         if cache.keeps(*objective.see_teacher):
-            images, index, live, kept = cache.example()
+            images, index, live, kept = cache.example(min(64, cache.data.train.at_once))
             labels = cache.data.train.labels[: len(index)].to(device)
             cosines.append(compared(objective, images, labels, index, live, kept).cosine)
     return min(cosines, default=None)

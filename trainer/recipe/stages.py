@@ -90,6 +90,11 @@ def training_of(stage: StageKeys) -> Training | None:
     return next((value for _, value in _settings(stage) if isinstance(value, Training)), None)
 
 
+def largest_batch(stages: Iterable[StageKeys]) -> int | None:
+    """Returns the images of the largest batch that the stages train with; None without a training."""
+    return max((each.batch_size for each in map(training_of, stages) if each is not None), default=None)
+
+
 def files_of(stage: StageKeys) -> Iterator[tuple[str, Path]]:
     """Yields (key, path) of the files that the stage reads."""
     return ((key, value) for key, value in _settings(stage) if isinstance(value, Path))

@@ -94,7 +94,7 @@ def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str], teaching
     )
     with run.accelerator.autocast():
         cache.check()
-        lost = cache.measure() if is_main else {}
+        lost = cache.measure(min(256, run.data.train.at_once)) if is_main else {}
         if lost:
             cosine = least_cosine(cache, run.student, [stage.losses for stage in teaching], device)
             lost |= {} if cosine is None else {"cosine": cosine}

@@ -13,6 +13,7 @@ from trainer.networks.build import build, spec
 from trainer.packing import network as packed
 from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
+from trainer.recipe.stages import largest_batch
 from trainer.runs.opening import accelerator_of
 from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import digest
@@ -77,6 +78,7 @@ def images_of(
     """
     keys = recipe.data.model_copy(update={"keep_views": False})  # the training images are not used here
     data = make_data(keys, device)
+    data.measure_at_once(largest_batch(recipe.stages) or data.test.at_once)
     loaded = recipe.student.checkpoint is not None or getattr(recipe.student, "pretrained", False)
     if loaded and keys.mean is None and keys.std is None:
         data.mean, data.std = tuple(header["mean"]), tuple(header["std"])

@@ -163,7 +163,7 @@ def _percent_right(
     device = next(network.parameters()).device
     answers = [
         teacher.see(images.to(device).float() / 255).logits.argmax(-1)
-        for images, _, _ in batches(part, list(indices.split(100)), part.workers, device)
+        for images, _, _ in batches(part, list(indices.split(min(100, part.at_once))), part.workers, device)
     ]
     for module, mode in modes:
         module.training = mode

@@ -21,7 +21,7 @@ from trainer.distributed import told
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
-from trainer.recipe.stages import any_teaches, teaches, training_of
+from trainer.recipe.stages import any_teaches, largest_batch, teaches, training_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers, without_effect
@@ -156,6 +156,9 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
     """
     with accelerator.local_main_process_first():  # missing files are downloaded once
         data = make_data(recipe.data, accelerator.device)
+        trained = largest_batch(recipe.stages)
+        if trained is not None:
+            data.measure_at_once(trained // accelerator.num_processes or 1)
         # The student first, because its normalisation is the data's.
         made = make_student(recipe, data, here, accelerator.is_main_process)
         teacher, notes = make_teacher(recipe, data, here, accelerator.is_main_process)

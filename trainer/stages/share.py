@@ -37,7 +37,7 @@ from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.recipe.keys import PER_LAYER, Exclude, Term, TermKeys
 from trainer.recipe.training import Training
-from trainer.training.evaluate import normalized, truth
+from trainer.training.evaluate import measured_order, normalized, sparing, truth
 from trainer.training.fit import fit
 from trainer.training.rows import keep_histogram, record
 from trainer.training.run import Run
@@ -371,9 +371,9 @@ def _rate_distortion(run: Run, layers, cluster, codebook, biases, rest, budget_b
 def _loss(run: Run, student: nn.Module) -> float:
     """Returns the mean cross-entropy on the validation images, against labels or, without labels, the teacher's classes."""
     part: Part = run.data.validation
-    labels, network = truth(run, part), normalized(student, run.data)
+    labels, network = truth(run, part), sparing(normalized(student, run.data))
     total, number = 0.0, 0
-    order = list(torch.arange(len(part)).split(500))
+    order = measured_order(part)
     for positions, (images, _, _) in zip(
         order, batches(part, order, part.workers, run.accelerator.device), strict=True
     ):

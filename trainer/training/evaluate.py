@@ -1,5 +1,6 @@
 """Computes a network's predictions, accuracy and logits, with each image counted once."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from trainer.training.run import Run
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def predict(network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accelerator") -> Tensor:
@@ -26,15 +29,51 @@ def predict(network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accel
         part: The images.
         accelerator: The run's.
     """
-    small = isinstance(part.images, InMemory) and part.images.images.shape[2] <= 64
-    size = 1000 if small else 128
-    order = list(torch.arange(len(part)).split(size))[accelerator.process_index :: accelerator.num_processes]
+    network = sparing(network)
+    order = measured_order(part)[accelerator.process_index :: accelerator.num_processes]
     answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
     for positions, (images, _, _) in zip(
         order, batches(part, order, part.workers, accelerator.device), strict=True
     ):
         answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
     return summed(answers)
+
+
+def measured_order(part: Part, most: int | None = None) -> list[Tensor]:
+    """Returns the positions of each batch in which a part, or its first `most` images, is measured."""
+    small = isinstance(part.images, InMemory) and part.images.images.shape[2] <= 64
+    return list(torch.arange(len(part))[:most].split(min(1000 if small else 128, part.at_once)))
+
+
+def sparing(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns a network that computes a batch in smaller and smaller parts when memory runs out, from then on.
+
+    network: maps images [N, ...] to outputs [N, ...], each of its own image alone.
+    """
+    most: int | None = None
+
+    def outputs(images: Tensor) -> Tensor:
+        nonlocal most
+        while True:
+            size = min(len(images), most or len(images))
+            try:
+                if size == len(images):
+                    return network(images)
+                return torch.cat([network(part) for part in images.split(size)])
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not _ran_out(error):
+                    raise
+            most = size // 2  # outside the handler: the error holds what was computed
+            if images.device.type != "cpu":
+                torch.get_device_module(images.device).empty_cache()
+            logger.warning("memory ran out: from here on %d images are measured at a time", most)
+
+    return outputs
+
+
+def _ran_out(error: BaseException) -> bool:
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in words)
 
 
 def percent_right(answers: Tensor, labels: Tensor) -> float:
@@ -98,8 +137,8 @@ def normalized(network: nn.Module, data: Data) -> Callable[[Tensor], Tensor]:
 def logits(run: Run, most: int | None = None) -> Tensor:
     """Returns the student's logits [N, K] for the validation images, or for the first `most` of them."""
     part, device = run.data.validation, run.accelerator.device
-    network = normalized(run.student.eval(), run.data)
-    order = list(torch.arange(len(part))[:most].split(500))
+    network = sparing(normalized(run.student.eval(), run.data))
+    order = measured_order(part, most)
     return torch.cat(
         [network(images.float() / 255) for images, _, _ in batches(part, order, part.workers, device)]
     )
