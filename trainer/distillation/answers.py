@@ -212,10 +212,13 @@ class Answers:
 
     @torch.no_grad()
     def example(self, count: int = 64) -> tuple[Tensor, Tensor, Seen, Seen]:
-        """Returns some training images in view 0, their ids, the teacher's live answers, and these as a record keeps them."""
+        """Returns some training images in view 0, their ids, the teacher's live answers, and these as a record keeps them.
+
+        The images are those that the student sees.
+        """
         index = self._ids[:count]
-        images = self._images(index, 0)
-        live = self._ask(images)
+        images = Views(self.data).of(index, 0)
+        live = self._ask(self._images(index, 0))
         packed = pack(self.record, live)
         embedding = packed["embedding"].float() if "embedding" in packed else None
         maps = {name: packed[f"map/{name}"].float() for name in self.layers}
