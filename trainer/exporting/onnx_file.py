@@ -14,6 +14,7 @@ from trainer.exporting.onnx_weights import compress
 from trainer.exporting.subject import Exported, Subject, needed
 
 OPS = frozenset(WRITERS)
+SHOWN = 5  # logits of the test vector that are in the metadata
 OPSET, IR_VERSION = 18, 8  # what onnxruntime 1.17 reads; BitwiseAnd came with opset 18
 
 # In a process of its own: what loading costs, and the most memory. VmHWM, since getrusage's maximum counts the parent's too.
@@ -55,8 +56,8 @@ def metadata(subject: Subject) -> dict[str, str]:
         "std": list(subject.std),
         "shape": list(subject.shape),
         "sha256": subject.sha256,
-        # Of the uint8 image whose pixel i is (i * 37 + i // 101 * 11) % 256, normalised.
-        "test": [float(f"{value:.6g}") for value in logits.tolist()],
+        # Of the uint8 image whose pixel i is (i * 37 + i // 101 * 11) % 256, normalised: [class, logit] of the highest.
+        "test": [[int(c), float(f"{logits[c]:.6g}")] for c in np.argsort(-logits)[:SHOWN]],
     }
     return {key: json.dumps(value, separators=(",", ":")) for key, value in facts.items() if value}
 
@@ -69,7 +70,15 @@ def serialized(
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     short = made.rename()
     nodes = [
-        helper.make_node(op, [short[i] for i in inputs], [short[o] for o in outputs], **attributes)
+        helper.make_node(
+            op,
+            [short[i] for i in inputs],
+            [short[o] for o in outputs],
+            **{
+                k: numpy_helper.from_array(v) if isinstance(v, np.ndarray) else v
+                for k, v in attributes.items()
+            },
+        )
         for op, inputs, outputs, attributes in made.nodes
     ]
     used = {name for _, inputs, _, _ in made.nodes for name in inputs}

@@ -202,17 +202,24 @@ def _softplus(reader: Any, node: fx.Node, a: Arguments) -> None:
     reader.add(node, "softplus", [a["self"]], beta=float(a["beta"]))
 
 
+def _scalar(reader: Any, value: Any) -> float | None:
+    """Returns an operand that is one number; None for a tensor."""
+    if isinstance(value, fx.Node):
+        return float(reader.filled[value.name]) if value.name in reader.filled else None
+    return float(value)
+
+
 def _binary(op: str, left: bool = False) -> Callable[[Any, fx.Node, Arguments], None]:
     def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
         if a.get("alpha", 1) != 1 or a.get("rounding_mode"):
             raise Unsupported(f"{op} with a factor or a rounding")
-        other = a["other"]
-        filled = isinstance(other, fx.Node) and other.name in reader.filled
-        if filled or not isinstance(other, fx.Node):
-            scalar = float(reader.filled[other.name] if filled else other)
-            reader.add(node, op, [a["self"]], scalar=scalar, left=left)
+        first, second = (_scalar(reader, a[side]) for side in ("self", "other"))
+        if first is None and second is None:
+            reader.add(node, op, [a["self"], a["other"]])
+        elif second is not None:
+            reader.add(node, op, [a["self"]], scalar=second, left=left)
         else:
-            reader.add(node, op, [a["self"], other])
+            reader.add(node, op, [a["other"]], scalar=first, left=not left)
 
     return convert
 
