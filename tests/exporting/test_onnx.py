@@ -18,7 +18,7 @@ from trainer.exporting.onnx_nodes import write_nodes
 from trainer.exporting.onnx_weights import compress
 from trainer.exporting.shared_values import shared_values
 from trainer.exporting.subject import NotInstalled
-from trainer.exporting.tracing import trace
+from trainer.mistakes import Mistake
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -236,8 +236,33 @@ def test_a_session_runs_with_torchs_threads(tmp_path):
     assert options.intra_op_num_threads == torch.get_num_threads()
 
 
-def test_the_graph_of_a_timm_network():
-    import timm
+INT8 = """
+name: x
+data: {dataset: digits, subset: 100, validation: 60}
+student: {model: lenet300, hidden: [6]}
+stages: [{stage: train, training: {epochs: 1}}]
+"""
 
-    graph = trace(timm.create_model("test_vit", num_classes=5), (3, 160, 160))
-    assert "attention" in {node.op for node in graph.nodes}
+
+def test_int8_is_measured_and_its_verdict_said(tmp_path):
+    (tmp_path / "x.yaml").write_text(INT8)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+    )
+    ways = ("minmax", "entropy", "percentile")
+    to = [{"to": "onnx_int8", "calibration": way, "images": 40, "folder": way} for way in ways]
+    rows = export(net, tmp_path / "out", to, shape=(1, 8, 8), recipe=tmp_path / "x.yaml")
+    for way, row in zip(ways, rows):
+        assert row["num_images"] == 360 and row["agreement_student"] > 80
+        assert 0 < row["max_difference"] < 1
+        [verdict] = row["notes"]
+        assert (
+            f"{row['top1'] - row['top1_student']:+.2f} points of top-1" in verdict
+            and "of the dense float file" in verdict
+        )
+        kinds = operators(tmp_path / f"out/{way}/student_int8.onnx")
+        assert kinds["QuantizeLinear"] and kinds["DequantizeLinear"] and not kinds["BatchNormalization"]
+    with pytest.raises(Mistake, match="to onnx_int8: without a recipe there is no data: name one"):
+        export(net, tmp_path / "other", ["onnx", "onnx_int8"], shape=(1, 8, 8))
+    assert not (tmp_path / "other").exists()

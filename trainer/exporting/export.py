@@ -101,6 +101,7 @@ def _export(subject: Subject, target: ExportKeys, folder: Path) -> dict[str, Any
             found = prove(subject, exported)
         except RuntimeError as error:
             raise RuntimeError(f"export to {name}: {error}; its files are removed") from error
+        notes = exported.notes + ([] if exported.verdict is None else [exported.verdict(found)])
         files = [str(file.relative_to(aside)) for file in exported.files]
         _put_in_place(aside, folder / name)
     finally:
@@ -110,7 +111,7 @@ def _export(subject: Subject, target: ExportKeys, folder: Path) -> dict[str, Any
         "target": target.to,
         "file_bytes": exported.num_bytes,
         "files": files,
-        "notes": exported.notes,
+        "notes": notes,
         **found,
         **exported.numbers,
     }

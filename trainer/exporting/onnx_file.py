@@ -114,12 +114,17 @@ def opened(path: Path, subject: Subject) -> Exported:
     return Exported([path], run, path.stat().st_size, numbers=_measured(path, subject.shape))
 
 
-def session_of(runtime: Any, path: Path, optimized: Path | None = None) -> Any:
-    """Returns a session on the CPU with torch's number of threads. optimized: where the graph that it runs is written."""
+def session_of(runtime: Any, path: Path, optimized: Path | None = None, level: Any = None) -> Any:
+    """Returns a session on the CPU with torch's number of threads.
+
+    optimized: where the graph that it runs is written; level: of onnxruntime's optimizations (all).
+    """
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if level is not None:
+        options.graph_optimization_level = level
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -16,14 +16,14 @@ WARM_UP, MOST_CALLS, MOST_SECONDS = 10, 500, 3.0  # of the latency
 def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
     """Returns the numbers of an export's row: accuracy, agreement with the student, largest difference, latency.
 
-    "top1" (percent; NaN without labels), "agreement_student" (percent), "num_images", "num_near_ties" and "near_ties" (how
+    "top1" and "top1_student" (percent; NaN without labels), "agreement_student" (percent), "num_images", "num_near_ties" and "near_ties" (how
     many images changed their class at a tie, and the first of them), "max_difference" (of a logit; None where only classes
     can be compared), "latency_seconds" and "latency_p95_seconds" (one image; median and 95th percentile),
     "classes" (of all images).
 
     Raises RuntimeError if the answers are not the student's, by the rule of `Exported.compared`.
     """
-    answers, labels, right = [], [], []
+    answers, labels, right, students = [], [], [], []
     ties: list[int] = []
     wrong: list[int] = []
     largest, seen = 0.0, 0
@@ -48,6 +48,7 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
             )
         answers.append(ours.argmax(1))
         right.append(same)
+        students.append(theirs.argmax(1))
         labels.append(known)
         seen += len(images)
     if wrong and exported.compared != "measured":
@@ -60,7 +61,8 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
     known = truth >= 0
     median, late = latency(exported, first)
     return {
-        "top1": float((classes == truth)[known].mean() * 100) if known.any() else math.nan,
+        "top1": _percent(classes == truth, known),
+        "top1_student": _percent(np.concatenate(students) == truth, known),
         "agreement_student": float(np.concatenate(right).mean() * 100),
         "num_images": seen,
         "random_inputs": subject.data is None,
@@ -71,6 +73,10 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
         "latency_p95_seconds": late,
         "classes": classes,
     }
+
+
+def _percent(right: np.ndarray, known: np.ndarray) -> float:
+    return float(right[known].mean() * 100) if known.any() else math.nan
 
 
 def _is_tie(logits: np.ndarray) -> bool:

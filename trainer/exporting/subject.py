@@ -120,6 +120,7 @@ class Exported:
         num_bytes: What the target takes on its machine.
         numbers: Further entries of the report's row: peak_bytes, flash_bytes, ram_bytes, instructions ...
         notes: Sentences for the user.
+        verdict: Makes one more of the row of numbers, see `proof.prove`; None for no more.
         batch: How many images `run` is given at a time.
     """
 
@@ -131,4 +132,5 @@ class Exported:
     reference: Callable[[np.ndarray], np.ndarray] | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    verdict: Callable[[dict[str, Any]], str] | None = None
     batch: int = 200

@@ -74,6 +74,10 @@ def export(run: Run, *, to: Targets) -> None:
         raise Mistake("\n".join(missing))
     for row in rows:
         answers = row.pop("classes")
+        if run.accelerator.is_main_process:
+            print(
+                *(f"{row['stage']}: {note}" for note in row["notes"]), sep="\n", end="\n" * bool(row["notes"])
+            )
         add_row(
             run,
             {
