@@ -11,7 +11,7 @@ from torch import nn
 
 import trainer
 from trainer.compression.states import bake
-from trainer.exporting import huffman, onnx_weights
+from trainer.exporting import huffman, onnx_huffman, onnx_rice, onnx_weights
 from trainer.exporting.export import export, subject_of
 from trainer.exporting.onnx_file import serialized, session_of, write_onnx
 from trainer.exporting.onnx_nodes import write_nodes
@@ -142,9 +142,14 @@ def operators(path):
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-@pytest.mark.parametrize("large", [10**9, 1], ids=["bits", "pairs of bits"])
-def test_compressed_weights_are_those_of_the_dense_file_bit_for_bit(large, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_weights, "LARGE", large)
+@pytest.mark.parametrize(
+    ("coder", "large"),
+    [(onnx_huffman.read_huffman, 10**9), (onnx_huffman.read_huffman, 1), (onnx_rice.read_rice, 1)],
+    ids=["Huffman", "Huffman, pairs of bits", "Rice"],
+)
+def test_compressed_weights_are_those_of_the_dense_file_bit_for_bit(coder, large, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_huffman, "LARGE", large)
+    monkeypatch.setattr(onnx_weights, "CODERS", (coder,))
     subject = subject_of(mixed(), (1, 8, 8))
     answers, graphs, weights = [], [], []
     for compressed in (False, True):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.exporting.onnx_nodes import IMAGE, LOGITS, WRITERS, Builder, write_nodes
+from trainer.exporting.onnx_builder import IMAGE, LOGITS, Builder
+from trainer.exporting.onnx_nodes import WRITERS, write_nodes
 from trainer.exporting.onnx_weights import compress
 from trainer.exporting.subject import Exported, Subject, needed
 

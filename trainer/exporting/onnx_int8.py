@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.exporting.onnx_file import IMAGE, opened, serialized, session_of
+from trainer.exporting.onnx_builder import IMAGE
+from trainer.exporting.onnx_file import opened, serialized, session_of
 from trainer.exporting.onnx_nodes import write_nodes
 from trainer.exporting.proof import latency
 from trainer.exporting.subject import Exported, Subject, needed

@@ -1,65 +1,13 @@
 """Writes a graph's nodes as standard ONNX operators of opset 18."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import count, product
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from trainer.exporting.graph import Graph, Node
-
-IMAGE, LOGITS = "image", "logits"
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-class Builder:
-    """Collects ONNX nodes and constants.
-
-    Attributes:
-        nodes: (operator, inputs, outputs, attributes), in order of computation.
-        constants: {name: array}; equal ones are kept once.
-    """
-
-    def __init__(self) -> None:
-        self.nodes: list[tuple[str, list[str], list[str], dict[str, Any]]] = []
-        self.constants: dict[str, np.ndarray] = {}
-        self._known: dict[tuple, str] = {}
-        self._numbers = count()
-
-    def constant(self, array: Any, dtype: Any = None) -> str:
-        """Returns the name of a constant."""
-        array = np.ascontiguousarray(array, dtype).reshape(np.shape(array))
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._known:
-            self._known[key] = self.new()
-            self.constants[self._known[key]] = array
-        return self._known[key]
-
-    def new(self) -> str:
-        """Returns a name that nothing has."""
-        return f"_{next(self._numbers)}"
-
-    def add(self, op: str, *inputs: str, outputs: int | str = 1, **attributes: Any) -> Any:
-        """Adds a node; returns its output's name, or a list of them. outputs: their number, or the one's name."""
-        names = [outputs] if isinstance(outputs, str) else [self.new() for _ in range(outputs)]
-        self.nodes.append((op, list(inputs), names, attributes))
-        return names if isinstance(outputs, int) and outputs > 1 else names[0]
-
-    def rename(self) -> dict[str, str]:
-        """Returns a short name for each name, the shortest for the most frequent; input and output keep theirs."""
-        uses = Counter(name for _, inputs, outputs, _ in self.nodes for name in (*inputs, *outputs))
-        uses.update(list(self.constants))
-        for name in ("", IMAGE, LOGITS):
-            uses.pop(name, None)
-        short = dict(zip([name for name, _ in uses.most_common()], _short_names(), strict=False))
-        return {"": "", IMAGE: IMAGE, LOGITS: LOGITS, **short}
-
-
-def _short_names() -> Iterator[str]:
-    for length in count(1):
-        yield from ("".join(letters) for letters in product(LETTERS, repeat=length))
+from trainer.exporting.onnx_builder import IMAGE, LOGITS, Builder
 
 
 def write_nodes(graph: Graph) -> Builder:

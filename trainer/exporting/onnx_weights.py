@@ -1,33 +1,27 @@
 """Stores pruned and shared constants of an ONNX file compressed: standard operators make them dense when a session loads.
 
 The constants with zeros lie one after the other in one flat tensor of codes, where code 0 is zero and code c is the constant's c-th
-value. Their non-zero codes are written in order; beside them the gaps: how far each is from the one before. Constants without
-zeros add their codes alone. Codes and gaps have a canonical Huffman code each. A gap above the largest symbol is written as
-several, with code 0 between.
-
-The stream is cut into rows of the same number of symbols, each of which begins at a known bit. All rows are walked at once by
-pointer doubling: from the table of where the symbol after the one at each bit begins, that of two, four, ... symbols further.
+value. Only its non-zero codes are written, with their places; constants without zeros are codes alone. The coder that makes
+the file smaller writes them: `onnx_huffman` or `onnx_rice`.
 
 onnxruntime computes operators of constants alone when a session loads, so the graph that then runs is that of the dense file.
 It does so neither for NonZero and Compress nor for anything with a subgraph.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from trainer.exporting import huffman
-from trainer.exporting.onnx_nodes import Builder
+from trainer.exporting.onnx_builder import FLOAT, INT32, Builder
+from trainer.exporting.onnx_huffman import read_huffman
+from trainer.exporting.onnx_rice import read_rice
 from trainer.exporting.shared_values import SharedValues, shared_values
+from trainer.exporting.sparse_content import Content, Found
 
-LONGEST = 12  # bits of a code: the decoding tables have 2 x 2^12 entries
+FEW_ZEROS = 0.5  # of a constant's numbers: with more that are not zero, zero is a value like others
 LEAST = 64  # numbers of a constant that is worth its nodes
-LARGEST_GAPS = (15, 31, 63, 127, 255)  # that are tried as the largest symbol
-LARGE = 1_000_000  # symbols: from there codes are of whole pairs of bits, for half the memory while loading
-MOST_JUMPS = 40_000_000  # numbers in all jump tables, which are in memory together
-LEVEL_BYTES = 70  # of a level's nodes in the file
-INT32, FLOAT = 6, 1  # ONNX's numbers for types
+Coder = Callable[[Builder, Content], Found]
+CODERS: tuple[Coder, ...] = (read_huffman, read_rice)
 
 
 def compress(made: Builder) -> int:
@@ -38,11 +32,10 @@ def compress(made: Builder) -> int:
         if shared is not None:
             chosen[name] = shared
     if chosen:
-        later, made.nodes = made.nodes, []
-        for name in chosen:
-            del made.constants[name]
-        _write(made, chosen)
-        made.nodes += later
+        trials = [made.fork(without=chosen) for _ in CODERS]
+        for trial, coder in zip(trials, CODERS, strict=True):
+            _write(trial, chosen, coder)
+        made.adopt(min(trials, key=Builder.num_bytes))
     return len(chosen)
 
 
@@ -50,144 +43,46 @@ def _shared(array: np.ndarray) -> SharedValues | None:
     """Returns a constant as shared values where they are smaller than itself."""
     if array.dtype != np.float32 or array.size < LEAST:
         return None
-    found = shared_values(array)
+    found = shared_values(array, zero_is_a_value=bool(np.count_nonzero(array) > FEW_ZEROS * array.size))
     if found is None or 1.5 * len(found.codes) + 4 * len(found.values) + LEAST > 4 * array.size:
         return None
     return found
 
 
-@dataclass
-class _Alphabet:
-    """The symbols of a kind, in the order of the lengths of their codes.
-
-    Attributes:
-        symbols: int64 [n], what is to be written.
-        names: int64 [k], the different symbols.
-        sizes: int64 [k], the length of each one's code, ascending.
-    """
-
-    symbols: np.ndarray
-    names: np.ndarray
-    sizes: np.ndarray
-
-    def __init__(self, symbols: np.ndarray, unit: int) -> None:
-        names, counts = np.unique(symbols, return_counts=True)
-        # A complete code, so that every window of bits begins with a symbol: some have a second code, never written.
-        more = max(2 - len(names), 0)
-        more += -(len(names) + more - 1) % ((1 << unit) - 1)
-        names = np.concatenate([names, np.repeat(names[:1], more)])
-        counts = np.concatenate([counts, np.zeros(more, np.int64)])
-        sizes = huffman.lengths(counts, LONGEST, unit)
-        order = np.argsort(sizes, kind="stable")
-        self.symbols, self.names, self.sizes = symbols, names[order], sizes[order]
-
-    def bits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the symbols as bits, uint8, and the number of bits of each."""
-        where = np.zeros(self.names.max() + 1, np.int64)
-        where[self.names[::-1]] = np.arange(len(self.names))[::-1]  # the shorter of two codes
-        places = where[self.symbols]
-        sizes = self.sizes[places]
-        return huffman.bits(huffman.codes(self.sizes, LONGEST)[places], sizes, LONGEST), sizes
-
-    def num_bytes(self) -> float:
-        """Returns the bytes of the stream and of the table of symbols."""
-        return len(self.bits()[0]) / 8 + 2 * len(self.names)
-
-
-def _alphabets(
-    sparse: list[SharedValues], dense: list[SharedValues], unit: int
-) -> tuple[_Alphabet, _Alphabet | None, int]:
-    """Returns codes, gaps (None without zeros) and the number of codes that have a gap; with the best largest gap."""
-    rest = [1 + shared.codes for shared in dense]
-    if not sparse:
-        return _Alphabet(np.concatenate(rest), unit), None, 0
-    codes = np.concatenate([1 + shared.codes for shared in sparse])
-    bases = np.cumsum([0, *(int(np.prod(shared.shape)) for shared in sparse)])
-    places = np.concatenate([base + shared.positions for base, shared in zip(bases, sparse, strict=False)])
-    gaps = np.diff(places, prepend=-1)  # from 1
-    best: tuple[_Alphabet, _Alphabet, int] | None = None
-    for largest in LARGEST_GAPS:
-        full = (gaps - 1) // largest  # gaps that the largest symbol is written for
-        where = np.repeat(np.arange(len(gaps)), full)
-        all_codes = np.insert(codes, where, 0)
-        all_gaps = np.insert(gaps - full * largest, where, largest)
-        found = (
-            _Alphabet(np.concatenate([all_codes, *rest]), unit),
-            _Alphabet(all_gaps, unit),
-            len(all_gaps),
-        )
-        if best is None or _bytes(found) < _bytes(best):
-            best = found
-    assert best is not None
-    return best
-
-
-def _smallest(codes: _Alphabet, gaps: _Alphabet | None) -> type:
-    """Returns the type that holds every symbol."""
-    return (
-        np.uint8 if max(kind.names.max() for kind in (codes, gaps) if kind is not None) < 256 else np.uint16
-    )
-
-
-def _bytes(found: tuple[_Alphabet, _Alphabet, int]) -> float:
-    return found[0].num_bytes() + found[1].num_bytes()
-
-
-def _rows(sizes: list[np.ndarray], unit: int) -> tuple[int, np.ndarray]:
-    """Returns the number of symbols in a row, a power of two, and the bits of each row, for the fewest bytes."""
-    num_places = sum(int(s.sum()) for s in sizes) // unit
-    best: tuple[float, int, np.ndarray] | None = None
-    for level in range(3, 31):
-        length = 1 << level
-        if best is not None and level * num_places > MOST_JUMPS:
-            break
-        rows = np.concatenate([np.add.reduceat(s, np.arange(0, len(s), length)) for s in sizes]) // unit
-        spread = int(rows[:-1].max(initial=0) - rows[:-1].min(initial=0))
-        cost = LEVEL_BYTES * level + len(rows) * (1 if spread < 256 else 2)
-        if best is None or cost < best[0]:
-            best = cost, length, rows
-        if length >= max(map(len, sizes)):
-            break
-    assert best is not None
-    return best[1:]
-
-
-def _write(made: Builder, chosen: Mapping[str, SharedValues]) -> None:
+def _write(made: Builder, chosen: Mapping[str, SharedValues], coder: Coder) -> None:
     """Adds the nodes that compute all constants in `chosen`."""
-    ranked, books = {}, {}
+    codes, books = {}, {}
     for name, shared in chosen.items():
         counts = np.bincount(shared.codes, minlength=len(shared.values))
         order = np.argsort(-counts, kind="stable")  # codes of all constants have much the same counts then
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
-        ranked[name] = SharedValues(shared.shape, shared.positions, rank[shared.codes], shared.values[order])
-        books[name] = np.concatenate([np.zeros(1, np.float32), ranked[name].values])
-    sparse = [name for name in chosen if chosen[name].positions is not None]
-    dense = [name for name in chosen if chosen[name].positions is None]
-    unit = 2 if sum(len(shared.codes) for shared in chosen.values()) >= LARGE // 2 else 1
-    codes, gaps, num_sparse = _alphabets([ranked[n] for n in sparse], [ranked[n] for n in dense], unit)
-    parts = _read(made, codes, gaps, unit, [num_sparse, *(len(ranked[n].codes) for n in dense)])
-    pieces = {
-        n: made.add("Cast", part, to=INT32) for n, part in zip(dense, parts[1 : 1 + len(dense)], strict=True)
-    }
-    if gaps is not None:
-        numels = [int(np.prod(chosen[n].shape)) for n in sparse]
-        kind: np.ndarray = np.zeros(
-            1, _smallest(codes, gaps)
-        )  # one byte for a code, and not four, while loading
-        empty = made.add("ConstantOfShape", made.constant([1 + sum(numels)], np.int64), value=kind)
-        places = made.add("CumSum", made.add("Cast", parts[-1], to=INT32), made.constant(0, np.int32))
-        flat = made.add("Cast", made.add("ScatterElements", empty, places, parts[0]), to=INT32)
-        split = _split(made, flat, [1, *numels])  # places count from 1
-        pieces |= dict(zip(sparse, split[1:], strict=True))
+        codes[name] = rank[shared.codes]
+        books[name] = np.concatenate([np.zeros(1, np.float32), shared.values[order]])
+    sparse = {name: shared.positions for name, shared in chosen.items() if shared.positions is not None}
+    dense = [name for name in chosen if name not in sparse]
+    numels = [int(np.prod(chosen[name].shape)) for name in sparse]
+    bases = np.cumsum([0, *numels])
+    none = [np.zeros(0, np.int64)]
+    content = Content(
+        np.concatenate([codes[name] for name in sparse] or none),
+        np.concatenate([base + places for base, places in zip(bases, sparse.values(), strict=False)] or none),
+        [codes[name] for name in dense],
+    )
+    found = coder(made, content)
+    pieces = dict(zip(dense, found.dense, strict=True))
+    if found.codes:
+        zero: np.ndarray = np.zeros(1, found.kind)  # of few bytes, while loading
+        empty = made.add("ConstantOfShape", made.constant([1 + sum(numels)], np.int64), value=zero)
+        flat = made.add("ScatterElements", empty, found.places, found.codes)
+        if found.kind is not np.int32:
+            flat = made.add("Cast", flat, to=INT32)
+        pieces |= dict(zip(sparse, made.split(flat, [1, *numels])[1:], strict=True))  # places count from 1
     tables = _books(made, [books[name] for name in chosen])
     for name, table in zip(chosen, tables, strict=True):
-        shape = chosen[name].shape
-        piece = (
-            pieces[name]
-            if len(shape) == 1
-            else made.add("Reshape", pieces[name], made.constant(shape, np.int64))
-        )
+        shape, piece = chosen[name].shape, pieces[name]
+        if len(shape) != 1:
+            piece = made.add("Reshape", piece, made.constant(shape, np.int64))
         made.add("Gather", table, piece, outputs=name)
 
 
@@ -200,73 +95,4 @@ def _books(made: Builder, books: list[np.ndarray]) -> list[str]:
         stored = made.add("Cast", made.constant(half), to=FLOAT)
     else:
         stored = made.constant(whole)
-    return _split(made, stored, [len(book) for book in books])
-
-
-def _split(made: Builder, name: str, sizes: list[int]) -> list[str]:
-    if len(sizes) == 1:
-        return [name]
-    return made.add("Split", name, made.constant(sizes, np.int64), outputs=len(sizes))
-
-
-def _read(made: Builder, codes: _Alphabet, gaps: _Alphabet | None, unit: int, counts: list[int]) -> list[str]:
-    """Adds the nodes that read the stream; returns the names of the codes, in parts of `counts`, and of the gaps."""
-    kinds = [codes] if gaps is None else [codes, gaps]
-    streams = [kind.bits() for kind in kinds]
-    length, rows = _rows([sizes for _, sizes in streams], unit)
-    packed = np.packbits(np.concatenate([bits for bits, _ in streams]))
-    num_places = 8 // unit * len(packed)
-    integer = lambda value: made.constant(value, np.int32)
-
-    # The LONGEST bits from each bit on: of three bytes at a time, which float32 holds exactly.
-    data = np.append(packed, [0, 0]).astype(np.uint8).reshape(1, 1, -1, 1)
-    triples = made.add("Conv", made.add("Cast", made.constant(data), to=FLOAT), made.constant(
-        np.array([65536, 256, 1], np.float32).reshape(1, 1, 3, 1)))  # fmt: skip
-    shifted = made.add(
-        "Div",
-        made.add("Cast", triples, to=INT32),
-        integer([1 << (24 - LONGEST - i) for i in range(0, 8, unit)]),
-    )
-    window = made.add("BitwiseAnd", shifted, integer((1 << LONGEST) - 1))
-    window = made.add("Reshape", window, made.constant([-1], np.int64))
-    place = made.add("Range", integer(0), integer(num_places), integer(1))
-    if gaps is not None:  # the gaps have the second half of the tables
-        is_code = made.add("Less", place, integer(len(streams[0][0]) // unit))
-        window = made.add("Where", is_code, window, made.add("Add", window, integer(1 << LONGEST)))
-
-    # The table of all windows: which symbol begins with it, in the order of the codes.
-    sizes = np.concatenate([kind.sizes for kind in kinds])
-    size = made.add("Cast", made.constant(sizes // unit, np.uint8), to=INT32)
-    widths = made.add("Gather", integer([1 << (LONGEST - i) for i in range(0, LONGEST + 1, unit)]), size)
-    ends = made.add("CumSum", widths, integer(0))
-    every = made.add("Range", integer(0), integer(len(kinds) << LONGEST), integer(1))
-    every = made.add("Unsqueeze", every, made.constant([1], np.int64))
-    above = made.add("Cast", made.add("GreaterOrEqual", every, ends), to=INT32)
-    symbol = made.add("ReduceSum", above, made.constant([1], np.int64), keepdims=0)
-
-    # Where the next symbol begins, from each bit on; then the beginnings of all symbols, row by row.
-    steps = made.add("Gather", made.add("Gather", size, symbol), window)
-    jump = made.add("Min", made.add("Add", place, steps), integer(num_places - 1))
-    least = int(rows[:-1].min(initial=0)) if len(rows) > 1 else 0
-    over = rows - least
-    over[-1] = 0  # nothing begins after the last row
-    small = made.constant(over.reshape(-1, 1), np.uint8 if over.max() < 256 else np.uint16)
-    lengths = made.add("Add", made.add("Cast", small, to=INT32), integer(least))
-    starts = made.add("CumSum", lengths, integer(0), exclusive=1)
-    for level in range(length.bit_length() - 1):
-        if level:
-            jump = made.add("Gather", jump, jump)
-        starts = made.add("Concat", starts, made.add("Gather", jump, starts), axis=1)
-
-    names = np.concatenate([kind.names for kind in kinds])
-    meaning = made.add("Gather", made.constant(names, _smallest(codes, gaps)), symbol)
-    read = made.add("Gather", meaning, made.add("Gather", window, starts))
-    read = made.add("Reshape", read, made.constant([-1], np.int64))
-    wanted = list(counts) if gaps is not None else counts[1:]
-    filling = [-len(kind.symbols) % length for kind in kinds]
-    layout = wanted + [filling[0]] * bool(filling[0])
-    if gaps is not None:
-        layout += [len(gaps.symbols)] + [filling[1]] * bool(filling[1])
-    found = _split(made, read, layout)
-    first = found[: len(wanted)] if gaps is not None else ["", *found[: len(wanted)]]
-    return first if gaps is None else [*first, found[len(wanted) + bool(filling[0])]]
+    return made.split(stored, [len(book) for book in books])

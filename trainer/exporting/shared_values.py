@@ -36,13 +36,14 @@ class SharedValues:
         return flat.reshape(self.shape)
 
 
-def shared_values(array: np.ndarray) -> SharedValues | None:
+def shared_values(array: np.ndarray, zero_is_a_value: bool = False) -> SharedValues | None:
     """Returns a float32 tensor as shared values; None for more than `MOST_VALUES` different ones.
 
     Zero is the bit pattern of +0.0; -0.0 is a value like any other. A tensor of zeros alone has no values.
+    zero_is_a_value: whether +0.0 counts as a value too, which suits a tensor with few zeros.
     """
     patterns = np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint32)
-    alive = patterns != 0
+    alive = np.full(patterns.shape, True) if zero_is_a_value else patterns != 0
     found, codes = np.unique(patterns[alive], return_inverse=True)
     if len(found) > MOST_VALUES:
         return None
