@@ -931,3 +931,17 @@ def test_the_schema_knows_every_file_and_key_of_the_shelves(schema):
             "model"
         ]
     )
+
+
+def test_the_schema_of_targets_takes_names_and_mappings(schema):
+    entry = {"$ref": "#/$defs/ExportKeys"}
+    for right in ("onnx", "python:m:t", {"to": "onnx"}, {"to": "onnx", "compressed": False, "folder": "x"}):
+        assert conforms(right, entry, schema), right
+    for wrong in (
+        "onix",
+        3,
+        {"to": "onnx", "compressed": "so"},
+        {"compressed": True},
+        {"to": "onnx", "odd": 1},
+    ):
+        assert not conforms(wrong, entry, schema), wrong

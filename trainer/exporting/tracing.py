@@ -1,9 +1,10 @@
 """Reads a network's graph from torch.export's core ATen graph, with LSTM, GRU and a few others kept whole."""
 
+import contextlib
 import copy
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,29 +33,39 @@ def trace(network: nn.Module, shape: Sequence[int]) -> Graph:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise Mistake(f"the network's tensors are {tensor.dtype}; float32 is exported")
     plain.requires_grad_(False)
-    program = _program(plain, tuple(shape))
-    return _Reader(program).graph()
-
-
-def _program(network: nn.Module, shape: tuple[int, ...]) -> Any:
+    program = program_of(plain, tuple(shape))
     table = torch.export.default_decompositions()
     for name in WHOLE:
         packet, _, overload = name.partition(".")
         table.pop(getattr(getattr(torch.ops.aten, packet), overload or "default"), None)
-    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    with _quiet():
+        return _Reader(program.run_decompositions(table)).graph()
+
+
+def program_of(network: nn.Module, shape: tuple[int, ...], most: int = 1 << 16) -> Any:
+    """Returns a network as a program of torch.export for 1 to `most` images of `shape`.
+
+    Raises Mistake for a network that torch.export cannot read.
+    """
+    batch = torch.export.Dim("batch", min=1, max=most)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # An LSTM sets its list of weights anew, which torch.export remarks; nothing is lost.
-            warnings.filterwarnings("ignore", message=".*were assigned during export.*")
-            exported = torch.export.export(
+        with _quiet(), torch.no_grad():
+            return torch.export.export(
                 network, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},), strict=False
             )
-            return exported.run_decompositions(table)
     except Exception as error:  # whatever the network's own code or the exporter raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise Mistake(
             f"torch.export cannot read the network for images {tuple(shape)}: {type(error).__name__}: {reason[:160]}"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what torch.export remarks of an LSTM, which sets its list of weights anew; nothing is lost."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*were assigned during export.*")
+        yield
 
 
 class _Reader:

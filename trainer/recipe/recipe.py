@@ -190,6 +190,8 @@ def schema() -> dict[str, Any]:
         own = {"type": "string", "pattern": f"^{PYTHON}"}
         if "python" not in names(key):
             alternatives.append({"type": "object", "properties": {key: own}, "required": [key]})
+        if key == "to":  # a bare name too
+            alternatives += [{"enum": names(key)}, own]
         definitions[base.__name__] = {"oneOf": alternatives}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made}
 
