@@ -21,7 +21,6 @@ from trainer.exporting.onnx_builder import IMAGE
 from trainer.exporting.onnx_file import session_of, write_onnx
 from trainer.exporting.subject import needed
 from trainer.networks.build import build
-from trainer.reporting.tables import export_table
 from trainer.runs.evaluate_file import opened
 from trainer.runs.export_file import export_file
 
@@ -41,7 +40,7 @@ def main() -> None:
         to = [*options.to, {"to": "onnx", "compressed": False, "folder": "onnx_dense"}]
         rows = export_file(options.file, to, Path(folder), options.recipe)
         dense = next(row["file_bytes"] for row in rows if row["stage"] == "onnx_dense")
-        print(f"\n{options.file}: {options.file.stat().st_size:,} bytes\n\n{export_table(rows)}\n")
+        print(f"\n{options.file}: {options.file.stat().st_size:,} bytes")
         for row in rows:
             print(f"{row['stage']}: {dense / row['file_bytes']:.1f}x of the dense file's {dense:,} bytes")
         files = {row["stage"]: Path(folder) / row["stage"] / row["files"][0] for row in rows}

@@ -161,3 +161,48 @@ def test_the_command(tmp_path, capsys):
     assert main(["export", str(tmp_path / "s.tiny"), "--to", "onnx"]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "s.tiny"), "--to", "onnx", "--force"]) == 0
+
+
+ODD = """
+import torch
+from torch import nn
+
+
+class Sorts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1).sort(1).values)
+
+
+def odd(input_shape, num_classes):
+    return nn.Sequential(nn.Identity(), Sorts())
+"""
+RECIPE = """
+name: odd
+data: {dataset: digits, subset: 60, validation: 60}
+student: {model: "python:odd_net:odd"}
+stages:
+  - {stage: train, training: {epochs: 1}}
+  - {stage: pack}
+  - {stage: export, to: [{to: onnx, compressed: false}]}
+"""
+
+
+def test_a_stage_refuses_what_it_cannot_export_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "odd_net.py").write_text(ODD)
+    (tmp_path / "odd.yaml").write_text(RECIPE)
+    with pytest.raises(
+        Mistake, match=r"odd.yaml:8: stages\[2\]: layer '1': operator sort cannot be exported"
+    ):
+        trainer.run("odd.yaml", allow_python=True)
+    assert not list((tmp_path / "runs/odd").glob("checkpoints/*"))
+    (tmp_path / "early.yaml").write_text(RECIPE.replace("  - {stage: pack}\n", ""))
+    with pytest.raises(
+        Mistake, match=r"early.yaml:7: stages\[1\]: exports the packed student: a stage pack before"
+    ):
+        trainer.run("early.yaml", allow_python=True)
