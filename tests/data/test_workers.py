@@ -65,7 +65,7 @@ def test_as_many_workers_as_shared_memory_has_room_for(
     monkeypatch.setattr(workers, "DataLoader", Loader)
     monkeypatch.setattr(workers, "free_shared_bytes", lambda: free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    workers._print_once.cache_clear()
+    workers._printed.clear()
     for _ in range(2):
         got = read(OnDisk(), 3, image_bytes)
     assert used == [affordable] * 2 and [len(images) for images, _, _ in got] == [16] * 4

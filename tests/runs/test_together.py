@@ -24,9 +24,11 @@ ROOT = Path(__file__).parents[2]
 RECIPE = """
 name: two
 data: {dataset: digits, subset: 160}
-student: {model: lenet300, hidden: [6, 5]}
+teacher: {model: lenet300, hidden: [6, 5]}
+student: {model: lenet5, width: 2, batch_norm: true, dropout: 0.1}  # statistics of its own on each process
 stages:
-  - {stage: train, training: {epochs: 3, batch_size: 16}}
+  - {stage: train, who: teacher, training: {epochs: 2, batch_size: 16, lr: 1e-2}}
+  - {stage: distill, training: {epochs: 3, batch_size: 16, keep: best}, losses: [{loss: kl}, {loss: contrastive}]}  # a bank
 """
 
 
@@ -39,19 +41,19 @@ def command(folder, *more):
     return [status, error.getvalue(), time.monotonic() - started]
 
 
-def at_step(number, act):
-    """Has the next training call act() after its optimizer step `number`."""
+def at_step(number, act, stage=1):
+    """Has the stage call act(state) after its optimizer step `number`."""
     original = fit._take_step
 
     def watched(state):
         original(state)
-        if state.step == number:
-            act()
+        if state.step == number and state.run.stage == stage:
+            act(state)
 
     fit._take_step = watched
 
 
-def refuse():
+def refuse(*_):
     raise Mistake("photos/7.jpg: is damaged")
 
 
@@ -68,26 +70,29 @@ def refused(rank, top, place):
     if rank == 1 and place == "recipe":
         top = top / "not-there"
     if rank == 1 and place == "data":
-        runner.make_run = lambda *_: refuse()
+        runner.make_run = refuse
     if rank == 1 and place == "step":
         at_step(4, refuse)
     if rank == 1 and place == "end":
-        runner.finish_stage = lambda *_: refuse()
+        runner.finish_stage = refuse
     return command(top, str(top / f"runs-{place}"))
 
 
 def killed(rank, top):
-    at_step(14, lambda: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
+    at_step(14, lambda _: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
     return command(top, str(top / "killed"))
 
 
 def told_to_end(rank, top):
-    at_step(14, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank == 1 else None)
+    at_step(14, lambda _: os.kill(os.getpid(), signal.SIGTERM) if rank == 1 else None)
     return command(top, str(top / "stopped"))
 
 
 def to_the_end(rank, top):
-    return [command(top, str(top / name))[0] for name in ("whole", "killed", "stopped")]
+    sends = []
+    at_step(5, lambda state: sends.append(state.wrapped.will_sync_module_buffers()))
+    statuses = [command(top, str(top / name))[0] for name in ("whole", "killed", "stopped")]
+    return [statuses, sends]
 
 
 @pytest.fixture
@@ -127,12 +132,14 @@ def test_one_killed_or_told_to_end_ends_both_and_the_same_command_goes_on(top):
     (status, said, _), (other, silent, _) = in_two(told_to_end, top, top, seconds=60)
     assert (status, other) == (143, 143) and silent == ""
     assert said == "trainer: stopped by SIGTERM; the same command goes on where this stopped\n"
-    [kept] = (top / "stopped" / "two" / "checkpoints" / "00-train" / "fit-0").glob("0*")
+    [kept] = (top / "stopped" / "two" / "checkpoints" / "01-distill" / "fit-0").glob("0*")
     assert kept.name in ("00000014", "00000015")  # the other process may have begun the next step
 
-    assert in_two(to_the_end, top, top, seconds=120) == [[0, 0, 0]] * 2
+    assert (
+        in_two(to_the_end, top, top, seconds=120) == [[[0, 0, 0], [False, False]]] * 2
+    )  # a step sends no buffers
     whole, after_the_kill, after_the_signal = (
-        read_file(next((top / name / "two" / "checkpoints" / "00-train").glob("*/student.safetensors")))[0]
+        read_file(next((top / name / "two" / "checkpoints" / "01-distill").glob("*/student.safetensors")))[0]
         for name in ("whole", "killed", "stopped")
     )
     for resumed in (after_the_kill, after_the_signal):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST_COMPARED = 256  # centroids with which each weight is compared one by one
 LARGEST_TABLE = 1 << 22  # distances of weights to centroids that are in memory at a time
+_PARTS = 256  # into which a GPU divides a sum by codes
+_BINCOUNT_ON = ("cpu",)
 SOFTNESS = (
     0.5  # width of a weight's soft assignment to centroids, in mean distances of neighbouring centroids
 )
@@ -103,9 +105,22 @@ class _StraightThrough(torch.autograd.Function):
         )
 
 
-def _sum_by_code(gradient: Tensor, codes: Tensor, length: int) -> Tensor:
-    weights = gradient.reshape(-1) if gradient.device.type == "mps" else gradient.reshape(-1).double()
-    return torch.bincount(codes.reshape(-1), weights, minlength=length)
+def _sum_by_code(weights: Tensor, codes: Tensor, length: int) -> Tensor:
+    """Returns [length], for each code the sum of the weights that have it; in float64 where the device has that.
+
+    On a GPU torch.bincount reads the greatest code back, which waits for the device. There parts of the weights are summed
+    into bins of their own, so that few of them add to one number at a time.
+    """
+    weights, codes = weights.reshape(-1), codes.reshape(-1)
+    if weights.device.type != "mps":
+        weights = weights.double()
+    if weights.device.type in _BINCOUNT_ON:
+        return torch.bincount(codes, weights, minlength=length)
+    parts = max(1, min(_PARTS, LARGEST_TABLE // length))
+    missing = -len(codes) % parts
+    weights = nn.functional.pad(weights, (0, missing)).view(parts, -1)
+    codes = nn.functional.pad(codes.long(), (0, missing)).view(parts, -1)
+    return weights.new_zeros(parts, length).scatter_add_(1, codes, weights).sum(0)
 
 
 class Codebook(nn.Module):
@@ -210,12 +225,8 @@ class TrainedCodebook(nn.Module):
     @torch.no_grad()
     def count_bits(self, codes: Tensor) -> None:
         """Sets the bits of each code from how often `codes` use it."""
-        used = (
-            torch.bincount(codes.reshape(-1), minlength=self.centroids.numel() + 1)[1:].reshape(
-                self.bits.shape
-            )
-            + 0.5
-        )
+        counts = _sum_by_code(torch.ones_like(codes, dtype=torch.float32), codes, self.centroids.numel() + 1)
+        used = counts[1:].to(self.bits.dtype).reshape(self.bits.shape) + 0.5
         self.bits.copy_(torch.log2(used.sum(1, keepdim=True) / used))
 
     def entropy(self, latent: Tensor) -> Tensor:

@@ -175,11 +175,17 @@ def batches(
         Mistake: For an image that cannot be read, and for a process that has died while it read.
     """
     if isinstance(part.images, InMemory):
-        for positions in order:
-            yield part.__getitems__(positions.to(part.ids.device))
+        # All at once: a copy for each batch would wait for the device.
+        moved = torch.cat(order or [part.ids[:0]]).to(part.ids.device)
+        for positions in moved.split([len(positions) for positions in order]):
+            yield part.__getitems__(positions)
         return
     for images, labels, index in read_batches(part, order, workers, pinned=device.type == "cuda"):
-        yield images.to(device, non_blocking=True), labels.to(device), index.to(device)
+        yield (
+            images.to(device, non_blocking=True),
+            labels.to(device, non_blocking=True),
+            index.to(device, non_blocking=True),
+        )
 
 
 def mix(

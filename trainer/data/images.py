@@ -200,7 +200,19 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         )
     if len(mean) == 1:
         return (images - mean[0]) * (1 / std[0])
-    like: dict[str, Any] = {"device": images.device, "dtype": images.dtype}
-    return (images - torch.tensor(mean, **like)[:, None, None]) * (
-        1 / torch.tensor(std, **like)[:, None, None]
-    )
+    subtracted, factor = _constants(tuple(mean), tuple(std), images.device, images.dtype)
+    return (images - subtracted) * factor
+
+
+_kept: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+
+def _constants(mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns mean and 1 / std on the device, [C, 1, 1] each. They stay there: a copy in each step would wait for the device."""
+    key = (mean, std, device, dtype)
+    if key not in _kept:
+        with torch.inference_mode(False):  # else no later training could use them
+            made = (torch.tensor(each, device=device, dtype=dtype)[:, None, None] for each in (mean, std))
+            subtracted, deviation = made
+            _kept[key] = (subtracted, 1 / deviation)
+    return _kept[key]

@@ -1,6 +1,5 @@
 """Reads batches of images from disk in worker processes: no more of them than shared memory has room for."""
 
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -76,9 +75,10 @@ def _affordable(workers: int, batch_bytes: int) -> int:
         number -= 1
     if number < workers and is_main():
         _print_once(
+            number,
             f"{SHARED} has {free / 2**20:,.0f} MiB free for each process, and {workers} workers need "
             f"{(PREFETCH * workers + 2) * batch_bytes / 2**20:,.0f}: images are read by {number or 'no'} workers, which may be "
-            "slower (docker run --shm-size=2g gives more)"
+            "slower (docker run --shm-size=2g gives more)",
         )
     return number
 
@@ -97,9 +97,14 @@ def _shared_memory() -> str:
     return "" if free is None else f" ({SHARED} has {free / 2**20:,.0f} MiB free)"
 
 
-@functools.cache
-def _print_once(line: str) -> None:
-    print(line, flush=True)
+_printed: set[int] = set()
+
+
+def _print_once(number: int, line: str) -> None:
+    """Prints the first line that is about this number of workers."""
+    if number not in _printed:
+        _printed.add(number)
+        print(line, flush=True)
 
 
 class _ReturnsMistakes:

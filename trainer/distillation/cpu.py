@@ -18,7 +18,7 @@ def make_ready(network: nn.Module) -> nn.Module:
     network whose BatchNorm can be folded (`Blocks.norms`) is copied for that. The copy has the same blocks, and does not
     follow later changes of the original.
     """
-    if any(tensor.device.type != "cpu" for tensor in network.state_dict().values()):
+    if not is_on(network):
         return network
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -27,3 +27,8 @@ def make_ready(network: nn.Module) -> nn.Module:
     if not folding.norms(network) or any(map(parametrize.is_parametrized, network.modules())):
         return network
     return folding.fold_norms(copy.deepcopy(network))
+
+
+def is_on(network: nn.Module) -> bool:
+    """Returns whether all of a network is on a CPU."""
+    return all(tensor.device.type == "cpu" for tensor in network.state_dict().values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.data.images import Data, normalize
-from trainer.distillation import cpu
+from trainer.distillation import cpu, gpu
 from trainer.networks import features
 from trainer.networks.build import spec
 from trainer.networks.features import Seen
@@ -72,6 +72,7 @@ class Teacher:
         self.shape = None if shape is None else tuple(shape)
         self.filter = filter
         self.version = 0  # counts its trainings: answers of an earlier version are outdated
+        self._shares: Tensor | None = None  # of the networks in the answer, on the device
         self._ready: list[nn.Module] = []  # the networks that are run: these, or faster copies
         self._ready_for: list = []  # the state of the networks that the copies were made from
         for network in self.networks:
@@ -104,12 +105,16 @@ class Teacher:
         return self
 
     def make_ready(self) -> None:
-        """Prepares the networks for inference on a CPU (`cpu.make_ready`), again whenever their weights have changed.
+        """Prepares the networks for inference (`cpu.make_ready`, `gpu.make_ready`), again whenever their weights have changed.
 
         `see` calls this, not the constructor, because a teacher may first be trained.
         """
         if not self._ready or self._state() != self._ready_for:
-            self._ready = [cpu.make_ready(network) for network in self.networks]
+            half = self._half()
+            self._ready = [
+                cpu.make_ready(network) if cpu.is_on(network) else gpu.make_ready(network, half)
+                for network in self.networks
+            ]
             self._ready_for = self._state()
 
     def _state(self) -> list:
@@ -118,7 +123,14 @@ class Teacher:
             network for network, ready in zip(self.networks, self._ready, strict=True) if ready is not network
         ]
         tensors = [tensor for network in copied for tensor in (*network.parameters(), *network.buffers())]
-        return [self.version, *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
+        return [self.version, self._half(), *((tensor.data_ptr(), tensor._version) for tensor in tensors)]
+
+    def _half(self) -> torch.dtype | None:
+        """Returns the half-precision type that a GPU's autocast computes in at present, None outside of autocast."""
+        device = next((tensor.device.type for tensor in self.network.parameters()), "cpu")
+        if device == "cpu" or not torch.is_autocast_enabled(device):
+            return None
+        return torch.get_autocast_dtype(device)
 
     def fingerprint(self) -> str:
         """Returns a hash of everything that its answers depend on, except the code of its networks."""
@@ -153,8 +165,10 @@ class Teacher:
         return Seen(self._agree([first.logits, *rest]), first.embedding, first.maps)
 
     def _agree(self, logits: list[Tensor]) -> Tensor:
-        weights = torch.tensor([member.weight for member in self.members], device=logits[0].device)
-        weights = (weights / weights.sum())[:, None, None]
+        weights = self._shares
+        if weights is None or weights.device != logits[0].device:
+            weights = torch.tensor([member.weight for member in self.members], device=logits[0].device)
+            weights = self._shares = (weights / weights.sum())[:, None, None]
         stacked = torch.stack(logits).float()
         if self.combine == "logits":
             return (stacked * weights).sum(0)

@@ -323,6 +323,9 @@ class Recipe(Entry):
         cache: Where the teacher's answers are kept. By default in memory, if they are used again and take at most 2 GiB.
         track: `wandb` mirrors the log in Weights & Biases, by a process of its own; `trainer sync RUN` sends it later.
         precision: Of training: `no` is float32; `fp16` and `bf16` are mixed.
+        tf32: Whether NVIDIA GPUs multiply float32 numbers with 10 bits of mantissa, which is several times as fast. By
+            default convolutions do and other products do not.
+        cudnn_benchmark: Whether cuDNN measures its algorithms at first and takes the fastest. Runs are then not repeatable.
         threads: Of torch in each process. By default one for each physical core that the process may use, divided among
             the processes of a machine, and at most OMP_NUM_THREADS.
         allow_untrained: Whether a student that has learnt nothing may be pruned, shared and packed, and a teacher that
@@ -340,6 +343,8 @@ class Recipe(Entry):
     cache: Literal["off", "memory", "disk"] | CacheKeys | None = None
     track: Literal["wandb"] | None = None
     precision: Literal["no", "fp16", "bf16"] = "no"
+    tf32: bool | None = None
+    cudnn_benchmark: bool = False
     threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     allow_untrained: bool = False
     _text: Text | None = PrivateAttr(None)

@@ -95,6 +95,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.is_main_process:
         for line in _without_effect(recipe):
             print(line, flush=True)
+    _set_kernels(recipe)
     if _more_requested(accelerator.num_processes):
         raise RecipeError(
             f"the launch requested more processes than the {accelerator.num_processes} it got; these commands work: "
@@ -103,8 +104,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def _set_kernels(recipe: Recipe) -> None:
+    """Sets which kernels CUDA takes, as the recipe says."""
+    if recipe.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+
+
 def _without_effect(recipe: Recipe) -> Iterator[str]:
-    """Yields a line for each option of the launch that has no effect, because the recipe sets it.
+    """Yields a line for each option of the launch that has no effect, because the recipe sets it, and for such keys.
 
     `accelerate launch` passes the precision "no" when none was requested.
     """
@@ -114,6 +122,10 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
             f"--mixed_precision {precision} has no effect: the recipe's precision is {recipe.precision!r} "
             f"(precision: {precision} in the recipe)"
         )
+    if not torch.cuda.is_available():
+        for key in ("tf32", "cudnn_benchmark"):
+            if getattr(recipe, key):
+                yield f"{key}: true has no effect here: there is no NVIDIA GPU"
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         yield (

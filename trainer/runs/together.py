@@ -212,7 +212,11 @@ class Watch:
                 return
             if self.parent is not None and os.getppid() != self.parent:
                 self.parent = None
-                os.kill(os.getpid(), signal.SIGTERM)  # the launcher has died, and nobody else can tell
+                if self.size == 1 or self._has_store():
+                    os.kill(os.getpid(), signal.SIGTERM)  # the launcher has died, and nobody else can tell
+                else:  # it had the store, and the processes cannot agree on a step
+                    self.failure = self._loss()
+                    return self._leave(grace=1.0)
             if self.size > 1:
                 self._look_for_failures()
                 if self.failure is not None:
@@ -282,6 +286,20 @@ class Watch:
             "host": peer["host"],
         }  # fmt: skip
 
+    def _loss(self) -> dict[str, Any]:
+        words = f"the launcher has ended: what was done since the last checkpoint is lost{GOES_ON}"
+        return {
+            "rank": -1, "died": False, "status": 128 + signal.SIGTERM, "words": words, "said": "no",
+            "host": self.own["host"],
+        }  # fmt: skip
+
+    def _has_store(self) -> bool:
+        try:
+            self.store.check(["stop"])
+        except RuntimeError:
+            return False
+        return True
+
     def _post_death(self, rank: int) -> None:
         self._post(self._death(rank))
 
@@ -318,13 +336,13 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self.store.set("said", "")
 
-    def _leave(self) -> None:
+    def _leave(self, grace: float = GRACE) -> None:
         """Ends this process after another one has failed, unless it ends by itself."""
         failure = self.failure
         assert failure is not None
         if failure["said"] != "at the end":
             self._say(failure)
-        if not self._ended.wait(GRACE) and not self.stop.is_ending:
+        if not self._ended.wait(grace) and not self.stop.is_ending:
             self._say(failure)
             sys.stdout.flush()
             # It waits in a collective for ever. What it writes exists whole or not at all.

@@ -21,7 +21,8 @@ from trainer.training.state import State, close_training, open_training, sync_bu
 from trainer.training.stopping import Stopped
 
 LOG_STEPS = 50  # steps between two logs of the losses, because each log waits for the device
-CHECKPOINT_SECONDS = 60.0  # least time between two checkpoints during a training
+CHECKPOINT_SECONDS = 60.0  # time between two checkpoints during a training; more if one takes longer than
+SAVE_SECONDS = 1.2  # this: 2 % of the time
 
 BeforeStep = Callable[[int, int], bool]
 
@@ -193,7 +194,8 @@ def _look(state: State) -> None:
 
 
 def _save_is_due(state: State) -> bool:
-    return agreed(time.monotonic() - state.last_saved > CHECKPOINT_SECONDS, state.run.accelerator.device)
+    interval = CHECKPOINT_SECONDS * max(1.0, state.save_seconds / SAVE_SECONDS)
+    return agreed(time.monotonic() - state.last_saved > interval, state.run.accelerator.device)
 
 
 def _end_epoch(state: State, changing: bool, speed: float) -> bool:
@@ -240,7 +242,7 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
     if averaged is not None:
         averaged.swap()
     sync_buffers(objective)
-    with evaluating(objective):
+    with evaluating(objective), run.accelerator.autocast():
         student = objective.finished()
         answers = predict(lambda images: student(objective.prepare(images)), validation, run.accelerator)
     if averaged is not None:

@@ -50,6 +50,7 @@ class State:
         tally: Images and seconds so far, the best validation and its epoch, whether it is finished.
         clock: The time up to which seconds are counted.
         last_saved: The time of its last checkpoint.
+        save_seconds: How long that took.
     """
 
     run: Run
@@ -72,6 +73,7 @@ class State:
     tally: dict[str, Any]
     clock: float
     last_saved: float
+    save_seconds: float = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -121,6 +123,7 @@ class State:
     def save(self) -> None:
         self.last_saved = time.monotonic()
         self.progress.save(self.step, self.tally)
+        self.save_seconds = time.monotonic() - self.last_saved
 
 
 def open_training(run: Run, objective: Objective, training: Training) -> State:
@@ -154,6 +157,10 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     optimizer = make_optimizer(objective, training, later)
     averaged = Averaged(objective, training.ema) if training.ema else None
     wrapped, scaled = accelerator.prepare(objective, optimizer)
+    if accelerator.num_processes > 1:
+        # DDP would send masks, codes and memory banks at each forward pass. It has sent them once now. (The attribute has
+        # this name in every version of torch, unlike the argument.)
+        wrapped.broadcast_buffers = False
     if training.compile:
         objective.leave_out_of_compile()
         wrapped = torch.compile(wrapped)
@@ -248,6 +255,10 @@ def _bar(run: Run, step: int, num_steps: int) -> tqdm:
 
 
 def sync_buffers(module: nn.Module) -> None:
-    """Copies the main process's buffers (BatchNorm's statistics) to all processes."""
+    """Copies the main process's buffers to all processes.
+
+    A training keeps no others equal by that: masks and codes do not change, and memory banks take the batches of all
+    processes. BatchNorm's running statistics are the main process's, and only an evaluation uses them.
+    """
     for buffer in module.buffers():
         broadcast(buffer)
