@@ -6,7 +6,7 @@ import pytest
 
 from tests import making
 from trainer.reporting import report
-from trainer.runs import guards
+from trainer.runs import earlier, guards, resuming
 from trainer.stages import pack
 from trainer.storage import checkpoint
 from trainer.storage.weights_file import save_file
@@ -59,6 +59,20 @@ def untrained_allowed():
 def untrained_refused(monkeypatch):
     """They are refused, as a user's are."""
     monkeypatch.setattr(guards, "_found_untrained", making.FOUND_UNTRAINED)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_taken_over():
+    """Equal stages of finished runs beside a run are not taken over: most tests compare runs that did the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming, "sources_of", lambda _, more=(): list(more))
+        yield
+
+
+@pytest.fixture
+def taken_over(monkeypatch):
+    """They are taken over, as a user's are."""
+    monkeypatch.setattr(resuming, "sources_of", earlier.sources_of)
 
 
 @pytest.fixture(scope="session")

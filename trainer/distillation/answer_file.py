@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.distillation.answer_space import make_file, refuse_above
 from trainer.mistakes import Mistake
 from trainer.storage import files, records
+from trainer.storage.lock import share
 
 FORMAT = 1
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # {field: (shape in one record, type)}
@@ -103,6 +104,7 @@ class AnswerFile:
                 make_file(path, self.num_bytes)
                 files.write_bytes(self.folder / "facts.json", json.dumps(facts, indent=1).encode())
             with open(path, "r+b") as file:
+                share(file)  # the map keeps the mark, so that `trainer cache --remove` leaves the file alone
                 return mmap.mmap(file.fileno(), self.num_bytes)
 
     @property

@@ -1,5 +1,6 @@
 """Guards against networks that have learnt nothing: teachers that would teach, students that would be made small."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,28 +58,37 @@ def stop_untrained(run: Run, recipe: Recipe, number: int) -> None:
     Weights that are not finite stop it always; an accuracy below the stage's at_least, wherever that is given;
     without it, what `examine` found, before a stage that needs the network trained and unless the recipe allows it.
     """
-    stage, who = recipe.stages[number], "teacher" if teaches(recipe.stages[number]) else "student"
+    who = _who(recipe.stages[number])
     networks = [run.student] if who == "student" else getattr(run.teacher, "networks", [])
     if not all(map(_finite, networks)):
         message = f"the {who} has weights that are not finite after this stage: lower its learning rate, or clip the gradient"
         raise Untrained(recipe.fault(("stages", number), message))
-    if stage.at_least is not None:
-        reached = [row["top1_validation"] for row in run.rows if row["index"] == number]
-        if not reached:
-            raise Untrained(
-                recipe.fault(
-                    ("stages", number), "at_least: has no effect: the stage adds no row to the report"
-                )
-            )
-        if not reached[-1] >= stage.at_least:
-            message = (
-                f"at_least: the {who} has {reached[-1]:.2f} % of the validation images right; "
-                f"at_least asks for {stage.at_least:g} %"
-            )
-            raise Untrained(recipe.fault(("stages", number), message))
+    check_at_least(recipe, run.rows, number)
     if not recipe.allow_untrained:
         for fault in _found_untrained(recipe, run.rows, number + 1):
             raise Untrained(fault)
+
+
+def check_at_least(recipe: Recipe, rows: Sequence[dict[str, Any]], number: int) -> None:
+    """Raises Untrained if the last row of stage `number` has a lower validation accuracy than the stage's at_least."""
+    stage = recipe.stages[number]
+    if stage.at_least is None:
+        return
+    reached = [row["top1_validation"] for row in rows if row["index"] == number]
+    if not reached:
+        message = "at_least: has no effect: the stage adds no row to the report"
+        raise Untrained(recipe.fault(("stages", number), message))
+    top1 = math.nan if reached[-1] is None else reached[-1]  # of images without labels
+    if not top1 >= stage.at_least:
+        message = (
+            f"at_least: the {_who(stage)} has {top1:.2f} % of the validation images right; "
+            f"at_least asks for {stage.at_least:g} %"
+        )
+        raise Untrained(recipe.fault(("stages", number), message))
+
+
+def _who(stage: StageKeys) -> str:
+    return "teacher" if teaches(stage) else "student"
 
 
 def _found_untrained(recipe: Recipe, rows: Sequence[dict[str, Any]], number: int) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from tabulate import tabulate
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
-from trainer.recipe.stages import name_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
 from trainer.runs.runner import begun, run
@@ -74,21 +72,15 @@ def ladder(
     with begun(path, number, changes, folder, allow_python) as base:
         here = base.folder
     rows = []
-    pruned: dict[Any, Path] = {}  # a finished point of each sparsity
     for name, varied in points:
         target = here / "ladder" / name
         key = varied.get(f"stages.{number}.sparsity")
         if PartialState().is_main_process:
-            if key in pruned and share_stage is not None:
-                _copy_checkpoint(recipe, share_stage - 1, pruned[key], target)
-            elif number:
-                _copy_checkpoint(recipe, number - 1, here, target)
             _link_answers(here, target)
             print(f"\n---- {name}", flush=True)
-        last = run(path, {**changes, **varied, "name": name}, here / "ladder", allow_python=allow_python)[
-            "rows"
-        ][-1]
-        pruned.setdefault(key, target)
+        point = {**changes, **varied, "name": name}
+        # Its first stages are taken over from here, or from a finished point of the same sparsity.
+        last = run(path, point, here / "ladder", allow_python=allow_python, more=[here])["rows"][-1]
         rows.append(
             {
                 "name": name,
@@ -153,18 +145,6 @@ def _point(
         if recipe.stages[share_stage].values is not None:
             varied[f"stages.{share_stage}.values"] = None
     return "-".join(words), varied
-
-
-def _copy_checkpoint(recipe: Recipe, number: int, source: Path, target: Path) -> None:
-    """Copies the checkpoint of stage `number` from one run into another, unless that has one of its own."""
-    name = f"{number:02d}-{name_of(recipe.stages[number])}"
-    copied = target / "checkpoints" / name
-    if copied.exists():
-        return
-    copied.parent.mkdir(parents=True, exist_ok=True)
-    partial = copied.with_name(f".partial-{os.getpid()}-{name}")
-    shutil.copytree(source / "checkpoints" / name, partial)
-    partial.rename(copied)
 
 
 def _link_answers(source: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
 from trainer.runs.checks import check_layers, without_effect
 from trainer.runs.known import known_filter, known_size, looks_of
-from trainer.runs.resuming import is_finished, same_recipe
+from trainer.runs.resuming import is_changed, is_finished
 from trainer.runs.together import check_same, check_shared, together
 from trainer.storage.lock import lock
 from trainer.training.class_order import in_order
@@ -55,11 +55,11 @@ def folder_of(
         changes: {'stages.1.training.epochs': 2, ...}.
         folder: The folder in which the run's own folder NAME is made.
         allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
-        reads_finished: Whether the folder of a finished run is only read. It is not locked then, as it may be another
+        reads_finished: Whether the folder of a finished run of this recipe is only read. It is not locked then, as it may be another
             user's.
 
     Raises:
-        RecipeError: For a faulty recipe, a folder of another recipe, or a launch that got too few processes.
+        RecipeError: For a faulty recipe, or a launch that got too few processes.
         Mistake: For processes that have not the same recipe, or do not share the folder.
         Everything that `together` raises.
     """
@@ -70,9 +70,8 @@ def folder_of(
             print("\n".join(recipe.written.notes), file=sys.stderr, flush=True)
         here = Path(folder) / recipe.name
         check_same(plain, "a recipe")
-        if accelerator.is_main_process:
-            same_recipe(here, recipe.written.file, plain)
-        if reads_finished and told(is_finished(here)):
+        finished = is_finished(here) and not is_changed(here, recipe.written.file, plain)
+        if reads_finished and told(finished):
             yield recipe, plain, here, accelerator, stop
             return
         # Only the main process holds the lock: the others belong to it.

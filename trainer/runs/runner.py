@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from trainer.compression.weights import weights_of
 from trainer.data.batches import seed_of
-from trainer.distributed import told
+from trainer.distributed import is_main, told
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
 from trainer.recipe.stages import any_teaches, name_of, teaches
@@ -23,9 +23,18 @@ from trainer.reporting.tables import FOLDED, by_block, csc_bytes, csr_bytes, lay
 from trainer.reporting.tracking import tracked
 from trainer.runs.answers import keep_answers
 from trainer.runs.evidence import gather
-from trainer.runs.guards import Untrained, examine, guard_teacher, stop_untrained, warnings_of
+from trainer.runs.guards import Untrained, check_at_least, examine, guard_teacher, stop_untrained, warnings_of
 from trainer.runs.opening import folder_of, make_run
-from trainer.runs.resuming import finish_stage, is_finished, resume, same_beginning, write_recipe
+from trainer.runs.resuming import (
+    Plan,
+    begin,
+    finish_stage,
+    is_changed,
+    is_finished,
+    resume,
+    stage_number,
+    taught_already,
+)
 from trainer.runs.threads import threads_of_a_run
 from trainer.storage import files
 from trainer.training.run import Run
@@ -37,8 +46,14 @@ def run(
     folder: str | Path = "runs",
     threads: int | None = None,
     allow_python: bool = False,
+    from_stage: str | None = None,
+    fresh: bool = False,
+    more: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Runs a recipe and returns its report; resumes an earlier, interrupted run of the same recipe.
+    """Runs a recipe and returns its report; resumes an earlier, interrupted run in the same folder.
+
+    If that was of another recipe, the run goes on after the last stage whose settings and inputs are equal, and what
+    followed is moved to the run's folder earlier/. Equal stages of finished runs beside it are taken over.
 
     Args:
         path: The recipe's file, or the bare name of a shipped one.
@@ -46,6 +61,9 @@ def run(
         folder: The folder in which the run's own folder NAME is made.
         threads: Threads of each process, instead of the recipe's; a resumed run keeps the number it began with.
         allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
+        from_stage: The name or the number (from 0) of a stage; it and all after it are run anew.
+        fresh: Whether all stages are run anew.
+        more: Folders of further runs whose equal stages are taken over, finished or not.
 
     Raises:
         RecipeError: For a faulty recipe.
@@ -55,14 +73,16 @@ def run(
         Stopped: After SIGTERM or SIGHUP; the same call goes on from there.
     """
     started = time.time()
-    with folder_of(path, changes, folder, allow_python, reads_finished=True) as opened:
+    reads_finished = from_stage is None and not fresh
+    with folder_of(path, changes, folder, allow_python, reads_finished) as opened:
         recipe, plain, here, accelerator, stop = opened
-        if told(is_finished(here)):
-            return _already_done(here, accelerator)
-        if accelerator.is_main_process:
-            write_recipe(here, recipe, plain, bool(changes))
+        changed = told(is_main() and is_changed(here, recipe.written.file, plain))
+        anew = 0 if fresh else None if from_stage is None else stage_number(recipe, from_stage)
+        if told(is_finished(here)) and not changed and anew is None:
+            return _already_done(here, recipe, accelerator)
+        plan = Plan(plain, bool(changes), changed, anew, more)
         with (
-            threads_of_a_run(here, threads or recipe.threads, accelerator),
+            threads_of_a_run(here, threads or recipe.threads, accelerator, changed),
             Log(here / "log.jsonl", accelerator) as log,
         ):
             this = make_run(recipe, here, accelerator, log)
@@ -70,7 +90,7 @@ def run(
             tracks = recipe.track is not None and accelerator.is_main_process
             with tracked(here, tracks):  # after the data was opened
                 try:
-                    for stage in _stages_due(this, recipe, recipe.stages, started):
+                    for stage in _stages_due(this, recipe, plan, len(recipe.stages), started):
                         find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
                 except Untrained:
                     _write_report(this, recipe, plain, started)
@@ -100,23 +120,27 @@ def begun(
     """
     started = time.time()
     with folder_of(path, changes, folder, allow_python) as (recipe, plain, here, accelerator, stop):
-        if accelerator.is_main_process:
-            write_recipe(here, recipe, plain, bool(changes))
-        with threads_of_a_run(here, recipe.threads, accelerator), Log(here / "log.jsonl", accelerator) as log:
+        changed = told(is_main() and is_changed(here, recipe.written.file, plain))
+        plan = Plan(plain, bool(changes), changed)
+        with (
+            threads_of_a_run(here, recipe.threads, accelerator, changed),
+            Log(here / "log.jsonl", accelerator) as log,
+        ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
-            for stage in _stages_due(this, recipe, recipe.stages[:num_stages], started):
+            for stage in _stages_due(this, recipe, plan, num_stages, started):
                 find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
             yield this
 
 
-def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: float) -> Iterator[StageKeys]:
+def _stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: float) -> Iterator[StageKeys]:
     """Prepares the run for each unfinished stage and yields the stage; saves its checkpoint afterwards.
 
     Args:
         run: The run.
         recipe: Its recipe.
-        stages: The first stages of the recipe, or all.
+        plan: How it begins.
+        num_stages: How many of the recipe's stages are run.
         started: Time at which this process began the run.
 
     Raises:
@@ -124,7 +148,8 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
         RuntimeError: When a stage changed the teacher without being one that trains it.
     """
     accelerator = run.accelerator
-    same_beginning(run, recipe)
+    stages = recipe.stages[:num_stages]
+    inputs, anew = begin(run, recipe, plan)
     first, run.seconds_before = resume(run, stages)
     if first:
         stop_untrained(run, recipe, first - 1)
@@ -140,14 +165,15 @@ def _stages_due(run: Run, recipe: Recipe, stages: list[StageKeys], started: floa
         if run.teacher is not None and number == max(first, kept_from):
             run.cache = keep_answers(run, recipe, recipe.stages[kept_from:])
         torch.manual_seed(seed_of(recipe.seed, number))  # so that a resumed stage draws the same numbers
-        yield stage
+        if not (number < anew and taught_already(run, number, stage, inputs, plan.more)):
+            yield stage
         before, proof = proof, _fingerprint(run)
         if proof != before and not teaches(stage):
             raise RuntimeError(
                 f"stage {run.stage_name!r} changed the teacher's weights or statistics: this run proves nothing"
             )
         examine(run, stage)
-        finish_stage(run, proof, run.seconds_before + time.time() - started)
+        finish_stage(run, inputs, proof, run.seconds_before + time.time() - started)
         stop_untrained(run, recipe, number)
         run.stop.raise_if_requested()
 
@@ -178,13 +204,15 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
     return result
 
 
-def _already_done(here: Path, accelerator: Accelerator) -> dict[str, Any]:
+def _already_done(here: Path, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     found = report.read(here)
     if accelerator.is_main_process:
         print(
             f"{here}: this recipe has run already; its report:\n\n{_warned(found)}{table(found['rows'])}",
             flush=True,
         )
+    for number in range(len(recipe.stages)):
+        check_at_least(recipe, found["rows"], number)
     return found
 
 

@@ -13,7 +13,9 @@ from trainer.runs.resuming import facts_of_beginning
 
 
 @contextlib.contextmanager
-def threads_of_a_run(here: Path, asked: int | None, accelerator: Accelerator) -> Iterator[None]:
+def threads_of_a_run(
+    here: Path, asked: int | None, accelerator: Accelerator, changed: bool = False
+) -> Iterator[None]:
     """Sets torch's number of threads inside the context, and restores the earlier number on exit.
 
     A resumed run keeps the number it began with, because the order of sums depends on it, and so do the last bits of
@@ -23,13 +25,14 @@ def threads_of_a_run(here: Path, asked: int | None, accelerator: Accelerator) ->
         here: The run's folder.
         asked: The number requested; None for one thread per core, or what torch uses if that is less.
         accelerator: The run's accelerator.
+        changed: Whether the folder holds a run of another recipe. A number that is requested is then used.
     """
     before = torch.get_num_threads()
     most = available_threads(accelerator.num_processes)
     # A lower number may come from OMP_NUM_THREADS, set by the user or by a launcher, or from a caller in Python;
     # these cannot be message apart, so it is respected.
     now = asked or min(most, before)
-    begun = facts_of_beginning(here).get("threads")
+    begun = None if changed and asked else facts_of_beginning(here).get("threads")
     number = begun or now
     message = None
     if number != now:

@@ -20,6 +20,9 @@ from trainer.training.run import Run
 # exporting is imported where it is used: a recipe is read without torch.export.
 
 
+FOLDER = "export"  # below the run's
+
+
 def order(_settings, before) -> Iterator[str]:
     if not any(seals(stage) for stage in before):
         yield "exports the packed student: a stage pack before it is needed"
@@ -66,7 +69,7 @@ def export(run: Run, *, to: Targets) -> None:
             teacher_classes=classes,
             reading=run.data.reading,
         )
-        rows, missing = export_all(subject, to, run.folder / "export", force=True)
+        rows, missing = export_all(subject, to, run.folder / FOLDER, force=True)
         for sentence in missing:
             print(f"not exported {sentence}", flush=True)
     rows, missing = told((rows, missing))
@@ -82,6 +85,7 @@ def export(run: Run, *, to: Targets) -> None:
             run,
             {
                 "index": run.stage,
+                "folder": FOLDER,
                 "top1_validation": None,
                 "agreement": None if classes is None else float(np.mean(answers == classes) * 100),
                 **counts(run.student),

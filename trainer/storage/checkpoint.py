@@ -151,6 +151,21 @@ def _content(
     return tensors, facts
 
 
+def newest(folder: Path) -> Path | None:
+    """Returns the newest checkpoint of `folder`, None without one. It may be damaged."""
+    return next(iter(_checkpoints(Path(folder))), None)
+
+
+def newest_facts(folder: Path) -> dict[str, Any] | None:
+    """Reads the facts of the newest checkpoint without a look at its other files; None if there are none to be read."""
+    found = newest(folder)
+    try:
+        facts = json.loads((found / "facts.json").read_bytes()) if found else None
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Returns the numbered folders, newest first."""
     found = [path for path in folder.glob("*") if re.fullmatch(r"\d{8,}", path.name) and path.is_dir()]

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
@@ -14,6 +15,11 @@ from trainer.mistakes import Mistake
 from trainer.storage import files, records
 from trainer.storage.checkpoint import logger
 from trainer.storage.files import json_bytes
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 
 class _Holder(TypedDict):
@@ -57,3 +63,27 @@ def _holder(path: Path) -> str:
     except Mistake:  # the holder has not written its name yet
         return "holder unknown"
     return f"process {who['pid']} on {who['host']}, since {who['since']}"
+
+
+def share(file: IO[bytes]) -> None:
+    """Marks an open file as used by this process, as long as it is open or mapped; see `is_mapped`.
+
+    Systems without flock, and disks without locks, mark nothing.
+    """
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_mapped(path: Path) -> bool:
+    """Returns whether any process uses a file that it has marked by `share`."""
+    if fcntl is None:
+        return False
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False

@@ -1,0 +1,87 @@
+"""What the result of each stage depends on, as digests: a stage whose digest is known need not run again."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from trainer.recipe.keys import Recipe, StageKeys
+from trainer.recipe.stages import changes_student, files_of, teaches, terms_of, training_of
+from trainer.recipe.terms import asked_of_teacher
+from trainer.storage.weights_file import digest
+from trainer.training.run import Run
+
+WITHOUT_EFFECT = {"workers", "at_least"}  # settings that change no result
+
+
+def only_teaches(stage: StageKeys) -> bool:
+    """Returns whether the stage changes the teacher and nothing else."""
+    return teaches(stage) and not changes_student(stage)
+
+
+def inputs_of(run: Run, recipe: Recipe) -> list[str]:
+    """Returns a digest for each stage, of everything that its result depends on. To be called before the first stage.
+
+    That is its number, settings and files; the data, seed, precision and number of threads; the teacher as it is loaded
+    or initialised, and the stages before that change it. A stage that does more than teach depends also on the student as
+    it is initialised, on the stages before that change it, and on what is kept of the teacher's answers.
+    """
+    common = [
+        _plain(recipe.data),
+        run.data.fingerprint,
+        len(run.data.train),
+        [run.data.mean, run.data.std],
+        recipe.seed,
+        recipe.precision,
+        torch.get_num_threads(),
+    ]
+    fingerprint = run.teacher.fingerprint() if run.teacher is not None else None
+    teacher = _digest(common, [_plain(keys) for keys in recipe.teacher_entries], fingerprint)
+    student = _digest(common, _plain(recipe.student), digest(run.student.state_dict()), _kept_answers(recipe))
+    found = []
+    for number, stage in enumerate(recipe.stages):
+        depends = [teacher] if only_teaches(stage) else [teacher, student]
+        files = [_digest_of_file(path) for _, path in files_of(stage)]
+        found.append(_digest(number, _plain(stage), files, depends))
+        if teaches(stage):
+            teacher = found[-1]
+        if changes_student(stage):
+            student = found[-1]
+    return found
+
+
+def num_equal(one: Sequence[str], other: Sequence[str]) -> int:
+    """Returns how many of the first stages have equal digests."""
+    pairs = zip(one, other, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _kept_answers(recipe: Recipe) -> list[Any]:
+    """Returns what decides which of the teacher's answers are kept: a kept answer differs from a new one by rounding."""
+    if recipe.cache == "off" or not recipe.teacher_entries:
+        return []
+    first = 1 + max((n for n, stage in enumerate(recipe.stages) if teaches(stage)), default=-1)
+    terms = [term for stage in recipe.stages[first:] if training_of(stage) for term in terms_of(stage)]
+    kinds = sorted({kind for term in terms for kind in asked_of_teacher([term])})
+    maps = sorted({str(term.at) for term in terms if "maps" in asked_of_teacher([term])})
+    cache = _plain(recipe.cache) if isinstance(recipe.cache, BaseModel) else recipe.cache
+    return [cache, kinds, maps]
+
+
+def _plain(settings: BaseModel) -> dict[str, Any]:
+    return settings.model_dump(exclude=WITHOUT_EFFECT)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
