@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.mistakes import Mistake, Said, brief, message_of, printable, say
-from trainer.recipe.words import changes_of, count, numbers, path_of
+from trainer.recipe.words import changes_of, count, number, numbers, path_of
 from trainer.storage.files import read_bytes
 from trainer.training.stopping import Stopped
 
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         if of_a_run:
             made.add_argument(
                 "--seed",
-                type=_number(int),
+                type=number(int),
                 help="another seed; without --name the run is then called NAME-seedN",
             )
             made.add_argument("--name", help="another name of the run")
@@ -137,11 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(scan, of_a_run=True)
     scan.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
     scan.add_argument(
-        "--stage", type=_number(int), help="number of the prune stage, counted from 0 (the first one)"
+        "--stage", type=number(int), help="number of the prune stage, counted from 0 (the first one)"
     )
     scan.add_argument(
         "--cost",
-        type=_number(float),
+        type=number(float),
         default=1.0,
         help="points of validation accuracy a setting may cost (1)",
     )
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(ladder, of_a_run=True)
     ladder.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
     ladder.add_argument(
-        "--stage", type=_number(int), help="number of the prune stage, counted from 0 (the first one)"
+        "--stage", type=number(int), help="number of the prune stage, counted from 0 (the first one)"
     )
     ladder.add_argument(
         "--sparsity", type=numbers(float), default=[], help="fractions of zeros: 0.9,0.95,0.98"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def count(word: str) -> int:
     return int(word)
 
 
-def _number(kind: type) -> Callable[[str], Any]:
+def number(kind: type) -> Callable[[str], Any]:
     """Returns a function that reads a number as a recipe does: Python alone takes 1_0 for 10, and inf."""
 
     def read(word: str) -> Any:
@@ -37,7 +38,7 @@ def numbers(kind: type) -> Callable[[str], list]:
 
     def read(words: str) -> list:
         try:
-            return [_number(kind)(word) for word in words.split(",")]
+            return [number(kind)(word) for word in words.split(",")]
         except ValueError:
             raise argparse.ArgumentTypeError(
                 f"got {words!r}; numbers with commas between them are allowed"

@@ -34,6 +34,7 @@ from trainer.runs.resuming import (
     resume,
     stage_number,
     taught_already,
+    write_recipe,
 )
 from trainer.runs.threads import threads_of_a_run
 from trainer.storage import files
@@ -87,6 +88,8 @@ def run(
         ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
+            if accelerator.is_main_process and not (here / "recipe.yaml").exists():
+                write_recipe(here, recipe, plan)  # what mirrors the log reads it
             tracks = recipe.track is not None and accelerator.is_main_process
             with tracked(here, tracks):  # after the data was opened
                 try:
