@@ -669,7 +669,7 @@ def test_predict_from_what_is_no_image(student, say, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     for name in ("text.png", "none.png", "bomb.png"):
         status, _, err = say("predict", student, tmp_path / name)
-        assert status == 2 and f"{tmp_path / name}: is no image that can be read" in err
+        assert status == 1 and f"{tmp_path / name}: is no image that can be read" in err
 
 
 def test_a_file_that_does_not_tell_what_its_images_are_like(say, tmp_path):

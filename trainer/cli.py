@@ -171,9 +171,18 @@ def _parser() -> argparse.ArgumentParser:
     unpack.add_argument(
         "output", type=path_of, nargs="?", help="FILE with the ending .safetensors, when not given"
     )
-    predict = command(_predict, "predict", "Classify images with a packed file.")
+    predict = command(_predict, "predict", "Classify images with a .tiny or .onnx file.")
     predict.add_argument("file", type=path_of)
-    predict.add_argument("images", type=path_of, nargs="+", metavar="IMAGE")
+    predict.add_argument(
+        "images",
+        type=path_of,
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders, patterns such as 'a/*.png', or - for paths on stdin",
+    )
+    forms = predict.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="one JSON object a line")
+    forms.add_argument("--csv", action="store_true", help="rows of file, class, probability")
     predict.add_argument("--top", type=count, default=3, help="how many classes to print (3)")
     evaluate = command(_evaluate, "evaluate", "Measure a packed file on the test split of a recipe's data.")
     evaluate.add_argument("file", type=path_of)
@@ -318,25 +327,18 @@ def _unpack(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    import torch
+    from tqdm import tqdm
 
-    from trainer.packing import network as packed
-    from trainer.packing.loading import load
+    from trainer.runs.predicting import answers, files_of, open_student, write_answers
 
-    data = read_bytes(options.file)
-    model: Any = load(options.file)
-    packed.reading(data, str(options.file))  # refuses a file without settings for its images
-    if data[2] == 1:
-        _say(
-            f"{options.file}: of format version 1: images are resized bilinearly and then cut, as that version did"
-        )
-    for path in options.images:
-        with torch.inference_mode():
-            probabilities = model(model.preprocess(path)).softmax(-1)[0]
-        best = probabilities.topk(min(options.top, len(probabilities)))
-        answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        words = [f"{printable(model.classes[i], keep='')} {value * 100:.1f} %" for i, value in answers]
-        print(f"{printable(str(path), keep='')}: {'  '.join(words)}")
+    student = open_student(options.file)
+    if student.note:
+        _say(student.note)
+    form = "json" if options.json else "csv" if options.csv else "text"
+    found = answers(student, files_of(map(str, options.images)), options.top, os.cpu_count() or 1)
+    shown = tqdm(found, unit=" images", disable=not sys.stderr.isatty() or sys.stdout.isatty())
+    if failed := write_answers(shown, form, sys.stdout, sys.stderr):
+        raise Said(f"{failed} images could not be read", 1)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -42,7 +42,10 @@ def _without_middle(line: str, most: int) -> str:
 
 
 class Said(Exception):
-    """A run of several processes has failed, and one of them has said why. status: the exit status of each."""
+    """A command has failed and why has been said: by one of several processes, or for each of several files.
+
+    status: the exit status.
+    """
 
     def __init__(self, words: str, status: int) -> None:
         super().__init__(words)

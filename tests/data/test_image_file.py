@@ -338,3 +338,15 @@ def test_a_png_that_says_it_is_a_bomb_is_refused(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png", pnginfo=info)
     with pytest.raises(Mistake, match="is no image that can be read"):
         open_image(tmp_path / "bomb.png", "RGB")
+
+
+def test_every_size_of_image_can_be_read_at_every_size():
+    """49 / 28 x 28 is more than 49: a box that rounding takes beyond the image is cut at its edge."""
+    refused = [
+        (width, height, size)
+        for size in (24, 28, 32, 49, 96, 128, 224)
+        for width in range(1, 130)
+        for height in (1, 47, width, 130)
+        if read_image(np.zeros((height, width), np.uint8), Reading((1, size, size))).shape != (1, size, size)
+    ]
+    assert refused == []

@@ -141,8 +141,9 @@ def _middle_box(image: Image.Image, height: int, width: int, reading: Reading) -
     # The box is cropped while resizing, so that an image of 100,000 x 1 pixels never becomes large.
     scale = min(image.width / width, image.height / height) * reading.crop
     box_width, box_height = scale * width, scale * height
-    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
+    # Rounding may take a side of the box beyond the image by a part in 1e15, which Pillow refuses.
+    left, top = max(0.0, (image.width - box_width) / 2), max(0.0, (image.height - box_height) / 2)
+    box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
     return image.resize((width, height), RESAMPLING[reading.filter], box=box)
 
 

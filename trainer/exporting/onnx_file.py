@@ -56,6 +56,7 @@ def metadata(subject: Subject) -> dict[str, str]:
         "mean": list(subject.mean),
         "std": list(subject.std),
         "shape": list(subject.shape),
+        "reading": subject.reading.settings() if subject.reading else None,
         "sha256": subject.sha256,
         # Of the uint8 image whose pixel i is (i * 37 + i // 101 * 11) % 256, normalised: [class, logit] of the highest.
         "test": [[int(c), float(f"{logits[c]:.6g}")] for c in np.argsort(-logits)[:SHOWN]],

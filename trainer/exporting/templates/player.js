@@ -49,9 +49,9 @@ function brought(rgba, width, height) {  // RGBA of a canvas => the student's pi
     }
   }
   const used = channels === 3 ? planes : [planes[0].map((r, i) => (r * 19595 + planes[1][i] * 38470 + planes[2][i] * 7471 + 32768) >> 16)];
-  const scale = Math.min(width / w, height / h) * reading.crop, left = (width - scale * w) / 2, top = (height - scale * h) / 2;
+  const scale = Math.min(width / w, height / h) * reading.crop, left = Math.max(0, (width - scale * w) / 2), top = Math.max(0, (height - scale * h) / 2);
   const out = new Uint8Array(channels * h * w);
-  used.forEach((plane, c) => out.set(resized(plane, [width, height], [left, top, left + scale * w, top + scale * h].map(Math.fround), [w, h], reading.filter), c * h * w));
+  used.forEach((plane, c) => out.set(resized(plane, [width, height], [left, top, Math.min(left + scale * w, width), Math.min(top + scale * h, height)].map(Math.fround), [w, h], reading.filter), c * h * w));
   return out;
 }
 function answer(pixels) {  // => [[class, probability], ...], the likeliest first
