@@ -214,6 +214,7 @@ def start(here: Path, plan: dict[str, Any], chance: random.Random) -> tuple[int,
             handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(here)
             os.environ["TRAINER_DATA"] = str(here / "runs" / "cache")
             Disk(here / "synced.log", plan.get("at"), moment, plan.get("fails")).watch()
