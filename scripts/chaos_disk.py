@@ -107,7 +107,9 @@ def lose_unsynced(folder: Path, log: Path, chance: random.Random) -> None:
                 with builtins.open(path, "r+b") as file:
                     file.truncate(chance.randint(size, status.st_size))
         above = synced.get(path.parent.stat().st_ino)
-        if above is None or above["entries"].get(path.name) == status.st_ino or chance.random() < 0.5:
+        if above is None or "entries" not in above:  # never synced; its inode may have been a file's before
+            continue
+        if above["entries"].get(path.name) == status.st_ino or chance.random() < 0.5:
             continue
         old = shadows / str(above["entries"].get(path.name))
         if path.is_dir():

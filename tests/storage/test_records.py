@@ -119,6 +119,16 @@ def test_manifests_of_another_shape(tmp_path, caplog, manifest):
     assert "00000001" in caplog.text
 
 
+def test_a_manifest_that_lost_an_entry_is_damaged(tmp_path, caplog):
+    """Without the entry of the best weights, a resumed training would have gone on without them."""
+    path = checkpoint.save(tmp_path, {"objective": {}, "best": {}}, {"step": 1})
+    sums = json.loads((path / "manifest.json").read_text())
+    del sums["files"]["best.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(sums))
+    assert checkpoint.load(tmp_path) is None
+    assert "the manifest does not name best.safetensors" in caplog.text
+
+
 @pytest.mark.parametrize("holder", ["", "[1]", "{}", '{"pid": 1}', "[" * 100_000])
 def test_a_holder_that_is_not_readable_is_unknown(tmp_path, holder):
     pytest.importorskip("fcntl")

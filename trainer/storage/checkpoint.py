@@ -28,6 +28,7 @@ from trainer.storage.weights_file import from_bytes, to_bytes, unpickled
 
 logger = logging.getLogger(__name__)
 _ENTRY = r"[\w.\-]+"
+_ENDINGS = (".safetensors", ".pt", ".json")
 
 
 class _Sum(TypedDict):
@@ -179,6 +180,9 @@ def _verified(path: Path) -> dict[str, bytes]:
         for name in sums:
             if not re.fullmatch(_ENTRY, name):
                 raise Mistake(f"{path}: the manifest names {name[:80]!r}, which is no file of it")
+        there = {file.name for file in path.iterdir() if file.suffix in _ENDINGS} - {"manifest.json"}
+        if there - sums.keys():
+            raise Mistake(f"{path}: the manifest does not name {', '.join(sorted(there - sums.keys()))}")
         content = {name: files.read_bytes(path / name) for name in sums}
         for name, data in content.items():
             if hashlib.sha256(data).hexdigest() != sums[name]["sha256"]:
