@@ -153,10 +153,11 @@ def test_weights_that_something_else_parametrizes_are_packed_and_not_pruned(tmp_
         (lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5), "L1Unstructured"),
     ],
 )
-def test_weights_that_a_hook_computes_are_refused(hooked, kind):
+def test_weights_that_a_hook_computes_are_refused(hooked, kind, tmp_path):
     """A mask or codebook would be set in a tensor that the next forward pass computes anew."""
     model = nn.Sequential(hooked(nn.Linear(4, 3)), nn.Linear(3, 2))
-    for call in (lambda: trainer.prune(model, sparsity=0.5), lambda: trainer.share(model)):
+    pack = lambda: trainer.pack(model, tmp_path / "x.tiny")
+    for call in (lambda: trainer.prune(model, sparsity=0.5), lambda: trainer.share(model), pack):
         with pytest.raises(
             ValueError, match=rf"layer '0': its weight is computed by a hook \({kind}\): make it plain"
         ):

@@ -131,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check = command(_check, "check", "Check a recipe in seconds: no data is touched, no network built.")
     recipe_options(check, of_a_run=True)
+    check.add_argument(
+        "--data", action="store_true", help="also open every image, and count those of each class"
+    )
+    check.add_argument(
+        "--build", action="store_true", help="also open the data, build the networks and rehearse every stage"
+    )
     pairs = command(_pairs, "pairs", "Print which student layer is compared with which teacher layer.")
     recipe_options(pairs, of_a_run=False)
     scan = command(_scan, "scan", "Measure how much each layer can lose, and suggest prune settings.")
@@ -262,9 +268,14 @@ def _ladder(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from trainer.recipe.recipe import read
 
-    recipe, _ = read(options.recipe, _changes(options), options.allow_python)
+    changes = _changes(options)
+    recipe, _ = read(options.recipe, changes, options.allow_python)
     for note in recipe.written.notes:
         _say(note)
+    if options.data or options.build:
+        from trainer.runs.check import check
+
+        print(check(options.recipe, changes, options.allow_python, options.data, options.build))
     print(f"{options.recipe}: fine: {', '.join(stage.stage for stage in recipe.stages)}")
 
 

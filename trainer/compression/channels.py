@@ -50,18 +50,52 @@ def remove(
     if not installed():
         raise Mistake(INSTALL)
     refuse_unknown(model)
-    import torch_pruning  # here, because it takes seconds to import and is an optional extra
-
     modules, names = dict(model.named_modules()), {module: name for name, module in model.named_modules()}
     before, was_training = sizes_of(model), model.training
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.eval().requires_grad_(True)  # the dependency graph is read from autograd's
     expected = model(images).shape
+    try:
+        _prune(model, images, sparsity, [modules[name] for name in keep], together, names)
+    except Mistake:
+        raise
+    except Exception as error:  # of torch-pruning, which follows only some of torch's operations
+        raise Mistake(
+            f"method 'channels' cannot follow this network ({type(error).__name__} in torch-pruning: {error}): "
+            "prune single weights instead, by another method"
+        ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    try:
+        with torch.no_grad():
+            got = model(images).shape
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        raise Mistake(f"the network does not work without those channels: {error}") from error
+    if got != expected:
+        raise Mistake(
+            f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
+            "name its classifier in exclude"
+        )
+    model.train(was_training)
+    return {name: size for name, size in sizes_of(model).items() if size != before[name]}
+
+
+def _prune(
+    model: nn.Module,
+    images: Tensor,
+    sparsity: float | Mapping[str, float],
+    keep: list[nn.Module],
+    together: bool,
+    names: Mapping[nn.Module, str],
+) -> None:
+    """Does the work of `remove`. names: of the modules."""
+    import torch_pruning  # here, because it takes seconds to import and is an optional extra
+
     graph = torch_pruning.DependencyGraph().build_dependency(model, images)
     score = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
     roots, norms, fractions = [], [], []
     for group in graph.get_all_groups(
-        ignored_layers=[modules[name] for name in keep],
+        ignored_layers=keep,
         root_module_types=[torch_pruning.ops.TORCH_CONV, torch_pruning.ops.TORCH_LINEAR],
     ):
         fractions.append(_fraction(graph, group, sparsity, names))
@@ -80,20 +114,6 @@ def remove(
         chosen = torch.argsort(norm, stable=True)[:count].tolist()
         if chosen:
             graph.get_pruning_group(module, handler, sorted(chosen)).prune()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
-    try:
-        with torch.no_grad():
-            got = model(images).shape
-    except RuntimeError as error:
-        raise Mistake(f"the network does not work without those channels: {error}") from error
-    if got != expected:
-        raise Mistake(
-            f"outputs of the network were removed ({tuple(expected)[1:]} became {tuple(got)[1:]}): "
-            "name its classifier in exclude"
-        )
-    model.train(was_training)
-    return {name: size for name, size in sizes_of(model).items() if size != before[name]}
 
 
 def refuse_unknown(model: nn.Module) -> None:

@@ -107,9 +107,9 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
     found: dict[int, Weight] = {}
     others: list[tuple[int, nn.Module, str]] = []
     for path, module in model.named_modules():
+        _refuse_hooks(path, module)
         if isinstance(module, parametrize.ParametrizationList | nn.LayerNorm | nn.RMSNorm):
             continue
-        _refuse_hooks(path, module)
         inner = getattr(module, "parametrizations", {})
         own = {name: p for name, p in module.named_parameters(recurse=False) if p is not None}
         own |= {name: getattr(inner[name], "original", inner[name]) for name in inner}
@@ -138,8 +138,13 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
     return {layer.name: layer for layer in found.values()}
 
 
+def refuse_computed(model: nn.Module) -> None:
+    """Raises Mistake for a weight that a hook computes before every forward pass: what is set in it would be lost."""
+    for path, module in model.named_modules():
+        _refuse_hooks(path, module)
+
+
 def _refuse_hooks(path: str, module: nn.Module) -> None:
-    """Raises Mistake for a weight that is computed before every forward pass: what is set in it would be lost."""
     for hook in module._forward_pre_hooks.values():
         for kind, removal in _COMPUTING.items():
             if isinstance(hook, kind):
@@ -147,6 +152,12 @@ def _refuse_hooks(path: str, module: nn.Module) -> None:
                     f"layer {path!r}: its weight is computed by a hook ({type(hook).__name__}): make it plain first, by "
                     f"torch.nn.utils.{removal}"
                 )
+    for name, value in vars(module).items():
+        if name.startswith(("weight", "bias")) and isinstance(value, Tensor) and value.requires_grad:
+            raise Mistake(
+                f"layer {path!r}: its {name} is a plain tensor that is computed, no parameter: make it one, "
+                "or compute it by torch.nn.utils.parametrize"
+            )
 
 
 def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:

@@ -11,9 +11,13 @@ from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks import features
 from trainer.networks.features import Layer
+from trainer.networks.output import needs_logits
 from trainer.recipe import shelves
 from trainer.recipe.keys import TermKeys
 from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, wants
+
+#: What a network raises that cannot work on its input.
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Networks(NamedTuple):
@@ -100,13 +104,14 @@ def look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, 
     try:
         with features.evaluating(network):
             seen = features.see(network, images, embedding=embedding)
-    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+    except Mistake as error:
+        raise Mistake(f"{who}: {error}" if not str(error).startswith("output: ") else str(error)) from error
+    except FAILURES as error:
         size = "x".join(map(str, images.shape[1:]))
         cure = "; resize gives it larger ones" if who != "the student" else ""
         raise Mistake(f"{who} cannot look at images of {size}{cure}: {error}") from error
     if not isinstance(seen.logits, Tensor) or seen.logits.dim() != 2:
-        got = f"{tuple(seen.logits.shape)}" if isinstance(seen.logits, Tensor) else type(seen.logits).__name__
-        raise Mistake(f"{who} gives {got}; logits [N, {num_classes}] are needed")
+        raise Mistake(needs_logits(f"{who} gives", seen.logits, num_classes))
     if seen.logits.shape[1] != num_classes:
         raise Mistake(f"{who} knows {seen.logits.shape[1]} classes and the data has {num_classes}")
     if embedding and seen.embedding is None:

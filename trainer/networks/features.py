@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
 from trainer.networks.blocks import Blocks, as_map, kept
+from trainer.networks.output import answer
 
 INPUT = ":input"  # at the end of a module's name: what the module is given, instead of what it returns
 
@@ -80,7 +81,7 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
                 seen.update({names[i]: as_map(m) for i, m in zip(indices, found, strict=True)})
             else:
                 final = answering.forward_features(images)
-            logits = answering.forward_head(final)
+            logits = answer(model, answering.forward_head(final))
             pooled = answering.forward_head(final, pre_logits=True) if embedding else None
         else:
             head = _last_linear(model) if embedding else None

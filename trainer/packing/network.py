@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compression.states import bake, dense_state, plain_key
+from trainer.compression.weights import refuse_computed
 from trainer.data.images import Data
 from trainer.data.reading import Reading, reading_of, reading_of_version_1
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
+from trainer.networks.output import take_output
 from trainer.packing import container
 
 MAX_CLASSES = (
@@ -81,6 +83,8 @@ def _check(header: Any) -> None:
     net, classes = header.get("net"), header.get("classes")
     if net is not None and not (isinstance(net, Mapping) and isinstance(net.get("model"), str)):
         wrong.append("net names no model")
+    elif net is not None and not isinstance(net.get("output", 0), int | str):
+        wrong.append("net's output is neither a number nor a name")
     if not numbers("shape", int) or len(header["shape"]) not in (0, 3) or min(header["shape"], default=1) < 1:
         wrong.append("shape is not channels, height and width")
     elif math.prod(header["shape"]) > MAX_PIXELS:
@@ -128,8 +132,31 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
         facts: {"shape", "mean", "std", "classes"} of the images, see `facts_of`.
 
     Raises:
-        Mistake: For a tensor of another type, and if spec does not build this network.
+        Mistake: For a tensor of another type, a weight that a hook computes, and if spec does not build this network.
     """
+    header, tensors, order = _parts(model, spec, facts)
+    return container.encode(header, tensors, grid_steps(tensors), layout=order)
+
+
+def can_encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+    """Raises Mistake for a network that `encode` refuses, or that could not be loaded from the file.
+
+    Nothing is encoded; the network is built from its spec once more. The arguments are those of `encode`.
+    """
+    header, tensors, order = _parts(model, spec, facts)
+    if order is None:
+        return
+    built = build(header["net"], tuple(header["shape"]), len(facts["classes"]))
+    wrong = _misfits(built, {name: torch.from_numpy(array) for name, array in tensors.items()})
+    if wrong:
+        raise Mistake(f"the network is not what {header['net']['model']!r} builds: {_few(wrong)}")
+
+
+def _parts(
+    model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, tuple[tuple[int, ...], np.dtype]] | None]:
+    """Returns the header, the tensors in the file's order, and the layout, None for a network that the reader brings."""
+    refuse_computed(model)
     tensors = {}
     for name, tensor in dense_state(model).items():
         kind = (
@@ -142,17 +169,20 @@ def encode(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str,
         tensors[name] = tensor.detach().cpu().numpy()
     header = _compact(facts) if spec is None else {"net": dict(spec), **_compact(facts)}
     _check(header)
-    steps = grid_steps(tensors)
     if not rebuilds(header):
-        return container.encode(header, tensors, steps)
+        return header, tensors, None
     order = layout(header)
     if set(order) != set(tensors):
         odd = sorted(set(order) ^ set(tensors))
         raise Mistake(
-            f"the network is not what {header['net']} builds: {', '.join(odd)} are in one of them only"
+            f"the network is not what {header['net']['model']!r} builds: {_few(odd)} are in one of them only"
         )
     # A masked weight comes later in the state_dict than in the plain network, whose order the reader knows.
-    return container.encode(header, {name: tensors[name] for name in order}, steps, layout=order)
+    return header, {name: tensors[name] for name in order}, order
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
 
 
 def grid_steps(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -242,6 +272,7 @@ def decode(
         raise Mistake(f"{name}: does not fit the network: {'; '.join(wrong[:4])}{more}")
     bake(model)
     model.load_state_dict(state)
+    take_output(model, (header.get("net") or {}).get("output"))
     return model.eval(), header
 
 

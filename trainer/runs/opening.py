@@ -24,7 +24,7 @@ from trainer.recipe.recipe import read
 from trainer.recipe.stages import any_teaches, largest_batch, teaches, training_of
 from trainer.recipe.text import RecipeError
 from trainer.reporting.log import Log
-from trainer.runs.checks import check_layers, without_effect
+from trainer.runs.checks import check_networks, without_effect
 from trainer.runs.known import known_filter, known_size, looks_of
 from trainer.runs.resuming import is_changed, is_finished
 from trainer.runs.together import check_same, check_shared, together
@@ -186,7 +186,8 @@ def make_run(recipe: Recipe, here: Path, accelerator: Accelerator, log: Log) -> 
     student.to(accelerator.device)
     if teacher is not None:
         teacher.to(accelerator.device)
-    check_layers(recipe, made, data, teacher, accelerator.device)
+    for line in check_networks(recipe, made, data, teacher, accelerator.device):
+        accelerator.print(line, flush=True)
     networks = [student, *(teacher.networks if teacher is not None else [])]
     _report_float32(networks, recipe.precision, accelerator)
     return Run(

@@ -10,7 +10,7 @@ from trainer.data.batches import make_data
 from trainer.distillation.objective import Objective
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import terms_of
-from trainer.runs.checks import check_layers
+from trainer.runs.checks import check_networks
 from trainer.runs.opening import make_student, make_teacher
 
 
@@ -29,7 +29,7 @@ def pairs(path: str | Path, changes: dict[str, Any] | None = None, allow_python:
     data = make_data(recipe.data, torch.device("cpu"))
     student = make_student(recipe, data)
     teacher, _ = make_teacher(recipe, data)
-    check_layers(recipe, student, data, teacher, "cpu")
+    check_networks(recipe, student, data, teacher, "cpu")
     tables: dict[str, list[str]] = {}  # {table: its stages}; often several stages have the same losses
     for number, stage in enumerate(recipe.stages):
         terms = terms_of(stage)

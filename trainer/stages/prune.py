@@ -123,7 +123,9 @@ def becomes(
     if not _resizes(criterion):
         return student, spec
     keys = {name: getattr(settings, name) for name in fields(criterion)}
-    return student, _with_sizes(spec, _resized(criterion, student, images, settings.exclude, keys))
+    with torch.no_grad():
+        num_classes = student.eval()(images).shape[-1]
+    return student, _smaller(criterion, student, spec, images, settings.exclude, keys, num_classes)
 
 
 def prune(
@@ -324,27 +326,34 @@ def _make_smaller(run: Run, criterion: Callable, exclude: Sequence[str], keys: M
     """Makes the student smaller by the criterion, in place. Raises Mistake if its sizes cannot rebuild the network."""
 
     images = normalize(example_images(run.data, run.accelerator.device), run.data.mean, run.data.std)
-    spec = _with_sizes(run.student_spec, _resized(criterion, run.student, images, exclude, keys))
+    num_classes = len(run.data.classes)
+    spec = _smaller(criterion, run.student, run.student_spec, images, exclude, keys, num_classes)
     for tensor in run.student.state_dict().values():  # all processes use the main one's choice
         broadcast(tensor)
-    with torch.device("meta"):
-        rebuilt = build(spec, run.data.shape, len(run.data.classes))
-    if sizes_of(rebuilt) != sizes_of(run.student):
-        raise Mistake(
-            f"method {criterion.__name__!r}: this network cannot be rebuilt from the sizes of its layers"
-        )
     run.student_spec = spec
 
 
-def _resized(
-    criterion: Callable, student: nn.Module, images: Tensor, exclude: Sequence[str], keys: Mapping[str, Any]
-) -> dict[str, list[int]]:
+def _smaller(
+    criterion: Callable,
+    student: nn.Module,
+    spec: Mapping[str, Any],
+    images: Tensor,
+    exclude: Sequence[str],
+    keys: Mapping[str, Any],
+    num_classes: int,
+) -> dict[str, Any]:
+    """Makes a student smaller by the criterion, in place; returns its new spec. Raises Mistake if that cannot rebuild it."""
     given = {"student": student, "images": images, "exclude": exclude}
-    return criterion(*(given[word] for word in fed(criterion)), **keys)
-
-
-def _with_sizes(spec: Mapping[str, Any], sizes: Mapping[str, list[int]]) -> dict[str, Any]:
-    return {**spec, "resized": {**spec.get("resized", {}), **sizes}}
+    sizes = criterion(*(given[word] for word in fed(criterion)), **keys)
+    spec = {**spec, "resized": {**spec.get("resized", {}), **sizes}}
+    channels, height, width = images.shape[1:]
+    with torch.device("meta"):
+        rebuilt = build(spec, (channels, height, width), num_classes)
+    if sizes_of(rebuilt) != sizes_of(student):
+        raise Mistake(
+            f"method {criterion.__name__!r}: this network cannot be rebuilt from the sizes of its layers"
+        )
+    return spec
 
 
 def _record(run: Run, label: str, method: str, seconds: float = 0.0, **numbers: Any) -> None:

@@ -1,0 +1,91 @@
+"""Networks that return several outputs, and which of these is the answer.
+
+Some networks return a tuple, a dict or an object with named outputs (GoogLeNet while it trains, Hugging Face's models).
+`output` in the network's entry of a recipe, a number or a name, says which is the answer. A forward hook takes it, so
+training, evaluation and packed files all get it, and the network's weights keep their names.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainer.mistakes import Mistake
+
+
+class TakesOutput:
+    """A forward hook that replaces several outputs by one of them; a tensor alone stays as it is.
+
+    output: the answer's number or name. taken: whether the network has returned several outputs since it was built.
+    """
+
+    def __init__(self, output: int | str) -> None:
+        self.output, self.taken = output, False
+
+    def __call__(self, _module: nn.Module, _inputs: Any, outputs: Any) -> Any:
+        if isinstance(outputs, Tensor):
+            return outputs
+        self.taken = True
+        named = _named(outputs)
+        if isinstance(self.output, int) and self.output < len(named):
+            return list(named.values())[self.output]
+        if self.output in named:
+            return named[self.output]
+        raise Mistake(
+            f"output: there is no {self.output!r} in what the network returns: {described(outputs)}"
+        )
+
+
+def take_output(model: nn.Module, output: int | str | None) -> None:
+    """Makes a network return one of its outputs, in place; None changes nothing."""
+    if output is not None and hook_of(model) is None:
+        model.register_forward_hook(TakesOutput(output))
+
+
+def hook_of(model: nn.Module) -> TakesOutput | None:
+    """Returns the hook that takes one of a network's outputs, None without one."""
+    return next((hook for hook in model._forward_hooks.values() if isinstance(hook, TakesOutput)), None)
+
+
+def answer(model: nn.Module, outputs: Any) -> Any:
+    """Returns the answer among outputs that were not computed by calling the network itself (timm's `forward_head`)."""
+    hook = hook_of(model)
+    return outputs if hook is None else hook(model, (), outputs)
+
+
+def described(outputs: Any) -> str:
+    """Returns the type of what a network returns, and the names and shapes of its outputs."""
+    if isinstance(outputs, Tensor):
+        return f"a tensor {_shape(outputs)}"
+    named = _named(outputs)
+    shown = ", ".join(f"{name}: {_shape(value)}" for name, value in list(named.items())[:5])
+    return f"{type(outputs).__name__} ({shown})" if shown else type(outputs).__name__
+
+
+def _named(outputs: Any) -> dict[int | str, Any]:
+    """Returns several outputs by name; by number where they have none."""
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    if hasattr(outputs, "_fields"):
+        return outputs._asdict()
+    if dataclasses.is_dataclass(outputs):
+        return {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+    if isinstance(outputs, tuple | list):
+        return dict(enumerate(outputs))
+    return {
+        name: value for name, value in getattr(outputs, "__dict__", {}).items() if isinstance(value, Tensor)
+    }
+
+
+def needs_logits(who: str, outputs: Any, num_classes: int) -> str:
+    """Returns the message for a network whose outputs are not logits [N, num_classes].
+
+    who: the network and what it does, such as 'the student gives'.
+    """
+    cure = "" if isinstance(outputs, Tensor) else "; output: NUMBER or NAME in its entry says which they are"
+    return f"{who} {described(outputs)}; logits [N, {num_classes}] are needed{cure}"
+
+
+def _shape(value: Any) -> str:
+    return "x".join(map(str, value.shape)) if isinstance(value, Tensor) else type(value).__name__
