@@ -336,6 +336,8 @@ def learn(network, optimizer, steps) -> None:
         optimizer.step(loss)
 
 
+# torch 2.8's own LBFGS does that
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_bit_for_bit(tmp_path, name):
     network, optimizer = learner(OPTIMIZERS[name])
