@@ -179,6 +179,20 @@ def test_a_teacher_has_an_output_too(recipe, tmp_path):
     assert [row["stage"] for row in rows] == ["teacher", "trained", "distilled"]
 
 
+def test_a_checkpoint_of_a_network_with_several_outputs(recipe, tmp_path):
+    """What a loaded network knows is measured before the rehearsal: it is refused in words there, too."""
+    trainer.run(recipe("net"), allow_python=True)
+    file = next((tmp_path / "runs/own").rglob("student.safetensors"))
+    (tmp_path / "own.yaml").write_text(
+        recipe("named", f", checkpoint: {file}").read_text().replace("name: own", "name: two")
+    )
+    with pytest.raises(
+        RecipeError,
+        match=r"own.yaml:4: student: the student gives dict \(hidden: 2x1x8x8, logits: 2x10\); logits \[N, 10\] are",
+    ):
+        trainer.run(tmp_path / "own.yaml", allow_python=True)
+
+
 Outputs = namedtuple("Outputs", ["first", "logits"])
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from trainer.data.batches import make_data
 from trainer.data.images import Data
+from trainer.distillation.examine import look
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.distributed import told
@@ -233,6 +234,7 @@ def make_student(recipe: Recipe, data: Data, folder: Path | None = None, writes:
     torch.manual_seed(recipe.seed * 2 + 1)
     is_taught = any(training_of(stage) is not None and not teaches(stage) for stage in recipe.stages)
     made = create(recipe.student, data.shape, len(data.classes), is_taught, "student")
+    _expect_logits(recipe, ("student",), made, data.shape, len(data.classes))
     made = in_order(made, None, data.classes, data.shape, "student")
     size = tuple(made.facts.get("shape") or data.shape)
     if size != tuple(data.shape):
@@ -245,6 +247,22 @@ def make_student(recipe: Recipe, data: Data, folder: Path | None = None, writes:
             data.mean, data.std = looks.mean, looks.std
         made = made._replace(notes=[*made.notes, *notes])
     return made
+
+
+def _expect_logits(
+    recipe: Recipe, path: tuple, made: Made, shape: tuple[int, int, int], num_classes: int
+) -> None:
+    """Raises RecipeError unless a network returns logits for images of `shape`, before what it knows is measured.
+
+    path: of its entry in the recipe.
+    """
+    who = "the " + path[0] if len(path) == 1 else f"{path[0]}[{path[1]}]"
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            look(made.network, images, False, num_classes, who)
+    except Mistake as error:
+        raise RecipeError(recipe.fault(path, str(error))) from error
 
 
 def make_teacher(
@@ -265,6 +283,8 @@ def make_teacher(
             keys, found = _resized(keys, known_size(recorded(keys.checkpoint), "shape", data.shape), where)
             notes += found
         made = create(keys, data.shape, len(data.classes), is_taught, where)
+        path = ("teachers", number) if recipe.teachers else ("teacher",)
+        _expect_logits(recipe, path, made, input_shape(keys, data.shape), len(data.classes))
         made = in_order(made, keys.classes, data.classes, input_shape(keys, data.shape), where)
         network = made.network
         if getattr(keys, "pretrained", False):
