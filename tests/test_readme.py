@@ -34,8 +34,9 @@ NOT_RUN = {
     "scripts/run": "installs a few GB, then is `accelerate launch -m trainer run`, which is run here",
     "scripts/check": "is run by scripts/test, which runs this",
     "scripts/test": "is what runs this",
-    "pip install .": "tests/test_shipped_recipes.py does, in an environment of its own",
-    "trainer fetch": "downloads; tests/test_fetch.py and test_main.py have its parts",
+    "pip install .": "tests/recipe/test_shipped.py does, in an environment of its own",
+    "trainer sync": "asks a service; tests/reporting/test_tracking.py has its parts",
+    "trainer fetch": "downloads; tests/data/test_fetch.py and tests/test_cli.py have its parts",
 }
 SLOW = (
     "trainer ladder",
@@ -270,6 +271,7 @@ def test_the_recipe_of_the_readme_is_one(tmp_path):
         "prune",
         "share",
         "pack",
+        "export",
     ]
 
 
