@@ -4,8 +4,8 @@
     python scripts/fuzz.py packed --count 500              # one kind
 
 Expected of each input: it is read, or refused in words of at most 300 characters a line (a recipe's with its line),
-with no other exception, within 2 s of processor time and 500 MB above a warm process; no code of it runs and nothing
-is written outside. Everything is imported once; batches run in forked processes. An input is a function of its kind
+with no other exception, within 2 s of processor time (or twice what the undamaged file takes) and 500 MB above a warm
+process; no code of it runs and nothing is written outside. Everything is imported once; batches run in forked processes. An input is a function of its kind
 and number. What fails is written to FOLDER/KIND-NUMBER.txt, the outcomes to FOLDER/KIND.jsonl.
 """
 
@@ -123,7 +123,7 @@ def outcome_of(kind: str, attempt: Callable, number: int, folder: Path) -> dict[
         what, bad = f"traceback: {type(error).__name__}", True
         detail = traceback.format_exc()
     seconds, num_bytes = time.process_time() - max(started, fuzz_targets.began), peak_bytes() - before
-    if seconds > MOST_SECONDS or num_bytes > MOST_BYTES:
+    if seconds > max(MOST_SECONDS, 2 * fuzz_targets.usual) or num_bytes > MOST_BYTES:
         what, bad = f"{what}, slow or large", True
         detail += f"\n{seconds:.1f} s, {num_bytes / 1e6:.0f} MB"
     if bad:

@@ -8,6 +8,8 @@ its argument and returns the bits it reads. So each model is written once, for b
 from __future__ import annotations
 
 import math
+import sys
+from array import array
 from typing import Any
 
 import numpy as np
@@ -112,7 +114,11 @@ class Decoder:
     bits = 0.0
 
     def __init__(self, data: bytes) -> None:
-        self._words = np.frombuffer(data + bytes(len(data) % 2), ">u2").tolist()
+        self._words = array(
+            "H", data + bytes(len(data) % 2)
+        )  # a list of them would take 18 times the file's size
+        if sys.byteorder == "little":
+            self._words.byteswap()
         self._at = 0
         self._span = _SPAN
         self._value = 0
