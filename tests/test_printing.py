@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from trainer.cli import main
-from trainer.mistakes import printable, say
+from trainer.mistakes import Mistake, printable, say
 from trainer.networks.build import build
 from trainer.packing import container
 from trainer.packing import network as packed
@@ -27,6 +27,7 @@ def test_control_characters_are_shown_as_escapes(text, shown, capsys):
     say(text)
     told = capsys.readouterr().err
     assert told.split("trainer:")[1].strip() == shown.strip()
+    assert str(Mistake(text)) == shown
 
 
 def test_predict_and_inspect_print_names_as_one_line(tmp_path, capsys, monkeypatch):

@@ -22,11 +22,11 @@ MOST_CHARACTERS = 300  # of one line of a message
 class Mistake(ValueError):
     """A fault that the user can mend: in a recipe, a file, a setting. The command line prints one line and exits with 2.
 
-    Its lines have at most `MOST_CHARACTERS`: what is longer loses its middle.
+    Its lines have at most `MOST_CHARACTERS`: what is longer loses its middle. Control characters become escapes.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(brief(message))
+        super().__init__(brief(printable(message)))
 
 
 def brief(text: str, most: int = MOST_CHARACTERS) -> str:
