@@ -294,7 +294,14 @@ def test_the_old_report_stays_when_the_new_one_cannot_be_written(tmp_path):
 def test_read_names_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"report\.json: cannot be read"):
         report.read(tmp_path)
-    for text in ("{", "[1]", '{"rows": 3}', '{"rows": [{"stage": "x", "top1": "a lot"}]}', "[" * 100_000):
+    for text in (
+        "{",
+        "[1]",
+        '{"rows": 3}',
+        '{"rows": [{"stage": "x", "top1": "a lot"}]}',
+        "[" * 100_000,
+        f'{{"rows": [{{"stage": "x", "file_bytes": {10**400}}}]}}',
+    ):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(
             ValueError, match=r"report\.json: is damaged: .*; remove .*report\.json, and the same"

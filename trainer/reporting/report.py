@@ -11,9 +11,10 @@ A row holds the results after a stage: "stage", "index", "top1", "top1_validatio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from trainer.reporting import drawing
@@ -22,6 +23,8 @@ from trainer.reporting.plots import accuracy_against_bytes, histograms, position
 from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, export_table, layer_table, table
 from trainer.storage import files, records
 
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+
 
 class _Row(TypedDict):
     """The entries of a row that `table` shows."""
@@ -29,9 +32,9 @@ class _Row(TypedDict):
     stage: str
     top1: NotRequired[float | None]
     agreement: NotRequired[float | None]
-    num_nonzero: NotRequired[int | None]
+    num_nonzero: NotRequired[_Count | None]
     sparsity: NotRequired[float | None]
-    file_bytes: NotRequired[int | None]
+    file_bytes: NotRequired[_Count | None]
     ratio_student: NotRequired[float | None]
     ratio_teacher: NotRequired[float | None]
 

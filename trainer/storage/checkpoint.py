@@ -65,6 +65,10 @@ def save(
         raise ValueError(f"keep: got {keep}; at least 1 checkpoint is kept")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for parent in [*folder.resolve().parents][
+        :3
+    ]:  # of a training, its stage's, all checkpoints', the run's folder
+        files.sync_folder(parent)
     for leftover in folder.glob(files.PARTIAL + "*"):
         shutil.rmtree(leftover)
     newest = max((int(path.name) for path in _checkpoints(folder)), default=-1)
