@@ -1,0 +1,208 @@
+"""A student in C: every operator answers as torch does, weights keep their bits, memory is planned, sanitizers find nothing."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trainer.exporting import c_machines
+from trainer.exporting.c_machines import Native, answers_of_example, cortex
+from trainer.exporting.c_memory import plan
+from trainer.exporting.c_source import check
+from trainer.exporting.c_weights import literal, stream_of, vector, weight
+from trainer.exporting.export import export, subject_of
+from trainer.exporting.graph import Graph, Node, Value
+from trainer.exporting.shared_values import shared_values
+from trainer.exporting.subject import NotInstalled
+from trainer.exports.c import c
+from trainer.mistakes import Mistake
+
+
+def needs(*programs):
+    absent = c_machines.missing(programs)
+    return pytest.mark.skipif(absent is not None, reason=str(absent))
+
+
+class Images(nn.Module):
+    """Convolutions of all kinds, pooling with and without padding, squeeze-excite, concat, slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, (3, 2), stride=2, padding=(1, 0))
+        self.norm = nn.BatchNorm2d(8)
+        self.depth = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8, bias=False)
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.line = nn.Conv1d(8, 6, 3, padding=1, stride=2)
+        self.last = nn.Linear(6 * 5 + 16, 10)
+        self.shift = nn.Parameter(torch.randn(8, 1, 1))
+        nn.init.normal_(self.norm.running_mean)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x):
+        x = F.hardswish(self.norm(self.first(x)))
+        y = F.silu(self.depth(x))
+        y = y * torch.sigmoid(self.up(torch.relu(self.down(y.mean((2, 3), keepdim=True)))))
+        x = F.max_pool2d(x + F.gelu(y) - self.shift, 3, 2, 1)
+        x = torch.cat([x, torch.tanh(x) / 2], 1)[:, 3:11]
+        z = F.relu6(self.line(F.avg_pool2d(x, 2, 2, padding=1).flatten(2)[..., :9]))
+        w = F.hardsigmoid(F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False))
+        return self.last(torch.cat([z.flatten(1), w.flatten(1)[:, ::2][:, :24]], 1))
+
+
+class Sequence(nn.Module):
+    """Rows as steps of a sequence: turned axes, softmax, reductions, numbers on both sides, broadcasting."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.first(x.squeeze(1).transpose(1, 2)), 0.1)
+        x = F.softmax(x, 1) * x.amax(2, keepdim=True) + 1 / (x.abs() + 1)
+        x = 2 - x.clamp(max=0.9) - x.mean(1, keepdim=True) + torch.exp(-x) + torch.erf(x)
+        return self.last(F.gelu(x, approximate="tanh").mean(1))
+
+
+def coarse(net, zeros=0.7):
+    """Returns a network whose larger weights are sparse and shared, its biases on a grid."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_((parameter * 64).round() / 64)
+            elif parameter.numel() > 100:
+                kept = torch.rand_like(parameter) >= zeros
+                parameter.copy_((parameter * 30).round() / 30 * kept)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    torch.manual_seed(1)
+    return subject_of(coarse(Images()), (3, 16, 16), mean=[0.4, 0.5, 0.3], std=[0.2, 0.3, 0.25])
+
+
+@pytest.fixture(scope="module")
+def sequence():
+    torch.manual_seed(1)
+    return subject_of(Sequence().eval(), (1, 8, 5))
+
+
+@pytest.mark.device
+@needs("gcc")
+@pytest.mark.parametrize("name", ["images", "sequence"])
+def test_it_answers_as_torch_and_sanitizers_find_nothing(name, request, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.exports.c.LINUX", {})
+    monkeypatch.setattr("trainer.exports.c.CORTEX", ("no compiler",))
+    monkeypatch.setitem(c_machines.PACKAGES, "no compiler", "nothing")
+    subject = request.getfixturevalue(name)
+    exported = c(subject, tmp_path)
+    assert [file.name for file in exported.files] == ["student.c", "student.h", "example.c", "CMakeLists.txt"]
+    assert "Cortex-M3: needs no compiler: apt-get install nothing" in exported.notes
+    pixels = np.random.default_rng(0).integers(0, 256, (20, *subject.shape), np.uint8)
+    expected = subject.logits(subject.normalized(pixels))
+    found = exported.run(subject.normalized(pixels))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6 * np.abs(expected).max())
+    safe = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    again = answers_of_example(tmp_path, pixels, "gcc", flags=safe)
+    assert np.array_equal(found.view(np.uint32), again.view(np.uint32))
+
+
+@pytest.mark.device
+@needs(
+    "gcc", "aarch64-linux-gnu-gcc", "qemu-aarch64", "arm-linux-gnueabihf-gcc", "qemu-arm", *c_machines.CORTEX
+)
+def test_all_machines_give_the_same_bits(images, tmp_path):
+    exported = c(images, tmp_path)  # compares them
+    assert all(
+        any(note.startswith(f"{machine}: the same bits") for note in exported.notes)
+        for machine in ("aarch64", "armhf", "Cortex-M3")
+    )
+    assert 4000 < exported.numbers["flash_bytes"] < 12000
+    assert plan(images.graph).size * 4 < exported.numbers["ram_bytes"] < plan(images.graph).size * 4 + 800
+
+
+@pytest.mark.device
+@needs("gcc", *c_machines.CORTEX)
+def test_instructions_are_counted_one_by_one(tmp_path):
+    """Twice the rows of weights are twice the work; the emulated clock goes on by a fixed time for each instruction."""
+    counts = []
+    for rows in (100, 200, 300):
+        subject = subject_of(
+            coarse(nn.Sequential(nn.Flatten(), nn.Linear(16, rows)), zeros=0).eval(), (1, 4, 4)
+        )
+        c(subject, tmp_path)
+        image = np.ones((3, 1, 4, 4), np.float32)
+        counts.append(cortex(tmp_path, image, rows)[1]["instructions"])
+    first, second = np.diff(counts)
+    assert first == pytest.approx(second, rel=0.1) and 100 * 16 * 20 < first < 100 * 16 * 300
+
+
+def test_a_stream_gives_back_gaps_and_codes():
+    values = np.zeros(500, np.float32)
+    values[[0, 3, 4, 200, 499]] = [0.5, -1, 2, 0.5, -1]
+    shared = shared_values(values)
+    low, stream = stream_of(shared)
+    bits = iter(np.unpackbits(stream, bitorder="little").tolist())
+    take = lambda n: sum(next(bits) << place for place in range(n))
+    found, at = np.zeros(500, np.float32), -1
+    for _ in range(5):
+        at += 1
+        while take(1):
+            at += 1 << low
+        at += take(low)
+        found[at] = shared.values[take(2)]
+    assert np.array_equal(found, values)
+
+
+def test_weights_take_the_smallest_form():
+    random = np.random.default_rng(0)
+    dense = random.normal(size=(50, 50)).astype(np.float32)
+    assert weight("w", dense)[1] == 10_000
+    sparse = np.where(random.random((50, 50)) < 0.1, np.sign(dense), 0).astype(np.float32)
+    assert weight("w", sparse)[1] < 2500 * 0.1 * 6 / 8 + 8 + 20  # about 4.7 bits for a gap, 1 for its code
+    assert weight("w", np.sign(dense))[1] == 2500 // 8 + 1 + 8
+    assert weight("w", np.zeros((3, 3), np.float32))[1] == 4
+    assert vector("b", np.array([0.5, -0.25, 3], np.float32))[1] == 3
+    assert vector("b", np.array([0.1, 1.7, 3], np.float32))[1] == 12
+
+
+@pytest.mark.parametrize("value", [0.1, -0.0, 1e-30, 3, 123456789, np.float32(1) / 3])
+def test_a_literal_reads_as_the_same_bits(value):
+    text = literal(value)
+    assert text.endswith("f") and ("." in text or "e" in text)
+    assert np.float32(text[:-1]).view(np.uint32) == np.float32(value).view(np.uint32)
+
+
+def test_memory_is_two_neighbouring_maps():
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    )  # fmt: skip
+    subject = subject_of(nn.Sequential(*net, nn.Flatten(), nn.Linear(6 * 4, 10)).eval(), (1, 8, 8))
+    memory = plan(subject.graph)
+    assert memory.size == 4 * 64  # the first map alone; its pooled quarter and the second map: 64 + 96
+    assert memory.places[subject.graph.output] == "logits"
+
+
+def test_more_than_is_written_is_refused_with_its_layer():
+    values = {"x": Value((1, 2, 3, 4, 5), 0), "y": Value((1, 2, 3, 4, 5), 0)}
+    graph = Graph(
+        "x",
+        "y",
+        [Node("permute", ("x",), ("y",), attributes={"order": (0, 1, 2, 4, 3)}, layer="a.b")],
+        values,
+        {},
+    )
+    with pytest.raises(Mistake, match=r"to c: layer 'a\.b': operator permute with more than four axes"):
+        check(graph)
+    with pytest.raises(Mistake, match=r"layer '1': operator softplus cannot be written"):
+        export(nn.Sequential(nn.Flatten(), nn.Softplus()), "unused", "c", shape=(1, 4, 4))
+
+
+def test_without_gcc_it_names_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(NotInstalled, match="needs gcc: apt-get install gcc"):
+        Native(tmp_path, 10)

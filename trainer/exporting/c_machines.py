@@ -1,0 +1,148 @@
+"""Compiles a student in C for this and other machines, and runs it there: natively, under qemu, on an emulated Cortex-M3."""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.exporting.c_source import template
+from trainer.exporting.subject import NotInstalled
+
+FLAGS = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-ffp-contract=off"]
+# {machine: (compiler, emulator)} of Linux machines
+LINUX = {
+    "aarch64": ("aarch64-linux-gnu-gcc", "qemu-aarch64"),
+    "armhf": ("arm-linux-gnueabihf-gcc", "qemu-arm"),
+}
+CORTEX = ("arm-none-eabi-gcc", "qemu-system-arm")
+PACKAGES = {
+    "gcc": "gcc libc6-dev",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+    "arm-linux-gnueabihf-gcc": "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross",
+    "qemu-aarch64": "qemu-user",
+    "qemu-arm": "qemu-user",
+    "arm-none-eabi-gcc": "gcc-arm-none-eabi libnewlib-arm-none-eabi",
+    "qemu-system-arm": "qemu-system-arm",
+}
+TICK, INSTRUCTION = 40, 64  # nanoseconds of the board's timer and, by -icount shift=6, of one instruction
+LONGEST = 300  # seconds
+
+
+def missing(programs: Sequence[str]) -> str | None:
+    """Returns what to install for programs that are not there; None if all are."""
+    absent = [name for name in programs if shutil.which(name) is None]
+    return f"needs {absent[0]}: apt-get install {PACKAGES[absent[0]]}" if absent else None
+
+
+def called(command: Sequence[str | Path], **given: Any) -> bytes:
+    """Runs a program and returns its output. Raises RuntimeError with what it complains of."""
+    try:
+        done = subprocess.run([str(part) for part in command], capture_output=True, timeout=LONGEST, **given)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} takes longer than {LONGEST} s") from None
+    if done.returncode:
+        told = (done.stderr or done.stdout).decode(errors="replace").strip()
+        raise RuntimeError(f"{command[0]} fails ({done.returncode}): {told[:2000]}")
+    return done.stdout
+
+
+class Native:
+    """student.c as a library of this machine. Raises NotInstalled without gcc."""
+
+    def __init__(self, folder: Path, classes: int) -> None:
+        absent = missing(["gcc"])
+        if absent:
+            raise NotInstalled(absent)
+        self._classes = classes
+        with tempfile.TemporaryDirectory() as aside:
+            library = Path(aside) / "student.so"
+            called(["gcc", *FLAGS, "-fPIC", "-shared", "-o", library, folder / "student.c"])
+            self._run = ctypes.CDLL(str(library)).student_run
+        floats = ctypes.POINTER(ctypes.c_float)
+        self._run.argtypes = [floats, floats]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Takes normalised float32 images [N, C, H, W]; returns logits [N, K]."""
+        images = np.ascontiguousarray(images, np.float32)
+        logits = np.empty((len(images), self._classes), np.float32)
+        pointer = ctypes.POINTER(ctypes.c_float)
+        for image, answer in zip(images, logits, strict=True):
+            self._run(image.ctypes.data_as(pointer), answer.ctypes.data_as(pointer))
+        return logits
+
+
+def answers_of_example(
+    folder: Path, images: np.ndarray, compiler: str, emulator: Sequence[str] = (), flags: Sequence[str] = ()
+) -> np.ndarray:
+    """Builds example.c, runs its self-check, and returns its logits [N, K] of uint8 images [N, C, H, W].
+
+    Args:
+        folder: Where student.c, student.h and example.c are.
+        images: As bytes.
+        compiler: The program.
+        emulator: What runs the built program.
+        flags: Of the compiler, beside `FLAGS`.
+
+    Raises:
+        RuntimeError: If it does not compile, run, or pass its self-check.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        program = Path(aside) / "example"
+        called([compiler, *FLAGS, *flags, "-o", program, folder / "student.c", folder / "example.c"])
+        called([*emulator, program, "check"])
+        lines = called([*emulator, program], input=images.tobytes()).decode().splitlines()
+    return np.array([line.split()[1:] for line in lines], np.float32).reshape(len(images), -1)
+
+
+def cortex(folder: Path, images: np.ndarray, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Runs a student on an emulated Cortex-M3 without FPU.
+
+    Args:
+        folder: Where student.c and student.h are.
+        images: Normalised float32 [N, C, H, W].
+        classes: How many logits there are.
+
+    Returns:
+        The logits [N, K], and {"flash_bytes", "ram_bytes", "instructions"}: the whole firmware with start code and
+        semihosting; static memory, logits and used stack without the caller's image; instructions of one call of student_run
+        (emulated with a fixed time for each, read from the board's timer).
+
+    Raises:
+        RuntimeError: If it does not compile or run.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        here = Path(aside)
+        for name in ("c_cortex_m.c", "c_cortex_m.ld"):
+            (here / name).write_text(template(name))
+        flags = "-mcpu=cortex-m3 -mthumb -Os -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
+        link: list[str | Path] = [
+            "-Wl,--gc-sections",
+            "-nostartfiles",
+            "--specs=nano.specs",
+            "-T",
+            here / "c_cortex_m.ld",
+        ]
+        firmware = here / "firmware.elf"
+        sources = [folder / "student.c", here / "c_cortex_m.c"]
+        called([CORTEX[0], *flags, f"-I{folder}", *link, "-o", firmware, *sources])
+        parts = {
+            line.split()[0]: int(line.split()[1])
+            for line in called(["arm-none-eabi-size", "-A", firmware]).decode().splitlines()
+            if line.startswith(".")
+        }
+        np.ascontiguousarray(images, "<f4").tofile(here / "images.bin")
+        board = "-M mps2-an385 -nographic -monitor none -serial none -icount shift=6 -semihosting-config enable=on,target=native"
+        called([CORTEX[1], *board.split(), "-kernel", firmware], cwd=here, stdin=subprocess.DEVNULL)
+        logits = np.fromfile(here / "logits.bin", "<f4").reshape(len(images), classes)
+        stack, ticks = np.fromfile(here / "facts.bin", "<u4").tolist()
+    data = parts.get(".data", 0)
+    return logits, {
+        "flash_bytes": parts[".text"] + parts.get(".ARM.exidx", 0) + data,
+        "ram_bytes": data + parts.get(".bss", 0) + stack,
+        "instructions": ticks * TICK // INSTRUCTION // len(images),
+    }

@@ -1,0 +1,293 @@
+typedef struct {
+    const uint8_t *bits;         // gaps and codes, the least bit first; none: `values` are the numbers themselves
+    const float *values;         // of the codes
+    int32_t count;               // of numbers that are written
+    int8_t gap_bits, code_bits;  // gap_bits: of a Golomb-Rice code; -1: no number is zero
+} weight;
+
+typedef struct {
+    const uint8_t *bits;  // number i is (bits[i] + least) * step; none: floats[i]
+    const float *floats;
+    float step;
+    int32_t least;
+} vector;
+
+typedef struct {
+    const weight *of;
+    const uint8_t *next;
+    uint32_t bits;
+    int32_t num_bits, left, at, waits;
+    float value;
+} walk;
+
+typedef struct {
+    int32_t channels, height, width, outputs, out_height, out_width;
+    int32_t kernel[2], stride[2], before[2], after[2], dilation[2], groups;
+} window;
+
+static uint32_t take(walk *w, int32_t n)
+{
+    while (w->num_bits < n) {
+        w->bits |= (uint32_t)*w->next++ << w->num_bits;
+        w->num_bits += 8;
+    }
+    uint32_t value = w->bits & (((uint32_t)1 << n) - 1);
+    w->bits >>= n;
+    w->num_bits -= n;
+    return value;
+}
+
+static walk start(const weight *of)
+{
+    walk w = {of, of->bits, 0, 0, of->count, -1, 0, 0.0f};
+    return w;
+}
+
+// Goes to the next non-zero number if it lies before `end`; its place is then w->at.
+static int found(walk *w, int32_t end)
+{
+    if (!w->waits) {
+        if (!w->left)
+            return 0;
+        w->left--;
+        w->at++;
+        if (!w->of->bits) {
+            w->value = w->of->values[w->at];
+        } else {
+            if (w->of->gap_bits >= 0) {
+                while (take(w, 1))
+                    w->at += (int32_t)1 << w->of->gap_bits;
+                w->at += (int32_t)take(w, w->of->gap_bits);
+            }
+            w->value = w->of->values[take(w, w->of->code_bits)];
+        }
+        w->waits = 1;
+    }
+    if (w->at >= end)
+        return 0;
+    w->waits = 0;
+    return 1;
+}
+
+static float number(const vector *v, int32_t i)
+{
+    return v->bits ? (float)(v->bits[i] + v->least) * v->step : v->floats[i];
+}
+
+static void linear(const float *x, float *y, int32_t rows, int32_t inputs, int32_t outputs, const weight *of,
+                   const vector *bias)
+{
+    for (; rows > 0; rows--, x += inputs) {
+        walk w = start(of);
+        const float *row = x;
+        for (int32_t o = 0; o < outputs; o++) {
+            float sum = bias ? number(bias, o) : 0.0f;
+            while (found(&w, (o + 1) * inputs))
+                sum += w.value * row[w.at - o * inputs];
+            *y++ = sum;
+        }
+    }
+}
+
+// Each weight is read once, and added to the whole map of its output.
+static void conv(const float *x, float *y, const window *c, const weight *of, const vector *bias)
+{
+    walk w = start(of);
+    int32_t plane = c->out_height * c->out_width, area = c->kernel[0] * c->kernel[1];
+    int32_t channels = c->channels / c->groups, size = channels * area;
+    for (int32_t o = 0; o < c->outputs; o++, y += plane) {
+        float first = bias ? number(bias, o) : 0.0f;
+        for (int32_t i = 0; i < plane; i++)
+            y[i] = first;
+        while (found(&w, (o + 1) * size)) {
+            int32_t inside = w.at - o * size, spot = inside % area;
+            int32_t channel = o / (c->outputs / c->groups) * channels + inside / area;
+            int32_t down = spot / c->kernel[1] * c->dilation[0] - c->before[0];
+            int32_t right = spot % c->kernel[1] * c->dilation[1] - c->before[1];
+            int32_t left = right < 0 ? (-right + c->stride[1] - 1) / c->stride[1] : 0;
+            for (int32_t i = 0; i < c->out_height; i++) {
+                int32_t row = i * c->stride[0] + down;
+                if (row < 0 || row >= c->height)
+                    continue;
+                const float *from = x + (channel * c->height + row) * c->width;
+                int32_t column = left * c->stride[1] + right;
+                for (int32_t j = left; j < c->out_width && column < c->width; j++, column += c->stride[1])
+                    y[i * c->out_width + j] += w.value * from[column];
+            }
+        }
+    }
+}
+
+static void affine(const float *x, float *y, int32_t outer, int32_t channels, int32_t inner, const float *scale,
+                   const float *shift)
+{
+    for (; outer > 0; outer--)
+        for (int32_t c = 0; c < channels; c++)
+            for (int32_t i = 0; i < inner; i++)
+                *y++ = *x++ * scale[c] + shift[c];
+}
+
+static void max_pool(const float *x, float *y, const window *c)
+{
+    for (int32_t o = 0; o < c->channels; o++, x += c->height * c->width)
+        for (int32_t i = 0; i < c->out_height; i++)
+            for (int32_t j = 0; j < c->out_width; j++) {
+                float most = -FLT_MAX;
+                for (int32_t k = 0; k < c->kernel[0]; k++)
+                    for (int32_t l = 0; l < c->kernel[1]; l++) {
+                        int32_t row = i * c->stride[0] - c->before[0] + k * c->dilation[0];
+                        int32_t column = j * c->stride[1] - c->before[1] + l * c->dilation[1];
+                        if (row >= 0 && row < c->height && column >= 0 && column < c->width &&
+                            x[row * c->width + column] > most)
+                            most = x[row * c->width + column];
+                    }
+                *y++ = most;
+            }
+}
+
+// counted: whether numbers of the padding count in the mean.
+static void avg_pool(const float *x, float *y, const window *c, int counted)
+{
+    for (int32_t o = 0; o < c->channels; o++, x += c->height * c->width)
+        for (int32_t i = 0; i < c->out_height; i++)
+            for (int32_t j = 0; j < c->out_width; j++) {
+                float sum = 0.0f;
+                int32_t count = 0;
+                for (int32_t k = 0; k < c->kernel[0]; k++)
+                    for (int32_t l = 0; l < c->kernel[1]; l++) {
+                        int32_t row = i * c->stride[0] - c->before[0] + k;
+                        int32_t column = j * c->stride[1] - c->before[1] + l;
+                        if (row >= 0 && row < c->height && column >= 0 && column < c->width) {
+                            sum += x[row * c->width + column];
+                            count++;
+                        } else if (counted && row < c->height + c->after[0] && column < c->width + c->after[1]) {
+                            count++;
+                        }
+                    }
+                *y++ = sum / (float)count;
+            }
+}
+
+static void mean(const float *x, float *y, int32_t outer, int32_t size, int32_t inner)
+{
+    for (; outer > 0; outer--, x += size * inner)
+        for (int32_t i = 0; i < inner; i++) {
+            float sum = 0.0f;
+            for (int32_t k = 0; k < size; k++)
+                sum += x[k * inner + i];
+            *y++ = sum / (float)size;
+        }
+}
+
+static void amax(const float *x, float *y, int32_t outer, int32_t size, int32_t inner)
+{
+    for (; outer > 0; outer--, x += size * inner)
+        for (int32_t i = 0; i < inner; i++) {
+            float most = x[i];
+            for (int32_t k = 1; k < size; k++)
+                most = x[k * inner + i] > most ? x[k * inner + i] : most;
+            *y++ = most;
+        }
+}
+
+// e^x: x = n ln 2 + r, the series in r up to r^7, and the exponent n put in by its bits.
+static float exponential(float x)
+{
+    if (x > 88.0f)
+        x = 88.0f;
+    if (x < -87.0f)
+        return 0.0f;
+    int32_t n = (int32_t)(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f));
+    float r = (x - (float)n * 0.693359375f) + (float)n * 2.12194440e-4f;
+    float sum = 1.0f + r / 7.0f;
+    for (int32_t i = 6; i > 0; i--)
+        sum = 1.0f + r / (float)i * sum;
+    uint32_t bits = (uint32_t)(n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return sum * power;
+}
+
+static float sigmoid(float x)
+{
+    return 1.0f / (1.0f + exponential(-x));
+}
+
+static float hyperbolic(float x)
+{
+    if (x > -0.25f && x < 0.25f) {
+        float s = x * x;
+        return x * (1.0f - s * (0.333333333f - s * (0.133333333f - s * (0.0539682540f - s * 0.0218694885f))));
+    }
+    return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+}
+
+// Abramowitz and Stegun, 7.1.26: within 1.5e-7.
+static float error(float x)
+{
+    float a = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * a);
+    float s = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float e = 1.0f - s * exponential(-a * a);
+    return x < 0.0f ? -e : e;
+}
+
+static void softmax(const float *x, float *y, int32_t outer, int32_t size, int32_t inner)
+{
+    for (; outer > 0; outer--, x += size * inner, y += size * inner)
+        for (int32_t i = 0; i < inner; i++) {
+            float most = x[i], sum = 0.0f;
+            for (int32_t k = 1; k < size; k++)
+                most = x[k * inner + i] > most ? x[k * inner + i] : most;
+            for (int32_t k = 0; k < size; k++)
+                sum += y[k * inner + i] = exponential(x[k * inner + i] - most);
+            for (int32_t k = 0; k < size; k++)
+                y[k * inner + i] /= sum;
+        }
+}
+
+static float add(float a, float b)
+{
+    return a + b;
+}
+
+static float sub(float a, float b)
+{
+    return a - b;
+}
+
+static float mul(float a, float b)
+{
+    return a * b;
+}
+
+static float div_of(float a, float b)
+{
+    return a / b;
+}
+
+// steps: of x and of y along each axis; 0 where a number is repeated.
+static void binary(const float *x, const float *y, float *to, const int32_t *shape, const int32_t *steps,
+                   float (*f)(float, float))
+{
+    for (int32_t i = 0; i < shape[0]; i++)
+        for (int32_t j = 0; j < shape[1]; j++)
+            for (int32_t k = 0; k < shape[2]; k++)
+                for (int32_t l = 0; l < shape[3]; l++)
+                    *to++ = f(x[i * steps[0] + j * steps[1] + k * steps[2] + l * steps[3]],
+                              y[i * steps[4] + j * steps[5] + k * steps[6] + l * steps[7]]);
+}
+
+static void gather(const float *x, float *y, const int32_t *shape, const int32_t *steps)
+{
+    for (int32_t i = 0; i < shape[0]; i++)
+        for (int32_t j = 0; j < shape[1]; j++)
+            for (int32_t k = 0; k < shape[2]; k++)
+                for (int32_t l = 0; l < shape[3]; l++)
+                    *y++ = x[i * steps[0] + j * steps[1] + k * steps[2] + l * steps[3]];
+}
+
+static void place(const float *x, float *y, int32_t rows, int32_t size, int32_t step)
+{
+    for (; rows > 0; rows--, x += size, y += step)
+        memcpy(y, x, (size_t)size * sizeof *x);
+}
