@@ -1,11 +1,16 @@
 """Writes weights as constant arrays of C: gaps and codes in one stream of bits that is walked as it lies."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.exporting.huffman import codes, lengths
 from trainer.exporting.shared_values import SharedValues, shared_values
 from trainer.packing.network import grid_steps
+
+LAST_GAP = 254  # goes on in the next word
+LONGEST = 16  # bits of a word
 
 
 def literal(value: float) -> str:
@@ -24,58 +29,93 @@ def bytes_of(name: str, values: np.ndarray) -> str:
     return f"static const uint8_t {name}[] = {{{','.join(map(str, values.tolist() or [0]))}}};\n"
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A tensor as gaps and codes in canonical Huffman codes.
+
+    Attributes:
+        bits: uint8, the first bit of a byte lowest; a number is the words of its gap, then that of its code.
+        values: float32 of the codes, in the order of their words.
+        gaps: Of the words, below 255; 254 goes on in the next word. None if no number is zero.
+        gap_words: How many words have 1, 2, ... bits; [] for a single one, which is empty.
+        code_words: Likewise.
+        count: How many numbers are written.
+    """
+
+    bits: np.ndarray
+    values: np.ndarray
+    gaps: np.ndarray | None
+    gap_words: list[int]
+    code_words: list[int]
+    count: int
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes, with its tables."""
+        tables = 2 * len(self.gap_words + self.code_words) + (0 if self.gaps is None else len(self.gaps))
+        return len(self.bits) + 4 * len(self.values) + tables
+
+
 def weight(name: str, values: np.ndarray) -> tuple[str, int]:
     """Returns the lines of the `weight` of C of this name, and how many bytes its numbers take.
 
     The smallest of: gaps and codes, codes of all numbers, plain float32.
     """
-    found: list[tuple[int, int, SharedValues, np.ndarray]] = []
-    for zero in (False, True):
-        shared = shared_values(values, zero_is_a_value=zero)
-        if shared is not None and len(shared.values):
-            gap_bits, stream = stream_of(shared)
-            found.append((len(stream) + 4 * len(shared.values), gap_bits, shared, stream))
-    found.sort(key=lambda one: one[0])
-    if not found or found[0][0] >= 4 * values.size:
+    shared = [shared_values(values, zero_is_a_value=zero) for zero in (False, True)]
+    found = [stream_of(one) for one in shared if one is not None and len(one.values)]
+    best = min(found, key=lambda one: one.num_bytes, default=None)
+    if best is None or best.num_bytes >= 4 * values.size:
         lines = floats(f"{name}_values", values)
         return (
-            f"{lines}static const weight {name} = {{0, {name}_values, {values.size}, -1, 0}};\n",
+            f"{lines}static const weight {name} = {{0, {name}_values, 0, 0, 0, {values.size}}};\n",
             4 * values.size,
         )
-    size, gap_bits, shared, stream = found[0]
-    lines = bytes_of(f"{name}_bits", stream) + floats(f"{name}_values", shared.values)
-    facts = f"{name}_bits, {name}_values, {len(shared.codes)}, {gap_bits}, {code_bits(shared)}"
-    return f"{lines}static const weight {name} = {{{facts}}};\n", size
+    lines = bytes_of(f"{name}_bits", best.bits) + floats(f"{name}_values", best.values)
+    facts = [f"{name}_bits", f"{name}_values", "0" if best.gaps is None else f"{name}_gaps"]
+    if best.gaps is not None:
+        lines += bytes_of(f"{name}_gaps", best.gaps)
+    for kind, words in (("gap_words", best.gap_words), ("code_words", best.code_words)):
+        facts.append(f"{name}_{kind}" if words else "0")
+        if words:
+            lines += f"static const uint16_t {name}_{kind}[] = {{{', '.join(map(str, words))}}};\n"
+    return f"{lines}static const weight {name} = {{{', '.join(facts)}, {best.count}}};\n", best.num_bytes
 
 
-def code_bits(shared: SharedValues) -> int:
-    """Returns how many bits a code takes."""
-    return max(len(shared.values) - 1, 0).bit_length()
-
-
-def stream_of(shared: SharedValues) -> tuple[int, np.ndarray]:
-    """Returns the bits of a gap that are written as they are (-1: no gaps), and the stream, uint8.
-
-    A number is its gap in a Golomb-Rice code (gap >> k ones, a zero, k low bits), then its code; all with the least bit first.
-    """
-    codes, wide = shared.codes, code_bits(shared)
-    if shared.positions is None:
-        best, ones, low = -1, np.zeros(len(codes), np.int64), np.zeros(len(codes), np.int64)
-        widths = np.full(len(codes), wide)
-    else:
+def stream_of(shared: SharedValues) -> Stream:
+    """Returns shared values as a stream of bits."""
+    code_order, code_words, code_texts = _words(shared.codes)
+    gap_order: np.ndarray | None = None
+    gap_words: list[int] = []
+    texts = code_texts
+    if shared.positions is not None:
         gaps = shared.gaps()
-        best = min(range(16), key=lambda k: int((gaps >> k).sum()) + k * len(gaps))
-        ones, low = gaps >> best, gaps & ((1 << best) - 1)
-        widths = ones + 1 + best + wide
-    ends = np.cumsum(widths)
-    bits = np.zeros(int(ends[-1]), np.uint8)
-    for number, end in enumerate(ends.tolist()):
-        at = end - int(widths[number])
-        bits[at : at + int(ones[number])] = 1
-        tail = int(low[number]) | int(codes[number]) << max(best, 0)
-        for place in range(max(best, 0) + wide):
-            bits[end - max(best, 0) - wide + place] = tail >> place & 1
-    return best, np.packbits(bits, bitorder="little")
+        more = gaps // LAST_GAP
+        parts = np.full(int(more.sum()) + len(gaps), LAST_GAP)
+        ends = np.cumsum(more + 1)
+        parts[ends - 1] = gaps % LAST_GAP
+        gap_order, gap_words, gap_texts = _words(parts)
+        starts = (ends - more - 1).tolist()
+        texts = [
+            "".join(gap_texts[begin:end]) + code
+            for begin, end, code in zip(starts, ends.tolist(), code_texts, strict=True)
+        ]
+    bits = np.frombuffer("".join(texts).encode(), np.uint8) - ord("0")
+    packed = np.packbits(bits, bitorder="little")
+    return Stream(packed, shared.values[code_order], gap_order, gap_words, code_words, len(shared.codes))
+
+
+def _words(symbols: np.ndarray) -> tuple[np.ndarray, list[int], list[str]]:
+    """Returns the different symbols in the order of their words, how many have 1, 2, ... bits, and each symbol's word."""
+    different, numbers = np.unique(symbols, return_inverse=True)
+    if len(different) < 2:
+        return different, [], [""] * len(symbols)
+    sizes = lengths(np.bincount(numbers), LONGEST)
+    order = np.argsort(sizes, kind="stable")
+    starts = codes(sizes[order], LONGEST)
+    words = [""] * len(order)
+    for symbol, begin in zip(order.tolist(), starts.tolist(), strict=True):
+        words[symbol] = f"{begin:0{LONGEST}b}"[: sizes[symbol]]
+    return different[order], np.bincount(sizes)[1:].tolist(), [words[number] for number in numbers.tolist()]
 
 
 def vector(name: str, values: np.ndarray) -> tuple[str, int]:

@@ -1,8 +1,9 @@
 typedef struct {
-    const uint8_t *bits;         // gaps and codes, the least bit first; none: `values` are the numbers themselves
-    const float *values;         // of the codes
-    int32_t count;               // of numbers that are written
-    int8_t gap_bits, code_bits;  // gap_bits: of a Golomb-Rice code; -1: no number is zero
+    const uint8_t *bits;                     // gaps and codes, the first bit lowest; none: `values` are the numbers themselves
+    const float *values;                     // of the codes
+    const uint8_t *gaps;                     // of the words; none: no number is zero
+    const uint16_t *gap_words, *code_words;  // how many words of a canonical Huffman code have 1, 2, ... bits; none: one, empty
+    int32_t count;                           // of numbers that are written
 } weight;
 
 typedef struct {
@@ -15,8 +16,8 @@ typedef struct {
 typedef struct {
     const weight *of;
     const uint8_t *next;
-    uint32_t bits;
-    int32_t num_bits, left, at, waits;
+    uint32_t bits;  // of a byte that are left, below a one
+    int32_t left, at, waits;
     float value;
 } walk;
 
@@ -25,42 +26,46 @@ typedef struct {
     int32_t kernel[2], stride[2], before[2], after[2], dilation[2], groups;
 } window;
 
-static uint32_t take(walk *w, int32_t n)
+static int32_t symbol(walk *w, const uint16_t *words)
 {
-    while (w->num_bits < n) {
-        w->bits |= (uint32_t)*w->next++ << w->num_bits;
-        w->num_bits += 8;
+    int32_t word = 0, first = 0, before = 0;
+    if (!words)
+        return 0;
+    for (;; words++) {
+        if (w->bits == 1)
+            w->bits = 0x100u | *w->next++;
+        word = word * 2 + (int32_t)(w->bits & 1);
+        w->bits >>= 1;
+        first *= 2;
+        if (word - first < *words)
+            return before + word - first;
+        before += *words;
+        first += *words;
     }
-    uint32_t value = w->bits & (((uint32_t)1 << n) - 1);
-    w->bits >>= n;
-    w->num_bits -= n;
-    return value;
 }
 
 static walk start(const weight *of)
 {
-    walk w = {of, of->bits, 0, 0, of->count, -1, 0, 0.0f};
+    walk w = {of, of->bits, 1, of->count, -1, 0, 0.0f};
     return w;
 }
 
-// Goes to the next non-zero number if it lies before `end`; its place is then w->at.
+// Goes to the next non-zero number if it lies before `end`; its place is then w->at. A gap of 254 goes on in the next word.
 static int found(walk *w, int32_t end)
 {
     if (!w->waits) {
+        const weight *of = w->of;
         if (!w->left)
             return 0;
         w->left--;
         w->at++;
-        if (!w->of->bits) {
-            w->value = w->of->values[w->at];
-        } else {
-            if (w->of->gap_bits >= 0) {
-                while (take(w, 1))
-                    w->at += (int32_t)1 << w->of->gap_bits;
-                w->at += (int32_t)take(w, w->of->gap_bits);
-            }
-            w->value = w->of->values[take(w, w->of->code_bits)];
+        if (of->gaps) {
+            int32_t gap;
+            do
+                w->at += gap = of->gaps[symbol(w, of->gap_words)];
+            while (gap == 254);
         }
+        w->value = of->values[of->bits ? symbol(w, of->code_words) : w->at];
         w->waits = 1;
     }
     if (w->at >= end)
