@@ -126,6 +126,18 @@ def test_all_machines_give_the_same_bits(images, tmp_path):
 
 
 @pytest.mark.device
+@needs("gcc")
+def test_a_network_too_large_for_the_board_is_exported_all_the_same(sequence, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.exports.c.LINUX", {})
+    monkeypatch.setattr("trainer.exports.c.BOARD_BYTES", 100)
+    exported = c(sequence, tmp_path)
+    assert (
+        exported.notes[-1] == "Cortex-M3: not run, it is too large for the emulated board"
+        and not exported.numbers
+    )
+
+
+@pytest.mark.device
 @needs(*c_machines.CORTEX)
 def test_instructions_are_counted_one_by_one(tmp_path):
     sizes = "".join(f"#define STUDENT_{name} 2\n" for name in ("CHANNELS", "HEIGHT", "WIDTH", "CLASSES"))

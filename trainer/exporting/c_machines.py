@@ -29,6 +29,7 @@ PACKAGES = {
     "arm-none-eabi-gcc": "gcc-arm-none-eabi libnewlib-arm-none-eabi",
     "qemu-system-arm": "qemu-system-arm",
 }
+BOARD_BYTES = 3_500_000  # of weights, and of maps and image, that the emulated board certainly holds
 TICK, INSTRUCTION = 40, 64  # nanoseconds of the board's timer and, by -icount shift=6, of one instruction
 LONGEST = 300  # seconds
 
@@ -119,7 +120,7 @@ def cortex(folder: Path, images: np.ndarray, classes: int) -> tuple[np.ndarray, 
         here = Path(aside)
         for name in ("c_cortex_m.c", "c_cortex_m.ld"):
             (here / name).write_text(template(name))
-        flags = "-mcpu=cortex-m3 -mthumb -Os -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
+        flags = "-mcpu=cortex-m3 -mthumb -O2 -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
         link: list[str | Path] = [
             "-Wl,--gc-sections",
             "-nostartfiles",

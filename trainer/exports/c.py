@@ -1,19 +1,32 @@
 """C99 for anything with a compiler, down to a microcontroller."""
 
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.exporting.c_machines import CORTEX, LINUX, Native, answers_of_example, cortex, missing
+from trainer.exporting.c_machines import (
+    BOARD_BYTES,
+    CORTEX,
+    LINUX,
+    Native,
+    answers_of_example,
+    cortex,
+    missing,
+)
 from trainer.exporting.c_source import LINES, Source, check, template
 from trainer.exporting.c_weights import literal
 from trainer.exporting.graph import Graph
 from trainer.exporting.subject import Exported, Subject
 
 OPS = frozenset(LINES)
-CROSS_IMAGES, CORTEX_IMAGES = 500, 8  # that are run on the emulated machines
+MOST_IMAGES, CORTEX_IMAGES = 500, 8  # that are run on the emulated machines, at most
+CROSS_SECONDS, CORTEX_SECONDS = (
+    1.0,
+    0.01,
+)  # as many as this machine answers in so long; they are 20 and 1000 times slower
 TOLERANCE = 1e-4  # of the largest logit, in the self-check
 
 
@@ -35,7 +48,11 @@ def c(subject: Subject, folder: Path) -> Exported:
     run = Native(folder, size)
     weights, memory = source.weight_bytes, 4 * source.memory.size
     notes = [f"the weights take {weights:,} bytes, the maps {memory:,} static bytes"]
-    images = np.concatenate([part for part, _ in islice(subject.proof_batches(CROSS_IMAGES), 1)])
+    images = np.concatenate([part for part, _ in islice(subject.proof_batches(MOST_IMAGES), 1)])
+    started = time.perf_counter()
+    run(subject.normalized(images[:1]))
+    one = time.perf_counter() - started
+    images = images[: max(1, int(CROSS_SECONDS / one))]
     expected = run(subject.normalized(images))
     for machine, (compiler, emulator) in LINUX.items():
         absent = missing([compiler, emulator])
@@ -44,9 +61,11 @@ def c(subject: Subject, folder: Path) -> Exported:
             _same(machine, found, expected)
         notes.append(f"{machine}: " + (absent or f"the same bits for {len(images)} images under {emulator}"))
     absent = missing(CORTEX)
+    if max(weights, memory + 4 * images[0].size) > BOARD_BYTES:
+        absent = "not run, it is too large for the emulated board"
     numbers: dict[str, Any] = {}
     if absent is None:
-        few = images[:CORTEX_IMAGES]
+        few = images[: max(1, min(CORTEX_IMAGES, int(CORTEX_SECONDS / one)))]
         found, numbers = cortex(folder, subject.normalized(few), size)
         _same("Cortex-M3", found, expected[: len(few)])
         notes.append(
