@@ -66,6 +66,18 @@ class Sequence(nn.Module):
         return self.last(F.gelu(x, approximate="tanh").mean(1))
 
 
+class Recurrent(nn.Module):
+    """Two layers in both directions, then one."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru, self.last = nn.GRU(12, 7, batch_first=True, bias=False), nn.Linear(7, 4)
+
+    def forward(self, x):
+        return self.last(self.gru(self.lstm(x.squeeze(1))[0])[0][:, -1])
+
+
 def coarse(net, zeros=0.7):
     """Returns a network whose larger weights are sparse and shared, its biases on a grid."""
     torch.manual_seed(3)
@@ -91,9 +103,14 @@ def sequence():
     return subject_of(Sequence().eval(), (1, 8, 5))
 
 
+@pytest.fixture(scope="module")
+def recurrent():
+    return subject_of(coarse(Recurrent()), (1, 8, 5))
+
+
 @pytest.mark.device
 @needs("gcc")
-@pytest.mark.parametrize("name", ["images", "sequence"])
+@pytest.mark.parametrize("name", ["images", "sequence", "recurrent"])
 def test_it_answers_as_torch_and_sanitizers_find_nothing(name, request, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.exports.c.LINUX", {})
     monkeypatch.setattr("trainer.exports.c.CORTEX", ("no compiler",))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.exporting.c_source import template
+from trainer.exporting.c_library import template
 from trainer.exporting.subject import NotInstalled
 
 FLAGS = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-ffp-contract=off"]

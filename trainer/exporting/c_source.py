@@ -2,20 +2,15 @@
 
 import re
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import numpy as np
 
+from trainer.exporting.c_library import needed_of, template
 from trainer.exporting.c_memory import plan
 from trainer.exporting.c_weights import floats, literal, vector, weight
 from trainer.exporting.graph import Graph, Node
 from trainer.mistakes import Mistake
-
-
-def template(name: str) -> str:
-    """Returns a file of the templates."""
-    return (resources.files("trainer.exporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 class Source:
@@ -23,6 +18,7 @@ class Source:
 
     Attributes:
         memory: Where its maps lie.
+        memory_bytes: What these take, with the scratch of recurrent layers.
         weight_bytes: What its weights take.
         text: student.c.
     """
@@ -30,6 +26,7 @@ class Source:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.memory, self.weight_bytes = graph, plan(graph), 0
         self._constants: dict[str, str] = {}  # by name in C
+        self.scratch = 0  # numbers that the largest recurrent layer needs beside its maps
         self._maps: dict[str, str] = {}  # {expression: name of its function}
         lines = []
         for node in graph.nodes:
@@ -41,6 +38,7 @@ class Source:
         if self.place(graph.output) != "logits":
             size = int(np.prod(graph.shape(graph.output)))
             lines.append(f"    memcpy(logits, {self.place(graph.output)}, {size} * sizeof(float));")
+        self.memory_bytes = 4 * (self.memory.size + self.scratch)
         self.text = self._text(lines)
 
     def _text(self, lines: list[str]) -> str:
@@ -51,6 +49,8 @@ class Source:
         )
         constants = "".join(self._constants.values())
         memory = f"static float memory[{self.memory.size}];\n\n" if self.memory.size else ""
+        if self.scratch:
+            memory += f"static float scratch[{self.scratch}];\n\n"
         body = "\n".join(lines)
         program = f"""{constants}
 {memory}int student_run(const float *image, float *logits)
@@ -59,7 +59,7 @@ class Source:
     return 0;
 }}
 """
-        library = _needed(template("student_kernels.c"), maps + program)
+        library = needed_of(template("student_kernels.c"), maps + program)
         return f"""// A student of tiny-student: see student.h.
 #include "student.h"
 
@@ -114,25 +114,6 @@ class Source:
     def map(self, body: str) -> str:
         """Returns the name of a function that puts an expression of v on each number."""
         return self._maps.setdefault(body, f"map_{len(self._maps)}")
-
-
-def _needed(library: str, program: str) -> str:
-    """Returns the functions and types of the library that a program needs, in their order."""
-    blocks = [block.strip("\n") for block in re.split(r"\n\n(?=static |typedef |//)", library.strip("\n"))]
-    names = [
-        re.findall(r"^static \w+ \*?(\w+)\(", block, re.M)[0]
-        if "typedef" not in block
-        else re.findall(r"\} (\w+);", block)[0]
-        for block in blocks
-    ]
-    known = dict(zip(names, blocks, strict=True))
-    wanted: set[str] = set()
-    due = [program]
-    while due:
-        named = set(re.findall(r"\w+", re.sub(r"//.*", "", due.pop()))) & known.keys() - wanted
-        wanted |= named
-        due += [known[name] for name in named]
-    return "".join(f"{block}\n\n" for name, block in known.items() if name in wanted)
 
 
 class _At:
@@ -323,7 +304,26 @@ def _slice(at: _At) -> str:
     return _gathered(at, steps, start)
 
 
+def _recurrent(at: _At) -> str:
+    gates, hidden, ways = {"lstm": 4, "gru": 3}[at.node.op], at.a["hidden"], 1 + at.a["bidirectional"]
+    shape, layers, lines, x = at.shape(), at.a["layers"], [], at.x()
+    steps, size, own = int(np.prod(shape[:-1])), shape[-1], (2 * gates + 1) * hidden
+    between = steps * ways * hidden if layers > 1 else 0
+    at.source.scratch = max(at.source.scratch, own + between)
+    for layer in range(layers):
+        y = at.y() if (layers - 1 - layer) % 2 == 0 else f"scratch + {own}"
+        for way, end in enumerate(("", "_reverse")[:ways]):
+            weights = [at.packed("weight", f"{role}_l{layer}{end}") for role in ("weight_ih", "weight_hh")]
+            weights += [at.packed("vector", f"{role}_l{layer}{end}") for role in ("bias_ih", "bias_hh")]
+            sizes = f"{steps}, {size}, {hidden}, {ways * hidden}, {way}"
+            lines.append(f"{at.node.op}({x}, {y} + {way * hidden}, scratch, {sizes}, {', '.join(weights)});")
+        x, size = y, ways * hidden
+    return " ".join(lines)
+
+
 LINES: dict[str, _Line] = {
+    "lstm": _recurrent,
+    "gru": _recurrent,
     "conv": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.exporting.c_library import template
 from trainer.exporting.c_machines import (
     BOARD_BYTES,
     CORTEX,
@@ -16,7 +17,7 @@ from trainer.exporting.c_machines import (
     cortex,
     missing,
 )
-from trainer.exporting.c_source import LINES, Source, check, template
+from trainer.exporting.c_source import LINES, Source, check
 from trainer.exporting.c_weights import literal
 from trainer.exporting.graph import Graph
 from trainer.exporting.subject import Exported, Subject
@@ -46,7 +47,7 @@ def c(subject: Subject, folder: Path) -> Exported:
     files = _written(subject, folder, source)
     size = int(np.prod(subject.graph.shape(subject.graph.output)))
     run = Native(folder, size)
-    weights, memory = source.weight_bytes, 4 * source.memory.size
+    weights, memory = source.weight_bytes, source.memory_bytes
     notes = [f"the weights take {weights:,} bytes, the maps {memory:,} static bytes"]
     images = np.concatenate([part for part, _ in islice(subject.proof_batches(MOST_IMAGES), 1)])
     started = time.perf_counter()
@@ -90,7 +91,7 @@ def _written(subject: Subject, folder: Path, source: Source) -> list[Path]:
         "height": height,
         "width": width,
         "classes": len(logits),
-        "memory": 4 * source.memory.size,
+        "memory": source.memory_bytes,
         "mean": numbers(subject.mean or [0.0] * channels),
         "scale": numbers(1 / np.asarray(subject.std or [1.0] * channels, np.float32)),
         "expected": numbers(logits),

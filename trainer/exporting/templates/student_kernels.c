@@ -296,3 +296,48 @@ static void place(const float *x, float *y, int32_t rows, int32_t size, int32_t 
     for (; rows > 0; rows--, x += size, y += step)
         memcpy(y, x, (size_t)size * sizeof *x);
 }
+
+// reverse: whether it begins at the last step. width: numbers from one step of y to the next. scratch: [2 x 4 x hidden + hidden].
+static void lstm(const float *x, float *y, float *scratch, int32_t steps, int32_t size, int32_t hidden, int32_t width,
+                 int32_t reverse, const weight *of_x, const weight *of_h, const vector *bias_x, const vector *bias_h)
+{
+    float *a = scratch, *b = a + 4 * hidden, *cell = b + 4 * hidden;
+    const float *h = cell;
+    for (int32_t i = 0; i < hidden; i++)
+        cell[i] = 0.0f;
+    for (int32_t t = 0; t < steps; t++) {
+        int32_t step = reverse ? steps - 1 - t : t;
+        float *to = y + step * width;
+        linear(x + step * size, a, 1, size, 4 * hidden, of_x, bias_x);
+        linear(h, b, 1, hidden, 4 * hidden, of_h, bias_h);
+        for (int32_t i = 0; i < hidden; i++) {
+            float in = sigmoid(a[i] + b[i]), keep = sigmoid(a[hidden + i] + b[hidden + i]);
+            float fresh = hyperbolic(a[2 * hidden + i] + b[2 * hidden + i]);
+            cell[i] = keep * cell[i] + in * fresh;
+            to[i] = sigmoid(a[3 * hidden + i] + b[3 * hidden + i]) * hyperbolic(cell[i]);
+        }
+        h = to;
+    }
+}
+
+// reverse: whether it begins at the last step. width: numbers from one step of y to the next. scratch: [2 x 3 x hidden + hidden].
+static void gru(const float *x, float *y, float *scratch, int32_t steps, int32_t size, int32_t hidden, int32_t width,
+                 int32_t reverse, const weight *of_x, const weight *of_h, const vector *bias_x, const vector *bias_h)
+{
+    float *a = scratch, *b = a + 3 * hidden, *cell = b + 3 * hidden;
+    const float *h = cell;
+    for (int32_t i = 0; i < hidden; i++)
+        cell[i] = 0.0f;
+    for (int32_t t = 0; t < steps; t++) {
+        int32_t step = reverse ? steps - 1 - t : t;
+        float *to = y + step * width;
+        linear(x + step * size, a, 1, size, 3 * hidden, of_x, bias_x);
+        linear(h, b, 1, hidden, 3 * hidden, of_h, bias_h);
+        for (int32_t i = 0; i < hidden; i++) {
+            float reset = sigmoid(a[i] + b[i]), keep = sigmoid(a[hidden + i] + b[hidden + i]);
+            float fresh = hyperbolic(a[2 * hidden + i] + reset * b[2 * hidden + i]);
+            to[i] = (1.0f - keep) * fresh + keep * h[i];
+        }
+        h = to;
+    }
+}
