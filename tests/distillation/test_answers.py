@@ -731,7 +731,7 @@ def test_by_itself_a_run_keeps_what_its_losses_ask_for(tmp_path, monkeypatch, ca
 
 def test_a_cache_that_cannot_be_is_told_with_its_line(tmp_path, monkeypatch):
     path = recipe(tmp_path, "{where: disk, limit_gib: 1e-5}")
-    with pytest.raises(RecipeError, match=r"x\.yaml:4: cache: the teacher's answers take"):
+    with pytest.raises(RecipeError, match=r"x\.yaml:5: cache: the teacher's answers take"):
         runner.run(path, folder=tmp_path)
     monkeypatch.setenv("TRAINER_DATA", str(path))
     with pytest.raises(RecipeError, match="cannot be kept"):

@@ -73,9 +73,7 @@ def test_further_keys_and_numbers_that_are_not_finite_come_back():
 def test_begun_json_of_another_shape(tmp_path, value):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "begun.json").write_text(json.dumps(value))
-    with pytest.raises(
-        Mistake, match=r"begun\.json: is damaged: .*; remove .*begun\.json: the run then goes on"
-    ):
+    with pytest.raises(Mistake, match=r"begun\.json: is damaged: .*; remove it: the run then goes on"):
         resuming.facts_of_beginning(tmp_path)
 
 

@@ -50,6 +50,14 @@ def trained(folder, stop=None, at=None, number=signal.SIGTERM):
     return {key: value.clone() for key, value in run.student.state_dict().items()}, steps
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """SIGHUP has its usual effect, also where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("at", [0, 3, 9])  # 9: the last step of the first epoch
 def test_the_step_is_finished_and_kept(tmp_path, at, number):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,8 +149,9 @@ def test_a_part_of_a_larger_network_is_not_taken_for_it(tmp_path):
             loaded(tmp_path / "x.pth")
 
 
-def test_a_misfit_says_the_odd_keys_of_each_side_and_the_cause(tmp_path):
-    path = tmp_path / "x.pth"
+def test_a_misfit_says_the_odd_keys_of_each_side_and_the_cause(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a message has room for a path that is not too long
+    path = Path("x.pth")
     torch.save(network(0, 7).state_dict(), path)
     with pytest.raises(Mistake) as caught:
         loaded(path)

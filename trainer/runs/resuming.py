@@ -200,7 +200,7 @@ def facts_of_beginning(here: Path) -> dict[str, Any]:
 
 def _begun(here: Path) -> dict[str, Any]:
     path = here / "begun.json"
-    advice = f"remove {path}: the run then goes on, without a check of its images and teacher"
+    advice = "remove it: the run then goes on, without a check of its images and teacher"
     return dict(records.read(path, _Beginning, advice)) if path.is_file() else {}
 
 
