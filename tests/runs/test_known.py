@@ -178,12 +178,12 @@ def test_the_filter_is_known_likewise(facts, config, expected):
 )
 def test_timms_size_is_taken_with_its_own_weights_only(tmp_path, monkeypatch, entry, size):
     def create(name, *, num_classes, **settings):
-        network = lenet5((1, 8, 8), num_classes, width=2)
+        network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), lenet5((1, 8, 8), num_classes, width=2))
         network.pretrained_cfg = {"num_classes": 10, "input_size": (3, 16, 16), **TIMMS}
         return network
 
     monkeypatch.setattr("timm.create_model", create)
-    torch.save(lenet5((1, 8, 8), 10, width=2).state_dict(), tmp_path / "x.pth")
+    torch.save(create("", num_classes=10).state_dict(), tmp_path / "x.pth")
     path = tmp_path / "x.yaml"
     path.write_text(
         f"name: x\n{DATA}}}\nteacher: {{model: timm/resnet18, {entry.format(file=tmp_path / 'x.pth')}}}\n"
