@@ -34,9 +34,9 @@ stages:
 
 def command(folder, *more):
     """(status, what it printed to stderr, seconds) of `trainer run` in this process."""
-    leave_plots_out(pytest.MonkeyPatch())
     error, started = io.StringIO(), time.monotonic()
-    with contextlib.redirect_stderr(error):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error):
+        leave_plots_out(patch)
         status = main(["run", str(folder / "recipe.yaml"), "--folder", *more])
     return [status, error.getvalue(), time.monotonic() - started]
 
