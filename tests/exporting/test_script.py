@@ -28,7 +28,7 @@ def answers(net: nn.Module, shape, tmp_path, num=3):
     torch.manual_seed(0)
     subject = subject_of(net.eval(), shape, mean=[0.4] * shape[0], std=[0.3] * shape[0])
     file = tmp_path / "x.html"
-    file.write_text(player(subject, 0), encoding="utf-8")
+    file.write_text(player(subject, script_of(subject), 0), encoding="utf-8")
     images = np.random.default_rng(0).integers(0, 256, (num, *shape), np.uint8)
     return subject.logits(subject.normalized(images)), ask(file, images)
 

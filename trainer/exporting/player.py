@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.reading import Reading
-from trainer.exporting.script import bare, script_of
+from trainer.exporting.script import bare
 from trainer.exporting.subject import NotInstalled, Subject
 
 WARM_UP, CALLS = 20, 200
@@ -31,18 +31,22 @@ process.stdout.write(Buffer.from(Float64Array.from(times).buffer));
 """
 
 
-def player(subject: Subject, num_images: int) -> str:
+def player(subject: Subject, script: str, num_images: int) -> str:
     """Returns the piece of HTML in which a student answers; a page holds it once.
 
-    It uses the page's CSS variables --rule, --soft and --s0. num_images: how many test images stand in it, with their labels and
-    the teacher's answers; none without data.
+    It uses the page's CSS variables --rule, --soft and --s0.
+
+    Args:
+        subject: The student.
+        script: Its script, of `script_of`.
+        num_images: How many test images stand in it, with their labels and the teacher's answers; none without data.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = Environment(loader=PackageLoader("trainer.exporting"), undefined=StrictUndefined)
     reading = subject.reading or Reading(subject.shape)
     return templates.get_template("player.html").render(
-        script=script_of(subject),
+        script=script,
         known=_inside(_known(subject, num_images)),
         reading=_inside({"crop": reading.crop, "filter": reading.filter, "background": reading.background}),
         player=bare(templates.get_template("player.js").render()),

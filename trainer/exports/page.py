@@ -23,13 +23,13 @@ def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Expo
 
     templates = Environment(loader=PackageLoader("trainer.exporting"), undefined=StrictUndefined)
     template = templates.get_template("page.html")
-    bare, inside = (player(subject, number) for number in (0, images))
+    script = script_of(subject)
+    bare, inside = (player(subject, script, number) for number in (0, images))
     file = folder / "student.html"
     size = len(template.render(player=bare, num_bytes=0, title="").encode())
     title = f"A student of {size:,} bytes, script and weights"
     file.write_text(template.render(player=inside, num_bytes=f"{size:,}", title=title), encoding="utf-8")
     took = seconds(file, subject.test_vector()[0])
-    script = len(script_of(subject).encode())
     return Exported(
         [file],
         lambda pixels: ask(file, pixels),
@@ -41,7 +41,7 @@ def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Expo
             "latency_p95_seconds": float(np.quantile(took, 0.95)),
         },
         notes=[
-            f"{size:,} bytes, of which {script:,} are the student and its script; {file.stat().st_size:,} with the test images",
+            f"{size:,} bytes, of which {len(script.encode()):,} are the student and its script; {file.stat().st_size:,} with the test images",
             "timed inside node, whose start is not counted",
         ],
     )

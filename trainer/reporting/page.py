@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from trainer.mistakes import Mistake
 from trainer.reporting import charts
 from trainer.reporting.drawing import short_bytes
+from trainer.reporting.plots import is_teacher, position_of
 from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, missing
 from trainer.storage import records
 
@@ -118,20 +119,12 @@ def _number(value: Any) -> float:
 
 
 def _last(rows: Sequence[Mapping[str, Any]], who: str) -> Mapping[str, Any] | None:
-    found = [
-        row
-        for row in rows
-        if ("teacher" in str(row["stage"])) == (who == "teacher") and not row.get("target")
-    ]
+    found = [row for row in rows if is_teacher(row) == (who == "teacher") and not row.get("target")]
     return found[-1] if found else None
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
-    points = [
-        (float(row["file_bytes"]), float(row["top1"]), str(row["stage"]), int("teacher" in str(row["stage"])))
-        for row in rows
-        if row.get("file_bytes") and not missing(row.get("top1"))
-    ]
+    points = [(*at, str(row["stage"]), int(is_teacher(row))) for row in rows if (at := position_of(row))]
     return (
         charts.scatter(points, (460, 300), ("size of the file", "top-1 accuracy (%), test split"))
         if points

@@ -26,7 +26,8 @@ LAYERS_A_PAGE = 8
 SPIKES = 256  # a layer with at most this many distinct weights is drawn value by value
 
 
-def _is_teacher(row: Mapping[str, Any]) -> bool:
+def is_teacher(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row is the teacher's."""
     return "teacher" in str(row["stage"])
 
 
@@ -42,10 +43,10 @@ def accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
     [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
     drawing.calm(axes)
     placed = [(row, position) for row in report["rows"] if (position := position_of(row))]
-    way = [position for row, position in placed if not _is_teacher(row)]
+    way = [position for row, position in placed if not is_teacher(row)]
     axes.plot([x for x, _ in way], [y for _, y in way], color=STUDENT, linewidth=1, alpha=0.4, zorder=2)
     for row, position in placed:
-        colour, marker = (TEACHER, "D") if _is_teacher(row) else (STUDENT, "o")
+        colour, marker = (TEACHER, "D") if is_teacher(row) else (STUDENT, "o")
         axes.plot(*position, marker, color=colour, markersize=7, markeredgecolor="white", zorder=3)
     drawing.byte_axis(axes, [x for _, (x, _) in placed])
     _accuracy_axis(axes, [y for _, (_, y) in placed])
@@ -53,7 +54,7 @@ def accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
     drawing.title(axes.figure, f"{report['name']}: accuracy against size")
     drawing.label(
         axes,
-        [(position, str(row["stage"]), TEACHER if _is_teacher(row) else STUDENT) for row, position in placed],
+        [(position, str(row["stage"]), TEACHER if is_teacher(row) else STUDENT) for row, position in placed],
         way,
     )
     return axes.figure

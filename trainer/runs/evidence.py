@@ -76,6 +76,7 @@ def _player(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | Non
     """Returns the packed student as HTML in which it answers, or the reason why it cannot stand in a page."""
     from trainer.exporting.export import check, subject_of  # here: torch.export takes seconds to import
     from trainer.exporting.player import player
+    from trainer.exporting.script import script_of
     from trainer.recipe.recipe import targets_of
 
     if not any(row.get("file") for row in run.rows):
@@ -92,7 +93,7 @@ def _player(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | Non
         check(targets_of(["page"]), subject.graph, has_data=True)
     except Mistake as error:
         return None, str(error)
-    return player(subject, NUM_PICTURES if pictures else 0), None
+    return player(subject, script_of(subject), NUM_PICTURES if pictures else 0), None
 
 
 def _confusion(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from trainer.data.image_file import read_image
-from trainer.data.images import normalize
 from trainer.data.listing import list_images
 from trainer.data.reading import Reading, reading_of
 from trainer.exporting.subject import needed
 from trainer.mistakes import Mistake, printable
 from trainer.packing import network as packed
-from trainer.packing.loading import load
+from trainer.packing.loading import BATCH, load, preprocess
 from trainer.storage.files import read_bytes
-
-BATCH = 64
 
 
 class Student(NamedTuple):
@@ -125,7 +122,7 @@ def answers(student: Student, files: Iterable[str], top: int, workers: int) -> I
             good = [image for image in found if isinstance(image, Tensor)]
             likeliest: Iterator[Any] = iter(())
             if good:
-                inputs = normalize(torch.stack(good).float() / 255, student.mean, student.std)
+                inputs = preprocess(torch.stack(good), student.reading, student.mean, student.std)
                 best = student.answer(inputs).softmax(-1).topk(min(top, len(student.classes)))
                 likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             for file, image in zip(group, found, strict=True):
