@@ -37,6 +37,7 @@ VARIANTS = {
         {"widths": (4, 4, 6), "strides": (2, 1, 2), "kernel": 3, "residual": True},
         {"widths": (4, 4, 6), "strides": (2, 1, 2), "residual": True, "repeat": 2},
     ],
+    "airbench": [{"first": 4, "widths": (6, 8, 12)}],
     "cifar_resnet": [{"depth": 8, "channels": (8, 16, 16, 24)}],
     "wide_resnet": [{"depth": 10, "widen": 1}],
 }

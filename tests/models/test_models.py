@@ -7,6 +7,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from trainer.models.airbench import airbench
 from trainer.models.cifar_resnet import cifar_resnet
 from trainer.models.cifar_vgg import cifar_vgg
 from trainer.models.gru import gru
@@ -94,6 +95,35 @@ def test_sizes_of_the_separable_students():
     assert count(separable(*DIGITS, widths=widths, strides=strides, batch_norm=False)) == 6_162
 
 
+def naive_airbench(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Logits by the paper's list of layers; BatchNorm in evaluation by its equation."""
+
+    def normalized(norm, x):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+
+    gelu, conv2d = nn.functional.gelu, nn.functional.conv2d
+    x = gelu(conv2d(x, model.first.weight, model.first.bias))
+    for group in (model.group1, model.group2, model.group3):
+        x = nn.functional.max_pool2d(conv2d(x, group.conv1.weight, padding=1), 2)
+        x = gelu(normalized(group.norm1, x))
+        x = gelu(normalized(group.norm2, conv2d(x, group.conv2.weight, padding=1)))
+    return x.flatten(2).max(2).values @ model.fc.weight.T / 9
+
+
+def test_airbench_is_the_papers_layers():
+    assert count(airbench(*DIGITS)) == 387_192
+    model = airbench(*DIGITS, first=4, widths=(6, 8, 12))
+    # A convolution begins as the identity on the channels that it takes.
+    images = torch.rand(2, 4, 5, 5)
+    torch.testing.assert_close(model.group1.conv1(images)[:, :4], images)
+    assert model.group1.conv1.weight[4:].std() > 0
+    model(torch.randn(64, 1, 28, 28))  # statistics other than 0 and 1
+    images = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(model.eval()(images), naive_airbench(model, images), rtol=1e-4, atol=1e-5)
+    assert [layer.shape[1:] for layer in look(model, images)] == [(27, 27), (13, 13), (6, 6), (3, 3)]
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_separable_repeats_a_block_with_the_same_weights(residual):
     settings = {"widths": (4, 6, 6), "strides": (2, 1, 1), "residual": residual}
@@ -151,6 +181,7 @@ def test_both_directions_have_read_the_whole_image(function):
         (lenet300, (1, 28, 28), {"hidden": ()}, "hidden is empty"),
         (lenet5, (1, 7, 28), {}, "7 x 28 are too small; 8 x 8"),
         (lenet5_caffe, (1, 28, 15), {}, "28 x 15 are too small; 16 x 16"),
+        (airbench, (1, 8, 28), {}, "8 x 28 are too small; 9 x 9"),
         (cifar_resnet, (3, 32, 32), {"depth": 18}, "depth is 18; it must be 6 n"),
         (cifar_resnet, (3, 32, 32), {"depth": 2}, "depth is 2; it must be 6 n"),
         (wide_resnet, (3, 32, 32), {"depth": 20}, "depth is 20; it must be 6 n"),
