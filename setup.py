@@ -5,6 +5,9 @@ from setuptools import find_namespace_packages, setup
 setup(
     packages=[*find_namespace_packages(include=["trainer", "trainer.*"]), "trainer.recipes"],
     package_dir={"trainer.recipes": "recipes"},
-    package_data={"trainer": ["py.typed", "reporting/templates/*", "exporting/templates/*"], "trainer.recipes": ["*.yaml", "records/*.yaml"]},
+    package_data={
+        "trainer": ["py.typed", "reporting/templates/*", "exporting/templates/*"],
+        "trainer.recipes": ["*.yaml", "records/*.yaml"],
+    },
     include_package_data=False,
 )

