@@ -28,13 +28,13 @@ import torch
 from tabulate import tabulate
 from trials import spread
 
-from trainer.cli import changes_of
 from trainer.data.batches import batches, make_data, seed_of
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.networks.build import spec
 from trainer.recipe.keys import Augment, CacheKeys, Recipe
 from trainer.recipe.recipe import read
+from trainer.recipe.words import changes_of
 from trainer.runs.runner import begun
 from trainer.storage import files
 from trainer.storage.lock import lock

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from trainer.cli import changes_of
 from trainer.recipe.recipe import read
+from trainer.recipe.words import changes_of
 from trainer.runs.runner import run
 
 

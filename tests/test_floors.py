@@ -27,12 +27,13 @@ FLOORS = [
     ["training", "functional"],
     ["exporting"],
     ["stages", "exports"],
-    ["runs"],
+    ["runs", "options"],
+    ["commands"],
     ["cli", "__init__"],
     ["__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-SHELVES = {"losses", "models", "datasets", "stages", "criteria", "exports"}
+SHELVES = {"losses", "models", "datasets", "stages", "criteria", "exports", "commands"}
 FILES = sorted(TOP.rglob("*.py"))
 
 
@@ -124,6 +125,7 @@ def test_the_readme_tells_the_floors():
 
 WALK = [
     "cli.py",
+    "commands/run.py",
     "runs/runner.py",
     "stages/distill.py",
     "training/fit.py",
@@ -132,7 +134,7 @@ WALK = [
 ]
 
 
-def test_the_walk_of_a_run_is_six_files(tmp_path, monkeypatch):
+def test_the_walk_of_a_run_is_seven_files(tmp_path, monkeypatch):
     """The stack inside a loss, while training: at most eight frames of ours, from these files in this order."""
     stacks = []
     real = kl.full_precision

@@ -1,0 +1,71 @@
+"""Options of the command line that several commands share, and what they mean."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.mistakes import Mistake, say
+from trainer.recipe.words import changes_of, number, path_of
+
+
+def recipe_options(parser: argparse.ArgumentParser, of_a_run: bool) -> None:
+    """Adds a recipe, --set and --allow-python; --seed and --name too for a command that makes or reads a run."""
+    parser.add_argument("recipe", type=path_of)
+    recipe_changes(parser, of_a_run)
+
+
+def recipe_changes(parser: argparse.ArgumentParser, of_a_run: bool) -> None:
+    """Adds the options that change a recipe, without the recipe itself."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        dest="changes",
+        help="change a value, such as stages.1.training.epochs=2; may be given several times",
+    )
+    parser.add_argument(
+        "--allow-python",
+        action="store_true",
+        help="let the recipe name python:module:name, whose code then runs",
+    )
+    parser.set_defaults(seed=None, name=None)
+    if of_a_run:
+        parser.add_argument(
+            "--seed",
+            type=number(int),
+            help="another seed; without --name the run is then called NAME-seedN",
+        )
+        parser.add_argument("--name", help="another name of the run")
+
+
+def folder_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
+
+
+def recipe_changes_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the changes of the recipe that --set, --seed and --name ask for, by dotted path.
+
+    Raises:
+        Mistake: --set gives a key that --seed or --name gives too.
+    """
+    changes = changes_of(options.changes)
+    for key in ("seed", "name"):
+        if key in changes and getattr(options, key) is not None:
+            raise Mistake(f"--set {key}: --{key} gives it too")
+    if options.seed is not None:
+        changes["seed"] = options.seed
+    if options.name is not None:
+        changes["name"] = options.name
+    elif options.seed is not None:
+        from trainer.recipe.recipe import read
+
+        changes["name"] = f"{read(options.recipe, changes, options.allow_python)[0].name}-seed{options.seed}"
+    return changes
+
+
+def say_once(message: str) -> None:
+    """Prints a message once for each machine. Once the processes of a run know of each other, `runs.together` does that."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        say(message)
