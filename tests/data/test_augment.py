@@ -7,12 +7,21 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from trainer.data.augment import apply, draw, num_parameters
-from trainer.recipe.keys import Augment
+from trainer.recipe import shelves
+from trainer.recipe.augment import NAMED, Augment
+from trainer.recipe.keys import DataKeys
 
 ALL_ON = Augment(
     flip=True, shift=2, rotate=20, scale=0.2, shear=15, elastic=1.5, brightness=0.3, contrast=0.4, erase=0.5
 )
-ONE_AT_A_TIME = [Augment(**{name: getattr(ALL_ON, name)}) for name in Augment.model_fields]
+COLOURS = {"saturation": 0.5, "hue": 0.2, "grayscale": 0.4, "blur": 1.5}
+POLICIES = [{"rand_augment": {"ops": 3, "magnitude": 20}}, {"trivial_augment": True}]
+ONE_AT_A_TIME = [
+    *(Augment(**{name: getattr(ALL_ON, name)}) for name in ALL_ON.model_fields_set),
+    *(Augment(**{name: amount}) for name, amount in COLOURS.items()),
+    *(Augment(**policy) for policy in POLICIES),
+]
+ALL_AND_COLOURS = Augment(**ALL_ON.model_dump(exclude_unset=True), **COLOURS, **POLICIES[1])
 PINNED = [[16104273, 14275369, 6046522, 12844502], [9641908, 4587659, 3373045, 16619294]]
 
 
@@ -167,7 +176,7 @@ def test_erase_takes_a_rectangle_from_its_share_of_the_images():
     assert gone.any(0).all()  # every place is reached
 
 
-@pytest.mark.parametrize("augment", [*ONE_AT_A_TIME, ALL_ON], ids=str)
+@pytest.mark.parametrize("augment", [*ONE_AT_A_TIME, ALL_ON, ALL_AND_COLOURS], ids=str)
 def test_an_image_does_not_depend_on_the_batch_it_comes_in(augment):
     images = some_images(67, 3, 13, 11)
     parameters = draw(augment, 0, 5, 67)
@@ -181,7 +190,7 @@ def test_an_image_does_not_depend_on_the_batch_it_comes_in(augment):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("augment", [*ONE_AT_A_TIME, ALL_ON], ids=str)
+@pytest.mark.parametrize("augment", [*ONE_AT_A_TIME, ALL_ON, ALL_AND_COLOURS], ids=str)
 def test_the_gpu_sees_what_the_processor_sees(augment):
     images = some_images(64)
     parameters = draw(augment, 0, 0, 64)
@@ -211,9 +220,42 @@ def test_wrong_input_is_refused():
         {"erase": 1.1},
         {"elastic": math.inf},
         {"rotate": math.nan},
+        {"hue": 0.6},
+        {"rand_augment": {}, "trivial_augment": True},
+        {"rand_augment": {"ops": 0}},
+        {"rand_augment": True},
+        {"random_resized_crop": {"scale": [0.5, 0.2]}},
+        {"random_resized_crop": {"scale": [0, 1]}},
+        {"random_resized_crop": {"ratio": [0.5]}},
     ],
     ids=str,
 )
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValidationError):
         Augment(**settings)
+
+
+def test_settings_that_came_later_leave_what_was_kept_before_them_valid():
+    assert Augment(flip=True).facts() == {
+        "flip": True,
+        "shift": 0,
+        "rotate": 0.0,
+        "scale": 0.0,
+        "shear": 0.0,
+        "elastic": 0.0,
+        "brightness": 0.0,
+        "contrast": 0.0,
+        "erase": 0.0,
+    }
+    assert Augment(hue=0.1).facts() != Augment().facts() != Augment(random_resized_crop={}).facts()
+
+
+@pytest.mark.parametrize("name", ["light", "strong"])
+def test_settings_have_names(name):
+    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
+    named = keys.model_validate({"dataset": "digits", "augment": name}).augment
+    assert named == NAMED[name] and named.random_resized_crop is not None and named.flip
+    with pytest.raises(
+        ValidationError, match="got 'medium'; light, strong or a mapping of settings is allowed"
+    ):
+        keys.model_validate({"dataset": "digits", "augment": "medium"})

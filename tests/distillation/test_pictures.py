@@ -68,10 +68,12 @@ GEOMETRY = [
     {"rotate": 20, "scale": 0.1, "shear": 10},
     {"elastic": 1.5, "shift": 2},
     {"brightness": 0.3, "contrast": 0.3},
+    {"random_resized_crop": {}, "flip": True, "shift": 1},
+    {"saturation": 0.5, "hue": 0.2, "grayscale": 0.3, "blur": 1},
 ]
 
 
-@pytest.mark.parametrize("augment", GEOMETRY, ids=["moved", "turned", "warped", "light"])
+@pytest.mark.parametrize("augment", GEOMETRY, ids=["moved", "turned", "warped", "light", "cut", "colour"])
 def test_a_view_shows_the_same_at_two_sizes(folder, augment):
     data = data_of(folder, augment=augment)
     index = data.train.ids

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.data.colour import blurred, greyed, saturated, turned
+from trainer.data.crops import Cuts
+from trainer.data.policies import rand_augment, trivial_augment
 from trainer.mistakes import Mistake
-from trainer.recipe.keys import Augment
+from trainer.recipe.augment import Augment
 
 _CONTROL_POINTS = 4  # along each side of the image, for `elastic`
 # Random numbers that each setting needs for one image, in the order of their columns.
@@ -29,12 +32,39 @@ _NUMBERS = {
     "brightness": 1,
     "contrast": 1,
     "erase": 5,
+    "random_resized_crop": 4,
+    "saturation": 1,
+    "hue": 1,
+    "grayscale": 1,
+    "blur": 1,
+    "rand_augment": 2,
+    "trivial_augment": 3,
 }
 
 
 def num_parameters(augment: Augment) -> int:
     """Returns P, the number of random numbers for each image of a view. Settings that are off need none."""
-    return sum(count for name, count in _NUMBERS.items() if getattr(augment, name))
+    return sum(_counts(augment).values())
+
+
+def _counts(augment: Augment) -> dict[str, int]:
+    """Returns how many numbers each setting that is on needs, in the order of their columns."""
+    found = {name: count for name, count in _NUMBERS.items() if getattr(augment, name)}
+    if augment.rand_augment is not None:
+        found["rand_augment"] *= augment.rand_augment.ops
+    return found
+
+
+def cuts_of(augment: Augment, parameters: Tensor) -> Cuts | None:
+    """Returns which part of its picture each image of a view shows; None without `random_resized_crop`.
+
+    parameters: float32 [N, P], as drawn.
+    """
+    if augment.random_resized_crop is None:
+        return None
+    counts = _counts(augment)
+    numbers = parameters.split(list(counts.values()), dim=1)[list(counts).index("random_resized_crop")]
+    return Cuts(augment.random_resized_crop, numbers.cpu())
 
 
 def draw(augment: Augment, seed: int, view: int, num_samples: int) -> Tensor:
@@ -64,7 +94,7 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.
 
     Args:
         augment: The settings of the augmentation.
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W], already cut out of their pictures where a setting says so (`cuts_of`).
         parameters: float32 [N, P], the rows of `draw` for these images.
         zoom: How many times as large as the data's the images are. Amounts in pixels are of the data's, so that a
             view shows the same part of the image at every size.
@@ -84,13 +114,17 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.
         )
     if augment.shift * zoom >= min(images.shape[2:]):
         raise Mistake(f"shift: got {augment.shift * zoom:g} pixels; the images are {tuple(images.shape[2:])}")
-    on = [name for name in _NUMBERS if getattr(augment, name)]
-    columns = parameters.to(images.device).split([_NUMBERS[name] for name in on], dim=1)
-    number = dict(zip(on, columns, strict=True))
+    counts = _counts(augment)
+    columns = parameters.to(images.device).split(list(counts.values()), dim=1)
+    number = dict(zip(counts, columns, strict=True))
 
-    means = images.sum(dim=(1, 2, 3)) / (255 * images.shape[1:].numel()) if augment.contrast else None
     if augment.flip:
         images = torch.where(number["flip"][:, :, None, None] < 0.5, images.flip(3), images)
+    if augment.rand_augment is not None:
+        images = rand_augment(images, number["rand_augment"], augment.rand_augment)
+    if augment.trivial_augment:
+        images = trivial_augment(images, number["trivial_augment"])
+    means = images.sum(dim=(1, 2, 3)) / (255 * images.shape[1:].numel()) if augment.contrast else None
     shift = _whole(number["shift"], augment.shift) if augment.shift else None
     if shift is not None and zoom != 1:
         shift = (shift * zoom).round().long()
@@ -106,12 +140,20 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.
     if augment.brightness:
         out = out * _factor(number["brightness"], augment.brightness)[:, :, None, None]
     if augment.contrast:
-        # The mean of the stored image, because a sum of integers is the same in any order.
+        # The mean of the image in whole numbers, because a sum of integers is the same in any order.
         assert means is not None
         mean = means[:, None, None, None]
         out = mean + (out - mean) * _factor(number["contrast"], augment.contrast)[:, :, None, None]
     if augment.brightness or augment.contrast:
         out = out.clamp(0, 1)
+    if augment.saturation:
+        out = saturated(out, _factor(number["saturation"], augment.saturation))
+    if augment.hue:
+        out = turned(out, _between(number["hue"], augment.hue))
+    if augment.grayscale:
+        out = greyed(out, number["grayscale"] < augment.grayscale)
+    if augment.blur:
+        out = blurred(out, number["blur"] * augment.blur * zoom, augment.blur * zoom)
     if augment.erase:
         out = out.masked_fill(_rectangles(number["erase"], augment.erase, images.shape[2:]), 0)
     return out

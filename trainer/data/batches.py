@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.crops import Cuts
 from trainer.data.images import Data, Images, InMemory, Part, Source
 from trainer.data.splitting import split_off
 from trainer.data.views import KeptViews
@@ -36,6 +37,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
+    _check_augment(keys, source)
     kept = None
     if keys.keep_views:
         assert keys.views is not None  # the recipe refuses keep_views without views
@@ -102,6 +104,21 @@ def _order(source: Source, keys: DataKeys) -> tuple[Tensor, int, int]:
     validates = apart & (labels >= 0) if (labels >= 0).any() else apart
     parts = [order[chosen[order]] for chosen in (validates, ~apart, apart & ~validates)]
     return torch.cat(parts), len(parts[0]), len(parts[1])
+
+
+def _check_augment(keys: DataKeys, source: Source) -> None:
+    """Raises Mistake for augmentation that these images cannot have."""
+    channels, where = source.shape[0], f"data: augment: dataset {keys.dataset!r} has"
+    colours = [name for name in ("saturation", "hue", "grayscale") if getattr(keys.augment, name)]
+    if colours and channels != 3:
+        raise Mistake(f"{where} images of {channels} channels; {', '.join(colours)}: 3 are needed")
+    policies = [name for name in ("rand_augment", "trivial_augment") if getattr(keys.augment, name)]
+    if policies and channels not in (1, 3):
+        raise Mistake(f"{where} images of {channels} channels; {policies[0]}: 1 or 3 are needed")
+    if keys.augment.random_resized_crop is not None and not hasattr(source.train, "cut"):
+        raise Mistake(
+            f"{where} images that cannot be cut out of their pictures: leave out random_resized_crop"
+        )
 
 
 def _on_device(images: Images, device: torch.device) -> Images:
@@ -182,7 +199,7 @@ def num_batches(num_images: int, batch_size: int, num_processes: int) -> int:
 
 
 def batches(
-    part: Part, order: list[Tensor], workers: int, device: torch.device
+    part: Part, order: list[Tensor], workers: int, device: torch.device, cuts: Cuts | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields images uint8 [N, C, H, W], labels int64 [N] and index int64 [N] of each batch, on the device.
 
@@ -191,6 +208,7 @@ def batches(
         order: The positions in the part, one tensor for each batch (`epoch_order`).
         workers: The number of processes that read images from disk, if memory has room for so many.
         device: The device that batches are moved to.
+        cuts: Which part of its picture each image shows (`Views.cuts`); None for the images as they are.
 
     Raises:
         Mistake: For an image that cannot be read, and for a process that has died while it read.
@@ -199,9 +217,9 @@ def batches(
         # All at once: a copy for each batch would wait for the device.
         moved = torch.cat(order or [part.ids[:0]]).to(part.ids.device)
         for positions in moved.split([len(positions) for positions in order]):
-            yield part.__getitems__(positions)
+            yield part.read(positions, cuts)
         return
-    for images, labels, index in read_batches(part, order, workers, pinned=device.type == "cuda"):
+    for images, labels, index in read_batches(part, order, workers, device.type == "cuda", cuts):
         yield (
             images.to(device, non_blocking=True),
             labels.to(device, non_blocking=True),

@@ -121,6 +121,13 @@ def _is_deep_colour(path: str | Path, image: Image.Image) -> bool:
     return any("16" in str(tile[3]) for tile in getattr(image, "tile", ()) if image.mode in ("RGB", "RGBA"))
 
 
+def mode_of(channels: int, path: object) -> str:
+    """Returns Pillow's mode of images of so many channels. Raises Mistake, with the path, for others than 1 and 3."""
+    if channels not in (1, 3):
+        raise Mistake(f"{path}: the network takes {channels} channels; images have 1 or 3")
+    return "L" if channels == 1 else "RGB"
+
+
 def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> Tensor:
     """Returns an image file as uint8 [C, H, W], cropped and resized as in `reading`.
 
@@ -128,9 +135,7 @@ def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) ->
         Mistake: As `open_image`, and for other numbers of channels than 1 and 3.
     """
     channels, height, width = reading.shape
-    if channels not in (1, 3):
-        raise Mistake(f"{path}: the network takes {channels} channels; images have 1 or 3")
-    image = open_image(path, "L" if channels == 1 else "RGB", reading.background, reading.depth)
+    image = open_image(path, mode_of(channels, path), reading.background, reading.depth)
     fit = _cut_whole_pixels if reading.cut == "whole pixels" else _middle_box
     pixels = torch.from_numpy(np.array(fit(image, height, width, reading)))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()

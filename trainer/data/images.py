@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer.data.crops import Cuts, cut
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
@@ -14,7 +15,8 @@ from trainer.mistakes import Mistake
 class Images(Protocol):
     """A set of labelled images: in memory (`InMemory`) or read from disk.
 
-    Images that are read from pictures may have `at(reading) -> Images`, the same read as another `Reading` says.
+    Images that are read from pictures may have `at(reading) -> Images`, the same read as another `Reading` says; and
+    `cut(positions, cuts)`, which returns parts of the whole pictures instead, for `random_resized_crop`.
     """
 
     labels: Tensor  # int64 [len], -1 for unlabelled images
@@ -43,6 +45,27 @@ class InMemory:
         index = torch.as_tensor(positions, device=self.images.device)
         # index_select copies whole rows of bytes: nine times as fast as images[index].
         return self.images.index_select(0, index), self.labels.index_select(0, index)
+
+    def cut(self, positions: Tensor | list[int], cuts: Cuts) -> tuple[Tensor, Tensor]:
+        """Returns the part of each image that `cuts` names, resized to the image's size, and labels."""
+        images, labels = self.__getitems__(positions)
+        height, width = images.shape[2:]
+        parts = [
+            cut(image, numbers, cuts.settings, height, width, "bilinear")
+            for image, numbers in zip(images, cuts.numbers.tolist(), strict=True)
+        ]
+        return torch.stack(parts), labels
+
+
+def read(images: Images, index: Tensor, cuts: Cuts | None = None) -> tuple[Tensor, Tensor]:
+    """Returns images uint8 [N, C, H, W] and labels int64 [N] at positions `index` [N].
+
+    cuts: of all images; None for the images as they are.
+    """
+    positions: Any = index.to(images.images.device) if isinstance(images, InMemory) else index.tolist()
+    if cuts is None:
+        return images.__getitems__(positions)
+    return images.cut(positions, cuts.of(index))  # type: ignore[attr-defined]  # `make_data` refuses others
 
 
 @dataclass
@@ -96,12 +119,15 @@ class Part:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitems__(self, positions: Tensor | list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns images uint8 [N, C, H, W], labels int64 [N] and index int64 [N] at positions in it."""
+    def read(self, positions: Tensor | list[int], cuts: Cuts | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns images uint8 [N, C, H, W], labels int64 [N] and index int64 [N] at positions in it.
+
+        cuts: of all of the source's images; None for the images as they are.
+        """
         index = self.ids[positions]
-        if isinstance(self.images, InMemory):
-            return *self.images.__getitems__(index), index
-        return *self.images.__getitems__(index.tolist()), index
+        return *read(self.images, index, cuts), index
+
+    __getitems__ = read
 
     @property
     def labels(self) -> Tensor:

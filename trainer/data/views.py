@@ -6,8 +6,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from trainer.data.augment import apply, draw
-from trainer.data.images import Data, InMemory
+from trainer.data.augment import apply, cuts_of, draw
+from trainer.data.crops import Cuts
+from trainer.data.images import Data, read
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Augment
 
@@ -54,6 +55,10 @@ class KeptViews:
             index[:0] if view in self._whole else (~self._known[view][self._row[index]]).nonzero().flatten()
         )
 
+    def has_all(self, view: int) -> bool:
+        """Returns whether every image of a view is kept."""
+        return view in self._whole
+
     def write(self, view: int, index: Tensor, images: Tensor) -> None:
         """Keeps the augmented images [N, C, H, W] of `index` [N] in a view."""
         row = self._row[index]
@@ -73,7 +78,7 @@ class Views:
     def __init__(self, data: Data) -> None:
         self.data = data
         self._view: int | None = None
-        self._table: Tensor | None = None
+        self._tables: dict[torch.device, Tensor] = {}
 
     def number(self, epoch: int, stage: int) -> int:
         """Returns the number of the view of an epoch.
@@ -85,7 +90,10 @@ class Views:
         return epoch % self.data.views if self.data.views else stage * 100_000 + epoch
 
     def augmented(self, images: Tensor, index: Tensor, view: int) -> Tensor:
-        """Augments images uint8 [N, C, H, W] as in `view`; returns float32 [N, C, H, W] in [0, 1]."""
+        """Augments images uint8 [N, C, H, W] as in `view`; returns float32 [N, C, H, W] in [0, 1].
+
+        The images are read with the view's `cuts`.
+        """
         kept = self.data.kept
         if kept is None:
             return self._augment(images, index, view)
@@ -94,20 +102,30 @@ class Views:
             kept.write(view, index[new], self._augment(images[new], index[new], view))
         return kept.read(view, index)
 
+    def cuts(self, view: int) -> Cuts | None:
+        """Returns which part of its picture each training image shows in `view`; None for images that are not cut."""
+        kept = self.data.kept
+        if self.data.augment.random_resized_crop is None or (kept is not None and kept.has_all(view)):
+            return None
+        return cuts_of(self.data.augment, self._numbers(view, torch.device("cpu")))
+
     def _augment(self, images: Tensor, index: Tensor, view: int) -> Tensor:
+        numbers = self._numbers(view, images.device)
+        return apply(self.data.augment, images, numbers[index], self.data.zoom)
+
+    def _numbers(self, view: int, device: torch.device) -> Tensor:
+        """Returns the random numbers [num_samples, P] of a view, on a device."""
         if self._view != view:
-            self._table = draw(self.data.augment, self.data.seed, view, self.data.num_samples).to(
-                images.device
-            )
+            self._tables = {}
             self._view = view
-        assert self._table is not None
-        return apply(self.data.augment, images, self._table[index], self.data.zoom)
+        if device not in self._tables:
+            if not self._tables:
+                drawn = draw(self.data.augment, self.data.seed, view, self.data.num_samples)
+                self._tables[torch.device("cpu")] = drawn
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device]
 
     def of(self, index: Tensor, view: int) -> Tensor:
         """Reads the training images of `index` [N] and augments them as in `view`; returns float32 [N, C, H, W] in [0, 1]."""
-        images = self.data.train.images
-        if isinstance(images, InMemory):
-            stored, _ = images.__getitems__(index.to(images.images.device))
-        else:
-            stored, _ = images.__getitems__(index.tolist())
+        stored, _ = read(self.data.train.images, index, self.cuts(view))
         return self.augmented(stored.to(index.device), index, view)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trainer.data.crops import Cuts
 from trainer.data.images import Part
 from trainer.distributed import is_main
 from trainer.mistakes import Mistake
@@ -18,7 +19,7 @@ SECONDS, SECONDS_PER_IMAGE = 120, 2
 
 
 def read_batches(
-    part: Part, order: list[Tensor], workers: int, pinned: bool
+    part: Part, order: list[Tensor], workers: int, pinned: bool, cuts: Cuts | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields images uint8 [N, C, H, W], labels int64 [N] and index int64 [N] of each batch, on the CPU.
 
@@ -27,13 +28,14 @@ def read_batches(
         order: The positions in the part, one tensor for each batch.
         workers: The number of processes that read; fewer if shared memory has no room for more, which is printed once.
         pinned: Whether the batches are in pinned memory.
+        cuts: Which part of its picture each image shows; None for the images as they are.
 
     Raises:
         Mistake: For an image that cannot be read, and when a worker has died or hangs.
     """
     largest = max((len(positions) for positions in order), default=0)
     workers = _affordable(workers, largest * part.image_bytes)
-    dataset: Any = _ReturnsMistakes(part)
+    dataset: Any = _ReturnsMistakes(part, cuts)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=[positions.tolist() for positions in order],
@@ -113,15 +115,15 @@ class _ReturnsMistakes:
     Raised in a worker process, its message would contain the traceback of that process.
     """
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, cuts: Cuts | None) -> None:
+        self.part, self.cuts = part, cuts
 
     def __len__(self) -> int:
         return len(self.part)
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor] | Mistake:
         try:
-            return self.part.__getitems__(positions)
+            return self.part.read(positions, self.cuts)
         except Mistake as error:
             return error
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from trainer.data.crops import Cuts, read_part
 from trainer.data.examined import Examined, examine
 from trainer.data.image_file import read_image
 from trainer.data.images import Source
@@ -272,6 +273,14 @@ class _OnDisk:
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         images = torch.stack([read_image(self.files[position], self.reading) for position in positions])
         return images, self.labels[torch.as_tensor(positions)]
+
+    def cut(self, positions: list[int], cuts: Cuts) -> tuple[Tensor, Tensor]:
+        """Returns the part of each picture that `cuts` names, at the reading's size, and labels."""
+        parts = [
+            read_part(self.files[position], self.reading, numbers, cuts.settings)
+            for position, numbers in zip(positions, cuts.numbers.tolist(), strict=True)
+        ]
+        return torch.stack(parts), self.labels[torch.as_tensor(positions)]
 
     def at(self, reading: Reading) -> "_OnDisk":
         """Returns the same images, read in another way."""

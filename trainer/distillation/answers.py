@@ -308,7 +308,7 @@ def _depends_on(
         "num_samples": data.num_samples,
         "shape": list(data.shape),
         **({} if pictures is data else {"pictures": [list(pictures.shape), teacher.filter]}),
-        "augment": data.augment.model_dump() if augmented else None,
+        "augment": data.augment.facts() if augmented else None,
         "seed": data.seed if augmented else None,
         "views": num_views,
         "record": {

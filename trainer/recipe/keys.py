@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -20,6 +19,8 @@ from pydantic import (
 
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
+from trainer.recipe.augment import Augment as Augment
+from trainer.recipe.augment import AugmentKey
 from trainer.recipe.faults import Entry
 from trainer.recipe.text import Text, at_path, where
 
@@ -34,44 +35,7 @@ EXCLUDE = Mark("exclude")  # names of layers that a stage leaves alone
 PER_LAYER = Mark("per layer")  # one value for all layers, or {layer: value}
 
 Exclude = Annotated[list[str], EXCLUDE]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
-
-
-class Augment(Entry):
-    """Augmentation: how the views of an image differ from it. Amounts are uniform at random; everything is off by default.
-
-    Pixels from outside the image are 0. Interpolation is bilinear; `shift` and `flip` alone are exact.
-
-    Acted on by `data.views`.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    flip: bool = Field(False, description="mirror left and right, with probability 1/2")
-    shift: NonNegativeInt = Field(0, description="largest shift in each direction, in whole pixels")
-    rotate: Annotated[float, Field(ge=0, le=180)] = Field(
-        0.0, description="largest angle in either direction, in degrees"
-    )
-    scale: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="0.1: between 0.9 and 1.1 times the size"
-    )
-    shear: Annotated[float, Field(ge=0, le=60)] = Field(
-        0.0, description="largest angle either way, in degrees"
-    )
-    elastic: NonNegativeFloat = Field(
-        0.0,
-        description="largest shift of the 4 x 4 control points of a smooth warp in each direction, in pixels",
-    )
-    brightness: Fraction = Field(0.0, description="0.2: values times a factor between 0.8 and 1.2")
-    contrast: Fraction = Field(
-        0.0, description="0.2: distance from the image's mean times a factor between 0.8 and 1.2"
-    )
-    erase: Fraction = Field(
-        0.0,
-        description="fraction of the images in which a rectangle is set to 0, of 2 to 33 % of the area "
-        "and with sides in a ratio of 0.3 to 3.3 (Zhong et al. 2020)",
-    )
 
 
 if TYPE_CHECKING:
@@ -97,7 +61,7 @@ class DataKeys(_ShelfEntry):
         views: Number of distinct augmentations per image. With a finite number the teacher's answers can be kept.
             Endless by default.
         keep_views: Keep the augmented images in memory, as float32, for later epochs and stages.
-        augment: The augmentation.
+        augment: The augmentation; or `light` or `strong`, settings that suit photographs.
         mixup, cutmix: Alpha of their Beta distributions, 0 for off.
         workers: Processes that read images from disk.
         mean, std: Of the normalisation, for each channel; by default those of a loaded student, else the training
@@ -112,7 +76,7 @@ class DataKeys(_ShelfEntry):
     subset: PositiveInt | None = None
     views: PositiveInt | None = None
     keep_views: bool = False
-    augment: Augment = Augment()
+    augment: AugmentKey = Augment()
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
     workers: NonNegativeInt = 2

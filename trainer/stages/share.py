@@ -284,7 +284,8 @@ def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict
     views = Views(run.data)
     tensors = {name: _trained(layer) for name, layer in layers.items()}
     sums = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    for images, labels, index in batches(run.data.train, order, run.data.train.workers, device):
+    read = batches(run.data.train, order, run.data.train.workers, device, views.cuts(0))
+    for images, labels, index in read:
         loss = objective(views.augmented(images, index, 0), labels, index)["loss"]
         gradients = torch.autograd.grad(loss, list(tensors.values()))
         for name, gradient in zip(tensors, gradients, strict=True):

@@ -84,7 +84,8 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
     skipped = state.step % state.steps_per_epoch * training.accumulate
     changing = False
     state.freeze()
-    for position, batch in enumerate(batches(train, order[skipped:], train.workers, device), skipped):
+    read = batches(train, order[skipped:], train.workers, device, state.views.cuts(view))
+    for position, batch in enumerate(read, skipped):
         first = position - position % training.accumulate
         last = min(first + training.accumulate, num_batches) - 1
         if position == first:

@@ -237,7 +237,7 @@ def _freeze_unused(run: Run, objective: Objective, views: Views) -> list[nn.Para
     train, device, rank = run.data.train, run.accelerator.device, run.accelerator.process_index
     # Each process uses its own images, so that the teacher answers each once.
     own = torch.arange(2 * rank, 2 * rank + 2) % len(train)
-    images, labels, index = next(batches(train, [own], 0, device))
+    images, labels, index = next(batches(train, [own], 0, device, views.cuts(0)))
     view = None if run.data.mixed else 0
     return freeze_unused(objective, (views.augmented(images, index, 0), labels, index, view))
 

@@ -1,0 +1,100 @@
+"""The part of a picture that a view shows: cut out of the whole picture, and resized to the input."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from trainer.data.image_file import mode_of, open_image
+from trainer.data.reading import Reading
+from trainer.recipe.augment import RandomResizedCrop
+
+_INTERPOLATION = {
+    "bicubic": functional.InterpolationMode.BICUBIC,
+    "bilinear": functional.InterpolationMode.BILINEAR,
+}
+
+
+class Cuts(NamedTuple):
+    """Which part of each image a view shows. numbers: float32 [N, 4] in [0, 1), on the CPU."""
+
+    settings: RandomResizedCrop
+    numbers: Tensor
+
+    def of(self, index: Tensor) -> "Cuts":
+        """Returns the cuts of the images `index` [M]."""
+        return Cuts(self.settings, self.numbers[index.cpu()])
+
+
+def box(
+    numbers: list[float], width: int, height: int, aspect: float, settings: RandomResizedCrop
+) -> tuple[int, int, int, int]:
+    """Returns the part of a picture: left, top, width, height in pixels. It lies inside, and has a pixel at least.
+
+    The same numbers name the same part of a picture at any size, up to whole pixels.
+
+    Args:
+        numbers: Four in [0, 1): area, ratio, left, top.
+        width: Of the picture.
+        height: Of the picture.
+        aspect: Width over height of the input.
+        settings: The ranges of area and ratio. The logarithm of the ratio is uniform.
+    """
+    (least, most), (narrow, wide) = settings.scale, settings.ratio
+    area = (least + numbers[0] * (most - least)) * width * height
+    ratio = aspect * math.exp(math.log(narrow) + numbers[1] * math.log(wide / narrow))
+    across, along = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    fits = min(1.0, width / across, height / along)  # a part that is too long or too high becomes smaller
+    cut_width, cut_height = (
+        max(1, min(whole, round(side * fits))) for side, whole in ((across, width), (along, height))
+    )
+    left, top = round(numbers[2] * (width - cut_width)), round(numbers[3] * (height - cut_height))
+    return left, top, cut_width, cut_height
+
+
+def cut(
+    picture: Image.Image | np.ndarray | Tensor,
+    numbers: list[float],
+    settings: RandomResizedCrop,
+    height: int,
+    width: int,
+    filter: str,
+) -> Tensor:
+    """Returns the part of a picture that these numbers name, as uint8 [C, height, width], antialiased.
+
+    picture: an open image (L or RGB), uint8 [H, W, C], or a tensor uint8 [C, H, W]. filter: `bicubic` or `bilinear`.
+    """
+    if isinstance(picture, Image.Image):
+        left, top, across, along = box(numbers, *picture.size, width / height, settings)
+        part = np.asarray(picture.crop((left, top, left + across, top + along)))
+        pixels = _as_tensor(part if part.ndim == 3 else part[:, :, None])
+    else:
+        pixels = picture if isinstance(picture, Tensor) else _as_tensor(picture)
+        left, top, across, along = box(numbers, pixels.shape[2], pixels.shape[1], width / height, settings)
+        pixels = pixels[:, top : top + along, left : left + across]
+    return functional.resize_image(
+        pixels, [height, width], interpolation=_INTERPOLATION[filter], antialias=True
+    ).contiguous()
+
+
+def read_part(
+    path: str | Path | Image.Image | np.ndarray,
+    reading: Reading,
+    numbers: list[float],
+    settings: RandomResizedCrop,
+) -> Tensor:
+    """Returns a part of an image file as uint8 [C, H, W]. Raises Mistake as `read_image`."""
+    channels, height, width = reading.shape
+    picture = open_image(path, mode_of(channels, path), reading.background, reading.depth)
+    return cut(picture, numbers, settings, height, width, reading.filter)
+
+
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    if not pixels.flags.writeable:  # torch warns of memory that it must not write; nobody writes it
+        pixels = pixels.copy()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
