@@ -373,6 +373,26 @@ def test_a_damaged_record_is_computed_again(tmp_path, caplog, damage, keys):
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_new_file_is_synced_with_its_folders_and_its_records_when_asked(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.path.realpath(f"/proc/self/fd/{handle}")), real(handle))
+    )
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc to name what was synced")
+    data = some_data()
+    cache = opened(data, a_teacher(data), tmp_path)
+    folder = cache.file.folder
+    assert {str(folder), str(folder.parent), str(folder.parent.parent)} <= set(synced)
+    epochs(cache, data, [0])
+    cache.file.sync()
+    written = (folder / "records").read_bytes()
+    assert torch.equal(
+        torch.frombuffer(bytearray(written), dtype=torch.uint8),
+        torch.frombuffer(cache.file._map, dtype=torch.uint8),
+    )
+
+
 def test_every_single_bit_counts(tmp_path):
     data = some_data()
     cache = opened(data, a_teacher(data), tmp_path)

@@ -198,6 +198,18 @@ def test_an_interrupted_training_goes_on_where_a_later_stage_changes(tmp_path, m
     assert ended(tmp_path) == undisturbed(tmp_path, RECIPE, {"stages.2.sensitivity": 0.5})
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_answers_that_are_gone_in_the_middle_of_a_stage_are_told(tmp_path, monkeypatch, capsys, lost):
+    killed_in_the_middle(monkeypatch, write(tmp_path), tmp_path)
+    [answers] = (tmp_path / "more" / "views").iterdir()
+    if lost:
+        shutil.rmtree(answers)
+    capsys.readouterr()
+    runner.run(write(tmp_path), folder=tmp_path)
+    told = f"{answers}: the answers that stage 2 has learnt from are gone" in capsys.readouterr().err
+    assert told is lost
+
+
 # another name
 
 

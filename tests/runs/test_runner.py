@@ -172,6 +172,28 @@ def test_a_damaged_stage_is_run_again(tmp_path, caplog):
     assert checkpoint.load(last.parents[1]) is not None
 
 
+def test_a_damaged_stage_that_nothing_needs_any_more_is_named(tmp_path, capsys):
+    path = write(tmp_path, ALONE)
+    expected = runner.run(path, folder=tmp_path)
+    here = tmp_path / "alone"
+    first = next((here / "checkpoints").glob("00-*/0*/student.safetensors"))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    (here / "done").unlink()
+    capsys.readouterr()
+    got = runner.run(path, folder=tmp_path)
+    told = capsys.readouterr().err
+    assert f"{first.parent}: student.safetensors is not what was written" in told and "--from 0" in told
+    assert rows_of(got) == rows_of(expected)
+    (here / "done").unlink()
+    runner.run(path, folder=tmp_path, from_stage="0")
+    (here / "done").unlink()
+    capsys.readouterr()
+    runner.run(path, folder=tmp_path)
+    assert "not what was written" not in capsys.readouterr().err
+
+
 # the teacher
 
 

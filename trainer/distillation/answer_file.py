@@ -72,7 +72,8 @@ class AnswerFile:
         if limit_gib is not None:
             refuse_above(self.num_bytes, limit_gib)
         try:
-            content = torch.frombuffer(self._mapped(facts), dtype=torch.uint8)
+            self._map = self._mapped(facts)
+            content = torch.frombuffer(self._map, dtype=torch.uint8)
         except OSError as error:
             raise Mistake(
                 f"the teacher's answers cannot be kept in {self.folder}: {error.strerror or error}; "
@@ -95,7 +96,7 @@ class AnswerFile:
             if not path.is_file() or path.stat().st_size != self.num_bytes:
                 if path.is_file():
                     logger.warning(
-                        "%s: is damaged (%d bytes where %d belong); it is made anew",
+                        "%s: is damaged (%d bytes where %d belong); it is made anew: last bits may differ",
                         path,
                         path.stat().st_size,
                         self.num_bytes,
@@ -103,9 +104,19 @@ class AnswerFile:
                 self.hint = _other_facts(self.folder, facts)
                 make_file(path, self.num_bytes)
                 files.write_bytes(self.folder / "facts.json", json.dumps(facts, indent=1).encode())
+                for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+                    files.sync_folder(folder)
             with open(path, "r+b") as file:
                 share(file)  # the map keeps the mark, so that `trainer cache --remove` leaves the file alone
                 return mmap.mmap(file.fileno(), self.num_bytes)
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk.
+
+        A checkpoint stands on the answers that its training has used: computed anew, in other batches, they may differ in
+        their last bits.
+        """
+        self._map.flush()
 
     @property
     def num_written(self) -> int:
@@ -144,7 +155,7 @@ class AnswerFile:
         if num_damaged and not self._warned:
             self._warned = True
             logger.warning(
-                "%s: %d damaged records in view %d; damaged records are computed again",
+                "%s: %d damaged records in view %d; damaged records are computed again: last bits may differ",
                 self.folder,
                 num_damaged,
                 view,

@@ -5,10 +5,11 @@ from trainer.data.images import Data
 from trainer.distillation.answers import Answers
 from trainer.distillation.kept_gradient import least_cosine
 from trainer.distillation.objective import Objective
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, say
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
 from trainer.recipe.terms import asked_of_teacher
 from trainer.recipe.text import RecipeError
+from trainer.runs.earlier import stage_folder
 from trainer.training.run import Run
 
 
@@ -92,6 +93,12 @@ def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str], teaching
         device=device,
         precision=recipe.precision,
     )
+    begun = stage_folder(run.folder, run.stage, run.stage_name).glob("fit-*/*")
+    if is_main and not cache.file.num_written and any(begun):
+        say(
+            f"{cache.file.folder}: the answers that stage {run.stage + 1} has learnt from are gone; "
+            "they are computed anew, and may differ in their last bits"
+        )
     with run.accelerator.autocast():
         cache.check()
         lost = cache.measure(min(256, run.data.train.at_once)) if is_main else {}

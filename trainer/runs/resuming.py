@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from trainer.compression.states import restore
 from trainer.distributed import is_main, told
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, say
 from trainer.networks.build import build
 from trainer.packing.network import facts_of
 from trainer.recipe.keys import Recipe, StageKeys
@@ -276,6 +276,10 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
                 f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({name_of(stages[number])})",
                 flush=True,
             )
+            for before in range(number):
+                name = name_of(stages[before])
+                if wrong := checkpoint.damage(stage_folder(run.folder, before, name)):
+                    say(f"{wrong}; this run does not need it any more, and --from {before} makes it anew")
         return number + 1, facts["seconds"]
     return 0, 0.0
 

@@ -161,6 +161,17 @@ def newest(folder: Path) -> Path | None:
     return next(iter(_checkpoints(Path(folder))), None)
 
 
+def damage(folder: Path) -> str | None:
+    """Returns what is wrong with the newest checkpoint of `folder`; None if it is whole, or there is none."""
+    found = newest(folder)
+    try:
+        if found is not None:
+            _verified(found)
+    except Mistake as error:
+        return str(error)
+    return None
+
+
 def newest_facts(folder: Path) -> dict[str, Any] | None:
     """Reads the facts of the newest checkpoint without a look at its other files; None if there are none to be read."""
     found = newest(folder)

@@ -101,6 +101,8 @@ class Progress:
     def save(self, step: int, tally: dict) -> None:
         """Writes a checkpoint on the main process; all processes wait for it."""
         accelerator = self.run.accelerator
+        if self.run.cache is not None:
+            self.run.cache.file.sync()
         if accelerator.is_main_process:
             facts = {"step": step, "tally": tally, "layers": self.run.layers}
             groups, states = {"objective": self.objective.state_dict()}, {}
