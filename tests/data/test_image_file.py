@@ -59,11 +59,13 @@ def odd_photos(folder, count):
             image.save(path.with_suffix(".png"), exif=exif)
 
 
-@pytest.mark.parametrize("crop", [1.0, 0.6])
-def test_everybody_sees_the_same_500_odd_photos(tmp_path, crop):
+@pytest.mark.parametrize(
+    "how", [{}, {"crop": 0.6}, {"resize_mode": "pad", "background": (9, 99, 0)}, {"resize_mode": "squash"}]
+)
+def test_everybody_sees_the_same_500_odd_photos(tmp_path, how):
     odd_photos(tmp_path / "photos" / "test", 500)
     odd_photos(tmp_path / "photos" / "train", 16)
-    source = image_folder(folder=tmp_path / "photos", size=20, crop=crop)
+    source = image_folder(folder=tmp_path / "photos", size=20, **how)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 20 * 20, 2)).eval()
     facts = {

@@ -14,7 +14,7 @@ from torch import nn
 
 import trainer
 from trainer.data.image_file import read_image
-from trainer.data.reading import Reading
+from trainer.data.reading import FITS, Reading
 from trainer.exporting.export import subject_of
 from trainer.exporting.player import ask, player
 from trainer.exporting.script import _library, script_of
@@ -101,11 +101,13 @@ def test_compressed_weights_come_back_bit_for_bit(tmp_path, zeros, bits):
 @needs_node
 @pytest.mark.parametrize("name", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(28, 28), (13, 40), (90, 61), (200, 50)])
-def test_an_image_is_brought_in_as_by_the_reader(tmp_path, name, size):
+@pytest.mark.parametrize("fit", FITS)
+def test_an_image_is_brought_in_as_by_the_reader(tmp_path, name, size, fit):
     pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 4), np.uint8)
     for channels in (1, 3):
-        reading = Reading((channels, 24, 32), crop=0.9, filter=name, background=(10, 200, 30))
-        facts = {"crop": reading.crop, "filter": name, "background": reading.background}
+        crop = 0.9 if fit == "crop" else 1.0
+        reading = Reading((channels, 24, 32), crop=crop, filter=name, background=(10, 200, 30), fit=fit)
+        facts = {"crop": crop, "filter": name, "background": reading.background, "fit": fit}
         source = (
             f"const student = {{shape: {list(reading.shape)}}}, reading = {json.dumps(facts)};\n"
             + (resources.files("trainer.exporting") / "templates/player.js").read_text()

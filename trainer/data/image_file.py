@@ -136,7 +136,7 @@ def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) ->
     """
     channels, height, width = reading.shape
     image = open_image(path, mode_of(channels, path), reading.background, reading.depth)
-    fit = _cut_whole_pixels if reading.cut == "whole pixels" else _middle_box
+    fit = _cut_whole_pixels if reading.cut == "whole pixels" else _FITS[reading.fit]
     pixels = torch.from_numpy(np.array(fit(image, height, width, reading)))
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
@@ -150,6 +150,24 @@ def _middle_box(image: Image.Image, height: int, width: int, reading: Reading) -
     left, top = max(0.0, (image.width - box_width) / 2), max(0.0, (image.height - box_height) / 2)
     box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
     return image.resize((width, height), RESAMPLING[reading.filter], box=box)
+
+
+def _squashed(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:
+    """Resizes the whole image to height x width."""
+    return image.resize((width, height), RESAMPLING[reading.filter])
+
+
+def _padded(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:
+    """Resizes the whole image to fit inside height x width, and centres it on the background."""
+    scale = min(width / image.width, height / image.height)
+    inner_width, inner_height = (max(1, int(side * scale + 0.5)) for side in image.size)
+    padded = Image.new("RGB", (width, height), reading.background).convert(image.mode)
+    inner = _squashed(image, inner_height, inner_width, reading)
+    padded.paste(inner, ((width - inner_width) // 2, (height - inner_height) // 2))
+    return padded
+
+
+_FITS = {"crop": _middle_box, "pad": _padded, "squash": _squashed}
 
 
 def _cut_whole_pixels(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:

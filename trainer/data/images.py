@@ -182,17 +182,20 @@ class Data:
     zoom: float = 1.0
 
     def at_size(self, size: int | None, filter: str | None = None) -> "Data":
-        """Returns the same images as read from their pictures at size x size, for a network that sees larger ones.
+        """Returns the same images as read from their pictures at another size, for a network that sees larger ones.
 
-        filter: of the resizing; the data's own for None. What of a picture is seen, `crop`, is the data's.
-        Returns the data itself for its own size, for None, and for images that are not read from pictures.
+        size: of the longer side, the other in proportion. filter: of the resizing; the data's own for None. What of a
+        picture is seen, `crop` and `resize_mode`, is the data's. Returns the data itself for its own size, for None, and
+        for images that are not read from pictures.
         """
         channels, height, width = self.shape
         parts = (self.train, self.validation, self.test)
-        if size is None or size == height == width or not all(hasattr(p.images, "at") for p in parts):
+        if size is None or size == max(height, width) or not all(hasattr(p.images, "at") for p in parts):
             return self
-        reading = replace(self.reading or Reading(self.shape), shape=(channels, size, size))
-        reading = replace(reading, filter=filter or reading.filter)
+        zoom = size / max(height, width)
+        reading = self.reading or Reading(self.shape)
+        shape = (channels, max(1, round(height * zoom)), max(1, round(width * zoom)))
+        reading = replace(reading, shape=shape, filter=filter or reading.filter)
         train, validation, test = (replace(part, images=part.images.at(reading)) for part in parts)  # type: ignore[attr-defined]
         return replace(
             self,
@@ -202,7 +205,7 @@ class Data:
             shape=reading.shape,
             reading=reading,
             kept=None,
-            zoom=self.zoom * size / height,
+            zoom=self.zoom * zoom,
         )
 
     def measure_at_once(self, num_images: int) -> None:

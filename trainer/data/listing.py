@@ -18,23 +18,38 @@ class Listing:
 
     Attributes:
         files: Their paths, in natural order.
+        inside: inside[i] is the path of files[i] below the folder, with / between its parts.
         classes: classes[i] is the class of files[i], '' if it is in no subfolder.
         folders: Names of all class folders, including those without images.
         passed_over: The number of skipped files of each other suffix.
         num_links: The number of skipped links to files and folders that are listed already.
         num_special: The number of links to nothing, pipes, sockets and devices, which are skipped too.
+        entered: {folder: the time of its last change, in nanoseconds}, of all folders below and itself.
     """
 
     files: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
     num_links: int = 0
     num_special: int = 0
+    entered: dict[str, int] = field(default_factory=dict)
 
-    def counts(self) -> Counter[str]:
-        """Returns the number of files of each class."""
-        return Counter(self.classes)
+    def keep(self, chosen: list[int]) -> None:
+        """Keeps the files at these positions, in this order, and leaves out the others."""
+        for name in ("files", "inside", "classes"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in chosen])
+
+    def add(self, other: "Listing") -> None:
+        """Adds the files of another folder, and what was skipped there."""
+        for name in ("files", "inside", "classes"):
+            getattr(self, name).extend(getattr(other, name))
+        self.folders = in_order({*self.folders, *other.folders})
+        self.passed_over.update(other.passed_over)
+        self.num_links += other.num_links
+        self.num_special += other.num_special
 
     def described(self) -> str:
         """Returns the end of a message that lists the skipped files; '' if there are none."""
@@ -63,7 +78,7 @@ def list_images(folder: Path) -> Listing:
         raise Mistake(f"there is no folder {folder}")
     known, found = endings(), Listing()
     seen: set[tuple[int, int]] = set()
-    for path, by_link in _reached(folder):
+    for path, by_link in _reached(folder, found.entered):
         inside = path.relative_to(folder)
         _refuse_other_encodings(path)
         ending = path.suffix.lower()
@@ -76,18 +91,18 @@ def list_images(folder: Path) -> Listing:
         else:
             seen.add(_identity(path))
             found.files.append(str(path))
+            found.inside.append(inside.as_posix())
             found.classes.append(composed(inside.parts[0]) if len(inside.parts) > 1 else "")
-    order = sorted(range(len(found.files)), key=lambda i: _path_key(found.files[i]))
-    found.files, found.classes = [found.files[i] for i in order], [found.classes[i] for i in order]
+    found.keep(sorted(range(len(found.files)), key=lambda i: _path_key(found.files[i])))
     below = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     found.folders = in_order({composed(name) for name in below})
     return found
 
 
-def _reached(folder: Path) -> Iterator[tuple[Path, bool]]:
+def _reached(folder: Path, times: dict[str, int]) -> Iterator[tuple[Path, bool]]:
     """Yields (path, whether it was reached by a link) of files, and of folders that were entered before.
 
-    Paths without links come first. Each folder is entered once.
+    Paths without links come first. Each folder is entered once, and the time of its last change noted in `times`.
     """
     entered: set[tuple[int, int]] = set()
     own, linked = deque([folder]), deque[Path]()
@@ -101,6 +116,7 @@ def _reached(folder: Path) -> Iterator[tuple[Path, bool]]:
                 yield path, by_link
                 continue
             entered.add(_identity(path))
+            times[str(path.absolute())] = path.stat().st_mtime_ns
             for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
                 if not entry.name.startswith("."):
                     (linked if by_link or entry.is_symlink() else own).append(Path(entry.path))

@@ -6,6 +6,7 @@ from typing import Any
 from trainer.mistakes import Mistake
 
 FILTERS = ("bicubic", "bilinear")
+FITS = ("crop", "pad", "squash")
 DEPTHS = (8, 10, 12, 14, 16)
 
 
@@ -20,6 +21,8 @@ class Reading:
         filter: Of the resizing: `bicubic` or `bilinear`, antialiased.
         background: (R, G, B), 0 to 255, under transparent pixels.
         depth: Bits of the samples in 16-bit files: 12 if 4095 is white.
+        fit: What becomes of an image of another aspect ratio. `crop` takes the middle box; `pad` takes all of it, with
+            the background on two sides; `squash` takes all of it and stretches it.
         cut: `box` crops while resizing. `whole pixels`, as in packed files of version 1, resizes first, then
             crops.
     """
@@ -29,6 +32,7 @@ class Reading:
     filter: str = "bicubic"
     background: tuple[int, int, int] = (255, 255, 255)
     depth: int = 16
+    fit: str = "crop"
     cut: str = field(default="box", compare=True)
 
     def settings(self) -> dict[str, Any]:
@@ -49,7 +53,9 @@ def reading_of(shape: tuple[int, int, int], settings: dict[str, Any]) -> Reading
         valid = (
             reading.filter in FILTERS
             and reading.cut in ("box", "whole pixels")
+            and reading.fit in FITS
             and 0 < reading.crop <= 1
+            and (reading.fit == "crop" or (reading.cut, reading.crop) == ("box", 1))
             and reading.depth in DEPTHS
             and len(reading.background) == 3
             and all(0 <= value <= 255 for value in reading.background)

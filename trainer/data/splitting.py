@@ -1,8 +1,13 @@
 """Splits images off a labelled set: of each class the same fraction, and never one image of a group without the others."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.mistakes import Mistake
 
 
 def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tensor | None = None) -> Tensor:
@@ -17,8 +22,8 @@ def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tens
             image is its own.
 
     Returns:
-        bool [N]. The last group of a class stays, so a class of one group gives none. With groups it may be a few more
-        images than asked for, because a group is taken whole.
+        bool [N]. The last group of a class stays, so a class of one group gives none. With groups it may be a few images
+        more or fewer than asked for, because a group is taken whole.
     """
     names, first, group_of, sizes = np.unique(
         np.arange(len(labels)) if groups is None else groups.numpy(),
@@ -37,8 +42,9 @@ def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tens
     members = np.split(order, starts[1:])
     totals = np.array([sizes[one].sum() for one in members])
     for one, wanted in zip(members, _wanted(totals, amount, draw), strict=True):
-        before = np.cumsum(sizes[one]) - sizes[one]
-        held_out[one[:-1][before[:-1] < wanted]] = True
+        middle = np.cumsum(sizes[one]) - sizes[one] / 2
+        middle[:1] = 0 if wanted else np.inf  # a class that should give any gives its first group
+        held_out[one[:-1][middle[:-1] < wanted]] = True
     return torch.from_numpy(held_out[group_of])
 
 
@@ -55,3 +61,34 @@ def _wanted(totals: np.ndarray, amount: float | int, draw: np.random.Generator) 
     for _ in range(-short):
         counts[np.argmax(counts - exact * (counts > 1))] -= 1
     return counts
+
+
+def groups_of(files: list[str], inside: list[str], group: str | None) -> Tensor:
+    """Returns the number of each image's group, int64 [N].
+
+    Args:
+        files: The images' paths.
+        inside: Their paths below the folder that was named, with / between the parts.
+        group: `parent`, for those of one subfolder, or a regular expression, for those with the same match in `inside`
+            (of its first group, if it has one); an image without a match is alone, as all are for None.
+
+    Raises:
+        Mistake: For an expression that is none, or matches nothing.
+    """
+    if group is None:
+        return torch.arange(len(files))
+    if group == "parent":
+        names = [str(Path(file).parent) for file in files]
+        return torch.from_numpy(np.unique(names, return_inverse=True)[1])
+    try:
+        matches = [re.search(group, path) for path in inside]
+    except re.error as error:
+        raise Mistake(f"group: {group!r} is no regular expression: {error}") from None
+    if not any(matches):
+        raise Mistake(f"group: {group!r} matches none of the paths, such as {inside[0]!r}")
+    keys = [
+        (1, str(at)) if match is None else (0, match[1] if match.re.groups else match[0])
+        for at, match in enumerate(matches)
+    ]
+    number = {key: at for at, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([number[key] for key in keys])

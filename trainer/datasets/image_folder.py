@@ -1,9 +1,11 @@
-"""Image folder: images of any size in the user's folder, one subfolder for each class."""
+"""Image folder: images of any size in the user's folders, one subfolder for each class, or in a table."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -12,27 +14,48 @@ from trainer.data.crops import Cuts, read_part
 from trainer.data.examined import Examined, examine
 from trainer.data.image_file import read_image
 from trainer.data.images import Source
-from trainer.data.listing import Listing, in_order, list_images, notes_on_names
+from trainer.data.kept_listing import kept_listing
+from trainer.data.listing import Listing, in_order, notes_on_names
 from trainer.data.reading import Reading
+from trainer.data.splitting import groups_of, split_off
+from trainer.data.tables import is_table, list_table, named_classes
 from trainer.mistakes import Mistake
 
 TEST = ("test", "val", "valid", "validation")
 VALIDATION = ("val", "valid", "validation")
+# ImageNet's mean and standard deviation, of colour and (about) of grey.
+LOOKS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.459,), (0.226,))}
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Number = Annotated[int, Field(gt=0, strict=True)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
+def check(settings: Any) -> None:
+    """Raises Mistake for settings that do not go together."""
+    if settings.resize_mode != "crop" and settings.crop != 1:
+        raise Mistake(
+            f"crop has no effect with resize_mode {settings.resize_mode!r}, which shows all of an image"
+        )
+    own_validation = settings.validation_folder or isinstance(settings.validation, Path)
+    if settings.group is not None and own_validation and not isinstance(settings.test, (int, float)):
+        raise Mistake("group has no effect: neither test nor validation images are split off")
+
+
 def image_folder(
     *,
-    folder: Path,
+    folder: Path | Annotated[list[Path], Field(min_length=1)],
     test: Fraction | Number | Path | None = None,
     test_folder: Path | None = None,
     test_seed: NonNegativeInt = 0,
     validation_folder: Path | None = None,
-    size: PositiveInt = 224,
+    unlabelled_folder: Path | None = None,
+    group: str | None = None,
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224,
+    channels: Literal[1, 3] = 3,
+    resize_mode: Literal["crop", "pad", "squash"] = "crop",
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0,
     background: tuple[Byte, Byte, Byte] = (255, 255, 255),
+    class_names: Path | None = None,
     bad_images: Literal["stop", "skip"] = "stop",
 ) -> Source:
     """Reads images from disk when needed, as RGB of 3 x size x size. The topmost subfolder is the class.
@@ -41,105 +64,147 @@ def image_folder(
     labels, and their classes must be training classes. Classes are in natural order (2 before 10), which
     depends on their names only. Images are rotated by their EXIF orientation and normalised with ImageNet's
     mean and standard deviation, unless the data section sets its own. Files with a suffix that Pillow does
-    not read, dot files, and links to files that are listed already are skipped and counted.
+    not read, dot files, and links to files that are listed already are skipped and counted. Test and validation
+    images that are split off are taken class by class. The listing of a large folder is kept.
 
     Args:
         folder: A folder with the subfolder `train` and one of `test`, `val`, `valid` and `validation`, or the
             folder of the training images itself. A `val` folder next to `train` and `test` has the validation
-            images.
+            images. Instead of a folder, here and below, a .csv file with the columns path and label, the paths
+            relative to the file. Several folders: their images of one class are one class.
         test: Another folder of test images; or, if `folder` has the class folders itself, the fraction or
             number of its images that are split off as the test set, class by class.
         test_folder: The old name of test.
         test_seed: Seed of that split.
         validation_folder: Another folder of validation images.
-        size: Side of the input in pixels. The middle square is resized to it (bicubic, antialiased).
-        crop: Side of the middle square as a fraction of the image's shorter side.
-        background: (R, G, B), 0 to 255, under transparent pixels.
+        unlabelled_folder: A folder of further training images, whose subfolders mean nothing: the teacher labels them.
+        group: Which images must not be on both sides of a split, because they show the same: `parent`, those of one
+            subfolder; or a regular expression, those with the same match in their path below `folder` (of its first
+            group, if it has one). An image without a match is alone.
+        size: Side of the input in pixels, or [height, width]. The middle part of that aspect ratio is resized to it
+            (bicubic, antialiased).
+        channels: 1 for grey images.
+        resize_mode: What becomes of images of another aspect ratio: `crop` keeps the middle part, `pad` keeps all, with
+            the background on two sides, `squash` keeps all and stretches it.
+        crop: Side of the middle part as a fraction of the largest that fits in the image.
+        background: (R, G, B), 0 to 255, under transparent pixels and beside padded images.
+        class_names: A file that names the classes: each line has a folder's name, a space and the class's name.
         bad_images: What happens if files are damaged, which is checked at the start: `stop` raises, `skip`
             leaves out up to 1 % of the files.
 
     Raises:
         Mistake: For a missing folder or class, a class without images, a single class, and damaged files.
     """
-    if not folder.is_dir():
-        raise Mistake(f"image_folder: there is no folder {folder}")
+    height, width = (size, size) if isinstance(size, int) else size
+    reading = Reading((channels, height, width), crop=crop, background=background, fit=resize_mode)
+    test = test if test is not None else test_folder
+    folders = folder if isinstance(folder, list) else [folder]
+    with _named():
+        parts = _parts(folders, test, validation_folder, unlabelled_folder)
+        return _opened(folders, parts, test, test_seed, group, reading, class_names, bad_images)
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Puts the dataset's name before the message of a Mistake."""
     try:
-        return _opened(
-            folder,
-            test if test is not None else test_folder,
-            test_seed,
-            validation_folder,
-            size,
-            crop,
-            background,
-            bad_images,
-        )
+        yield
     except Mistake as error:
-        message = str(error)
-        raise Mistake(
-            message if message.startswith("image_folder: ") else f"image_folder: {message}"
-        ) from None
+        raise Mistake(f"image_folder: {str(error).removeprefix('image_folder: ')}") from None
+
+
+def _parts(
+    folders: list[Path],
+    test: float | Path | None,
+    validation_folder: Path | None,
+    unlabelled_folder: Path | None,
+) -> dict[str, list[Path]]:
+    """Returns the folders and tables of each part: "training", and where there are any "test", "validation", "unlabelled"."""
+    for folder in folders:
+        if not folder.is_dir() and not is_table(folder):
+            raise Mistake(f"there is no folder {folder}")
+    training = [folder / "train" if (folder / "train").is_dir() else folder for folder in folders]
+    parts = {"training": training}
+    inner = [folder for folder in folders if folder not in training]
+    if isinstance(test, (int, float)):
+        if inner:
+            raise Mistake(
+                f"test: {test} splits a plain folder of classes; {inner[0]} has a subfolder 'train': name the test folder"
+            )
+    else:
+        parts["test"] = [Path(test)] if test is not None else [*map(_test_folder, folders)]
+    beside = [
+        folder / name for folder in inner for name in VALIDATION
+        if (folder / name).is_dir() and folder / name not in parts.get("test", [])
+    ]  # fmt: skip
+    if validation_folder is not None or beside:
+        parts["validation"] = (
+            [validation_folder]
+            if validation_folder is not None
+            else beside[:1]
+            if len(inner) == 1
+            else beside
+        )
+    if unlabelled_folder is not None:
+        parts["unlabelled"] = [unlabelled_folder]
+    _refuse_nested([(name, path) for name, paths in parts.items() for path in paths])
+    return parts
 
 
 def _opened(
-    folder: Path,
+    folders: list[Path],
+    parts: dict[str, list[Path]],
     test: float | Path | None,
     test_seed: int,
-    validation_folder: Path | None,
-    size: int,
-    crop: float,
-    background: tuple[int, int, int],
+    group: str | None,
+    reading: Reading,
+    class_names: Path | None,
     bad_images: str,
 ) -> Source:
-    """Opens the folders as `image_folder`; its messages do not name the dataset."""
-    train_folder = folder / "train" if (folder / "train").is_dir() else folder
-    fraction = test if isinstance(test, (int, float)) else None
-    if fraction is not None and train_folder != folder:
-        raise Mistake(
-            f"test: {test} splits a plain folder of classes; {folder} has a subfolder 'train': name the test folder"
-        )
-    test_folder = None if isinstance(test, (int, float)) else _test_folder(folder, train_folder, test)
-    if validation_folder is None and train_folder != folder:
-        beside = [
-            folder / name for name in VALIDATION if (folder / name).is_dir() and folder / name != test_folder
-        ]
-        validation_folder = beside[0] if beside else None
-    parts = {"training": train_folder, "test": test_folder, "validation": validation_folder}
-    _refuse_nested({name: path for name, path in parts.items() if path is not None})
-
-    listings = {name: list_images(path) for name, path in parts.items() if path is not None}
-    examined = examine([file for found in listings.values() for file in found.files], str(folder.resolve()))
+    """Opens the folders of `_parts`; its messages do not name the dataset."""
+    listings = {name: _listed(paths) for name, paths in parts.items()}
+    name = ", ".join(str(folder.resolve()) for folder in folders)
+    examined = examine([file for found in listings.values() for file in found.files], name)
     notes = _without_damaged(listings, examined, bad_images)
+    unlabelled = listings.pop("unlabelled", Listing())
     train = listings["training"]
-    classes = _classes(train, listings, train_folder)
-    notes += notes_on_names(set(classes), set(_raw_names(train_folder)))
+    classes = _classes(train, listings, parts["training"])
+    notes += notes_on_names(set(classes), set(_raw_names(parts["training"])))
     number = {name: position for position, name in enumerate(classes)} | {"": -1}
-    reading = Reading((3, size, size), crop=crop, background=background, depth=examined.depth)
+    unlabelled.classes = [""] * len(unlabelled.files)
+    train.add(unlabelled)
+    groups = groups_of(train.files, train.inside, group)
+    reading = replace(reading, depth=examined.depth)
     images = {name: _OnDisk(found, number, reading) for name, found in listings.items()}
-    if fraction is not None:
-        images["training"], images["test"] = _split(images["training"], fraction, test_seed)
+    if isinstance(test, (int, float)):
+        held_out = _test_images(images["training"], test, test_seed, groups)
+        images["test"], images["training"] = (
+            images["training"].some(held_out),
+            images["training"].some(~held_out),
+        )
+        groups = groups[~held_out]
     if examined.num_deep:
         notes.append(
             f"{examined.num_deep:,} pictures have 16 bits; their samples have {examined.depth}, and are scaled by that"
         )
+    mean, std = LOOKS[reading.shape[0]]
     return Source(
         train=images["training"],
         test=images["test"],
         validation=images.get("validation"),
-        classes=classes,
-        mean=(0.485, 0.456, 0.406),  # ImageNet's
-        std=(0.229, 0.224, 0.225),
+        classes=named_classes(class_names, classes) if class_names else classes,
+        mean=mean,
+        std=std,
         shape=reading.shape,
         reading=reading,
-        notes=[_found(folder, classes, images, listings), *notes],
+        notes=[_found(images, folders, classes, listings), *notes],
+        groups=groups,
     )
 
 
-def _test_folder(folder: Path, train_folder: Path, test: Path | None) -> Path:
-    """Returns the folder of the test images: `test` if given, else the first subfolder named in `TEST`."""
-    if test is not None:
-        return Path(test)
-    if train_folder == folder:
+def _test_folder(folder: Path) -> Path:
+    """Returns the folder of the test images beside the training images: the first subfolder named in `TEST`."""
+    if not (folder / "train").is_dir():
         raise Mistake(
             f"{folder} has no subfolder 'train': give test too, a folder, or the fraction of its images that are split off"
         )
@@ -149,11 +214,19 @@ def _test_folder(folder: Path, train_folder: Path, test: Path | None) -> Path:
     return found[0]
 
 
-def _refuse_nested(parts: dict[str, Path]) -> None:
-    """Raises Mistake if one part's folder is inside another's, because they would have images in common."""
-    for name, path in parts.items():
-        for other, outer in parts.items():
-            if name != other and path.resolve().is_relative_to(outer.resolve()):
+def _listed(paths: list[Path]) -> Listing:
+    """Lists the pictures of folders and tables, those of the first first."""
+    found = Listing()
+    for path in paths:
+        found.add(list_table(path) if is_table(path) else kept_listing(path))
+    return found
+
+
+def _refuse_nested(parts: list[tuple[str, Path]]) -> None:
+    """Raises Mistake if one folder is inside another, because they would have images in common."""
+    for at, (name, path) in enumerate(parts):
+        for other_at, (other, outer) in enumerate(parts):
+            if at != other_at and path.resolve().is_relative_to(outer.resolve()):
                 raise Mistake(f"of {outer} ({other} images) and {path} ({name} images) one lies in the other")
 
 
@@ -175,13 +248,13 @@ def _without_damaged(listings: dict[str, Listing], examined: Examined, bad_image
             f"{len(damaged)} of {total:,} pictures cannot be read; at most 1 % are skipped:\n{lines}"
         )
     for found in listings.values():
-        kept = [i for i, file in enumerate(found.files) if file not in damaged]
-        found.files, found.classes = [found.files[i] for i in kept], [found.classes[i] for i in kept]
+        found.keep([i for i, file in enumerate(found.files) if file not in damaged])
     return [f"{len(damaged)} of {total:,} pictures cannot be read and are skipped: {'; '.join(shown)}"]
 
 
-def _classes(train: Listing, listings: dict[str, Listing], train_folder: Path) -> list[str]:
+def _classes(train: Listing, listings: dict[str, Listing], folders: list[Path]) -> list[str]:
     """Returns the classes' names, in order. Raises Mistake if the images and classes do not fit together."""
+    train_folder = " and ".join(map(str, folders))
     for name, found in listings.items():
         if not found.files:
             raise Mistake(f"there are no {name} images{found.described()}")
@@ -218,45 +291,48 @@ def _both(found: Listing | None) -> tuple[list[str], list[str]]:
     return ([], []) if found is None else (found.files, found.classes)
 
 
-def _raw_names(folder: Path) -> list[str]:
+def _raw_names(folders: list[Path]) -> list[str]:
     """Returns the names of the class folders as they are on disk."""
-    return [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    entries = [entry for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    return list({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
 
 
 def _found(
-    folder: Path, classes: list[str], images: dict[str, "_OnDisk"], listings: dict[str, Listing]
+    images: dict[str, "_OnDisk"], folders: list[Path], classes: list[str], listings: dict[str, Listing]
 ) -> str:
     """Returns one line: the classes, images of each part, fewest and most of a class, and skipped files."""
-    counts = torch.bincount(images["training"].labels[images["training"].labels >= 0], minlength=len(classes))
+    labels = images["training"].labels
+    counts = torch.bincount(labels[labels >= 0], minlength=len(classes))
     per_class = (
         f" ({int(counts.min()):,} to {int(counts.max()):,} a class)" if counts.any() else " without labels"
     )
-    parts = [f"{len(images['training']):,} training images{per_class}"]
+    num_labelled = int(counts.sum()) or len(labels)
+    parts = [f"{num_labelled:,} training images{per_class}"]
+    if num_labelled < len(labels):
+        parts.append(f"{len(labels) - num_labelled:,} without labels")
     parts += [f"{len(images[name]):,} {name} images" for name in ("validation", "test") if name in images]
     skipped = Listing()
     for found in listings.values():
-        skipped.passed_over.update(found.passed_over)
-        skipped.num_links += found.num_links
-        skipped.num_special += found.num_special
-    return f"{folder}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
+        skipped.add(found)
+    return f"{', '.join(map(str, folders))}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
 
 
-def _split(images: "_OnDisk", test: float, seed: int) -> tuple["_OnDisk", "_OnDisk"]:
-    """Splits images into training and test images: of each class the same fraction, at least one image."""
-    if (images.labels < 0).any():
+def _test_images(images: "_OnDisk", test: float, seed: int, groups: Tensor) -> Tensor:
+    """Returns which images are split off as test images, bool [N]. Raises Mistake if a class has none left, or no label."""
+    if not (images.labels >= 0).any():
         raise Mistake("images without labels cannot be split class by class: give test, a folder")
-    fraction = test if isinstance(test, float) else test / len(images)
-    if not 0 < fraction < 1:
+    amount = test if isinstance(test, float) else test / int((images.labels >= 0).sum())
+    if not 0 < amount < 1:
         raise Mistake(f"test: {test} of {len(images)} images leaves none to train on")
-    order = torch.from_numpy(np.random.default_rng([seed, 0x7E57]).permutation(len(images)))
-    held_out = torch.zeros(len(images), dtype=torch.bool)
-    for label in images.labels.unique():
-        of_class = order[images.labels[order] == label]
-        count = max(1, round(fraction * len(of_class)))
-        if count >= len(of_class):
-            raise Mistake(f"test: {test} leaves no training image of one class, which has {len(of_class)}")
-        held_out[of_class[:count]] = True
-    return images.some(~held_out), images.some(held_out)
+    for label in images.labels.unique().tolist():
+        of_class = images.labels == label
+        count, num_groups = int(of_class.sum()), len(groups[of_class].unique())
+        if label >= 0 and (num_groups == 1 or max(1, round(amount * count)) >= count):
+            raise Mistake(
+                f"test: {test} leaves no training image of one class, which has {count}"
+                + (f" in {num_groups} groups" if num_groups < count else "")
+            )
+    return split_off(images.labels, amount, [seed, 0x7E57], groups)
 
 
 class _OnDisk:

@@ -48,7 +48,7 @@ def player(subject: Subject, script: str, num_images: int) -> str:
     return templates.get_template("player.html").render(
         script=script,
         known=_inside(_known(subject, num_images)),
-        reading=_inside({"crop": reading.crop, "filter": reading.filter, "background": reading.background}),
+        reading=_inside({key: getattr(reading, key) for key in ("crop", "filter", "background", "fit")}),
         player=bare(templates.get_template("player.js").render()),
         drawing=subject.shape == (1, 28, 28),
     )

@@ -85,7 +85,9 @@ def restated(error: ValidationError) -> list[InitErrorDetails]:
 
 
 def expanded(value: Any) -> Any:
-    """A path as it is written, with ~ and $HOME taken for what they stand for."""
+    """A path as it is written, or several, with ~ and $HOME taken for what they stand for."""
+    if isinstance(value, list):
+        return [expanded(one) for one in value]
     return os.path.expanduser(os.path.expandvars(value)) if isinstance(value, str) else value
 
 

@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from trainer.mistakes import Mistake, closest, nearest
 from trainer.recipe.faults import fault, restated, unknown
+from trainer.recipe.words import first_sentence
 
 SHELVES = {
     "loss": "losses",
@@ -54,6 +55,11 @@ def names(key: str) -> list[str]:
     """Returns the files on the shelf of `key` (loss, stage, dataset, model, method or to), in alphabetical order."""
     package = importlib.import_module(f"trainer.{SHELVES[key]}")
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def first_line(key: str, name: str) -> str:
+    """Returns the first sentence of a file's manual, its function's docstring."""
+    return " ".join(first_sentence((find(key, name).__doc__ or "").partition("\n\n")[0]).split())
 
 
 def split(key: str, value: str) -> tuple[str, str | None]:

@@ -5,9 +5,11 @@ Imports nothing heavy: `trainer check` starts with it.
 
 import difflib
 import importlib.resources
+import itertools
 from pathlib import Path
 
 from trainer.mistakes import listed
+from trainer.recipe.words import first_sentence
 
 ENDINGS = (".yaml", ".yml")
 
@@ -26,6 +28,19 @@ def names() -> list[str]:
     return [path.as_posix() for path in sorted(found, key=lambda path: (len(path.parts), path))]
 
 
+def find(name: str) -> Path:
+    """Returns the file of a shipped recipe."""
+    return folder() / f"{name}.yaml"
+
+
+def told(name: str) -> tuple[str, str]:
+    """Returns the first sentence of a shipped recipe, and that of its results, from the comments at its top."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), find(name).read_text("utf-8").splitlines())
+    about, _, rest = "\n".join(line.removeprefix("#").strip() for line in lines).partition("\nRun:")
+    result = rest.partition("\nExpect:")[2]
+    return first_sentence(about), first_sentence(result) or "no result is written down"
+
+
 def find_recipe(given: str | Path) -> Path:
     """Returns the file that `given` means: an existing file, or the shipped recipe of that name.
 
@@ -39,7 +54,7 @@ def find_recipe(given: str | Path) -> Path:
         return path
     name, known = path.as_posix(), names()
     if name in known:
-        return folder() / f"{name}.yaml"
+        return find(name)
     if path.exists():
         return path
     by_nearness = sorted(known, key=lambda one: -max(_likeness(name, one), _likeness(name, Path(one).name)))

@@ -66,3 +66,8 @@ def changes_of(words: list[str]) -> dict[str, Any]:
         except Mistake as error:
             raise Mistake(f"--set {word}: {str(error).removeprefix('value:1: ')}") from None
     return changes
+
+
+def first_sentence(text: str) -> str:
+    """Returns a text's first sentence, on one line: what is before a full stop that a capital letter follows."""
+    return re.split(r"(?<=[.])\s+(?=[A-Z])", text.strip(), maxsplit=1)[0].replace("\n", " ")

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +43,10 @@ def kept() -> list[Kept]:
     for path in sorted((folder / "views").glob("*")):
         if re.fullmatch(_HASH, path.name) and path.is_dir():
             found.append(_entry(f"views/{path.name}", _ours(path, {"records", "facts.json"}), _answers(path)))
-    for path in sorted((folder / "examined").glob("*.json")):
-        if re.fullmatch(_HASH, path.stem) and path.is_file():
-            found.append(_entry(f"examined/{path.name}", [path], _examined(path)))
+    for kind, described in (("examined", _examined), ("listings", _listing)):
+        for path in sorted((folder / kind).glob("*.json")):
+            if re.fullmatch(_HASH, path.stem) and path.is_file():
+                found.append(_entry(f"{kind}/{path.name}", [path], described(path)))
     for name, names in FILES.items():
         found.append(_entry(name, _ours(folder / name, set(names)), f"trainer fetch {name}"))
     return [entry for entry in found if entry.files]
@@ -148,8 +149,22 @@ def _examined(path: Path) -> str:
     found = _json(path).get("files")
     if not isinstance(found, Mapping):
         return "which images can be read"
-    below = os.path.commonpath(found) if found and all(map(os.path.isabs, found)) else next(iter(found), "")
-    return f"which of {len(found):,} images can be read, in {below}"
+    return f"which of {len(found):,} images can be read, in {_below(found)}"
+
+
+def _listing(path: Path) -> str:
+    found = _json(path).get("listing")
+    files = found.get("files") if isinstance(found, Mapping) else None
+    return (
+        f"the names of {len(files):,} images in {_below(files)}"
+        if isinstance(files, list)
+        else "names of images"
+    )
+
+
+def _below(found: Collection[str]) -> str:
+    """Returns the folder that all paths lie in."""
+    return os.path.commonpath(found) if found and all(map(os.path.isabs, found)) else next(iter(found), "")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -48,10 +48,19 @@ function brought(rgba, width, height) {  // RGBA of a canvas => the student's pi
       planes[c][i] = (over + (over >> 8)) >> 15;
     }
   }
-  const used = channels === 3 ? planes : [planes[0].map((r, i) => (r * 19595 + planes[1][i] * 38470 + planes[2][i] * 7471 + 32768) >> 16)];
+  const grey = ([r, g, b]) => (r * 19595 + g * 38470 + b * 7471 + 32768) >> 16;
+  const used = channels === 3 ? planes : [planes[0].map((r, i) => grey([r, planes[1][i], planes[2][i]]))];
   const scale = Math.min(width / w, height / h) * reading.crop, left = Math.max(0, (width - scale * w) / 2), top = Math.max(0, (height - scale * h) / 2);
+  const box = reading.fit !== "crop" ? [0, 0, width, height] : [left, top, Math.min(left + scale * w, width), Math.min(top + scale * h, height)].map(Math.fround);
+  // A padded image fits inside, in the middle of the background.
+  const inside = Math.min(w / width, h / height), within = side => Math.max(1, Math.floor(side * inside + 0.5));
+  const [across, down] = reading.fit === "pad" ? [within(width), within(height)] : [w, h], x = Math.floor((w - across) / 2), y = Math.floor((h - down) / 2);
   const out = new Uint8Array(channels * h * w);
-  used.forEach((plane, c) => out.set(resized(plane, [width, height], [left, top, Math.min(left + scale * w, width), Math.min(top + scale * h, height)].map(Math.fround), [w, h], reading.filter), c * h * w));
+  used.forEach((plane, c) => {
+    const pixels = resized(plane, [width, height], box, [across, down], reading.filter);
+    out.fill(channels === 3 ? reading.background[c] : grey(reading.background), c * h * w, (c + 1) * h * w);
+    for (let row = 0; row < down; row++) out.set(pixels.subarray(row * across, (row + 1) * across), c * h * w + (y + row) * w + x);
+  });
   return out;
 }
 function answer(pixels) {  // => [[class, probability], ...], the likeliest first
