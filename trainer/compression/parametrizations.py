@@ -25,16 +25,25 @@ SOFTNESS = (
 )
 
 
+def straight(function: Callable[[Tensor], Tensor] | None, tensor: Tensor) -> Tensor:
+    """Returns function(tensor), through which the gradient goes straight; the tensor itself without a function."""
+    if function is None:
+        return tensor
+    return function(tensor.detach()) + (tensor - tensor.detach())
+
+
 class Mask(nn.Module):
     """Holds pruned weights at zero: `where(mask, weight, 0)`. The mask is a bool buffer of the weight's shape.
 
     Attributes:
         score: None, or a buffer to which every backward pass adds a criterion's scores (see `masks.watch_gradients`).
             They cover pruned weights too, because the gradient of the masked weight is known at every position.
+        rounding: None, or a function that rounds the weights at every step; the gradient goes straight through.
     """
 
     mask: Tensor
     score: Tensor | None
+    rounding: Callable[[Tensor], Tensor] | None = None
     _criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, mask: Tensor) -> None:
@@ -44,7 +53,7 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         # A product would give -0.0 for a negative weight and NaN for an infinite one.
-        masked = torch.where(self.mask, weight, 0.0)
+        masked = straight(self.rounding, torch.where(self.mask, weight, 0.0))
         if self._criterion is not None and masked.requires_grad:
             masked.register_hook(lambda gradient: self._feed(weight, gradient))
         return masked
@@ -127,9 +136,11 @@ class Codebook(nn.Module):
     """Weights that share few values: code 0 is zero and stays zero, code c >= 1 is centroids.flatten()[c - 1].
 
     codes: integers of the weight's shape. centroids: [k], or [groups, k] if each group of rows has its own.
+    rounding: None, or a function that rounds the centroids at every step; the gradient goes straight through.
     """
 
     codes: Tensor
+    rounding: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, codes: Tensor, centroids: Tensor) -> None:
         super().__init__()
@@ -141,7 +152,7 @@ class Codebook(nn.Module):
         return self._centroids.detach().clone()
 
     def forward(self, centroids: Tensor) -> Tensor:
-        table = torch.cat([centroids.new_zeros(1), centroids.reshape(-1)])
+        table = torch.cat([centroids.new_zeros(1), straight(self.rounding, centroids).reshape(-1)])
         return _Lookup.apply(table, self.codes)
 
 
@@ -324,7 +335,7 @@ class Rounded(nn.Module):
         self.function = function
 
     def forward(self, tensor: Tensor) -> Tensor:
-        return self.function(tensor.detach()) + (tensor - tensor.detach())
+        return straight(self.function, tensor)
 
 
 OURS = Mask | Codebook | TrainedCodebook

@@ -52,14 +52,33 @@ def to_grid(values: Tensor, bits: int) -> Tensor:
     A step that is a power of two can be found from the values alone, and costs no more for the same error: see
     `packing.network.grid_steps`. Raises Mistake if a value becomes infinite.
     """
-    largest = values.abs().max().item()
-    if largest == 0:
+    step = step_of(values, bits)
+    if step is None:
         return values
-    step = 2.0 ** math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
-    rounded = (torch.round(values.double() / step) * step).to(values.dtype)
+    rounded = on_grid(values, step)
     if not torch.isfinite(rounded).all():
-        raise Mistake(f"a value of {largest:.3g} is too large for {bits} bits")
-    return rounded + 0.0
+        raise Mistake(f"a value of {values.abs().max().item():.3g} is too large for {bits} bits")
+    return rounded
+
+
+def step_of(values: Tensor, bits: int) -> float | None:
+    """Returns the step of `to_grid`; None if all values are zero."""
+    largest = values.abs().max().item()
+    return 2.0 ** math.ceil(math.log2(largest / (2 ** (bits - 1) - 1))) if largest else None
+
+
+def on_grid(values: Tensor, step: float) -> Tensor:
+    """Returns the nearest integers times a step. No zero is -0.0."""
+    return (torch.round(values.double() / step) * step).to(values.dtype) + 0.0
+
+
+def grid_exponent(values: Tensor) -> int:
+    """Returns the greatest e for which all values (float32) are integers times 2^e; 0 if all are zero."""
+    fraction, exponent = torch.frexp(values[values != 0].double())
+    if not len(fraction):
+        return 0
+    whole = torch.ldexp(fraction, torch.tensor(24)).long()  # float32 has 24 bits
+    return int((torch.log2((whole & -whole).double()).int() + exponent - 24).min())
 
 
 def biases_of(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -47,6 +47,15 @@ def can_tidy(model: nn.Module) -> None:
         )
 
 
+def is_chain(model: nn.Module) -> bool:
+    """Returns whether `tidy` can handle a network."""
+    try:
+        can_tidy(model)
+    except Mistake:
+        return False
+    return True
+
+
 def _links(model: nn.Module) -> Iterator[_Link]:
     can_tidy(model)
     assert isinstance(model, Blocks)

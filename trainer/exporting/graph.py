@@ -40,6 +40,7 @@ each. Dropout, casts to float32, clones and parts that do not depend on the imag
     expand        x                                         the output's value has the shape
     slice         x                                         axis, start, stop, step (all of one image; never the batch axis)
     pad           x                                         padding ((before, after) of every axis), value
+    quantize      x                                         exponent, zero; of an image mean, std: `networks.quantizers`
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ import numpy as np
 OPS = frozenset(
     """conv linear batch_norm layer_norm group_norm lstm gru max_pool avg_pool mean amax relu hardswish hardsigmoid silu
     sigmoid tanh mish exp sqrt neg abs erf clamp gelu leaky_relu elu prelu softplus softmax power add sub mul div matmul
-    attention concat reshape permute expand slice pad""".split()
+    attention concat reshape permute expand slice pad quantize""".split()
 )
 
 

@@ -313,6 +313,11 @@ def _pad(reader: Any, node: fx.Node, a: Arguments) -> None:
     reader.add(node, "pad", [a["self"]], padding=tuple(padding), value=float(a["value"] or 0))
 
 
+def _quantize(reader: Any, node: fx.Node, a: Arguments) -> None:
+    facts = {name: a[name] for name in ("exponent", "zero", "mean", "std")}
+    reader.add(node, "quantize", [a["x"]], **facts)
+
+
 CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "convolution"), _conv),
     "linear": _linear,
@@ -370,4 +375,5 @@ CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
     "select.int": _select,
     "split_with_sizes": _split,
     "constant_pad_nd": _pad,
+    "tiny_student.quantize": _quantize,
 }

@@ -15,11 +15,23 @@ from trainer.compression.states import bake
 from trainer.exporting.graph import Graph, Node, Value
 from trainer.exporting.operators import ALIASES, CONVERTERS, Unsupported
 from trainer.mistakes import Mistake
+from trainer.networks.quantizers import Quantizer, quantizers
 
 # Operators that stay whole, although torch can express them by smaller ones.
 WHOLE = """linear conv1d conv2d layer_norm group_norm lstm.input gru.input hardswish silu mish softplus softmax.int
 scaled_dot_product_attention max_pool1d max_pool2d avg_pool1d adaptive_avg_pool1d adaptive_avg_pool2d matmul
 prelu""".split()
+
+
+@torch.library.custom_op("tiny_student::quantize", mutates_args=())
+def _quantize(x: Tensor, exponent: int, zero: int, mean: list[float], std: list[float]) -> Tensor:
+    """A quantizer as one operator, which a graph keeps whole."""
+    return Quantizer(exponent, zero, mean, std)(x)
+
+
+@_quantize.register_fake
+def _(x: Tensor, exponent: int, zero: int, mean: list[float], std: list[float]) -> Tensor:
+    return torch.empty_like(x)
 
 
 def trace(network: nn.Module, shape: Sequence[int]) -> Graph:
@@ -33,6 +45,8 @@ def trace(network: nn.Module, shape: Sequence[int]) -> Graph:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise Mistake(f"the network's tensors are {tensor.dtype}; float32 is exported")
     plain.requires_grad_(False)
+    for quantizer in quantizers(plain).values():
+        quantizer.operator = _quantize
     program = program_of(plain, tuple(shape))
     table = torch.export.default_decompositions()
     for name in WHOLE:

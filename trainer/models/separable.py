@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.networks.blocks import Blocks
+from trainer.networks.blocks import Blocks, Mean
 
 
 def separable(
@@ -107,6 +107,7 @@ class _Separable(Blocks):
         steps = zip(self.names, widths[:-1], widths[1:], strides[1:], strict=True)
         for name, inputs, outputs, stride in steps:
             self.add_module(name, _Block(inputs, outputs, stride, kernel, batch_norm, residual, repeat))
+        self.pool = Mean()
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def blocks(self):
@@ -131,5 +132,5 @@ class _Separable(Blocks):
         return torch.relu(self.norm1(self.conv1(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = x.mean((2, 3))
+        pooled = self.pool(x)
         return pooled if pre_logits else self.fc(pooled)

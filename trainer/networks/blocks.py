@@ -49,6 +49,13 @@ def max_pool(x: Tensor) -> Tensor:
     return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
+class Mean(nn.Module):
+    """The mean over all positions, [N, C, H, W] to [N, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 class Blocks(nn.Module):
     """A network written as a chain of named blocks. It has the same feature calls as timm's models.
 

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.networks.output import take_output
+from trainer.networks.quantizers import attach
 from trainer.networks.sizes import resize
 from trainer.recipe import shelves
 from trainer.recipe.keys import ModelKeys, StudentKeys, TeacherKeys
@@ -41,14 +42,17 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
 
     Args:
         spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers; of a
-            network with several outputs "output" says which is the answer.
+            network with several outputs "output" says which is the answer. If it is quantized, "maps" holds the steps of its
+            maps (`quantizers.attach`).
         shape: (C, H, W) of the images.
         num_classes: Width K of the logits.
 
     Raises:
         Mistake: If the network cannot be built.
     """
-    settings = {key: value for key, value in spec.items() if key not in ("model", "resized", "output")}
+    settings = {
+        key: value for key, value in spec.items() if key not in ("model", "resized", "output", "maps")
+    }
     function = shelves.find("model", spec["model"])
     _, rest = shelves.split("model", spec["model"])
     try:
@@ -63,6 +67,7 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     _materialize(model, shape)
     resize(model, spec.get("resized", {}))
     take_output(model, spec.get("output"))
+    attach(model, spec.get("maps", {}))
     return model
 
 

@@ -8,6 +8,7 @@ Beside its function a stage's file may define (each optional):
     teaches(settings) -> bool              whether it may change the teacher (default: no)
     changes_student(settings) -> bool      whether it may change the student (default: yes, unless it teaches)
     seals(settings) -> bool                whether later stages must not change the student (default: no)
+    settles(settings) -> bool              whether later stages may only pack and export the student (default: no)
     needs_trained(settings) -> bool        whether it is refused for a student that has learnt nothing (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
     becomes(settings, student, spec, images) -> (student, spec)
@@ -56,6 +57,12 @@ def seals(stage: StageKeys) -> bool:
     return answer is not None and answer(stage)
 
 
+def settles(stage: StageKeys) -> bool:
+    """Returns whether later stages may only pack and export the student."""
+    answer = hook(stage, "settles")
+    return answer is not None and answer(stage)
+
+
 def needs_trained(stage: StageKeys) -> bool:
     """Returns whether the stage is refused for a student that has learnt nothing."""
     answer = hook(stage, "needs_trained")
@@ -69,6 +76,10 @@ def order_faults(stage: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]
         yield from order(stage, before)
     if changes_student(stage) and any(seals(earlier) for earlier in before):
         yield "changes the student after it was packed: the file would be another network's"
+    elif changes_student(stage) and not seals(stage):
+        for earlier in before:
+            if settles(earlier) and not settles(stage):
+                yield f"changes the student after {name_of(earlier)}: only pack and export may follow it"
 
 
 def losses_of(stage: StageKeys) -> Iterator[tuple[str, int, TermKeys]]:

@@ -259,17 +259,9 @@ def _note(run: Run, name: str, centroids: Tensor) -> None:
 
 def _round(student: nn.Module, biases: int | None, rest: str) -> None:
     """Rounds what is not shared. Dead units are dropped first, because that changes the next layer's biases."""
-    if biases is not None and _is_chain(student):
+    if biases is not None and units.is_chain(student):
         units.drop_dead(student)
     round_unshared(student, biases, rest)
-
-
-def _is_chain(student: nn.Module) -> bool:
-    try:
-        units.can_tidy(student)
-    except Mistake:
-        return False
-    return True
 
 
 def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict[str, Tensor]:
