@@ -158,7 +158,10 @@ def test_a_network_too_large_for_the_board_is_exported_all_the_same(sequence, tm
 @needs(*c_machines.CORTEX)
 def test_instructions_are_counted_one_by_one(tmp_path):
     sizes = "".join(f"#define STUDENT_{name} 2\n" for name in ("CHANNELS", "HEIGHT", "WIDTH", "CLASSES"))
-    (tmp_path / "student.h").write_text(sizes + "int student_run(const float *image, float *logits);\n")
+    (tmp_path / "student.h").write_text(
+        sizes
+        + "typedef float student_pixel, student_logit;\nint student_run(const float *image, float *logits);\n"
+    )
     (tmp_path / "student.c").write_text("""#include "student.h"
 int student_run(const float *image, float *logits)
 {

@@ -13,7 +13,7 @@ def needed_of(library: str, program: str) -> str:
     """Returns the functions and types of the library that a program needs, in their order."""
     blocks = [block.strip("\n") for block in re.split(r"\n\n(?=static |typedef |//)", library.strip("\n"))]
     names = [
-        re.findall(r"^static \w+ \*?(\w+)\(", block, re.M)[0]
+        re.findall(r"^static (?:const )?\w+ \*?(\w+)\(", block, re.M)[0]
         if "typedef" not in block
         else re.findall(r"\} (\w+);", block)[0]
         for block in blocks

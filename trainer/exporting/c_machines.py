@@ -53,9 +53,12 @@ def called(command: Sequence[str | Path], **given: Any) -> bytes:
 
 
 class Native:
-    """student.c as a library of this machine. Raises NotInstalled without gcc."""
+    """student.c as a library of this machine. Raises NotInstalled without gcc.
 
-    def __init__(self, folder: Path, classes: int) -> None:
+    integer: whether it takes bytes and gives whole logits, else float32.
+    """
+
+    def __init__(self, folder: Path, classes: int, integer: bool = False) -> None:
         absent = missing(["gcc"])
         if absent:
             raise NotInstalled(absent)
@@ -64,21 +67,25 @@ class Native:
             library = Path(aside) / "student.so"
             called(["gcc", *FLAGS, "-fPIC", "-shared", "-o", library, folder / "student.c"])
             self._run = ctypes.CDLL(str(library)).student_run
-        floats = ctypes.POINTER(ctypes.c_float)
-        self._run.argtypes = [floats, floats]
+        self._types = (np.uint8, np.int32) if integer else (np.float32, np.float32)
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Takes normalised float32 images [N, C, H, W]; returns logits [N, K]."""
-        images = np.ascontiguousarray(images, np.float32)
-        logits = np.empty((len(images), self._classes), np.float32)
-        pointer = ctypes.POINTER(ctypes.c_float)
+        """Takes normalised float32 images [N, C, H, W], or bytes; returns logits [N, K]."""
+        images = np.ascontiguousarray(images, self._types[0])
+        logits = np.empty((len(images), self._classes), self._types[1])
         for image, answer in zip(images, logits, strict=True):
-            self._run(image.ctypes.data_as(pointer), answer.ctypes.data_as(pointer))
+            self._run(image.ctypes.data, answer.ctypes.data)
         return logits
 
 
 def answers_of_example(
-    folder: Path, images: np.ndarray, compiler: str, emulator: Sequence[str] = (), flags: Sequence[str] = ()
+    folder: Path,
+    images: np.ndarray,
+    compiler: str,
+    emulator: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    dtype: Any = np.float32,
 ) -> np.ndarray:
     """Builds example.c, runs its self-check, and returns its logits [N, K] of uint8 images [N, C, H, W].
 
@@ -88,6 +95,7 @@ def answers_of_example(
         compiler: The program.
         emulator: What runs the built program.
         flags: Of the compiler, beside `FLAGS`.
+        dtype: Of the logits.
 
     Raises:
         RuntimeError: If it does not compile, run, or pass its self-check.
@@ -97,19 +105,22 @@ def answers_of_example(
         called([compiler, *FLAGS, *flags, "-o", program, folder / "student.c", folder / "example.c"])
         called([*emulator, program, "check"])
         lines = called([*emulator, program], input=images.tobytes()).decode().splitlines()
-    return np.array([line.split()[1:] for line in lines], np.float32).reshape(len(images), -1)
+    return np.array([line.split()[1:] for line in lines], dtype).reshape(len(images), -1)
 
 
-def cortex(folder: Path, images: np.ndarray, classes: int) -> tuple[np.ndarray, dict[str, int]]:
+def cortex(
+    folder: Path, images: np.ndarray, classes: int, optimize: str = "-O2"
+) -> tuple[np.ndarray, dict[str, int]]:
     """Runs a student on an emulated Cortex-M3 without FPU.
 
     Args:
         folder: Where student.c and student.h are.
-        images: Normalised float32 [N, C, H, W].
+        images: Normalised float32 [N, C, H, W], or bytes for a student of integers.
         classes: How many logits there are.
+        optimize: The compiler's level, and further flags.
 
     Returns:
-        The logits [N, K], and {"flash_bytes", "ram_bytes", "instructions"}: the whole firmware with start code and
+        The logits [N, K], float32 or int32, and {"flash_bytes", "ram_bytes", "instructions"}: the whole firmware with start code and
         semihosting; static memory, logits and used stack without the caller's image; instructions of one call of student_run
         (emulated with a fixed time for each, read from the board's timer).
 
@@ -120,7 +131,7 @@ def cortex(folder: Path, images: np.ndarray, classes: int) -> tuple[np.ndarray, 
         here = Path(aside)
         for name in ("c_cortex_m.c", "c_cortex_m.ld"):
             (here / name).write_text(template(name))
-        flags = "-mcpu=cortex-m3 -mthumb -O2 -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
+        flags = f"-mcpu=cortex-m3 -mthumb {optimize} -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
         link: list[str | Path] = [
             "-Wl,--gc-sections",
             "-nostartfiles",
@@ -136,10 +147,11 @@ def cortex(folder: Path, images: np.ndarray, classes: int) -> tuple[np.ndarray, 
             for line in called(["arm-none-eabi-size", "-A", firmware]).decode().splitlines()
             if line.startswith(".")
         }
-        np.ascontiguousarray(images, "<f4").tofile(here / "images.bin")
+        given, answered = ("u1", "<i4") if images.dtype == np.uint8 else ("<f4", "<f4")
+        np.ascontiguousarray(images, given).tofile(here / "images.bin")
         board = "-M mps2-an385 -nographic -monitor none -serial none -icount shift=6 -semihosting-config enable=on,target=native"
         called([CORTEX[1], *board.split(), "-kernel", firmware], cwd=here, stdin=subprocess.DEVNULL)
-        logits = np.fromfile(here / "logits.bin", "<f4").reshape(len(images), classes)
+        logits = np.fromfile(here / "logits.bin", answered).reshape(len(images), classes)
         stack, ticks = np.fromfile(here / "facts.bin", "<u4").tolist()
     data = parts.get(".data", 0)
     return logits, {

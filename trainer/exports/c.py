@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.exporting.c_integer import IntegerSource
 from trainer.exporting.c_library import template
 from trainer.exporting.c_machines import (
     BOARD_BYTES,
@@ -17,23 +18,29 @@ from trainer.exporting.c_machines import (
     cortex,
     missing,
 )
+from trainer.exporting.c_rows import program_of
 from trainer.exporting.c_source import LINES, Source, check
 from trainer.exporting.c_weights import literal
 from trainer.exporting.graph import Graph
+from trainer.exporting.integer_steps import is_quantized, steps_of
 from trainer.exporting.subject import Exported, Subject
 
-OPS = frozenset(LINES)
+OPS = frozenset({*LINES, "quantize"})
 MOST_IMAGES, CORTEX_IMAGES = 500, 8  # that are run on the emulated machines, at most
 CROSS_SECONDS, CORTEX_SECONDS = (
     1.0,
     0.01,
 )  # as many as this machine answers in so long; they are 20 and 1000 times slower
+SMALL = "-Os -fno-tree-loop-distribute-patterns"  # without a library's memset and memcpy
 TOLERANCE = 1e-4  # of the largest logit, in the self-check
 
 
 def check_graph(settings: Any, graph: Graph) -> None:
     """Raises Mistake for a node that cannot be written."""
-    check(graph)
+    if is_quantized(graph):
+        program_of(graph, steps_of(graph))
+    else:
+        check(graph)
 
 
 def c(subject: Subject, folder: Path) -> Exported:
@@ -42,63 +49,123 @@ def c(subject: Subject, folder: Path) -> Exported:
     The weights stay compressed in flash and are walked as they lie; the maps lie in one static block. Beside them example.c, which
     reads images from stdin and checks itself, and CMakeLists.txt. Proven as a library that gcc builds here; and with the same
     bits on aarch64, armhf and a Cortex-M3 under qemu, where their compilers and qemu are installed.
+    After a stage quantize the code counts in integers alone, int student_run(const uint8_t *image, int32_t *logits), keeps only
+    the rows of each map that are still to be read, and its logits equal the student's bit for bit.
     """
-    source = Source(subject.graph)
+    integer = is_quantized(subject.graph)
+    source = IntegerSource(subject.graph) if integer else Source(subject.graph)
     files = _written(subject, folder, source)
     size = int(np.prod(subject.graph.shape(subject.graph.output)))
-    run = Native(folder, size)
-    weights, memory = source.weight_bytes, source.memory_bytes
-    notes = [f"the weights take {weights:,} bytes, the maps {memory:,} static bytes"]
+    native = Native(folder, size, integer)
+    notes = [
+        f"the weights take {source.weight_bytes:,} bytes, the maps {source.memory_bytes:,} static bytes"
+        + ("; whole numbers alone" if integer else "")
+    ]
     images = np.concatenate([part for part, _ in islice(subject.proof_batches(MOST_IMAGES), 1)])
+    numbers = _on_machines(subject, folder, native, images, source, notes)
+    if not isinstance(source, IntegerSource):
+        return Exported(files, native, num_bytes=source.weight_bytes, numbers=numbers, notes=notes)
+    step = 2.0**source.exponent
+    return Exported(
+        files,
+        lambda bytes_: (native(bytes_) * step).astype(np.float32),  # exact: sums are of 24 bits
+        num_bytes=source.weight_bytes,
+        takes="uint8",
+        compared="integer",
+        reference=lambda bytes_: subject.logits(subject.normalized(bytes_)),
+        numbers=numbers,
+        notes=notes,
+    )
+
+
+def _on_machines(
+    subject: Subject,
+    folder: Path,
+    native: Native,
+    images: np.ndarray,
+    source: Source | IntegerSource,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Runs the student on other machines, adds a note of each, and returns the numbers of the Cortex-M3.
+
+    Raises RuntimeError where one gives other bits than this machine.
+    """
+    integer = isinstance(source, IntegerSource)
+
+    def given(pixels: np.ndarray) -> np.ndarray:
+        return pixels if integer else subject.normalized(pixels)
+
     started = time.perf_counter()
-    run(subject.normalized(images[:1]))
+    native(given(images[:1]))
     one = time.perf_counter() - started
     images = images[: max(1, int(CROSS_SECONDS / one))]
-    expected = run(subject.normalized(images))
+    expected = native(given(images))
     for machine, (compiler, emulator) in LINUX.items():
         absent = missing([compiler, emulator])
         if absent is None:
-            found = answers_of_example(folder, images, compiler, [emulator], ["-static"])
+            found = answers_of_example(folder, images, compiler, [emulator], ["-static"], expected.dtype)
             _same(machine, found, expected)
         notes.append(f"{machine}: " + (absent or f"the same bits for {len(images)} images under {emulator}"))
     absent = missing(CORTEX)
-    if max(weights, memory + 4 * images[0].size) > BOARD_BYTES:
+    memory = source.memory_bytes + given(images[:1]).nbytes
+    if max(source.weight_bytes, memory) > BOARD_BYTES:
         absent = "not run, it is too large for the emulated board"
-    numbers: dict[str, Any] = {}
-    if absent is None:
-        few = images[: max(1, min(CORTEX_IMAGES, int(CORTEX_SECONDS / one)))]
-        found, numbers = cortex(folder, subject.normalized(few), size)
-        _same("Cortex-M3", found, expected[: len(few)])
-        notes.append(
-            f"Cortex-M3: the same bits for {len(few)} images under {CORTEX[1]}; flash is the whole firmware with start code and "
-            "semihosting, RAM is static and stack without the image, instructions are counted by qemu's -icount"
-        )
-    else:
+    if absent is not None:
         notes.append(f"Cortex-M3: {absent}")
-    return Exported(files, run, num_bytes=weights, numbers=numbers, notes=notes)
+        return {}
+    few = images[: max(1, min(CORTEX_IMAGES, int(CORTEX_SECONDS / one)))]
+    found, numbers = cortex(folder, given(few), expected.shape[1], SMALL if integer else "-O2")
+    _same("Cortex-M3", found, expected[: len(few)])
+    notes.append(
+        f"Cortex-M3: the same bits for {len(few)} images under {CORTEX[1]}; flash is the whole firmware with start code and "
+        "semihosting, RAM is static and stack without the image, instructions are counted by qemu's -icount"
+    )
+    return numbers
 
 
-def _written(subject: Subject, folder: Path, source: Source) -> list[Path]:
+def _written(subject: Subject, folder: Path, source: Source | IntegerSource) -> list[Path]:
     """Writes all files."""
     channels, height, width = subject.shape
     logits = subject.test_vector()[1]
+    integer = isinstance(source, IntegerSource)
 
     def numbers(values: Any) -> str:
         return ", ".join(literal(value) for value in values)
 
-    facts = {
+    facts: dict[str, Any] = {
         "channels": channels,
         "height": height,
         "width": width,
         "classes": len(logits),
         "memory": source.memory_bytes,
-        "mean": numbers(subject.mean or [0.0] * channels),
-        "scale": numbers(1 / np.asarray(subject.std or [1.0] * channels, np.float32)),
-        "expected": numbers(logits),
-        "tolerance": literal(TOLERANCE * max(float(np.abs(logits).max()), 1e-6)),
     }
+    if isinstance(source, IntegerSource):
+        facts |= {
+            "pixel": "uint8_t",
+            "logit": "int32_t",
+            "about": "image: [channels][height][width], bytes. logits: [classes], whole; times 2^"
+            f"{source.exponent} they are the student's.",
+            "compile": "Whole numbers alone.",
+            "expected": ", ".join(str(int(v)) for v in logits.astype(np.float64) * 2.0**-source.exponent),
+            "exponent": source.exponent,
+        }
+    else:
+        facts |= {
+            "pixel": "float",
+            "logit": "float",
+            "about": "image: [channels][height][width], normalised: (pixel / 255 - mean) * scale, see example.c. "
+            "logits: [classes].",
+            "compile": "Compile with -ffp-contract=off for the same bits on all machines.",
+            "mean": numbers(subject.mean or [0.0] * channels),
+            "scale": numbers(1 / np.asarray(subject.std or [1.0] * channels, np.float32)),
+            "expected": numbers(logits),
+            "tolerance": literal(TOLERANCE * max(float(np.abs(logits).max()), 1e-6)),
+        }
     texts = {"student.c": source.text, "student.h": template("student.h")}
-    texts |= {name: template(f"c_{name}") for name in ("example.c", "CMakeLists.txt")}
+    texts |= {
+        "example.c": template("c_integer_example.c" if integer else "c_example.c"),
+        "CMakeLists.txt": template("c_CMakeLists.txt"),
+    }
     for name, text in texts.items():
         if name in ("student.h", "example.c"):
             for fact, value in facts.items():

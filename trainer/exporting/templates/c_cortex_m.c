@@ -8,8 +8,8 @@
 
 extern uint32_t stack_low[], stack_top[], data_load[], data_start[], data_end[], bss_start[], bss_end[];
 
-static float image[STUDENT_CHANNELS * STUDENT_HEIGHT * STUDENT_WIDTH] __attribute__((section(".image")));
-static float logits[STUDENT_CLASSES];
+static student_pixel image[STUDENT_CHANNELS * STUDENT_HEIGHT * STUDENT_WIDTH] __attribute__((section(".image")));
+static student_logit logits[STUDENT_CLASSES];
 
 static uint32_t host(uint32_t number, const void *given)
 {

@@ -1,6 +1,8 @@
-// A student of tiny-student in C99: no dependency, no allocation. Compile with -ffp-contract=off for the same bits on all machines.
+// A student of tiny-student in C99: no dependency, no allocation. $compile
 #ifndef STUDENT_H
 #define STUDENT_H
+
+#include <stdint.h>
 
 #define STUDENT_CHANNELS $channels
 #define STUDENT_HEIGHT $height
@@ -11,9 +13,12 @@
 extern "C" {
 #endif
 
-// image: [channels][height][width], normalised: (pixel / 255 - mean) * scale, see example.c. logits: [classes]. Returns 0.
+typedef $pixel student_pixel;
+typedef $logit student_logit;
+
+// $about Returns 0.
 // Not to be called by two threads at once: its maps lie in $memory static bytes.
-int student_run(const float *image, float *logits);
+int student_run(const student_pixel *image, student_logit *logits);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,144 @@
+"""A quantized student in C counts in integers alone, and gives the bits that torch gives, on every machine."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainer.compression.integers import to_integers
+from trainer.exporting import c_machines
+from trainer.exporting.c_integer import IntegerSource
+from trainer.exporting.c_machines import answers_of_example
+from trainer.exporting.c_rows import program_of
+from trainer.exporting.dead_units import without_dead
+from trainer.exporting.export import export, subject_of
+from trainer.exporting.integer_steps import exponents_read, steps_of
+from trainer.exporting.quantizing import calibrate, fit_first_layers, quantized
+from trainer.exporting.tracing import trace
+from trainer.exports.c import c
+from trainer.mistakes import Mistake
+from trainer.models.lenet5 import lenet5
+from trainer.models.lenet300 import lenet300
+from trainer.models.separable import separable
+
+FLOATING = re.compile(r"\b(float|double|\d+\.\d*f?)\b")
+
+
+def needs(*programs):
+    absent = c_machines.missing(programs)
+    return pytest.mark.skipif(absent is not None, reason=str(absent))
+
+
+def sequence():
+    """Grouped, strided and dilated convolutions, poolings with and without padding, numbers below zero."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=(1, 0)), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4, bias=False), nn.Conv2d(8, 6, 1), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Conv2d(6, 5, 2), nn.Flatten(), nn.Linear(5 * 2, 7), nn.ReLU(), nn.Linear(7, 4),
+    )  # fmt: skip
+
+
+def made(net, shape, mean, std, bias_bits=8):
+    """Returns a subject whose network is quantized, with sparse weights of few values."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1 and parameter.numel() > 60:
+                parameter.copy_((parameter * 20).round() / 20 * (torch.rand_like(parameter) > 0.5))
+    net, _ = quantized(net.eval(), {"model": "lenet5"}, shape, mean, std)
+    fit_first_layers(net, trace(net, shape))
+    images = torch.rand(32, *shape)
+    spread = [torch.tensor(v).view(-1, 1, 1) for v in (mean, std)]
+    calibrate(net, [(images - spread[0]) / spread[1]], net)
+    to_integers(net, exponents_read(trace(net, shape)), 8, bias_bits)
+    return subject_of(net, shape, mean=mean, std=std)
+
+
+NETS = {
+    "sequence": lambda: made(sequence(), (3, 19, 12), [0.4, 0.5, 0.3], [0.2, 0.3, 0.25], 12),
+    "residual": lambda: made(
+        separable((1, 17, 14), 10, widths=(6, 6, 8), strides=(2, 1, 1), batch_norm=False, residual=True),
+        (1, 17, 14),
+        [0.13],
+        [0.31],
+    ),
+    "lenet5": lambda: made(lenet5((1, 16, 16), 10, width=3, batch_norm=True), (1, 16, 16), [0.0], [1.0]),
+    "lenet300": lambda: made(lenet300((1, 12, 12), 10, hidden=(30, 20)), (1, 12, 12), [0.0], [1.0]),
+}
+
+
+@pytest.fixture(scope="module", params=list(NETS))
+def subject(request):
+    return NETS[request.param]()
+
+
+@pytest.mark.device
+@needs("gcc")
+def test_it_gives_the_bits_of_torch_and_sanitizers_find_nothing(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.exports.c.LINUX", {})
+    monkeypatch.setattr("trainer.exports.c.CORTEX", ("no compiler",))
+    monkeypatch.setitem(c_machines.PACKAGES, "no compiler", "nothing")
+    exported = c(subject, tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, *subject.shape), np.uint8)
+    pixels[0], pixels[1] = 0, 255
+    expected = subject.logits(subject.normalized(pixels))
+    assert exported.compared == "integer" and exported.takes == "uint8"
+    assert np.array_equal(exported.run(pixels), expected)
+    safe = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    again = answers_of_example(tmp_path, pixels, "gcc", flags=safe, dtype=np.int32)
+    exponent = IntegerSource(subject.graph).exponent
+    assert np.array_equal(again * 2.0**exponent, expected)
+    code = re.sub(r"//.*", "", (tmp_path / "student.c").read_text())
+    assert not FLOATING.search(code)
+
+
+@pytest.mark.device
+@needs(
+    "gcc", "aarch64-linux-gnu-gcc", "qemu-aarch64", "arm-linux-gnueabihf-gcc", "qemu-arm", *c_machines.CORTEX
+)
+def test_all_machines_give_the_same_bits(tmp_path):
+    subject = NETS["residual"]()
+    exported = c(subject, tmp_path)  # compares them
+    assert all(
+        any(note.startswith(f"{machine}: the same bits") for note in exported.notes)
+        for machine in ("aarch64", "armhf", "Cortex-M3")
+    )
+    assert exported.numbers["flash_bytes"] < 4000
+    assert exported.numbers["ram_bytes"] < program_of(subject.graph, steps_of(subject.graph)).size + 500
+
+
+def test_only_the_rows_that_are_still_read_are_kept():
+    subject = NETS["residual"]()
+    rows = {
+        (one.channels, one.height): one.rows
+        for one in program_of(subject.graph, steps_of(subject.graph)).maps[1:-1]
+    }
+    assert rows[8, 9] == 1  # its mean is added up row by row
+    maps = program_of(subject.graph, steps_of(subject.graph)).maps
+    # conv1, then depthwise, pointwise, depthwise, pointwise, mean
+    assert [one.rows for one in maps[1:7]] == [3, 1, 3, 1, 1, 1]
+
+
+def test_dead_units_are_left_out_and_the_logits_stay():
+    net = lenet300((1, 12, 12), 10, hidden=(30, 20))
+    with torch.no_grad():
+        net.fc1.weight[4:9] = 0
+        net.fc1.bias[4:9] = 0
+        net.fc2.weight[:, 20:25] = 0
+        net.fc3.weight[:, 3] = 0
+    subject = made(net, (1, 12, 12), [0.0], [1.0])
+    graph = without_dead(subject.graph)
+    sizes = [graph.weights[node.weights["weight"]].shape for node in graph.nodes if node.op == "linear"]
+    assert sizes[0][0] == sizes[1][1] <= 20 and sizes[1][0] == sizes[2][1] <= 19
+    assert IntegerSource(subject.graph).memory_bytes <= 40
+
+
+def test_what_is_not_whole_is_refused():
+    net, _ = quantized(lenet300((1, 6, 6), 10, hidden=(5,)).eval(), {"model": "x"}, (1, 6, 6), [0.0], [1.0])
+    with pytest.raises(Mistake, match="layer 'fc1': its weights are not of 8 bits: quantize the student"):
+        export(net, "unused", "c", shape=(1, 6, 6))
+    two = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.Hardswish(), nn.Flatten())
+    with pytest.raises(Mistake, match="layer '3': operator hardswish cannot be computed in integers"):
+        quantized(two, {"model": "x"}, (1, 6, 6), [0.0], [1.0])
