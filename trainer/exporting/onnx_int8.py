@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.exporting.integer_steps import is_quantized
 from trainer.exporting.onnx_builder import IMAGE
-from trainer.exporting.onnx_file import opened, serialized, session_of
+from trainer.exporting.onnx_file import metadata, opened, serialized, session_of
 from trainer.exporting.onnx_nodes import write_nodes
 from trainer.exporting.proof import latency
 from trainer.exporting.subject import Exported, Subject, needed
@@ -21,27 +22,36 @@ BATCH = 32  # images at a time, at most
 
 
 def write_int8(subject: Subject, path: Path, calibration: str, num_images: int) -> Exported:
-    """Writes a subject with 8-bit weights and activations, calibrated on training images, and opens it."""
+    """Writes a subject with 8-bit weights and activations, calibrated on training images, and opens it.
+
+    A quantized student keeps its own steps, and needs no calibration.
+    """
     runtime = needed("onnxruntime", "onnx")
     needed("onnx", "onnx")
     quantization: Any = needed("onnxruntime.quantization", "onnx")
     with tempfile.TemporaryDirectory() as folder:
         plain, folded = Path(folder) / "plain.onnx", Path(folder) / "folded.onnx"
+        quantized = is_quantized(subject.graph)
         made = write_nodes(subject.graph)
         plain.write_bytes(serialized(made, subject.shape, len(subject.classes) or None, {}))
-        basic = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        session_of(
-            runtime, plain, optimized=folded, level=basic
-        )  # BatchNorm goes into the convolutions first
-        with _quietly():
-            quantization.quantize_static(
-                folded,
-                path,
-                _Reader(subject, num_images),
-                quant_format=quantization.QuantFormat.QDQ,
-                per_channel=True,
-                calibrate_method=getattr(quantization.CalibrationMethod, METHODS[calibration]),
+        if quantized:
+            integers = write_nodes(subject.graph, integers=True)
+            path.write_bytes(
+                serialized(integers, subject.shape, len(subject.classes) or None, metadata(subject))
             )
+        else:
+            # BatchNorm goes into the convolutions first
+            basic = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            session_of(runtime, plain, optimized=folded, level=basic)
+            with _quietly():
+                quantization.quantize_static(
+                    folded,
+                    path,
+                    _Reader(subject, num_images),
+                    quant_format=quantization.QuantFormat.QDQ,
+                    per_channel=True,
+                    calibrate_method=getattr(quantization.CalibrationMethod, METHODS[calibration]),
+                )
         dense = opened(plain, subject)
         image = np.zeros((1, *subject.shape), np.float32)
         seconds, num_bytes = latency(dense, image)[0], dense.num_bytes

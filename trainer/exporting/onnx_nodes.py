@@ -8,27 +8,31 @@ import numpy as np
 
 from trainer.exporting.graph import Graph, Node
 from trainer.exporting.onnx_builder import IMAGE, LOGITS, Builder
+from trainer.exporting.onnx_quantize import integer_layer, quantize, quantize_linear
+
+Writer = Callable[[Builder, Graph, Node, list[str]], str]
 
 
-def write_nodes(graph: Graph) -> Builder:
-    """Returns the nodes and dense constants of a graph."""
+def write_nodes(graph: Graph, integers: bool = False) -> Builder:
+    """Returns the nodes and dense constants of a graph.
+
+    integers: whether a quantized network's maps and weights are written as QuantizeLinear and integers.
+    """
     made = Builder()
+    writers = {**WRITERS, **INTEGER_WRITERS} if integers else WRITERS
     names: dict[str, str] = {graph.input: IMAGE}
     for node in graph.nodes:
         inputs = [
             names[name] if name in names else made.constant(graph.weights[name]) for name in node.inputs
         ]
         before = len(made.nodes)
-        names[node.outputs[0]] = WRITERS[node.op](made, graph, node, inputs)
+        names[node.outputs[0]] = writers[node.op](made, graph, node, inputs)
         assert len(made.nodes) > before, node
     last = names[graph.output]
     for _, inputs, outputs, _ in made.nodes:
         inputs[:] = [LOGITS if name == last else name for name in inputs]
         outputs[:] = [LOGITS if name == last else name for name in outputs]
     return made
-
-
-Writer = Callable[[Builder, Graph, Node, list[str]], str]
 
 
 def _array(graph: Graph, node: Node, role: str) -> np.ndarray | None:
@@ -45,9 +49,17 @@ def _sizes(name: str, sizes: tuple[int, ...]) -> dict[str, list[int]]:
     return {name: list(sizes)} if any(size != 1 for size in sizes) else {}
 
 
+def _constants(made: Builder, graph: Graph, node: Node) -> list[str]:
+    """Returns the names of a layer's weight and bias."""
+    return [made.constant(graph.weights[node.weights[r]]) for r in ("weight", "bias") if r in node.weights]
+
+
 def _conv(made: Builder, graph: Graph, node: Node, x: list[str]) -> str:
+    return _conv_of(made, node, x, _constants(made, graph, node))
+
+
+def _conv_of(made: Builder, node: Node, x: list[str], weights: list[str]) -> str:
     a = node.attributes
-    weights = [made.constant(graph.weights[node.weights[r]]) for r in ("weight", "bias") if r in node.weights]
     attributes: dict[str, Any] = {
         **_sizes("strides", a["stride"]),
         **_sizes("dilations", a["dilation"]),
@@ -276,7 +288,13 @@ def _pad(made: Builder, graph: Graph, node: Node, x: list[str]) -> str:
     return made.add("Pad", *x, made.constant(sides, np.int64), _scalar(made, node.attributes["value"]))
 
 
+INTEGER_WRITERS: dict[str, Writer] = {
+    "quantize": quantize_linear,
+    "conv": lambda made, graph, node, x: _conv_of(made, node, x, integer_layer(made, graph, node)),
+    "linear": lambda made, graph, node, x: made.add("Gemm", *x, *integer_layer(made, graph, node), transB=1),
+}
 WRITERS: dict[str, Writer] = {
+    "quantize": quantize,
     "conv": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,

@@ -11,6 +11,7 @@ import numpy as np
 from trainer.exporting.graph import Graph, Node
 from trainer.exporting.script_weights import ScriptCoder
 from trainer.exporting.subject import Subject
+from trainer.networks.quantizers import HIGHEST, TIE
 
 SMALL = 64  # a vector of at most this many numbers is written as it is
 
@@ -305,7 +306,16 @@ def _slice(at: _At, x: list[str]) -> str:
     return f"gather({x[0]}, {at.out()}, {steps}, {start})"
 
 
+def _quantize(at: _At, x: list[str]) -> str:
+    step, zero = 2.0 ** at.a["exponent"], at.a["zero"]
+    if at.a["mean"]:  # the image itself
+        return f"Float32Array.from(pixels, v => (v - {zero}) * {step})"
+    ends = f"Math.max({-zero}, Math.min({HIGHEST - zero}, v / {step}))"
+    return f"mapped({x[0]}, v => Math.floor({ends} + {1 - TIE}) * {step})"
+
+
 LINES: dict[str, _Line] = {
+    "quantize": _quantize,
     "conv": _conv,
     "linear": lambda at, x: f"linear({x[0]}, {at.weight('weight')}, {at.weight('bias')}, {at.shape()[-1]})",
     "batch_norm": _batch_norm,

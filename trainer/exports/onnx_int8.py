@@ -23,6 +23,7 @@ def onnx_int8(
 
     calibration: how the ranges of the activations are chosen. images: how many training images they are chosen from.
     The answers are not the student's: how many differ is measured and said, beside bytes and time. It makes small students
-    larger and slower more often than not.
+    larger and slower more often than not. After a stage quantize the steps are those that the student has learnt, and both keys
+    have no effect.
     """
     return write_int8(subject, folder / "student_int8.onnx", calibration, images)

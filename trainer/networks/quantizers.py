@@ -58,7 +58,7 @@ def rounded(x: Tensor) -> Tensor:
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Returns normalised images [N, C, H, W], or flattened ones [N, C x H x W], as integers from 0 to 255."""
     shift, scale = (torch.tensor(values, device=images.device).view(-1, 1) for values in (mean, std))
-    flat = images.reshape(len(images), len(mean), -1)
+    flat = images.reshape(-1, len(mean), images.shape[1:].numel() // len(mean))
     return ((flat * scale + shift) * HIGHEST).round().clamp(0, HIGHEST).reshape(images.shape)
 
 
