@@ -20,6 +20,7 @@ from trainer.data import fetch
 from trainer.data.readers import FetchError
 from trainer.mistakes import Mistake
 from trainer.recipe import recipe as reading
+from trainer.recipe import shelves, shipped
 from trainer.recipe.text import RecipeError
 from trainer.training import fit
 
@@ -728,3 +729,71 @@ def test_schema(say):
         and json.loads(out)["$schema"].startswith("https://json-schema.org/")
         and '"TermKeys"' in out
     )
+
+
+# ---- what comes with the package
+
+
+def test_recipes_are_listed_with_what_came_out(say):
+    status, out, _ = say("recipes")
+    names = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert status == 0 and names == shipped.names() and "no result is written down" not in out
+    assert "shared and decoded 96.9 %" in " ".join(out.split())
+
+
+def test_a_recipe_is_copied_once(say, tmp_path):
+    for words, name in (
+        (["quickstart"], "quickstart.yaml"),
+        (["records/teacher_mnist", "own.yaml"], "own.yaml"),
+    ):
+        status, out, _ = say("copy", *words)
+        assert status == 0 and out.startswith(f"{name}: a copy of {words[0]}")
+        assert (tmp_path / name).read_bytes() == shipped.find(words[0]).read_bytes()
+        assert say("check", name)[0] == 0
+        (tmp_path / name).write_text("mine")
+        status, out, err = say("copy", *words)
+        assert status == 2 and out == "" and f"{name}: is there already" in err
+        assert (tmp_path / name).read_text() == "mine"
+    status, _, err = say("copy", "quickstar")
+    assert status == 2 and "did you mean 'quickstart'?" in err
+
+
+@pytest.mark.parametrize(("key", "shelf"), shelves.SHELVES.items())
+def test_a_shelf_is_listed_with_first_lines(say, key, shelf):
+    status, out, _ = say("list", shelf)
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert status == 0 and [name for name, _ in lines] == shelves.names(key)
+    for name, told in lines:
+        manual = " ".join(shelves.find(key, name).__doc__.split())
+        assert manual.startswith(told) and len(told) < 200 and told.endswith((".", "Examples:"))
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--print-completion", "bash"], ["--print-completion", "zsh"]]
+)
+def test_what_is_said_without_a_command(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "trainer" in out
+    if words[0] == "--version":
+        assert re.fullmatch(r"trainer (\d+\.\d+\.\d+|source)\n", out)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_bash_completes_commands_shelves_and_files(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    (tmp_path / "mine.yaml").touch()
+
+    def completed(*words):
+        asked = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_trainer; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        done = subprocess.run(
+            ["bash", "-c", script + asked], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        return done.stdout.split()
+
+    assert {"recipes", "run"} <= set(completed("trainer", "r")) and "predict" not in completed("trainer", "r")
+    assert completed("trainer", "list", "lo") == ["losses"]
+    assert completed("trainer", "run", "mi") == ["mine.yaml"]

@@ -12,9 +12,13 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
+import shtab
+
 from trainer import commands
 from trainer.mistakes import Mistake, Said, brief, message_of
 from trainer.options import say_once
+from trainer.recipe.words import path_of
+from trainer.reporting.facts import own_version
 from trainer.training.stopping import Stopped
 
 REPORT = "trainer: this is a fault of the program, not of your recipe: please report it with the lines above"
@@ -75,12 +79,19 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="trainer", description="Distil, prune, weight-share and pack image classifiers.")
+    parser.add_argument("--version", action="version", version=f"trainer {own_version()}")
+    shtab.add_argument_to(
+        parser, help='print this shell\'s completion: eval "$(trainer --print-completion bash)"'
+    )
     made = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _commands().items():
         help = (command.__doc__ or "").partition("\n")[0]
         own = made.add_parser(name, help=help, description=help)
         own.set_defaults(command=command)
         command.arguments(own)
+        for action in own._actions:
+            if action.type is path_of:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks
     return parser
 
 

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = (
     "torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors", "pydantic",
     "matplotlib", "torch-pruning", "wandb",
@@ -18,6 +16,8 @@ PACKAGES = (
 
 def hardware() -> dict[str, Any]:
     """Returns "cpu", "cores" (that the process may use), "torch_threads", "gpu" (names or None) and "system"."""
+    import torch  # here: `trainer --version` needs none
+
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     return {
@@ -38,8 +38,13 @@ def command() -> str:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python, of this package ("source" if not installed) and of the installed libraries."""
-    found = {"python": platform.python_version(), "trainer": _version("tiny-student") or "source"}
+    found = {"python": platform.python_version(), "trainer": own_version()}
     return found | {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def own_version() -> str:
+    """Returns the version of this package; "source" where it is not installed."""
+    return _version("tiny-student") or "source"
 
 
 def _version(package: str) -> str | None:
