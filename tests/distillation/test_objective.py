@@ -887,3 +887,50 @@ def test_a_loss_of_ones_own_on_projected_embeddings(monkeypatch, tmp_path, batch
     losses = objective(*batch)
     losses["loss"].backward()
     assert list(losses) == ["loss", "nearby/two"] and objective.bound[0].projector.linear.weight.grad.any()
+
+
+# ---- images without labels among others, and the weights of classes
+
+
+def test_losses_on_labels_see_the_images_with_a_label_alone(batch):
+    images, labels, index = batch
+    labels = torch.where(torch.tensor([True, False, True, True, False, False]), labels, -1)
+    data, guide = some_data(), teacher_of(Small(5))
+    data.train.images.labels[::2] = -1
+    terms = [term(loss="cross_entropy"), term(loss="decoupled"), term(loss="kl")]
+    objective = Objective(Small(), terms, data, guide)
+    objective.rehearse(data)
+    losses, known = objective(images, labels, index), labels >= 0
+    alone = objective(images[known], labels[known], index[known])
+    for name in ("cross_entropy", "decoupled"):
+        assert losses[name].item() == pytest.approx(alone[name].item(), rel=1e-5)
+    assert losses["kl"].item() != pytest.approx(alone["kl"].item(), rel=1e-3)
+    none = objective(images, torch.full_like(labels, -1), index)
+    assert none["cross_entropy"].item() == none["decoupled"].item() == 0 and none["loss"].requires_grad
+    assert none["kl"].item() == losses["kl"].item()
+
+
+def test_of_mixed_images_those_whose_both_halves_have_labels_count(batch):
+    images, _, index = batch
+    data = some_data(mixup=0.3)
+    data.train.images.labels[::2] = -1
+    objective = Objective(Small(), [term(loss="cross_entropy")], data)
+    one_hot = F.one_hot(torch.tensor([0, 1, 2, 3, 0, 1]), K).float()
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    mixed[[1, 4]] -= 0.3 * one_hot.flip(0)[[1, 4]]
+    got = objective(images, mixed, index)["loss"]
+    rows = [0, 2, 3, 5]
+    assert got.item() == pytest.approx(
+        objective(images[rows], mixed[rows], index[rows])["loss"].item(), rel=1e-5
+    )
+
+
+def test_weights_of_classes_reach_the_losses_that_take_them(batch):
+    images, labels, _ = batch
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    objective = Objective(Small(), [term(loss="cross_entropy")], some_data())
+    objective.weigh_classes(weights)
+    expected = F.cross_entropy(objective.student(normal(images)), labels, weights)
+    assert objective(*batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="class_weights: no loss of this training takes them"):
+        Objective(Small(), [term(loss="kl")], some_data(), teacher_of(Small(5))).weigh_classes(weights)

@@ -91,6 +91,7 @@ def feed(case: Case | None = None, batch: int = 6, dtype: torch.dtype = torch.fl
     return x | {
         "labels": torch.randint(NUM_CLASSES, (batch,), generator=draw),
         "index": torch.randperm(NUM_SAMPLES, generator=draw)[:batch],
+        "class_weights": None,
         "teacher_head": teacher_head,
         "epoch": 4.0,
     }

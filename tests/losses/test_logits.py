@@ -98,3 +98,18 @@ def test_multi_level_of_a_doubled_batch_has_the_docstrings_scale():
     once, doubled = (call("multi_level", build("multi_level"), given).item() for given in (x, twice))
     alone = sum(call("kl", build("kl", temperature=t), x).item() for t in (2.0, 3.0, 4.0, 5.0, 6.0))
     assert 2 * (once - alone) < doubled - alone < 4 * (once - alone)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy_weighs_the_labels_classes(soft):
+    x, weights = feed(), torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0])
+    if soft:
+        x |= {"labels": torch.rand(6, NUM_CLASSES).softmax(1)}
+    got = call("cross_entropy", build("cross_entropy"), x | {"class_weights": weights})
+    logs = x["student_logits"].log_softmax(1)
+    if soft:
+        expected = -(x["labels"] * weights * logs).sum() / 6
+    else:
+        of = weights[x["labels"]]
+        expected = -(of * logs[torch.arange(6), x["labels"]]).sum() / of.sum()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)

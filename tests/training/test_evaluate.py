@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from trainer.data.images import InMemory, Part
-from trainer.training.evaluate import percent_right, predict
+from trainer.training.evaluate import answered, balanced_accuracy, percent_right, predict
+from trainer.training.rows import by_class
 
 
 def brightness(images):
@@ -81,3 +82,36 @@ def test_the_processes_take_turns_and_the_rest_is_left_to_the_others():
 def test_images_without_a_label_do_not_count():
     assert percent_right(torch.tensor([1, 2, 3]), torch.tensor([1, 0, -1])) == 50
     assert math.isnan(percent_right(torch.tensor([1]), torch.tensor([-1])))
+
+
+def test_the_place_of_the_true_class_is_how_many_have_a_higher_logit():
+    images = flat_images(50)
+    labels = (images.labels + 2).clamp(max=9)
+    labels[7] = -1
+    part = Part(InMemory(images.images, labels), torch.arange(50))
+    answers, places = answered(brightness, part, Accelerator(cpu=True))
+    assert torch.equal(answers, images.labels)
+    for position, (tenth, label) in enumerate(zip(images.labels.tolist(), labels.tolist())):
+        near = sum(abs(k - tenth) < abs(label - tenth) for k in range(10))
+        assert places[position] == (10 if label < 0 else near)
+
+
+def test_each_class_counts_alike_in_balanced_accuracy():
+    labels = torch.tensor([0] * 8 + [1] * 2 + [-1])
+    assert balanced_accuracy(torch.zeros(11, dtype=torch.long), labels) == 50
+    assert balanced_accuracy(torch.tensor([0] * 6 + [2] * 2 + [1, 0, 0]), labels) == pytest.approx(
+        (75 + 50) / 2
+    )
+    assert math.isnan(balanced_accuracy(torch.tensor([0]), torch.tensor([-1])))
+
+
+def test_what_a_row_says_of_the_classes():
+    labels, names = torch.tensor([0] * 120 + [1] * 8 + [-1]), ["common", "rare", "other"]
+    answers = torch.zeros(129, dtype=torch.long)
+    assert by_class(answers, answers, labels, names) == {"balanced": 50.0, "never_answered": ["rare"]}
+    even = torch.tensor([0, 1, 2])
+    assert by_class(even, even, even, names) == {}
+    many = torch.arange(60)
+    found = by_class(many, many % 10, many, [str(k) for k in range(60)])
+    assert found == {"top5": 50.0}
+    assert by_class(answers, answers, torch.full((129,), -1), names) == {}

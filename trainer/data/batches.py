@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.balance import balanced_order
 from trainer.data.crops import Cuts
 from trainer.data.images import Data, Images, InMemory, Part, Source
 from trainer.data.splitting import split_off
@@ -162,7 +163,13 @@ def seed_of(*numbers: int | str) -> int:
 
 
 def epoch_order(
-    num_images: int, batch_size: int, seed: int, epoch: int, rank: int, num_processes: int
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int,
+    num_processes: int,
+    balanced: Tensor | None = None,
 ) -> list[Tensor]:
     """Returns the positions of this process's images in each batch, a function of (seed, epoch) alone.
 
@@ -177,11 +184,15 @@ def epoch_order(
         epoch: The number of the epoch.
         rank: The number of this process.
         num_processes: The number of processes.
+        balanced: The images' labels, int64 [num_images], if as many images of each class are drawn.
 
     Returns:
         For each batch int64 [images of this process].
     """
-    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_images))
+    draw = np.random.default_rng([seed, epoch])
+    order = torch.from_numpy(
+        draw.permutation(num_images) if balanced is None else balanced_order(balanced, draw)
+    )
     batches = list(order.split(batch_size))
     if len(batches) > num_batches(num_images, batch_size, num_processes):
         batches[-2:] = [torch.cat(batches[-2:])]

@@ -220,8 +220,19 @@ class Data:
 
     @property
     def labelled(self) -> bool:
-        """Whether all training images have labels."""
-        return bool((self.train.labels >= 0).all())
+        """Whether any training image has a label."""
+        return bool((self.train.labels >= 0).any())
+
+    @property
+    def partly_labelled(self) -> bool:
+        """Whether some training images have a label and others have none."""
+        return self.labelled and bool((self.train.labels < 0).any())
+
+    def labelled_alone(self) -> "Data":
+        """Returns the data without the training images that have no label; the data itself if none has one, or all."""
+        if not self.partly_labelled:
+            return self
+        return replace(self, train=replace(self.train, ids=self.train.ids[self.train.labels >= 0]))
 
 
 def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -21,7 +21,7 @@ from trainer.distributed import summed
 from trainer.mistakes import Mistake
 from trainer.networks import features
 from trainer.recipe.keys import TermKeys
-from trainer.recipe.terms import TEACHER_WORDS, WEIGHTS, needs_teacher
+from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher
 from trainer.tensors import same_size
 
 
@@ -92,6 +92,9 @@ class Objective(nn.Module):
         if self._asks_teacher:
             assert teacher is not None
             teacher.make_ready()  # now, because torch.compile would trace it in the first step
+        # Where only some images have labels, losses on labels see those alone.
+        self._partly_labelled = data.partly_labelled
+        self.class_weights: Tensor | None = None
         self._teacher_images = 0
         # A teacher of larger images sees the same views of them, as read from their pictures.
         larger = data if teacher is None else teacher.images_of(data)
@@ -128,7 +131,10 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         total: Any = 0.0
         for bound in self.bound:
-            value = bound.function(*self._feed(bound, student, teacher, labels, index, epoch))
+            arguments = self._feed(bound, student, teacher, labels, index, epoch)
+            if self._partly_labelled and "labels" in bound.asks:
+                arguments = of_labelled(bound.asks, arguments, labels)
+            value = bound.function(*arguments) if arguments else 0.0 * student.logits.sum()
             terms[bound.name] = value
             total = total + bound.weight_at(epoch, self.num_epochs) * value
         for name, (weight, penalty) in self.penalties.items():
@@ -159,6 +165,12 @@ class Objective(nn.Module):
         if view is not None:
             return self._pictures.of(index, view)
         return images if self.mixed_pictures is None else self.mixed_pictures()
+
+    def weigh_classes(self, weights: Tensor) -> None:
+        """Gives the losses that take them weights [K] of the labels' classes. Raises Mistake if none does."""
+        if not any("class_weights" in bound.asks for bound in self.bound):
+            raise Mistake("class_weights: no loss of this training takes them; cross_entropy does")
+        self.class_weights = weights.to(next(self.student.parameters()).device)
 
     def leave_out_of_compile(self) -> None:
         """Excludes from torch.compile the methods that it would recompile for every changed number.
@@ -208,7 +220,7 @@ class Objective(nn.Module):
         epoch: float,
     ) -> list[Any]:
         """Returns the arguments of the loss, in its order."""
-        available: dict[str, Any] = {"labels": labels, "epoch": epoch}
+        available: dict[str, Any] = {"labels": labels, "epoch": epoch, "class_weights": self.class_weights}
         # Sample ids count the whole training split; losses count only the samples that are trained on.
         available["index"] = index if self._ids is None else torch.searchsorted(self._ids, index)
         available["student_logits"], available["student_embedding"] = student.logits, student.embedding
@@ -241,8 +253,9 @@ class Objective(nn.Module):
     def rehearse(self, data: Data) -> None:
         """Computes the losses of two random images with labels like the data's. Raises Mistake if that fails."""
         images = example_images(data, next(self.student.parameters()).device)
-        index = data.train.ids[:2].to(images.device)
-        labels = data.train.labels[:2].to(images.device)
+        train = data.labelled_alone().train
+        index = train.ids[:2].to(images.device)
+        labels = train.labels[:2].to(images.device)
         labelled = bool((labels >= 0).all())
         if (data.mixup or data.cutmix) and labelled:
             labels = images.new_full((len(labels), len(data.classes)), 1 / len(data.classes))
@@ -294,3 +307,29 @@ class Objective(nn.Module):
             if hasattr(bound.function, "finish"):
                 assert self.teacher is not None
                 bound.function.finish(student, features.head(self.teacher.network))
+
+
+PER_IMAGE = {"labels", "index"} | (MAPS | MAP_LISTS | EMBEDDINGS | {"student_logits", "teacher_logits"})
+
+
+def of_labelled(asks: Sequence[str], arguments: Sequence[Any], labels: Tensor) -> list[Any]:
+    """Returns a loss's arguments for the images with a label alone; [] if the batch has none.
+
+    asks: their names. labels: int64 [N], -1 for none, or [N, K] of mixed images, whose rows sum to 1 if both had one.
+    """
+    known = labels >= 0 if labels.dim() == 1 else labels.sum(1) > 1 - 1e-3
+    if not known.any():
+        return []
+
+    def chosen(value: Any) -> Any:
+        return (
+            [chosen(one) for one in value]
+            if isinstance(value, list)
+            else None
+            if value is None
+            else value[known]
+        )
+
+    return [
+        chosen(value) if word in PER_IMAGE else value for word, value in zip(asks, arguments, strict=True)
+    ]

@@ -12,7 +12,7 @@ has learned parameters, an `nn.Module` class whose constructor gets example size
     projected_embedding                   [N, Dt]: the student's through a learned linear map
     student_weight, teacher_weight        a layer's parameter
     labels [N] or [N, K], index [N] (each sample's position in the training part, below the constructor's num_samples),
-    teacher_head (embedding -> logits), epoch
+    class_weights [K] of the labels' classes, or None where all weigh the same; teacher_head (embedding -> logits), epoch
 
 Keyword-only arguments are recipe keys. To add a loss: write the file; the contract tests find it.
 """

@@ -16,7 +16,7 @@ from trainer.recipe.keys import (
     TermKeys,
 )
 from trainer.recipe.shelves import beside, chosen, fed, find, split
-from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of
+from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of, training_of
 from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
 from trainer.recipe.text import at_path
 from trainer.recipe.wheels import WHEELS, wheel_name
@@ -199,6 +199,13 @@ def _stage_faults(
         if asks_teacher and taught_later and not all(_knows(keys) for _, keys in teachers):
             yield path, f"asks a teacher that is taught only later, in stages[{teaching[0]}]"
         yield from _loss_faults(path, stage, has_teacher, mixed)
+        training = training_of(stage)
+        asked = {word for term in terms_of(stage) for word in wants(term)}
+        if training is not None and training.class_weights and asked and "class_weights" not in asked:
+            yield (
+                (*path, "training", "class_weights"),
+                "has no effect: no loss here takes them; cross_entropy does",
+            )
         yield from _chosen_faults(path, stage, recipe.precision)
         for message in order_faults(stage, before):
             key, found, rest = message.partition(": ")

@@ -42,6 +42,10 @@ class Training(Entry):
         freeze_epochs: For the first so many epochs only the classifier is trained, as with `train_only: head`.
         layer_decay: A layer's learning rate is lr times layer_decay^(layers above it), as in timm: the classifier has lr, the
             first layer the lowest rate. Layers are timm's groups of the network, elsewhere its blocks.
+        class_weights: `balanced` weighs each image, in the losses that take the weights (cross_entropy), by 1 over its
+            class's frequency, as scikit-learn does: the mean weight of an image is 1.
+        sampler: `balanced` draws as many images of each class in an epoch, rare ones several times and some of the frequent
+            ones not; images without a label once each. An epoch has as many images as without it.
         compile: Whether torch.compile is used (a minute more at the start; on CPUs it needs a C++ compiler). It changes
             results by rounding only, as channels_last does.
         channels_last: Whether images and convolutions have that memory layout.
@@ -70,6 +74,8 @@ class Training(Entry):
     train_only: Literal["head"] | None = None
     freeze_epochs: NonNegativeInt = 0
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    class_weights: Literal["balanced"] | None = None
+    sampler: Literal["balanced"] | None = None
     compile: bool = False
     channels_last: bool = False
 
@@ -81,6 +87,10 @@ class Training(Entry):
             )
         if self.nesterov and not self.momentum:
             raise Mistake("nesterov has no effect without momentum")
+        if self.class_weights and self.sampler:
+            raise Mistake(
+                "class_weights and sampler both make the classes count alike; one of them is allowed"
+            )
         if self.decay_all and not self.weight_decay:
             raise Mistake("decay_all has no effect with weight_decay 0")
         if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):

@@ -15,7 +15,7 @@ from trainer.mistakes import Mistake
 from trainer.reporting import charts
 from trainer.reporting.drawing import short_bytes
 from trainer.reporting.plots import is_teacher, position_of
-from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, missing
+from trainer.reporting.tables import FOLDED, FURTHER, NOTHING, by_block, duration, missing
 from trainer.storage import records
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,11 @@ def page(
     return templates.get_template("report.html").render(
         report=report,
         rows=report["rows"],
+        further={
+            key: name
+            for key, name in FURTHER.items()
+            if any(row.get(key) is not None for row in report["rows"])
+        },
         exports=[row for row in report["rows"] if row.get("target")],
         student=_last(report["rows"], "student"),
         teacher=_last(report["rows"], "teacher"),

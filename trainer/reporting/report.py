@@ -20,9 +20,20 @@ from typing_extensions import TypedDict
 from trainer.reporting import drawing
 from trainer.reporting.page import page, read_log
 from trainer.reporting.plots import accuracy_against_bytes, histograms, position_of
-from trainer.reporting.tables import FOLDED, NOTHING, by_block, duration, export_table, layer_table, table
+from trainer.reporting.tables import (
+    FOLDED,
+    NOTHING,
+    by_block,
+    class_table,
+    confusion_table,
+    duration,
+    export_table,
+    layer_table,
+    table,
+)
 from trainer.storage import files, records
 
+MOST_CLASSES = 30  # that a table shows
 _Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
@@ -67,7 +78,7 @@ def write(
         plots[name] = figure
     for name, figure in plots.items():
         files.write_bytes(folder / name, drawing.png(figure))
-    files.write_bytes(folder / "report.md", _markdown(report, list(plots)).encode())
+    files.write_bytes(folder / "report.md", _markdown(report, list(plots), evidence).encode())
     data = json.dumps(
         files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False
     )
@@ -83,7 +94,7 @@ def read(folder: Path) -> dict[str, Any]:
     return records.read(path, _Report, f"remove {path}, and the same command writes it anew")
 
 
-def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
+def _markdown(report: Mapping[str, Any], plots: Iterable[str], evidence: Mapping[str, Any]) -> str:
     recipe = report.get("recipe")
     seed = report.get("seed", recipe.get("seed") if isinstance(recipe, Mapping) else None)
     parts = [f"# {report['name']}"]
@@ -106,6 +117,17 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str]) -> str:
             "two highest logits lie within 1e-4 of the largest. Times are of one image."
         )
         parts += [f"- {row['stage']}: {note}" for row in exports for note in row.get("notes", [])]
+    if evidence.get("per_class"):
+        parts += ["## Classes", class_table(evidence["per_class"][:MOST_CLASSES])]
+        if len(evidence["per_class"]) > MOST_CLASSES:
+            parts.append(
+                f"The first {MOST_CLASSES} of {len(evidence['per_class'])} classes, as the last student answers them."
+            )
+        else:
+            parts.append(confusion_table(evidence["confusion"], evidence["classes"]))
+            parts.append(
+                "Both are of the last student on the test split; a row is a true class, a column its answer."
+            )
     if report.get("data"):
         parts += ["## Data", "\n".join(f"- {note}" for note in report["data"])]
     if report["layers"]:

@@ -10,6 +10,10 @@ from tabulate import tabulate
 NOTHING = "–"
 # Titles of an account's entries: counts, and the bytes of mask and values in other codes.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
+FURTHER = {
+    "top5": "top-5",
+    "balanced": "balanced",
+}  # accuracies that rows have where they say more than the top-1
 FOLDED = 20  # a network with more layers than this is shown block by block, and its layers folded away
 OTHERWISE = {
     "iid_bytes": "i.i.d.",
@@ -24,6 +28,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "stage": lambda row: str(row["stage"]),
         "top-1 %": lambda row: _decimals(row.get("top1"), 2),
+        **{f"{name} %": lambda row, k=key: _decimals(row.get(k), 2) for key, name in FURTHER.items()},  # type: ignore[misc]
         "agreement %": lambda row: _decimals(row.get("agreement"), 2),
         "non-zero": lambda row: _count(row.get("num_nonzero")),
         "zeros %": lambda row: _decimals(row.get("sparsity"), 2, 100),
@@ -31,7 +36,29 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         "to student": lambda row: _ratio(row.get("ratio_student")),
         "to teacher": lambda row: _ratio(row.get("ratio_teacher")),
     }
+    for key, name in FURTHER.items():
+        if all(row.get(key) is None for row in rows):
+            del columns[f"{name} %"]
     return _aligned(columns, rows, num_text=1)
+
+
+def class_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the classes of a test split as a table. found: {"name", "images", "right", "answered"} of each."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "class": lambda row: str(row["name"]),
+        "images": lambda row: _count(row["images"]),
+        "right": lambda row: _count(row["right"]),
+        "right %": lambda row: _decimals(row["right"] / row["images"] if row["images"] else None, 2, 100),
+        "answered": lambda row: _count(row["answered"]),
+    }
+    return _aligned(columns, found, num_text=1)
+
+
+def confusion_table(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """Returns a confusion matrix as a table: a row for each true class, a column for each answer."""
+    columns: dict[str, Callable[[Any], str]] = {"true class": lambda row: str(row[0])}
+    columns |= {name: lambda row, at=at: _count(row[1][at]) for at, name in enumerate(classes)}  # type: ignore[misc]
+    return _aligned(columns, list(zip(classes, counts, strict=True)), num_text=1)
 
 
 def export_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.compression.states import dense_state
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, listed
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import changes_student, name_of, needs_trained, teaches
 from trainer.runs.orders import order_fault
@@ -102,11 +102,13 @@ def _found_untrained(recipe: Recipe, rows: Sequence[dict[str, Any]], number: int
 
 def warnings_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the warnings that hold of the teacher and the student as they are now, with their stages."""
-    return [
-        f"stage {row['index'] + 1} ({name_of(recipe.stages[row['index']])}): {row['warning']}"
-        for row in _standing(recipe, rows).values()
-        if "warning" in row
-    ]
+    found = []
+    for about, row in _standing(recipe, rows).items():
+        said = [row["warning"]] if "warning" in row else []
+        if never := row.get("never_answered"):
+            said.append(f"the {about} never answers {listed(never)}, which the test split has images of")
+        found += [f"stage {row['index'] + 1} ({name_of(recipe.stages[row['index']])}): {one}" for one in said]
+    return found
 
 
 def _standing(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -73,10 +73,11 @@ def train(
         assert training is not None
         network.requires_grad_(True)
         data = run.data
+        run.data = data.labelled_alone()
         prepare = None
         if teacher is not None:
             prepare = functools.partial(teacher.prepare, number=number)
-            run.data = data.at_size(
+            run.data = run.data.at_size(
                 teacher.members[number].size, teacher.filter
             )  # as it will see them when it teaches
         try:

@@ -18,25 +18,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def predict(network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accelerator") -> Tensor:
-    """Returns the class that a network predicts for each image of a part: int64 [len(part)].
+    """Returns the class that a network predicts for each image of a part: int64 [len(part)]; see `answered`."""
+    return answered(network, part, accelerator)[0]
 
-    The processes divide the batches among them, and each gets all predictions.
+
+@torch.no_grad()
+def answered(
+    network: Callable[[Tensor], Tensor], part: Part, accelerator: "Accelerator"
+) -> tuple[Tensor, Tensor]:
+    """Returns what a network answers to each image of a part: its class, and the place of the true class.
+
+    The processes divide the batches among them, and each gets all answers.
 
     Args:
         network: Maps images [N, C, H, W] in [0, 1] to logits [N, K].
         part: The images.
         accelerator: The run's.
+
+    Returns:
+        The predicted classes, int64 [len(part)]; and how many classes have a higher logit than the label, int64
+        [len(part)], K for an image without a label.
     """
     network = sparing(network)
     order = measured_order(part)[accelerator.process_index :: accelerator.num_processes]
-    answers = torch.zeros(len(part), dtype=torch.long, device=accelerator.device)
-    for positions, (images, _, _) in zip(
+    found = torch.zeros(2, len(part), dtype=torch.long, device=accelerator.device)
+    for positions, (images, labels, _) in zip(
         order, batches(part, order, part.workers, accelerator.device), strict=True
     ):
-        answers[positions.to(accelerator.device)] = network(images.float() / 255).argmax(-1)
-    return summed(answers)
+        logits = network(images.float() / 255)
+        above = (logits > logits.gather(1, labels.clamp(min=0)[:, None])).sum(1)
+        at = positions.to(accelerator.device)
+        found[0, at], found[1, at] = logits.argmax(-1), above.where(labels >= 0, logits.shape[1])
+    classes, places = summed(found)
+    return classes, places
 
 
 def measured_order(part: Part, most: int | None = None) -> list[Tensor]:
@@ -85,6 +100,20 @@ def percent_right(answers: Tensor, labels: Tensor) -> float:
     return (answers[known] == labels[known]).double().mean().item() * 100
 
 
+def balanced_accuracy(answers: Tensor, labels: Tensor) -> float:
+    """Returns the mean over the classes of the percentage of their images that are right: each class counts alike.
+
+    Classes without images do not count; NaN if no image has a label.
+    """
+    labels = labels.to(answers.device)
+    shares = [
+        percent_right(answers[labels == label], labels[labels == label])
+        for label in labels.unique()
+        if label >= 0
+    ]
+    return sum(shares) / len(shares) if shares else float("nan")
+
+
 def guessing(answers: Tensor, labels: Tensor) -> tuple[float, float]:
     """Returns the accuracy that these answers would have if dealt out at random, and the least that is better; in percent.
 
@@ -110,13 +139,19 @@ def guessing(answers: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def teacher_answers(run: Run, part_name: str) -> Tensor | None:
     """Returns the teacher's classes for a part ('validation', 'test'), computed once; None without a teacher."""
+    found = teacher_answered(run, part_name)
+    return None if found is None else found[0]
+
+
+def teacher_answered(run: Run, part_name: str) -> tuple[Tensor, Tensor] | None:
+    """Returns what `answered` returns of the teacher for a part, computed once; None without a teacher."""
     teacher = run.teacher
     if teacher is None:
         return None
     key = (part_name, teacher.version)
     if key not in run.answers:
         part = getattr(teacher.images_of(run.data), part_name)
-        run.answers[key] = predict(lambda images: teacher.see(images).logits, part, run.accelerator)
+        run.answers[key] = answered(lambda images: teacher.see(images).logits, part, run.accelerator)
     return run.answers[key]
 
 

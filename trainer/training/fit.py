@@ -79,7 +79,8 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     train, epoch, num_batches = run.data.train, state.epoch, state.num_batches
     view = state.views.number(epoch, run.stage)
-    order = epoch_order(len(train), training.batch_size, state.seed, epoch, rank, num_processes)
+    labels = train.labels.cpu() if training.sampler == "balanced" else None
+    order = epoch_order(len(train), training.batch_size, state.seed, epoch, rank, num_processes, labels)
     sizes = [len(positions) for positions in order]
     skipped = state.step % state.steps_per_epoch * training.accumulate
     changing = False

@@ -43,7 +43,7 @@ class Run:
         layers: The report's facts of each layer.
         histograms: {moment: {layer: weights}} for the report's plots.
         learned: Projectors and other learned tensors of losses, for later stages.
-        answers: The teacher's classes, by part of the data and the teacher's version.
+        answers: What the teacher answers, by part of the data and the teacher's version (`evaluate.answered`).
         student_answers: The student's classes for the validation images at the last row, None if not known.
         cache: The teacher's kept answers to the training images, None if they are not kept.
         stop: Whether the program was told to end.
@@ -68,7 +68,7 @@ class Run:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     histograms: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     learned: dict[str, Tensor] = field(default_factory=dict)
-    answers: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    answers: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     student_answers: Tensor | None = None
     cache: Answers | None = None
     stop: Stop = field(default_factory=Stop)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from trainer.data.balance import balanced_weights
 from trainer.data.batches import batches, seed_of
 from trainer.data.batches import num_batches as batches_of_an_epoch
 from trainer.data.views import Views
@@ -144,6 +145,8 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
         raise Mistake(
             f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another"
         )
+    if training.class_weights:
+        objective.weigh_classes(balanced_weights(run.data.train.labels, len(run.data.classes)))
     objective.recall(run.learned)
     objective.train()
     if training.channels_last:
