@@ -24,6 +24,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="run all stages anew, and take none over from other runs"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="time a few steps of every stage, and say what the whole will take",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,6 +36,13 @@ def run(options: argparse.Namespace) -> None:
 
     if options.fresh and options.from_stage is not None:
         raise Mistake("--from has no effect with --fresh, which runs all stages anew")
+    if options.dry_run:
+        if options.fresh or options.from_stage is not None:
+            raise Mistake("--from and --fresh have no effect with --dry-run, which keeps nothing")
+        from trainer.runs.dry_run import dry_run
+
+        print(dry_run(options.recipe, recipe_changes_of(options), options.threads, options.allow_python))
+        return
     runner.run(
         options.recipe,
         recipe_changes_of(options),

@@ -93,7 +93,7 @@ def run(
             tracks = recipe.track is not None and accelerator.is_main_process
             with tracked(here, tracks):  # after the data was opened
                 try:
-                    for stage in _stages_due(this, recipe, plan, len(recipe.stages), started):
+                    for stage in stages_due(this, recipe, plan, len(recipe.stages), started):
                         find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
                 except Untrained:
                     _write_report(this, recipe, plain, started)
@@ -131,12 +131,12 @@ def begun(
         ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
-            for stage in _stages_due(this, recipe, plan, num_stages, started):
+            for stage in stages_due(this, recipe, plan, num_stages, started):
                 find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
             yield this
 
 
-def _stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: float) -> Iterator[StageKeys]:
+def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: float) -> Iterator[StageKeys]:
     """Prepares the run for each unfinished stage and yields the stage; saves its checkpoint afterwards.
 
     Args:

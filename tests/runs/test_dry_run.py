@@ -1,0 +1,66 @@
+"""`trainer run RECIPE --dry-run`: a few steps of every stage, the plan of the whole, and nothing left behind."""
+
+import json
+
+import pytest
+
+from trainer.cli import main
+from trainer.runs.dry_run import learning_seconds
+
+LOSSES = [{"loss": "kl"}]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+
+    def write(**changes):
+        content = {
+            "name": "plan",
+            "data": {"dataset": "digits", "augment": {"shift": 1}, "views": 3, "subset": 400},
+            "teacher": {"model": "lenet300", "hidden": [20]},
+            "student": {"model": "lenet300", "hidden": [5]},
+            "stages": [
+                {"stage": "train", "who": "teacher", "training": {"epochs": 7, "batch_size": 50}},
+                {
+                    "stage": "distill",
+                    "training": {"epochs": 400, "batch_size": 50, "warmup": 5},
+                    "losses": LOSSES,
+                },
+                {"stage": "prune", "method": "magnitude", "sparsity": 0.5},
+                {"stage": "pack"},
+            ],
+        } | changes
+        (tmp_path / "plan.yaml").write_text(json.dumps(content))
+        return "plan.yaml"
+
+    return write
+
+
+def test_the_plan_has_a_row_for_each_stage_and_nothing_stays(recipe, tmp_path, capsys):
+    for cache in ("disk", None):
+        name = recipe(**({"cache": cache} if cache else {}))
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["run", name, "--dry-run"]) == 0
+        said = capsys.readouterr()
+        rows = {line.split()[0]: line for line in said.out.splitlines() if line}
+        assert list(rows)[2:8] == ["opening", "train", "distill", "prune", "pack", "all"]
+        assert " 7 " in rows["train"] and " 400 " in rows["distill"]
+        assert "400 training, 144 validation and 360 test images" in said.out
+        assert f"the teacher's answers take 0.2 MiB {'on disk' if cache else 'in memory'}" in said.out
+        assert "top-1" not in said.out + said.err and "timing stage 2/4: distill" in said.err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_time_of_new_and_kept_answers_adds_up():
+    assert learning_seconds(1000, 10, 100.0, 500.0, 4) == pytest.approx(4 * 10 + 6 * 2)
+    assert learning_seconds(1000, 3, 100.0, 500.0, 4) == pytest.approx(30)
+
+
+def test_mistakes_are_told_as_in_a_run(recipe, capsys):
+    name = recipe(student={"model": "lenet999"})
+    assert main(["run", name, "--dry-run"]) == 2
+    assert "lenet999" in capsys.readouterr().err
+    assert main(["run", recipe(), "--dry-run", "--fresh"]) == 2
+    assert "no effect with --dry-run" in capsys.readouterr().err
