@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.cli import main
 from trainer.networks import build as building
-from trainer.packing import container
+from trainer.packing import container, together
 from trainer.packing import network as packed
 from trainer.packing import tensors as packing_tensors
 from trainer.packing.loading import load
@@ -89,16 +89,19 @@ def test_a_header_nested_too_deeply(monkeypatch):
         packed.header(data, "x.tiny")
 
 
+@pytest.mark.parametrize("small", [0, container.MEDIUM])
 @pytest.mark.parametrize("shape", [(2**23,), (2**24,), (1, 2**23), (2**12, 2**12)])
-def test_a_few_bytes_do_not_announce_millions_of_positions(shape, monkeypatch):
+def test_a_few_bytes_do_not_announce_millions_of_positions(shape, small, monkeypatch):
     """Files whose layout names a large tensor and whose stream ends there: refused before memory is taken for it."""
     known = {"a": (shape, "float32")}
-    small = np.array([0, 1.5, 0, 2.5], np.float32)
-    data = container.encode(FACTS, {"a": small if len(shape) == 1 else small[None]})
+    monkeypatch.setattr(container, "MEDIUM", small)
+    four = np.array([0, 1.5, 0, 2.5], np.float32)
+    data = container.encode(FACTS, {"a": four if len(shape) == 1 else four[None]})
     real = container._code_layout
     monkeypatch.setattr(container, "_code_layout", lambda *a: real(*a) and known)
-    monkeypatch.setattr(packing_tensors, "code_mask", lambda *a: pytest.fail("took the stream at its word"))
-    with pytest.raises(ValueError, match=f"cannot hold the {np.prod(shape):,} positions of tensor a"):
+    for module in (packing_tensors, together):
+        monkeypatch.setattr(module, "code_masks", lambda *a: pytest.fail("took the stream at its word"))
+    with pytest.raises(ValueError, match=f"cannot hold the {np.prod(shape):,} positions"):
         container.decode(data)
 
 

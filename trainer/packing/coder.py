@@ -114,35 +114,35 @@ class Decoder:
     bits = 0.0
 
     def __init__(self, data: bytes) -> None:
-        self._words = array(
-            "H", data + bytes(len(data) % 2)
-        )  # a list of them would take 18 times the file's size
+        # Zeros follow the data. A list of the words would take 18 times the file's size.
+        self._words = array("H", data + bytes(len(data) % 2 + 8))
         if sys.byteorder == "little":
             self._words.byteswap()
-        self._at = 0
+        self._at, self._last = 0, len(self._words) - 1
         self._span = _SPAN
         self._value = 0
         for _ in range(3):
             self._value = self._value << 16 | self._next()
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
-        value, span = self._value, self._span
-        out: list[int] = []
-        append = out.append
-        for probability in probabilities.tolist():
+        value, span, words, at = self._value, self._span, self._words, self._at
+        out = bytearray(len(probabilities))
+        for i, probability in enumerate(probabilities.tolist()):
             bound = (span >> PROBABILITY_BITS) * probability
             if value < bound:
                 span = bound
-                append(1)
+                out[i] = 1
             else:
                 value -= bound
                 span -= bound
-                append(0)
             if span < _NARROW:
+                if at > self._last:
+                    raise Mistake("the coded stream ends too early")
                 span <<= 16
-                value = value << 16 | self._next()
-        self._value, self._span = value, span
-        return np.array(out, np.int64)
+                value = value << 16 | words[at]
+                at += 1
+        self._value, self._span, self._at = value, span, at
+        return np.frombuffer(out, np.uint8).astype(np.int64)
 
     def bit(self, probability: int, bit: int = 0) -> int:
         bound = (self._span >> PROBABILITY_BITS) * probability
@@ -175,12 +175,10 @@ class Decoder:
 
     def _next(self) -> int:
         at = self._at
-        self._at = at + 1
-        if at < len(self._words):
-            return self._words[at]
-        if at > len(self._words) + 3:
+        if at > self._last:
             raise Mistake("the coded stream ends too early")
-        return 0
+        self._at = at + 1
+        return self._words[at]
 
     def check_end(self, num_bytes: int) -> None:
         """Raises Mistake if fewer of the data's num_bytes would have been enough."""
@@ -195,12 +193,14 @@ class Meter:
         self._coder = coder
         self.writes = coder.writes
         self.bits = 0.0
+        self.costs = np.zeros(0)  # of each bit of the last `code`
 
     def code(self, probabilities: np.ndarray, bits: np.ndarray | None = None) -> np.ndarray:
         coder: Any = self._coder  # an Encoder must be given the bits
         coded = coder.code(probabilities, bits)
         likelihood = np.where(coded, probabilities, ONE - probabilities)
-        self.bits += PROBABILITY_BITS * coded.size - float(np.log2(likelihood).sum())
+        self.costs = PROBABILITY_BITS - np.log2(likelihood)
+        self.bits += float(self.costs.sum())
         return coded
 
     def bit(self, probability: int, bit: int = 0) -> int:

@@ -26,14 +26,17 @@ from trainer.networks.bounded import bounded
 from trainer.packing.coder import LOWEST, ONE, Decoder, Encoder, Meter
 from trainer.packing.numbers import patterns_of
 from trainer.packing.rivals import rival_bytes
-from trainer.packing.stream import Stream
+from trainer.packing.stream import PRIMER, Stream
 from trainer.packing.tensors import MAX_CLUSTERS, code_tensor
+from trainer.packing.together import code_together
 
 MAGIC = b"tS"
-VERSION = 3
+VERSION = 4
 # That are read. 1 and 2 are coded alike, and 2 says how images are brought to the input; 3 codes small tensors of integers
-# number by number, and expects other headers.
-VERSIONS = (1, 2, 3)
+# number by number, and expects other headers; 4 codes all tensors together, which takes a tenth of the time.
+VERSIONS = (1, 2, 3, 4)
+# Bytes of a file up to which it is written in version 3 if that makes it smaller, and up to which if it saves a fiftieth.
+SMALL, MEDIUM = 8192, 65536
 MAX_NUMEL = 1 << 28  # numbers in all tensors of a file: 1 GB of float32
 DTYPES = "float32 int64 float16 float64 int32 int16 int8 uint8 bool uint16 uint32 uint64".split()
 _LONG, _LONGEST = 4096, 1 << 24  # bytes: a longer header is deflated; a still longer one is refused
@@ -123,7 +126,7 @@ def _check_room(layout: Normal, num_bytes: int) -> None:
 
 
 def _code_header(stream: Stream, header: dict) -> dict:
-    text = ""
+    text, dictionary = "", b"" if stream.version < 4 else PRIMER.encode()
     if stream.coder.writes:
         try:
             text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
@@ -131,11 +134,14 @@ def _code_header(stream: Stream, header: dict) -> dict:
             raise Mistake(f"the header cannot be written as JSON: {error}") from error
     packed = text.encode()
     # A long one (thousands of class names) is deflated, because the text model takes 50 us for a byte.
-    if stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
-        packed = zlib.compress(packed, 9)
+    if dictionary or stream.coder.bit(16 * LOWEST, int(len(packed) > _LONG)):
+        # The dictionary is text that headers have in common; its files have neither zlib's header nor checksum.
+        form: dict[str, Any] = {"wbits": -15, "zdict": dictionary} if dictionary else {}
+        deflate = zlib.compressobj(9, **form)
+        packed = deflate.compress(packed) + deflate.flush()
         packed = stream.literally(stream.scalars.number("header", len(packed), _LONGEST), packed)
         most = int(min(_LONGEST, _most(_INFLATED, len(packed))))
-        inflated = zlib.decompressobj().decompress(packed, most + 1)
+        inflated = zlib.decompressobj(**form).decompress(packed, most + 1)
         if len(inflated) > most:
             raise Mistake(f"the header's {len(packed):,} bytes unfold to more than {most:,} bytes of text")
         text = inflated.decode()
@@ -174,15 +180,32 @@ def encode(
         if name not in arrays:
             raise ValueError(f"steps: there is no tensor {name!r}")
         _check_step(name, arrays[name], step)
-    coder = Encoder()
-    stream = Stream(coder, bytearray(), VERSION)
-    _code_header(stream, header)
-    _code_layout(stream, found, layout is None)
-    for name, array in arrays.items():
-        code_tensor(stream, name, array, steps.get(name))
-    body = MAGIC + bytes([VERSION]) + coder.finish(bool(stream.literal)) + bytes(stream.literal)
-    _check_room(found, len(body) + 4)
-    return body + _checksum(body)
+
+    def packed(version: int) -> bytes:
+        coder = Encoder()
+        stream = Stream(coder, bytearray(), version)
+        _code_header(stream, header)
+        _code_layout(stream, found, layout is None)
+        _code_tensors(stream, arrays, steps)
+        body = MAGIC + bytes([version]) + coder.finish(bool(stream.literal)) + bytes(stream.literal)
+        _check_room(found, len(body) + 4)
+        return body + _checksum(body)
+
+    data = packed(VERSION)
+    if len(data) <= MEDIUM:
+        smaller = packed(3)
+        if len(smaller) < len(data) * (1 if len(data) <= SMALL else 0.98):
+            return smaller
+    return data
+
+
+def _code_tensors(
+    stream: Stream, arrays: Mapping[str, np.ndarray], steps: Mapping[str, float] = {}
+) -> dict[str, np.ndarray]:
+    """Codes all tensors; a Decoder gets arrays of the right shapes and dtypes."""
+    if stream.version >= 4:
+        return code_together(stream, arrays, steps)
+    return {name: code_tensor(stream, name, array, steps.get(name)) for name, array in arrays.items()}
 
 
 def _check_step(name: str, array: np.ndarray, step: float) -> None:
@@ -247,10 +270,8 @@ def _decode(
         found = _code_layout(stream, _known_layout(stream, header, layout), False)
         _check_room(found, len(data))
         stream.part("", "layout", start)
-        tensors = {
-            tensor: code_tensor(stream, tensor, np.zeros(shape, dtype))
-            for tensor, (shape, dtype) in found.items()
-        }
+        blank = {tensor: np.zeros(shape, dtype) for tensor, (shape, dtype) in found.items()}
+        tensors = _code_tensors(stream, blank)
         decoder.check_end(len(stream.literal))
     except (ValueError, zlib.error) as error:
         raise Mistake(f"{name}: {error}") from error

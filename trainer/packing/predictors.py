@@ -18,6 +18,7 @@ from trainer.packing.coder import LOWEST, ONE, Coder, Encoder
 UNIT = 256  # logarithms to base 2 are integers in units of 1 / UNIT
 LOG2_SIZE = 1 << 18
 STRETCH_LIMIT = 16 * UNIT - 1
+TYPICAL = range(116, 128)  # exponents of float32: 0.0005 .. 2
 
 
 @cache

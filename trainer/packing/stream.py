@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from trainer.mistakes import Mistake
-from trainer.packing.coder import Coder
+from trainer.packing.coder import Coder, Meter
 from trainer.packing.integers import MOST_TOGETHER, MixedBits
-from trainer.packing.predictors import Scalars, Text
+from trainer.packing.predictors import TYPICAL, Scalars, Text
 
 # Typical headers: text that a header has in common with them costs next to nothing. A change needs a new version.
 _PRIMER_2 = (
@@ -31,7 +32,7 @@ _PRIMER_2 = (
     '{"net":{"model":"separable","widths":[8,12,16,16],"strides":[2,1,2,1],"first_kernel":5,'
     '"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],"std":[0.308108],"classes":10}'
 )
-_PRIMER = (
+PRIMER = (
     _PRIMER_2
     + '\0{"net":{"model":"separable","widths":[12,16,20,24,32],"strides":[2,2,1,1],"first_kernel":3,'
     '"kernel":5,"residual":true,"repeat":2,"batch_norm":false},"shape":[1,28,28],"mean":[0.13066],'
@@ -51,10 +52,10 @@ class Stream:
     literal: bytearray  # of an Encoder: written so far, last first; of a Decoder: not yet read
     version: int  # of the format
     scalars: Scalars = field(init=False)
-    text: Text = field(init=False)
     integers: MixedBits = field(init=False)
     one_by_one: int = MOST_TOGETHER  # integers that may still be coded by `integers`
-    parts: list[tuple[str, str, float, int]] = field(default_factory=list)  # tensor, part, bits, literal
+    parts: list[tuple[str, str, float, float]] = field(default_factory=list)  # tensor, part, bits, literal
+    spent: np.ndarray = field(default_factory=lambda: np.zeros(1))  # bits of tensors that are coded together
     capacity: float = math.inf  # the most decisions that a Decoder's bytes can hold
     num_bytes: float = math.inf  # of the file that a Decoder reads
     live: np.ndarray | None = None  # non-zero weights of each row of the last weight tensor
@@ -63,11 +64,28 @@ class Stream:
 
     def __post_init__(self) -> None:
         self.scalars = Scalars(self.coder)
-        self.scalars.expect("exponent", 8, range(116, 128))  # 0.0005 .. 2
-        self.text = Text(self.coder, _PRIMER if self.version > 2 else _PRIMER_2)
+        self.scalars.expect("exponent", 8, TYPICAL)
         self.integers = MixedBits(self.coder)
         if self.version <= 2:
             self.one_by_one = 0
+
+    @cached_property
+    def text(self) -> Text:
+        """The coder of texts; training it on the typical headers takes a while."""
+        return Text(self.coder, PRIMER if self.version > 2 else _PRIMER_2)
+
+    def code(
+        self,
+        probabilities: np.ndarray,
+        bits: np.ndarray,
+        owner: np.ndarray,
+        some: np.ndarray | slice = slice(None),
+    ) -> np.ndarray:
+        """Codes bits [n] of the tensors with the numbers owner[some] [n], whose bits `spent` counts; see `Encoder.code`."""
+        coded = self.coder.code(probabilities, bits)
+        if isinstance(self.coder, Meter):
+            self.spent += np.bincount(owner[some], self.coder.costs, len(self.spent))
+        return coded
 
     def here(self) -> tuple[float, int]:
         """Returns the bits and literal bytes so far, for `part`."""

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 
 from trainer.mistakes import Mistake
-from trainer.packing.grids import grid_of
+from trainer.packing.grids import Sheet, grid_of
 from trainer.packing.integers import MOST_NUMBERS, code_integers
-from trainer.packing.masks import code_mask
+from trainer.packing.masks import code_masks
 from trainer.packing.numbers import code_drop, code_float, code_numbers, fraction_bits, patterns_of
 from trainer.packing.ranks import code_ranks
 from trainer.packing.stream import Stream
 
 MAX_CLUSTERS = 1 << 16
-_NONE, _SOME, _ALL = range(3)  # zeros of a tensor
-_RAW, _CODEBOOK, _STEPS = range(3)
+
+
+class Zeros(IntEnum):
+    """Which numbers of a tensor are zero."""
+
+    NONE, SOME, ALL = range(3)
+
+
+class Form(IntEnum):
+    """How a tensor's non-zeros are written: as they are, by codes into a codebook, as integers times a step."""
+
+    RAW, CODEBOOK, STEPS = range(3)
 
 
 def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None = None) -> np.ndarray:
@@ -26,47 +38,46 @@ def code_tensor(stream: Stream, name: str, array: np.ndarray, step: float | None
         return array.copy()
     present = patterns != 0 if stream.coder.writes else np.broadcast_to(False, numel)
     context = (dtype.kind, array.ndim > 1)
-    form, zeros = _choose(array, patterns, present, step) if stream.coder.writes else (_RAW, _NONE)
+    form, zeros = choose(array, patterns, present, step) if stream.coder.writes else (Form.RAW, Zeros.NONE)
     form = scalars.tree(("form", *context), 2, form)
-    if form == _STEPS and dtype == np.float32 and numel <= min(MOST_NUMBERS, stream.one_by_one):
+    if form == Form.STEPS and dtype == np.float32 and numel <= min(MOST_NUMBERS, stream.one_by_one):
         stream.part(name, "form", start)
         return _code_small(stream, name, array, step)
     zeros = scalars.tree(("zeros", *context), 2, zeros)
-    if form > _STEPS or zeros > _ALL or form != _RAW and dtype.kind != "f":
+    if form > Form.STEPS or zeros > Zeros.ALL or form != Form.RAW and dtype.kind != "f":
         raise Mistake("the coded stream is damaged: unknown form of a tensor")
-    if zeros == _SOME:
-        _check_capacity(stream, name, numel)
+    if zeros == Zeros.SOME:
+        check_capacity(stream, f"positions of tensor {name}", numel)
     grid = grid_of(array.shape, stream.live)
     matrix = (grid.rows, grid.columns)
-    mask = np.full(matrix, zeros == _NONE, np.uint8)
+    mask = np.full(matrix, zeros == Zeros.NONE, np.uint8)
     stream.part(name, "form", start)
-    if zeros == _SOME:
+    if zeros == Zeros.SOME:
         start = stream.here()
-        mask = code_mask(stream, present.reshape(matrix), grid)
+        (mask,) = code_masks(stream, [present.reshape(matrix)], Sheet([grid]), [stream.density])
+        stream.density = (int(mask.sum()), mask.size)
         stream.part(name, "mask", start)
     chosen = mask.reshape(-1) > 0
     values = patterns[chosen]
     start = stream.here()
-    if form == _RAW:
+    if form == Form.RAW:
         values = code_numbers(stream, values, dtype)
     else:
-        if form == _CODEBOOK:
-            codebook, highest = _code_codebook(stream, np.unique(values), dtype)
+        if form == Form.CODEBOOK:
+            codebook, highest = code_codebook(stream, np.unique(values), dtype)
         else:
-            codebook, highest = _code_steps(stream, array, step)
+            codebook, highest = code_steps(stream, array, step)
         stream.part(name, "codebook", start)
         start = stream.here()
         if len(codebook) == 1:
             values = np.repeat(codebook, len(values))
         elif len(codebook):
-            _check_capacity(stream, name, len(values))
+            check_capacity(stream, f"positions of tensor {name}", len(values))
             ranks = np.zeros(matrix, np.int64)
             if stream.coder.writes:
-                order = np.argsort(codebook, kind="stable")
-                position = order[np.searchsorted(codebook, values, sorter=order)] - highest[0]
-                ranks.reshape(-1)[chosen] = position + (position >= 0)
-            ranks = code_ranks(stream, ranks, mask, grid, highest).reshape(-1)[chosen]
-            values = codebook[ranks + highest[0] - (ranks > 0)]
+                ranks = ranks_of(patterns.reshape(matrix), codebook, highest)
+            (ranks,) = code_ranks(stream, [ranks], [mask], Sheet([grid]), [highest])
+            values = of_ranks(ranks.reshape(-1)[chosen], codebook, highest)
         elif len(values):
             raise Mistake("the coded stream is damaged: an empty codebook")
     stream.part(name, "values", start)
@@ -99,31 +110,46 @@ def _code_small(stream: Stream, name: str, array: np.ndarray, step: float | None
         return (scale * integers.astype(np.float32)).reshape(array.shape)
 
 
-def _check_capacity(stream: Stream, name: str, num: int) -> None:
+def check_capacity(stream: Stream, what: str, num: int) -> None:
     """Raises Mistake, before memory is taken, for more positions than the file's bytes can hold decisions."""
     if num > stream.capacity:
-        raise Mistake(f"the coded stream is damaged: it cannot hold the {num:,} positions of tensor {name}")
+        raise Mistake(f"the coded stream is damaged: it cannot hold the {num:,} {what}")
 
 
-def _choose(
+def ranks_of(patterns: np.ndarray, codebook: np.ndarray, highest: tuple[int, int]) -> np.ndarray:
+    """Returns the signed ranks of patterns in a codebook (see `ranks`), 0 for zeros."""
+    order = np.argsort(codebook, kind="stable")
+    found = np.zeros(patterns.shape, np.int64)
+    chosen = patterns != 0
+    position = order[np.searchsorted(codebook, patterns[chosen], sorter=order)] - highest[0]
+    found[chosen] = position + (position >= 0)
+    return found
+
+
+def of_ranks(ranks: np.ndarray, codebook: np.ndarray, highest: tuple[int, int]) -> np.ndarray:
+    """Returns the patterns of signed ranks, of which none is 0."""
+    return codebook[ranks + highest[0] - (ranks > 0)]
+
+
+def choose(
     array: np.ndarray, patterns: np.ndarray, present: np.ndarray, step: float | None
 ) -> tuple[int, int]:
     """Returns the form of the fewest bytes, judged by entropy, and how zeros are coded."""
     numel, count = len(patterns), int(present.sum())
     mask_bits = entropy_bits(np.array([count, numel - count]))
     if count == 0:
-        return _RAW, _ALL
+        return Form.RAW, Zeros.ALL
     if array.dtype.kind != "f":
-        return _RAW, _NONE
+        return Form.RAW, Zeros.NONE
     if step is not None:
-        return _STEPS, _SOME if count < numel else _NONE
+        return Form.STEPS, Zeros.SOME if count < numel else Zeros.NONE
     union = int(np.bitwise_or.reduce(patterns)) | 1 << fraction_bits(array.dtype)
     number_bits = fraction_bits(array.dtype) + 4 - (union & -union).bit_length()
-    zeros = _SOME if count < numel else _NONE
-    sizes = {(_RAW, _NONE): numel * number_bits, (_RAW, zeros): mask_bits + count * number_bits}
+    zeros = Zeros.SOME if count < numel else Zeros.NONE
+    sizes = {(Form.RAW, Zeros.NONE): numel * number_bits, (Form.RAW, zeros): mask_bits + count * number_bits}
     values, counts = np.unique(patterns[present], return_counts=True)
     if len(values) <= MAX_CLUSTERS:
-        sizes[_CODEBOOK, zeros] = mask_bits + entropy_bits(counts) + len(values) * (number_bits + 2)
+        sizes[Form.CODEBOOK, zeros] = mask_bits + entropy_bits(counts) + len(values) * (number_bits + 2)
     return min(sizes, key=sizes.__getitem__)
 
 
@@ -133,7 +159,7 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
-def _code_codebook(
+def code_codebook(
     stream: Stream, patterns: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Codes the distinct values in rising order; returns their patterns and how many of each sign there are."""
@@ -162,7 +188,7 @@ def _code_codebook(
     return np.array(below[::-1] + above, patterns.dtype), (len(below), len(above))
 
 
-def _code_steps(stream: Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:
+def code_steps(stream: Stream, array: np.ndarray, step: float | None) -> tuple[np.ndarray, tuple[int, int]]:
     """Codes the codebook of a step times all integers between the least and the greatest."""
     scale = _code_scale(stream, step)
     integers = np.rint(array.astype(np.float64) / np.float64(scale)) if stream.coder.writes else np.zeros(1)
