@@ -390,6 +390,22 @@ BAD = {
             "10: stages[1].losses[0].weight: schedule 'cosine' has no effect: value and where it goes are both 1.0"
         ],
     ),
+    "value and ratio": (
+        changed("temperature: 2", "weight: {value: 1, ratio: 1}"),
+        ["10: stages[1].losses[0].weight: exactly one of value and ratio is needed"],
+    ),
+    "value without schedule": (
+        changed("temperature: 2", "weight: {value: 1}"),
+        ["10: stages[1].losses[0].weight: value has no schedule; a weight that does not change is a number"],
+    ),
+    "a word for a weight": (
+        changed("temperature: 2", "weight: much"),
+        ["10: stages[1].losses[0].weight: got 'much'; it should be a valid number or be 'auto'"],
+    ),
+    "ratio below zero": (
+        changed("temperature: 2", "weight: {ratio: -1}"),
+        ["10: stages[1].losses[0].weight.ratio: got -1; it should be greater than 0"],
+    ),
     "combine": (
         changed("name: good", "name: good\ncombine: logits"),
         ["2: combine: has no effect without teachers"],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.compression.weights import Weight, weights_of
 from trainer.data.images import Data
@@ -29,14 +29,16 @@ class Bound(nn.Module):
     """One loss with its projector, for one pair of layers, several pairs together, or none.
 
     Args:
-        name: Of the term in logs, such as hint/layer3.
+        name: Of the term in logs, such as hint/layer3; what is before the slash is the recipe's term, `term`.
         function: The loss; its positional arguments are `asks`.
         asks: Names of the tensors that the loss takes.
         pairs: The pairs of layers.
-        weight: Of the term, a number or a schedule.
+        weight: Of the term: a number or a schedule.
         projector: Maps the student's map or embedding to the teacher's width.
         weights: For losses on weights, the student's and the teacher's.
     """
+
+    balanced: Tensor
 
     def __init__(
         self,
@@ -51,10 +53,17 @@ class Bound(nn.Module):
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
         self.projector, self.weights = projector, weights
+        self.term = name.partition("/")[0]
+        self.is_found = isinstance(weight, WeightSchedule) and weight.ratio is not None
+        if self.is_found:  # by `ratios`, as the weight of ratio 1; a buffer, so that checkpoints keep it
+            self.register_buffer("balanced", torch.ones(()))
 
-    def weight_at(self, epoch: float, num_epochs: float) -> float:
+    def weight_at(self, epoch: float, num_epochs: float) -> float | Tensor:
         """Returns the term's weight after `epoch` epochs of a stage of `num_epochs`."""
-        return self.weight.at(epoch, num_epochs) if isinstance(self.weight, WeightSchedule) else self.weight
+        if not isinstance(self.weight, WeightSchedule):
+            return self.weight
+        at: float | Tensor = self.weight.at(epoch, num_epochs)
+        return at * self.balanced if self.is_found else at
 
 
 class Binding(NamedTuple):
@@ -184,7 +193,8 @@ def _bind(term: TermKeys, name: str, asks: list[str], pairs: Pairs, networks: Ne
         assert networks.teacher is not None
         head = features.head(networks.teacher.network)
         function.to(networks.images.device).finish(copy.deepcopy(networks.student), head)
-    return Bound(name, function, asks, pairs, term.weight, projector, weights)
+    weight = WeightSchedule(ratio=1.0) if term.weight == "auto" else term.weight
+    return Bound(name, function, asks, pairs, weight, projector, weights)
 
 
 def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Any:

@@ -10,6 +10,7 @@ from trainer.data.images import Data
 from trainer.distillation.answer_record import pack, record_of, restore
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
+from trainer.distillation.ratios import has_auto, ratios
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks.features import Seen, evaluating
@@ -77,6 +78,9 @@ def least_cosine(
         if cache.keeps(*objective.see_teacher):
             images, index, live, kept = cache.example(min(64, cache.data.train.at_once))
             labels = cache.data.train.labels[: len(index)].to(device)
+            if has_auto(objective):
+                with evaluating(objective):
+                    ratios(objective, images, labels, index, find=True)
             cosines.append(compared(objective, images, labels, index, live, kept).cosine)
     return min(cosines, default=None)
 

@@ -123,17 +123,11 @@ class Objective(nn.Module):
         Returns:
             {"loss": the weighted sum, and each term by name, unweighted}.
         """
-        # The teacher runs first: torch.compile breaks the graph at the cache, and no gradient crosses that break.
-        teacher = self._ask_teacher(images, index, view) if self._asks_teacher else None
-        student = features.see(self.student, self.prepare(images), *self._see_student)
-        if student.logits.dtype in (torch.float16, torch.bfloat16):
-            student = student._replace(logits=student.logits.float())
+        student, teacher = self.see(images, index, view)
         terms: dict[str, Tensor] = {}
         total: Any = 0.0
         for bound in self.bound:
-            arguments = self._feed(bound, student, teacher, labels, index, epoch)
-            if self._partly_labelled and "labels" in bound.asks:
-                arguments = of_labelled(bound.asks, arguments, labels)
+            arguments = self.feed(bound, student, teacher, labels, index, epoch)
             value = bound.function(*arguments) if arguments else 0.0 * student.logits.sum()
             terms[bound.name] = value
             total = total + bound.weight_at(epoch, self.num_epochs) * value
@@ -141,6 +135,17 @@ class Objective(nn.Module):
             terms[name] = penalty()
             total = total + weight * terms[name]
         return {"loss": total, **terms}
+
+    def see(
+        self, images: Tensor, index: Tensor, view: int | None
+    ) -> tuple[features.Seen, features.Seen | None]:
+        """Returns what student and teacher make of a batch, as far as the losses ask for it; arguments as in `forward`."""
+        # The teacher runs first: torch.compile breaks the graph at the cache, and no gradient crosses that break.
+        teacher = self._ask_teacher(images, index, view) if self._asks_teacher else None
+        student = features.see(self.student, self.prepare(images), *self._see_student)
+        if student.logits.dtype in (torch.float16, torch.bfloat16):
+            student = student._replace(logits=student.logits.float())
+        return student, teacher
 
     def _ask_teacher(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
         assert self.teacher is not None
@@ -210,7 +215,7 @@ class Objective(nn.Module):
         self._teacher_images = 0
         return {"teacher_images": int(summed(shown))}
 
-    def _feed(
+    def feed(
         self,
         bound: Bound,
         student: features.Seen,
@@ -219,7 +224,10 @@ class Objective(nn.Module):
         index: Tensor,
         epoch: float,
     ) -> list[Any]:
-        """Returns the arguments of the loss, in its order."""
+        """Returns the arguments of a loss, in its order; student and teacher are what `see` returned.
+
+        A loss on labels gets the images that have one; [] if the batch has none.
+        """
         available: dict[str, Any] = {"labels": labels, "epoch": epoch, "class_weights": self.class_weights}
         # Sample ids count the whole training split; losses count only the samples that are trained on.
         available["index"] = index if self._ids is None else torch.searchsorted(self._ids, index)
@@ -247,25 +255,32 @@ class Objective(nn.Module):
         if "projected_embedding" in bound.asks:
             assert bound.projector is not None
             available["projected_embedding"] = bound.projector(student.embedding)
-        return [available[word] for word in bound.asks]
+        arguments = [available[word] for word in bound.asks]
+        if self._partly_labelled and "labels" in bound.asks:
+            return of_labelled(bound.asks, arguments, labels)
+        return arguments
 
     @torch.no_grad()
     def rehearse(self, data: Data) -> None:
         """Computes the losses of two random images with labels like the data's. Raises Mistake if that fails."""
-        images = example_images(data, next(self.student.parameters()).device)
-        train = data.labelled_alone().train
-        index = train.ids[:2].to(images.device)
-        labels = train.labels[:2].to(images.device)
-        labelled = bool((labels >= 0).all())
-        if (data.mixup or data.cutmix) and labelled:
-            labels = images.new_full((len(labels), len(data.classes)), 1 / len(data.classes))
+        images, labels, index = self.example(data)
+        labelled = labels.dim() == 2 or bool((labels >= 0).all())
         try:
             with features.evaluating(self):
-                self(images[: len(labels)], labels, index)
+                self(images, labels, index)
         except (IndexError, RuntimeError, ValueError) as error:
             if not labelled and any("labels" in bound.asks for bound in self.bound):
                 raise Mistake("the loss asks for labels, and the training images have none") from error
             raise Mistake(f"cannot be computed for this student and data: {error}") from error
+
+    def example(self, data: Data) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns two random images with labels like the data's, and their sample ids."""
+        images = example_images(data, next(self.student.parameters()).device)
+        train = data.labelled_alone().train
+        index, labels = (tensor[:2].to(images.device) for tensor in (train.ids, train.labels))
+        if (data.mixup or data.cutmix) and bool((labels >= 0).all()):
+            labels = images.new_full((len(labels), len(data.classes)), 1 / len(data.classes))
+        return images[: len(labels)], labels, index
 
     def pairs(self) -> list[dict[str, Any]]:
         """Returns the table of paired layers: term, layer and shape of student and teacher, projector."""
@@ -312,12 +327,17 @@ class Objective(nn.Module):
 PER_IMAGE = {"labels", "index"} | (MAPS | MAP_LISTS | EMBEDDINGS | {"student_logits", "teacher_logits"})
 
 
+def labels_known(labels: Tensor) -> Tensor:
+    """Returns which images have a label: bool [N]. labels: as for `of_labelled`."""
+    return labels >= 0 if labels.dim() == 1 else labels.sum(1) > 1 - 1e-3
+
+
 def of_labelled(asks: Sequence[str], arguments: Sequence[Any], labels: Tensor) -> list[Any]:
     """Returns a loss's arguments for the images with a label alone; [] if the batch has none.
 
     asks: their names. labels: int64 [N], -1 for none, or [N, K] of mixed images, whose rows sum to 1 if both had one.
     """
-    known = labels >= 0 if labels.dim() == 1 else labels.sum(1) > 1 - 1e-3
+    known = labels_known(labels)
     if not known.any():
         return []
 

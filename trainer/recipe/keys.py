@@ -188,45 +188,60 @@ At = (
 
 
 class WeightSchedule(Entry):
-    """The weight of a term, which changes over the epochs of its stage.
+    """The weight of a term that changes over the epochs of its stage, or is found for each training.
 
     Attributes:
         value: The weight.
+        ratio: Instead of value: how much the term shall weigh, as the norm of its gradient over that of the labels'
+            cross-entropy (of weight 1), for the student's weights. The weight is found in the first 65 steps of each
+            training; a schedule then changes the ratio.
         schedule: `constant`; `warm_up`, linearly from 0 to value; `linear` and `cosine`, from value to `to`.
         epochs: Length of the change; then the weight is constant. By default the whole stage.
-        to: The last weight of `linear` and `cosine`; 0 by default.
+        to: The last weight (or ratio) of `linear` and `cosine`; 0 by default.
 
-    Acted on by `distillation.bound`.
+    Acted on by `distillation.bound` and `distillation.ratios`.
     """
 
-    value: NonNegativeFloat
-    schedule: Literal["constant", "warm_up", "linear", "cosine"]
+    value: NonNegativeFloat | None = None
+    ratio: PositiveFloat | None = None
+    schedule: Literal["constant", "warm_up", "linear", "cosine"] = "constant"
     epochs: PositiveFloat | None = None
     to: NonNegativeFloat | None = None
 
+    @property
+    def full(self) -> float:
+        """The value, or the ratio."""
+        full = self.value if self.ratio is None else self.ratio
+        assert full is not None
+        return full
+
     @model_validator(mode="after")
     def _has_effect(self) -> "WeightSchedule":
+        if (self.value is None) == (self.ratio is None):
+            raise Mistake("exactly one of value and ratio is needed")
+        if self.value is not None and "schedule" not in self.model_fields_set:
+            raise Mistake("value has no schedule; a weight that does not change is a number")
         if self.to is not None and self.schedule in ("constant", "warm_up"):
             raise Mistake(f"to has no effect with schedule {self.schedule!r}; 'linear' and 'cosine' have it")
         if self.epochs is not None and self.schedule == "constant":
             raise Mistake("epochs has no effect with schedule 'constant'")
-        if self.schedule != "constant" and self.value == (self.to or 0.0):
+        if self.schedule != "constant" and self.full == (self.to or 0.0):
             raise Mistake(
-                f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.value}"
+                f"schedule {self.schedule!r} has no effect: value and where it goes are both {self.full}"
             )
         return self
 
     def at(self, epoch: float, num_epochs: float) -> float:
-        """Returns the weight after `epoch` epochs of a stage of `num_epochs`."""
+        """Returns the value, or the ratio, after `epoch` epochs of a stage of `num_epochs`."""
         if self.schedule == "constant":
-            return self.value
+            return self.full
         fraction = min(1.0, epoch / (self.epochs or num_epochs))
         if self.schedule == "warm_up":
-            return self.value * fraction
+            return self.full * fraction
         end = 0.0 if self.to is None else self.to
         if self.schedule == "cosine":
             fraction = (1 - math.cos(math.pi * fraction)) / 2
-        return self.value + (end - self.value) * fraction
+        return self.full + (end - self.full) * fraction
 
 
 class TermKeys(_ShelfEntry):
@@ -234,7 +249,8 @@ class TermKeys(_ShelfEntry):
 
     Attributes:
         loss: A file of the losses shelf, or `python:module:name`.
-        weight: A number or a schedule; a term of weight 0 is only logged.
+        weight: A number or a schedule; a term of weight 0 is only logged. `auto` finds the number that makes its
+            gradient as large as that of the labels: `{ratio: 1}`.
         at: The pairs of layers, for losses on layers: `auto` (the default), `last`, a list of the student's layers, or
             {student layer: teacher layer}. A layer is a block's name or number, a module's dotted name, or that
             name with `:input` for what the module is given. `auto` leaves out maps of one position where the loss is
@@ -244,7 +260,7 @@ class TermKeys(_ShelfEntry):
     """
 
     loss: str
-    weight: NonNegativeFloat | WeightSchedule = 1.0
+    weight: NonNegativeFloat | Literal["auto"] | WeightSchedule = 1.0
     at: At | None = None
 
 

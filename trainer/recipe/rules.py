@@ -17,7 +17,15 @@ from trainer.recipe.keys import (
 )
 from trainer.recipe.shelves import beside, chosen, fed, find, split
 from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of, training_of
-from trainer.recipe.terms import MAP_LISTS, MAPS, WEIGHTS, asked_of_teacher, needs_teacher, wants
+from trainer.recipe.terms import (
+    MAP_LISTS,
+    MAPS,
+    STUDENT_WORDS,
+    WEIGHTS,
+    asked_of_teacher,
+    needs_teacher,
+    wants,
+)
 from trainer.recipe.text import at_path
 from trainer.recipe.wheels import WHEELS, wheel_name
 
@@ -258,5 +266,11 @@ def _term_faults(path: tuple, term: TermKeys, has_teacher: bool, mixed: bool) ->
         yield path, f"loss {term.loss!r} needs a teacher, and there is none"
     if term.at is not None and not (MAPS | MAP_LISTS | WEIGHTS) & asks:
         yield (*path, "at"), f"loss {term.loss!r} looks at no layers (it wants {', '.join(sorted(asks))})"
+    if term.weight != 0 and not STUDENT_WORDS & asks:
+        yield (
+            path,
+            f"loss {term.loss!r} takes nothing of the student (it wants {', '.join(sorted(asks))}): whatever it learns, it "
+            "gives the student no gradient, so no weight has an effect; weight: 0 logs it",
+        )
     if mixed and "index" in asks:
         yield path, f"loss {term.loss!r} knows samples by index: not with mixup, cutmix"

@@ -14,6 +14,7 @@ EMBEDDINGS = {"student_embedding", "teacher_embedding", "projected_embedding"}
 WEIGHTS = {"student_weight", "teacher_weight"}
 OTHERS = {"student_logits", "teacher_logits", "labels", "class_weights", "index", "teacher_head", "epoch"}
 VOCABULARY = MAPS | MAP_LISTS | EMBEDDINGS | WEIGHTS | OTHERS
+STUDENT_WORDS = {w for w in VOCABULARY if w.startswith(("student", "projected"))}
 TEACHER_WORDS = {w for w in VOCABULARY if w.startswith("teacher")} | {"projected_map", "projected_embedding"}
 WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
 

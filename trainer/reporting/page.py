@@ -15,7 +15,16 @@ from trainer.mistakes import Mistake
 from trainer.reporting import charts
 from trainer.reporting.drawing import short_bytes
 from trainer.reporting.plots import is_teacher, position_of
-from trainer.reporting.tables import FOLDED, FURTHER, NOTHING, by_block, duration, missing
+from trainer.reporting.tables import (
+    FOLDED,
+    FURTHER,
+    NOTHING,
+    RATIOS_SAY,
+    by_block,
+    duration,
+    missing,
+    weighed,
+)
 from trainer.storage import records
 
 logger = logging.getLogger(__name__)
@@ -66,6 +75,7 @@ def page(
         "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
         "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",
         "short_bytes": lambda value: NOTHING if missing(value) else short_bytes(value),
+        "significant": lambda value: NOTHING if missing(value) else f"{value:.3g}",
         "milliseconds": lambda value: NOTHING if missing(value) else f"{1000 * value:.3g} ms",
         "plain_json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
         "duration": duration,
@@ -86,6 +96,8 @@ def page(
         byte_bars=Markup(_byte_bars(evidence.get("account", ()), len(layers))),
         parts=PARTS,
         trainings=[(name, *map(Markup, drawn), keys) for name, *drawn, keys in _trainings(log)],
+        losses=weighed(report["rows"]),
+        ratios_say=RATIOS_SAY,
         layers=layers,
         blocks=by_block(layers) if len(layers) > FOLDED else None,
         histograms=[

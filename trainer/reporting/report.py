@@ -23,6 +23,7 @@ from trainer.reporting.plots import accuracy_against_bytes, histograms, position
 from trainer.reporting.tables import (
     FOLDED,
     NOTHING,
+    RATIOS_SAY,
     by_block,
     class_table,
     confusion_table,
@@ -30,6 +31,7 @@ from trainer.reporting.tables import (
     export_table,
     layer_table,
     table,
+    weight_table,
 )
 from trainer.storage import files, records
 
@@ -109,6 +111,8 @@ def _markdown(report: Mapping[str, Any], plots: Iterable[str], evidence: Mapping
         "Top-1 and agreement with the teacher are on the test split. Bytes are those of the packed file at "
         "that stage; the ratios compare them with the dense student and the dense teacher."
     )
+    if any(row.get("ratios") for row in report["rows"]):
+        parts += ["## What the losses weigh", weight_table(report["rows"]), RATIOS_SAY]
     exports = [row for row in report["rows"] if row.get("target")]
     if exports:
         parts += ["## Exports", export_table(exports)]

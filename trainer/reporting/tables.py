@@ -15,6 +15,10 @@ FURTHER = {
     "balanced": "balanced",
 }  # accuracies that rows have where they say more than the top-1
 FOLDED = 20  # a network with more layers than this is shown block by block, and its layers folded away
+RATIOS_SAY = (
+    "A ratio is the norm of the gradient of a weighted loss over that of the labels' cross-entropy of weight 1, for the student's "
+    "weights; first and last as measured in the training. Far above 1 a loss drowns the labels, far below it does nothing."
+)
 OTHERWISE = {
     "iid_bytes": "i.i.d.",
     "huffman_bytes": "Huffman",
@@ -84,6 +88,41 @@ def export_table(rows: Sequence[Mapping[str, Any]]) -> str:
         if any(row.get(key) is not None for row in rows):
             columns[title] = lambda row, k=key, t=times, d=digits: _decimals(row.get(k), d, t)  # type: ignore[misc]
     return _aligned(columns, rows, num_text=1)
+
+
+def weight_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what each loss of the stages weighs (`weighed`) as a table."""
+    found = weighed(rows)
+    twice = any("first" in term for term in found)
+    first: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "first ratio": lambda term: _significant(term.get("first"))
+    }
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "stage": lambda term: str(term["stage"]),
+        "loss": lambda term: str(term["term"]),
+        "weight": lambda term: _significant(term["weight"]),
+        **(first if twice else {}),
+        "last ratio" if twice else "ratio": lambda term: _significant(term["last"]),
+        "weight for 1": lambda term: _significant(term["balanced"]),
+    }
+    return _aligned(columns, found, num_text=2)
+
+
+def weighed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one row for each loss of each stage: "stage", "term", "weight", its ratios "first" and "last", and "balanced".
+
+    balanced: the weight that would have made the last ratio 1.
+    """
+    return [
+        {
+            "stage": row["stage"],
+            "term": name,
+            **found,
+            "balanced": found["weight"] / found["last"] if found["last"] else None,
+        }
+        for row in rows
+        for name, found in (row.get("ratios") or {}).items()
+    ]
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -225,6 +264,10 @@ def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], 
 
 def _decimals(value: float | None, digits: int, times: float = 1) -> str:
     return NOTHING if value is None or missing(value) else f"{value * times:,.{digits}f}"
+
+
+def _significant(value: float | None) -> str:
+    return NOTHING if value is None or missing(value) else f"{value:.3g}"
 
 
 def _count(value: float | None) -> str:

@@ -13,6 +13,7 @@ from trainer.data.images import Data, InMemory, normalize
 from trainer.distillation.examine import example_images
 from trainer.distillation.kept_gradient import refuse_misled
 from trainer.distillation.objective import Objective
+from trainer.distillation.ratios import refuse_without_gradient
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.packing.network import can_encode, facts_of
@@ -70,7 +71,9 @@ def check_networks(
                 continue
             rehearsed.add(repr(term))
             try:
-                Objective(student, [term], data, teacher, device=device).rehearse(data)
+                objective = Objective(student, [term], data, teacher, device=device)
+                objective.rehearse(data)
+                refuse_without_gradient(objective, data)
                 if teacher is not None and isinstance(recipe.cache, CacheKeys):
                     refuse_misled(student, [term], data, teacher, recipe.cache, device)
             except Mistake as error:

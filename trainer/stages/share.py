@@ -32,6 +32,7 @@ from trainer.data.batches import batches, epoch_order, seed_of
 from trainer.data.images import Part
 from trainer.data.views import Views
 from trainer.distillation.objective import Objective
+from trainer.distillation.ratios import has_auto, ratios
 from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
@@ -277,8 +278,11 @@ def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict
     tensors = {name: _trained(layer) for name, layer in layers.items()}
     sums = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     read = batches(run.data.train, order, run.data.train.workers, device, views.cuts(0))
-    for images, labels, index in read:
-        loss = objective(views.augmented(images, index, 0), labels, index)["loss"]
+    for number, (images, labels, index) in enumerate(read):
+        seen = views.augmented(images, index, 0)
+        if has_auto(objective) and number == 0:
+            ratios(objective, seen, labels, index, find=True)
+        loss = objective(seen, labels, index)["loss"]
         gradients = torch.autograd.grad(loss, list(tensors.values()))
         for name, gradient in zip(tensors, gradients, strict=True):
             sums[name] += gradient.detach() ** 2

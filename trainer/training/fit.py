@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 from trainer.training.state import State, close_training, open_training, sync_buffers
 from trainer.training.stopping import Stopped
+from trainer.training.weighing import weigh_if_due
 
 LOG_STEPS = 50  # steps between two logs of the losses, because each log waits for the device
 CHECKPOINT_SECONDS = 60.0  # time between two checkpoints during a training; more if one takes longer than
@@ -29,7 +31,7 @@ BeforeStep = Callable[[int, int], bool]
 
 def fit(
     run: Run, objective: Objective, training: Training, before_step: BeforeStep | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Trains the objective in place.
 
     After an interruption at any moment, the same call continues from the newest checkpoint, and ends with the same
@@ -45,7 +47,8 @@ def fit(
             last change does not count for `keep: best` and `patience`, because the final network differs.
 
     Returns:
-        epochs, steps, train_seconds, images_per_second; with `keep: best` also best_validation (percent), best_epoch.
+        epochs, steps, train_seconds, images_per_second; with `keep: best` also best_validation (percent), best_epoch; with
+        a teacher also ratios, what each term weighs: {term: {"weight", "first", "last"}} (`distillation.ratios`).
 
     Raises:
         FloatingPointError: At the first loss that is not finite, with stage, epoch, step and term.
@@ -70,6 +73,7 @@ def fit(
         "train_seconds": tally["seconds"],
         "images_per_second": tally["images"] / tally["seconds"],
         **(best if training.keep == "best" else {}),
+        **({"ratios": tally["ratios"]} if "ratios" in tally else {}),
     }
 
 
@@ -94,6 +98,8 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
             if before_step is not None:
                 changing = before_step(state.step, state.num_steps)
         images, labels, index = _augmented(state, *batch, view)
+        if position == first:
+            weigh_if_due(state, images, labels, index, None if run.data.mixed else view)
         # DDP exchanges gradients at the last batch of a step only.
         syncs = position == last and not state.syncs_by_hand
         with contextlib.nullcontext() if syncs else accelerator.no_sync(state.wrapped):

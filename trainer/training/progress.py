@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import NonNegativeInt
@@ -60,6 +60,7 @@ class _Tally(TypedDict):
     best: float | None
     best_epoch: int | None
     finished: bool
+    ratios: NotRequired[dict[str, dict[str, float]]]
 
 
 class _Facts(TypedDict):

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,10 +48,12 @@ class State:
         window: The losses since the last log.
         bar: The progress bar.
         step: Steps done.
-        tally: Images and seconds so far, the best validation and its epoch, whether it is finished.
+        tally: Images and seconds so far, the best validation and its epoch, whether it is finished, and what each term
+            weighs: {"weight", "first", "last"}, the last two its ratios (`distillation.ratios`).
         clock: The time up to which seconds are counted.
         last_saved: The time of its last checkpoint.
         save_seconds: How long that took.
+        named: The terms that this process has named for what they weigh.
     """
 
     run: Run
@@ -75,6 +77,7 @@ class State:
     clock: float
     last_saved: float
     save_seconds: float = 0.0
+    named: set[str] = field(default_factory=set)
 
     @property
     def num_steps(self) -> int:
