@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from trials import spread
 
 from trainer.data.batches import batches, make_data, seed_of
 from trainer.distillation.answers import Answers
@@ -36,6 +35,7 @@ from trainer.recipe.keys import Augment, CacheKeys, Recipe
 from trainer.recipe.recipe import read
 from trainer.recipe.words import changes_of
 from trainer.runs.runner import begun
+from trainer.runs.trials import spread
 from trainer.storage import files
 from trainer.storage.lock import lock
 from trainer.training.evaluate import normalized, percent_right, predict, teacher_answers

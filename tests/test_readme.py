@@ -40,7 +40,8 @@ NOT_RUN = {
 }
 SLOW = (
     "trainer ladder",
-    "python scripts/trials.py",
+    "trainer trials",
+    "trainer gain",
     "accelerate launch",
     "torchrun",
 )  # several runs or processes

@@ -3,11 +3,37 @@
 With several, every process must make the same calls in the same order.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Environment variables of launchers.
+_LAUNCH = (
+    "ACCELERATE_",
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "GROUP_",
+    "ROLE_",
+    "OMPI_",
+    "PMI_",
+)
+
+
+def environment_alone() -> dict[str, str]:
+    """Returns the environment for a Python process of its own, which is no part of this launch and finds this package.
+
+    It is to be started with `-P`: whatever the current folder has by the package's name is not meant.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH)}
+    path = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    return environment | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def broadcast(tensor: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """The cache of the teacher's answers in a run: whether it is used, where it lies and what it holds."""
 
+import os
+from pathlib import Path
+
 from trainer.data.fetch import cache_folder
 from trainer.data.images import Data
 from trainer.distillation.answers import Answers
@@ -55,6 +58,16 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers |
         reason = refused or "every loss asks for more than logits"
         print(f"the teacher's answers are not kept: {reason}", flush=True)
     return None
+
+
+def share_answers(kept: Path, here: Path) -> None:
+    """Links a folder of kept answers, of another run or made for several, into an unfinished run that has none."""
+    link = here / "views"
+    if link.is_symlink() and not link.exists():
+        link.unlink()  # the other run has ended and removed its cache
+    if kept.is_dir() and not link.exists() and not (here / "done").exists():
+        here.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(kept, here))
 
 
 def _never_seen_twice(data: Data) -> str:

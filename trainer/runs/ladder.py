@@ -1,7 +1,6 @@
 """Prunes, shares and packs one distilled student at several sparsities and numbers of bits."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
+from trainer.runs.answers import share_answers
 from trainer.runs.runner import begun, run
 from trainer.runs.scan import prune_stage
 from trainer.storage import files
@@ -76,7 +76,7 @@ def ladder(
         target = here / "ladder" / name
         key = varied.get(f"stages.{number}.sparsity")
         if PartialState().is_main_process:
-            _link_answers(here, target)
+            share_answers(here / "views", target)
             print(f"\n---- {name}", flush=True)
         point = {**changes, **varied, "name": name}
         # Its first stages are taken over from here, or from a finished point of the same sparsity.
@@ -145,16 +145,6 @@ def _point(
         if recipe.stages[share_stage].values is not None:
             varied[f"stages.{share_stage}.values"] = None
     return "-".join(words), varied
-
-
-def _link_answers(source: Path, target: Path) -> None:
-    """Links the cache of the teacher's answers of one run into an unfinished run that has none."""
-    kept, link = source / "views", target / "views"
-    if link.is_symlink() and not link.exists():
-        link.unlink()  # the other run has ended and removed its cache
-    if kept.is_dir() and not link.exists() and not (target / "done").exists():
-        target.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(kept, target))
 
 
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

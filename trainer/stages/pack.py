@@ -1,11 +1,9 @@
 """Writes the student as one small file, and checks in a fresh process that it decodes to the same network."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,25 +13,12 @@ from torch import nn
 from trainer.compression import units
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
+from trainer.distributed import environment_alone
 from trainer.storage import files
 from trainer.storage.weights_file import digest
 from trainer.training.evaluate import apart, logits
 from trainer.training.rows import record
 from trainer.training.run import Run
-
-# Environment variables of launchers, which the fresh process must not inherit: it is not part of the launch.
-LAUNCH = (
-    "ACCELERATE_",
-    "RANK",
-    "LOCAL_",
-    "WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC_",
-    "GROUP_",
-    "ROLE_",
-    "OMPI_",
-    "PMI_",
-)
 
 
 def order(_settings, before) -> Iterator[str]:
@@ -119,13 +104,9 @@ def _account(run: Run, data: bytes, name: str) -> None:
 
 
 def _in_fresh_process(run: Run, path) -> dict:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH)}
+    environment = environment_alone()
     if run.accelerator.device.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "1"  # the same arithmetic as here
-    # This package, whatever the current folder has by that name.
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
-    )
     command = [sys.executable, "-P", "-m", "trainer", "evaluate", str(path), str(run.recipe_path), "--json"]
     command += ["--threads", str(torch.get_num_threads())]  # the same order of summation
     command += ["--allow-python"] * run.allow_python

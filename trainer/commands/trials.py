@@ -1,0 +1,32 @@
+"""Run a recipe with several seeds: mean, spread and worst of every row."""
+
+import argparse
+
+from trainer.options import folder_option, recipe_changes_of, recipe_options
+from trainer.recipe.words import count
+
+RESUMES = True  # the same command goes on where it stopped
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_options(parser, of_a_run=False)
+    folder_option(parser)
+    parser.add_argument("--seeds", type=count, default=3, help="how many seeds, from 0 (3)")
+    parser.add_argument("--name", help="another name of the runs, NAME-seedN")
+    parser.add_argument("--processes", type=count, help="how many run at once (one for each core)")
+
+
+def run(options: argparse.Namespace) -> None:
+    from trainer.runs.trials import trials
+
+    changes = recipe_changes_of(options)
+    name = changes.pop("name", None)
+    trials(
+        options.recipe,
+        options.seeds,
+        changes,
+        options.folder,
+        name,
+        options.allow_python,
+        options.processes,
+    )
