@@ -1,16 +1,17 @@
 #!/usr/bin/env python
-"""Compares every loss with labels alone: students of equal architecture, data and epochs.
+"""Compares every loss with labels alone: students of equal architecture, data and epochs, each at its own learning rate.
 
-    .venv/bin/python scripts/compare_losses.py                    # all, three seeds; resumes if interrupted
-    .venv/bin/python scripts/compare_losses.py kl hint --seeds 1  # some
+    .venv/bin/python scripts/compare_losses.py                              # all rows, three seeds; goes on where it stopped
+    .venv/bin/python scripts/compare_losses.py --rows "kl, T = 1" hint --seeds 1    # some
 
-The teacher is that of the recipe's first stage (recipes/fashion_resnet18_to_lenet5.yaml: timm's resnet18); a
-run of that recipe in the folder is used again. The students are LeNet-5 (61,706 parameters)
-on a fixed part of the training images, without augmentation, all by the same settings: those of one seed
-start from the same weights and see the same order of images. The teacher's logits, embeddings and maps are
-cached on disk before the first student starts, so that the times include the loss but not the teacher. The
-weights are those of the papers or of the benchmark codes that follow them, and were not tuned. The test split is
-only reported, after the last epoch; choose a loss by the validation column.
+The recipe gives data, teacher and student (recipes/fashion_4000.yaml: 4,000 images, six views that teacher and student
+share; its teacher is loaded, see there). Students of one seed start from the same weights and see the same order of images.
+Each row is tried with three learning rates on seed 0, labels alone too; the one with the best validation accuracy is taken for
+all seeds. The five rows with the best mean validation accuracy, and labels alone, get five seeds. A row's loss stands beside
+cross-entropy of weight 1 and has the weight `auto`, whose gradient is as large as that of the labels in the first steps;
+the rows called "paper" have the weights of the papers or of the benchmark codes that follow them. A few rows are
+trained for ten epochs without augmentation too. Teacher's answers come from the disk and are there before the first student
+starts, so that the times include the loss but not the teacher. The test split is only reported, after the last epoch.
 
 Writes FOLDER/compare_losses/table.md, and a JSON file for each student.
 """
@@ -18,21 +19,25 @@ Writes FOLDER/compare_losses/table.md, and a JSON file for each student.
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 
-from trainer.data.batches import batches, make_data, seed_of
+from trainer.data.batches import batches, seed_of
+from trainer.data.views import Views
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.networks.build import spec
-from trainer.recipe.keys import Augment, CacheKeys, Recipe
+from trainer.recipe.keys import CacheKeys, Recipe
 from trainer.recipe.recipe import read
+from trainer.recipe.terms import needs_teacher
 from trainer.recipe.words import changes_of
 from trainer.runs.runner import begun
 from trainer.runs.trials import spread
@@ -43,107 +48,166 @@ from trainer.training.fit import fit
 from trainer.training.run import Run
 from trainer.training.weights import create
 
-RECIPE = Path("recipes/fashion_resnet18_to_lenet5.yaml")
-STUDENT = {"model": "lenet5"}
-DATA = {"data.subset": 4_000, "data.views": None, "data.augment": {}}
-TRAINING = {"epochs": 10, "batch_size": 64, "lr": 2e-3, "schedule": "one_cycle", "validate_every": 10}
+RECIPE = Path("recipes/fashion_4000.yaml")
+RATES = (2e-3, 5e-3, 1e-2)
+BEST, BEST_SEEDS = 5, 5  # so many rows get so many seeds
 CACHED = 500  # batch size of the teacher while the cache is filled
 
 LABELS = {"loss": "cross_entropy"}
 BASE = "labels alone"
+Terms = list[dict[str, Any]]
 
 
-def beside(
-    loss: str, weight: float | dict[str, Any] = 1.0, labels: float = 1.0, **settings: Any
-) -> list[dict[str, Any]]:
+def balanced(loss: str, **settings: Any) -> Terms:
+    """Returns labels and a loss whose gradient is as large."""
+    return [LABELS, {"loss": loss, "weight": "auto", **settings}]
+
+
+def beside(loss: str, weight: float | dict[str, Any] = 1.0, labels: float = 1.0, **settings: Any) -> Terms:
     """Returns the terms of a loss together with cross-entropy on the labels."""
     return [LABELS | {"weight": labels}, {"loss": loss, "weight": weight, **settings}]
 
 
-def rising(value: float) -> dict[str, Any]:
-    """Returns a weight that rises over the first twelfth of the epochs: 20 of the 240 that the papers train for."""
-    return {"value": value, "schedule": "warm_up", "epochs": TRAINING["epochs"] / 12}
+# A weight that rises over the first twelfth of the epochs: 20 of the 240 that the papers train for.
+RISING = {"value": 1, "schedule": "warm_up", "epochs": 2.5}
 
-
-# "authors": of the paper, in their code. RepDistiller: of Tian et al. 2020, who compare a dozen losses.
-# Where authors take a sum and our loss takes a mean, the weight is scaled for the maps that are paired here: the
-# teacher's 64x14x14, 128x4x4 and 512x1x1 (12,544, 2,048 and 512 numbers).
-TERMS: dict[str, list[dict[str, Any]]] = {
-    # No teacher.
-    BASE: [LABELS],
-    "labels, smoothed": [LABELS | {"label_smoothing": 0.1}],
-    "binary_cross_entropy": [{"loss": "binary_cross_entropy", "sum_classes": True}],
-    # On logits.
+# "authors": of the paper, in their code. RepDistiller: of Tian et al. 2020, who compare a dozen losses. `at: last` where the
+# paper compares one layer. Their weights were chosen for sums and means over other maps than ours.
+PAPERS: dict[str, Terms] = {
     "hard_label": beside("hard_label", 0.5, labels=0.5),  # DeiT
     "kl": beside("kl", 0.9, labels=0.1, temperature=4),  # RepDistiller (Tian et al.)
-    "decoupled": beside("decoupled", rising(1), alpha=1, beta=8, temperature=4),  # authors
+    "decoupled": beside("decoupled", RISING, alpha=1, beta=8, temperature=4),  # authors
     "logit_standardized": beside("logit_standardized", 9, labels=0.1, temperature=2),  # authors
     "dist": beside("dist", 1, beta=1, gamma=1, temperature=1),  # authors' ImageNet setting
     "multi_level": beside("multi_level", 0.9, labels=0.1),  # as for kl
     "curriculum_temperature": beside("curriculum_temperature", 0.9, labels=0.1),  # as for kl
-    # On maps.
-    "hint": beside("hint", 100),  # RepDistiller
+    "hint": beside("hint", 100, at="last"),  # RepDistiller
     "attention": beside("attention", 1000),  # authors
     "neuron_selectivity": beside("neuron_selectivity", 50),  # authors
-    "similarity": beside("similarity", 3000),  # authors
+    "similarity": beside("similarity", 3000, at="last"),  # authors
     "fsp": beside("fsp", 50),  # RepDistiller
-    # The authors' sum / 1000, halved from each layer to the one below: 12.5 / 4, 2 / 2 and 0.5 are 1.5 a layer.
-    "margin_relu": beside("margin_relu", 1.5),
-    # The authors' sum x 3 / 1000, halved likewise.
-    "activation_boundary": beside("activation_boundary", 5),
-    "factor": beside("factor", 500),  # authors
-    "review": beside("review", rising(1)),  # authors
-    # The authors' sum x 7e-5 is 1.8 means at their 512x7x7, and 0.9, 0.14 and 0.04 here.
-    "masked_generative": beside("masked_generative", 1),
+    "margin_relu": beside("margin_relu", 1.5),  # authors' sum / 1000, halved from each layer to the one below
+    "activation_boundary": beside("activation_boundary", 5),  # authors' sum x 3 / 1000, halved likewise
+    "factor": beside("factor", 500, at="last"),  # authors
+    "review": beside("review", RISING),  # authors
+    "masked_generative": beside("masked_generative", 1, at="last"),  # authors' sum x 7e-5
     "channel_wise": beside("channel_wise", 50, temperature=4),  # authors, on maps
     "variational": beside("variational", 1),  # authors
     "one_for_all": beside("one_for_all", 1),  # authors
-    # On embeddings.
     "relational": beside("relational", 1, distance=25, angle=50),  # authors
     "probabilistic": beside("probabilistic", 30_000),  # RepDistiller
     "correlation": beside("correlation", 1),  # published weights (0.003, 0.02) belong to other sums
     "contrastive": beside("contrastive", 0.8),  # authors; of fewer than 16,384 other images all are negatives
-    "reuse_classifier": [{"loss": "reuse_classifier"}],  # authors: no labels, the classifier is replaced
     "semantic": beside("semantic", 1),  # authors
-    # On weights.
     "weight_distribution": beside("weight_distribution", 1),  # our own
-    # Together, as in our first recipes.
-    "kl and hint": [*beside("kl", 0.9, labels=0.1, temperature=4), {"loss": "hint", "weight": 1}],
 }
+# Settings of the balanced rows that are not the paper's.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "decoupled": {"beta": 1.0, "temperature": 4},  # 8 is CIFAR-100's; ten classes ask for less
+    "logit_standardized": {"temperature": 2},
+}
+KL = {"loss": "kl", "weight": "auto", "temperature": 1}
 
 
-def recipe_of(path: Path, changes: dict[str, Any], terms: list[dict[str, Any]]) -> Recipe:
-    """Returns the recipe of a student: the teacher's stage and one for the student, with the changes."""
-    plain = read(path)[1]
+def rows_of() -> dict[str, Terms]:
+    """Returns the terms of every row by its name."""
+    rows: dict[str, Terms] = {
+        BASE: [LABELS],
+        "labels, smoothed": [LABELS | {"label_smoothing": 0.1}],
+        "binary_cross_entropy": [{"loss": "binary_cross_entropy", "sum_classes": True}],
+        **{f"kl, T = {t}": balanced("kl", temperature=t) for t in (1, 2, 4)},
+        "kl, T = 1, no labels": [{"loss": "kl", "temperature": 1}],
+        "reuse_classifier": [{"loss": "reuse_classifier"}],  # authors: no labels, the classifier is replaced
+    }
+    for loss, terms in PAPERS.items():
+        if loss != "kl":
+            at = {"at": terms[-1]["at"]} if "at" in terms[-1] else {}
+            own = {k: v for k, v in terms[-1].items() if k not in ("loss", "weight", "at")}
+            rows[loss] = balanced(loss, **(OTHERWISE.get(loss) or own), **at)
+        rows[f"{loss}, paper"] = terms
+    rows["kl, T = 1, and hint"] = [LABELS, KL, {"loss": "hint", "weight": "auto", "at": "last"}]
+    rows["kl, T = 1, and similarity"] = [LABELS, KL, {"loss": "similarity", "weight": "auto", "at": "last"}]
+    rows["kl, T = 1, and relational"] = [LABELS, KL, {"loss": "relational", "weight": "auto"}]
+    return rows
+
+
+class Protocol(NamedTuple):
+    """How long the students of a table train and on what: changes of the recipe, and the names of its rows.
+
+    key: the name of the folder of its students.
+    """
+
+    key: str
+    title: str
+    epochs: int
+    changes: dict[str, Any]
+    rows: tuple[str, ...]
+
+
+ROWS = rows_of()
+PROTOCOLS = (
+    Protocol("views", "30 epochs, shared views", 30, {}, tuple(ROWS)),
+    Protocol(
+        "plain",
+        "10 epochs, no augmentation",
+        10,
+        {"data.views": None, "data.augment": {}},
+        (BASE, "kl, T = 1", "kl, T = 4", "dist", "hint", "decoupled"),
+    ),
+)
+
+
+class Row(NamedTuple):
+    """A row of a table: its recipe for each learning rate, and what its students have, by rate and seed."""
+
+    name: str
+    recipes: dict[float, Recipe]
+    found: dict[tuple[float, int], dict[str, Any]]
+
+    def rate(self) -> float:
+        """The learning rate with the best validation accuracy on seed 0."""
+        return max(self.recipes, key=lambda rate: self.found[rate, 0]["top1_validation"])
+
+    def trials(self) -> list[dict[str, Any]]:
+        """What the students at that rate have, by seed."""
+        return [found for (rate, _), found in sorted(self.found.items()) if rate == self.rate()]
+
+
+def recipe_of(path: Path, changes: dict[str, Any], terms: Terms, epochs: int, rate: float) -> Recipe:
+    """Returns the recipe of a student: one stage, with these terms."""
+    training = {
+        "batch_size": 64,
+        "schedule": "one_cycle",
+        "epochs": epochs,
+        "lr": rate,
+        "validate_every": epochs,
+    }
     labels_only = all(term["loss"] in ("cross_entropy", "binary_cross_entropy") for term in terms)
-    stage = {"stage": "train" if labels_only else "distill", "training": TRAINING, "losses": terms}
-    given = {"student": STUDENT, **DATA, "stages": [plain["stages"][0], stage], **changes}
-    return read(path, given)[0]
+    stage = {"stage": "train" if labels_only else "distill", "training": training, "losses": terms}
+    return read(path, {"stages": [stage], "cache": None, **changes})[0]
 
 
-def keep_answers(run: Run, recipes: list[Recipe], folder: Path) -> None:
+def keep_answers(run: Run, recipes: Iterable[Recipe], folder: Path) -> Answers:
     """Opens a cache of all answers that the losses need from the teacher, and fills it."""
     layers: dict[str, None] = {}
+    asks = False
     for recipe in recipes:
+        terms = recipe.stages[0].losses
+        asks = asks or any(needs_teacher(term) for term in terms)
         objective = Objective(
-            student_of(run, recipe),
-            recipe.stages[1].losses,
-            run.data,
-            run.teacher,
-            device=run.accelerator.device,
+            student_of(run, recipe), terms, run.data, run.teacher, device=run.accelerator.device
         )
         layers |= dict.fromkeys(objective.teacher_layers)
-    keys = CacheKeys(where="disk", embeddings=True, maps=bool(layers))
-    cache = Answers(
-        run.teacher, run.data, folder / "views", keys, layers=list(layers), device=run.accelerator.device
-    )
+    keys = CacheKeys(where="disk", type="float16", embeddings=True, maps=bool(layers))
+    device, train, views = run.accelerator.device, run.data.train, Views(run.data)
+    cache = Answers(run.teacher, run.data, folder / "views", keys, layers=list(layers), device=device)
     cache.check()
-    for images, _, index in batches(
-        run.data.train, list(torch.arange(len(run.data.train)).split(CACHED)), 0, run.accelerator.device
-    ):
-        cache.see(images.float() / 255, index, 0)
-    run.cache = cache
+    parts = list(torch.arange(len(train)).split(CACHED))
+    for view in range(run.data.views or 1) if asks else ():
+        for images, _, index in batches(train, parts, 0, device, views.cuts(view)):
+            cache.see(views.augmented(images, index, view), index, view, list(layers), True)
     print(f"the teacher's answers are kept: {cache.describe()}", flush=True)
+    return cache
 
 
 def student_of(run: Run, recipe: Recipe) -> torch.nn.Module:
@@ -155,19 +219,12 @@ def student_of(run: Run, recipe: Recipe) -> torch.nn.Module:
 def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[str, Any]:
     """Trains one student and measures it, or reads the result of an earlier call from the file.
 
-    Args:
-        run: The run with the teacher, the data and the cache.
-        recipe: The student's recipe.
-        name: The row of the table.
-        seed: The student's seed.
-        file: The JSON file of the result.
-
-    Raises:
-        ValueError: When the file is of another teacher, data or settings.
+    Raises ValueError when the file is of another teacher, data or settings.
     """
+    training, terms = recipe.stages[0].training, recipe.stages[0].losses
     facts = {
-        "terms": [t.model_dump(mode="json", exclude_unset=True) for t in recipe.stages[1].losses],
-        "training": recipe.stages[1].training.model_dump(mode="json"),
+        "terms": [term.model_dump(mode="json", exclude_unset=True) for term in terms],
+        "training": training.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json"),
         "student": spec(recipe.student),
         "teacher": run.teacher.fingerprint(),
@@ -179,28 +236,18 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
             wrong = ", ".join(key for key in facts if known["facts"].get(key) != facts[key])
             raise ValueError(f"{file}: is of another {wrong}; remove it, or name another --folder")
         return known
-    own = dataclasses.replace(
-        run,
-        folder=file.with_suffix(""),
-        seed=seed,
-        stage=1,
-        stage_name=recipe.stages[1].stage,
-        num_fits=0,
-        rows=[],
-        layers={},
-        learned={},
-    )
+    of_training = {
+        "folder": file.with_suffix(""),
+        "seed": seed,
+        "stage": 1,
+        "stage_name": recipe.stages[0].stage,
+    }
+    own = dataclasses.replace(run, num_fits=0, rows=[], layers={}, learned={}, **of_training)
     own.student = student_of(own, recipe)
     torch.manual_seed(seed_of(seed, 1))
-    training = recipe.stages[1].training
+    device = own.accelerator.device
     objective = Objective(
-        own.student,
-        recipe.stages[1].losses,
-        own.data,
-        own.teacher,
-        num_epochs=training.epochs,
-        device=own.accelerator.device,
-        cache=own.cache,
+        own.student, terms, own.data, own.teacher, num_epochs=training.epochs, device=device, cache=own.cache
     )
     moments: list[float] = []
 
@@ -220,67 +267,82 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
         "facts": facts,
         "top1": percent_right(answers, own.data.test.labels),
         "top1_validation": percent_right(answers_validation, own.data.validation.labels),
-        "agreement": percent_right(answers, teacher_answers(run, "test")),
+        "agreement": percent_right(answers, teacher_answers(own, "test")),
+        "ratios": numbers.get("ratios", {}),
         "step_seconds": statistics.median(steps),
         "train_seconds": numbers["train_seconds"],
     }
     files.write_bytes(file, json.dumps(found, indent=1).encode())
     shutil.rmtree(own.folder)
     print(
-        f"== {name}, seed {seed}: top-1 {found['top1']:.2f} %  agreement {found['agreement']:.2f} %  "
-        f"{found['step_seconds'] * 1e3:.1f} ms a step",
+        f"== {name}, lr {training.lr:g}, seed {seed}: validation {found['top1_validation']:.2f} %  top-1 "
+        f"{found['top1']:.2f} %  {found['step_seconds'] * 1e3:.1f} ms a step, {found['train_seconds']:.0f} s",
         flush=True,
     )
     return found
 
 
-def shown(terms: list[dict[str, Any]]) -> str:
-    """Returns the terms with their weights as text, as in '0.1 cross_entropy + 0.9 kl'."""
-
-    def weight(term: dict[str, Any]) -> str:
-        given = term.get("weight", 1)
-        value = given["value"] if isinstance(given, dict) else given
-        return f"{value:g} {term['loss']}"
-
-    return " + ".join(weight(term) for term in terms)
-
-
-def table(trials: dict[str, list[dict[str, Any]]]) -> str:
-    """Returns one line a loss, the best first: accuracy, gain over labels alone at the same seed, agreement, cost."""
-    base = trials[BASE]
-    base_step = statistics.median(t["step_seconds"] for t in base)
+def table(rows: list[Row]) -> str:
+    """Returns one line a row, the best first: accuracy, gain over labels alone at the same seed, agreement, ratios, cost."""
+    base = next(row for row in rows if row.name == BASE).trials()
     lines = []
-    for name, found in trials.items():
-        top1 = [t["top1"] for t in found]
-        gains = [t["top1"] - b["top1"] for t, b in zip(found, base, strict=False)]
-        better = sum(gain > 0 for gain in gains)
-        lines.append(
-            (
-                statistics.fmean(gains),
-                {
-                    "loss": name,
-                    "terms": shown(found[0]["facts"]["terms"]),
-                    "test top-1 %": spread(top1),
-                    "gain": "–" if name == BASE else f"{statistics.fmean(gains):+.2f}",
-                    "seeds that gained": "–" if name == BASE else f"{better} of {len(gains)}",
-                    "validation %": spread([t["top1_validation"] for t in found]),
-                    "agreement %": spread([t["agreement"] for t in found]),
-                    "cost of a step": f"{statistics.median(t['step_seconds'] for t in found) / base_step:.2f}×",
-                },
-            )
-        )
-    rows = [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    for row in rows:
+        found = row.trials()
+        gains = [one["top1"] - other["top1"] for one, other in zip(found, base, strict=False)]
+        error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else "–"
+        ratios = [
+            f"{statistics.median(one['ratios'][term]['last'] for one in found):.2g}"
+            for term in found[0]["ratios"]
+            if not term.startswith("cross_entropy")
+        ]
+        cost = statistics.median(one["step_seconds"] for one in found)
+        line = {
+            "loss": row.name,
+            "lr": f"{row.rate():g}",
+            "test top-1 %": spread([one["top1"] for one in found]),
+            "gain": "–" if row.name == BASE else f"{statistics.fmean(gains):+.2f} ± {error}",
+            "seeds": str(len(gains)),
+            "validation %": spread([one["top1_validation"] for one in found]),
+            "agreement %": spread([one["agreement"] for one in found]),
+            "ratio": ", ".join(ratios) or "–",
+            "cost of a step": f"{cost / statistics.median(one['step_seconds'] for one in base):.2f}×",
+        }
+        lines.append((statistics.fmean(gains), line))
+    ordered = [line for _, line in sorted(lines, key=lambda pair: -pair[0])]
+    return tabulate(ordered, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def compare(run: Run, rows: list[Row], num_seeds: int, folder: Path) -> None:
+    """Trains the students of a table: all rates on seed 0, the best rate on the other seeds, more seeds of the best rows."""
+
+    def train(row: Row, rate: float, seed: int) -> None:
+        file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.name)}-lr{rate:g}-seed{seed}.json"
+        row.found[rate, seed] = trial(run, row.recipes[rate], row.name, seed, file)
+
+    for row in rows:
+        for rate in row.recipes:
+            train(row, rate, 0)
+    for seed in range(1, num_seeds):
+        for row in rows:
+            train(row, row.rate(), seed)
+    by_validation = sorted(
+        rows, key=lambda row: -statistics.fmean(t["top1_validation"] for t in row.trials())
+    )
+    chosen = [row for row in by_validation if row.name != BASE][:BEST] + [
+        row for row in rows if row.name == BASE
+    ]
+    for seed in range(num_seeds, BEST_SEEDS if num_seeds > 1 else 0):
+        for row in chosen:
+            train(row, row.rate(), seed)
 
 
 def main(arguments: list[str] | None = None) -> str:
-    """Trains all students, and writes, prints and returns the table."""
+    """Trains all students, and writes, prints and returns the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "losses", nargs="*", help=f"rows of the table; all when not given: {', '.join(TERMS)}"
-    )
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="its first stage teaches the teacher")
+    parser.add_argument("--rows", nargs="*", default=[], help=f"all when not given: {'; '.join(ROWS)}")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="gives data, teacher and student")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of all students, instead of 30 and 10")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument(
         "--set",
@@ -288,37 +350,46 @@ def main(arguments: list[str] | None = None) -> str:
         default=[],
         metavar="PATH=VALUE",
         dest="changes",
-        help="of the students' recipe: data.subset=5000, stages.1.training.epochs=4",
+        help="of the recipe: teacher.checkpoint=FILE, data.subset=5000",
     )
     options = parser.parse_args(arguments)
-    unknown = set(options.losses) - set(TERMS)
+    unknown = set(options.rows) - set(ROWS)
     if unknown:
-        parser.error(f"{', '.join(sorted(unknown))}: no row of the table; allowed: {', '.join(TERMS)}")
-    names = [name for name in TERMS if not options.losses or name in options.losses or name == BASE]
-    recipes = {name: recipe_of(options.recipe, changes_of(options.changes), TERMS[name]) for name in names}
+        parser.error(f"{', '.join(sorted(unknown))}: no row of the table; allowed: {'; '.join(ROWS)}")
     folder = options.folder / "compare_losses"
     folder.mkdir(parents=True, exist_ok=True)
-    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    started = time.time()
-    with begun(options.recipe, 1, None, options.folder) as teacher_run, lock(folder):
-        data = make_data(recipes[BASE].data, teacher_run.accelerator.device)
-        run = dataclasses.replace(teacher_run, data=data, answers={})
-        keep_answers(run, list(recipes.values()), folder)
-        for seed in range(options.seeds):
-            for name in names:
-                file = folder / f"{name.replace(' ', '_').replace(',', '')}-seed{seed}.json"
-                trials[name].append(trial(run, recipes[name], name, seed, file))
-        right = percent_right(teacher_answers(run, "test"), data.test.labels)
-    training = recipes[BASE].stages[1].training
-    base = recipes[BASE]
-    augmentation = "without augmentation" if data.augment == Augment() else "with augmentation"
-    text = (
-        f"{base.data.dataset}: {base.student.model} on {len(data.train):,} images {augmentation}, "
-        f"{training.epochs} epochs of batches of {training.batch_size}, {options.seeds} seeds; the teacher, "
-        f"{base.teacher.model} as {options.recipe.name} teaches it, has {right:.2f} %, and its answers come from the "
-        f"disk. ± is the standard deviation over the seeds; the cost is processor time.\n\n{table(trials)}\n"
-    )
-    files.write_bytes(folder / "table.md", text.encode())
+    changes, started, texts = changes_of(options.changes), time.time(), []
+    for protocol in PROTOCOLS:
+        names = [name for name in protocol.rows if not options.rows or name in options.rows or name == BASE]
+        given = protocol.changes | changes
+        epochs = options.epochs or protocol.epochs
+        rows = [
+            Row(
+                name, {rate: recipe_of(options.recipe, given, ROWS[name], epochs, rate) for rate in RATES}, {}
+            )
+            for name in names
+        ]
+        first = rows[0].recipes[RATES[0]]
+        own = {
+            "stages": [first.written.plain["stages"][0]],
+            "cache": None,
+            **given,
+            "name": protocol.key,
+        }
+        with begun(options.recipe, 0, own, folder) as run, lock(folder):
+            run.cache = keep_answers(run, [row.recipes[RATES[0]] for row in rows], folder)
+            compare(run, rows, options.seeds, folder / "students" / protocol.key)
+            right = percent_right(teacher_answers(run, "test"), run.data.test.labels)
+            num_images, views = len(run.data.train), first.data.views
+        texts.append(
+            f"{protocol.title}: {first.student.model} on {num_images:,} images of {first.data.dataset}"
+            f"{f' in {views} views' if views else ''}, {epochs} epochs of batches of 64, learning rates "
+            f"{', '.join(f'{rate:g}' for rate in RATES)}; the teacher, {first.teacher.model}, has {right:.2f} %. "
+            "Gain in points ± its standard error over the seeds, elsewhere ± is the standard deviation; ratio: of the gradients at "
+            f"the last epoch; the cost is processor time.\n\n{table(rows)}\n"
+        )
+        files.write_bytes(folder / "table.md", "\n".join(texts).encode())
+    text = "\n".join(texts)
     print(f"\n{text}\n{folder / 'table.md'}  ({time.time() - started:.0f} s)", flush=True)
     return text
 

@@ -2,21 +2,22 @@
 
 import importlib
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
 import trainer
 from trainer.recipe import shelves
+from trainer.recipe.recipe import read
 
 RECIPE = """
-name: digits_teacher
-data: {dataset: digits, size: 12, views: 2, augment: {shift: 1}, validation: 60}
-teacher: {model: lenet5, width: 3}
-student: {model: lenet5, width: 2}
+name: digits_taught
+data: {{dataset: digits, views: 2, augment: {{shift: 1}}, subset: 100, validation: 60}}
+teacher: {{model: lenet5, width: 2, checkpoint: "{file}"}}
+student: {{model: lenet5, width: 2}}
 stages:
-  - {stage: train, who: teacher, training: {epochs: 1, lr: 1e-2}}
-  - {stage: distill, training: {epochs: 1}, losses: [{loss: kl}]}
+  - {{stage: distill, training: {{epochs: 1}}, losses: [{{loss: kl}}]}}
 """
 
 
@@ -26,45 +27,65 @@ def script(monkeypatch):
     return importlib.import_module("compare_losses")
 
 
-def test_every_row_is_of_losses_on_the_shelf(script):
+def test_every_row_is_of_losses_on_the_shelf(script, tmp_path, teacher_file):
     """Not the other way round: whoever drops a loss in need not know of the table."""
-    compared = {term["loss"] for terms in script.TERMS.values() for term in terms}
+    compared = {term["loss"] for terms in script.ROWS.values() for term in terms}
     assert compared <= set(shelves.names("loss")) and len(compared) > 25
-    for terms in script.TERMS.values():  # as the recipe's checker sees them
-        script.recipe_of(Path(trainer.__file__).parents[1] / script.RECIPE, {}, terms)
+    assert set(script.PROTOCOLS[1].rows) <= set(script.ROWS)
+    (tmp_path / "r.yaml").write_text(RECIPE.format(file=teacher_file))
+    for terms in script.ROWS.values():  # as the recipe's checker sees them
+        script.recipe_of(tmp_path / "r.yaml", {}, terms, 30, 1e-3)
+    shipped = Path(trainer.__file__).parents[1] / script.RECIPE
+    assert read(shipped, {"teacher.checkpoint": str(teacher_file)})[0].data.subset == 4000
 
 
-def test_a_small_table_and_what_a_second_call_takes_from_the_first(script, tmp_path, monkeypatch, capsys):
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    settings = [
-        "data.subset=100",
-        "stages.1.training.epochs=2",
-        "stages.1.training.validate_every=2",
-        "student.width=2",
-    ]
+def test_a_small_table_and_what_a_second_call_takes_from_the_first(
+    script, tmp_path, monkeypatch, teacher_file
+):
+    (tmp_path / "r.yaml").write_text(RECIPE.format(file=teacher_file))
+    monkeypatch.setattr(script, "RATES", (1e-3, 2e-2))
+    monkeypatch.setattr(script, "BEST_SEEDS", 3)
+    monkeypatch.setattr(script, "BEST", 1)
     asked = ["--recipe", str(tmp_path / "r.yaml"), "--folder", str(tmp_path / "runs"), "--seeds", "2"]
-    asked += [word for setting in settings for word in ("--set", setting)]
-    text = script.main(["kl", "hint", *asked])
-    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    asked += ["--epochs", "1", "--rows", "kl, T = 1", "hint, paper"]
+    text = script.main(asked)
+    first, second = text.split("10 epochs, no augmentation: ")
+    lines = [line for line in first.splitlines() if line.startswith("|")][2:]
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
-    assert set(rows) == {"labels alone", "kl", "hint"}
-    assert rows["kl"][0] == "0.1 cross_entropy + 0.9 kl" and rows["labels alone"][-1] == "1.00×"
+    assert set(rows) == {"labels alone", "kl, T = 1", "hint, paper"} and "in 2 views" in first
+    assert second.count("\n| ") == 3 and "kl, T = 1" in second and "hint" not in second
+
     folder = tmp_path / "runs" / "compare_losses"
     assert (folder / "table.md").read_text() == text
-    found = json.loads((folder / "kl-seed1.json").read_text())
-    base = json.loads((folder / "labels_alone-seed1.json").read_text())
-    assert 0 <= found["top1"] <= 100 and found["step_seconds"] > 0 and base["facts"]["seed"] == 1
-    assert not list(folder.glob("*-seed?"))  # checkpoints of the trainings are gone
+    found = {}
+    for name in ("labels_alone", "kl_T_1", "hint_paper"):
+        tried = [
+            json.loads(file.read_text())
+            for file in sorted((folder / "students" / "views").glob(f"{name}-lr*"))
+        ]
+        validation = {
+            one["facts"]["training"]["lr"]: one["top1_validation"]
+            for one in tried
+            if one["facts"]["seed"] == 0
+        }
+        assert set(validation) == {1e-3, 2e-2}
+        best = max((1e-3, 2e-2), key=lambda rate: validation[rate])
+        found[name] = [one for one in tried if one["facts"]["training"]["lr"] == best]
+    base = [one["top1"] for one in found["labels_alone"]]
+    for name, row in (("kl_T_1", "kl, T = 1"), ("hint_paper", "hint, paper")):
+        gains = [one["top1"] - other for one, other in zip(found[name], base, strict=False)]
+        assert rows[row][2].startswith(f"{statistics.fmean(gains):+.2f} ± ") and rows[row][3] == str(
+            len(gains)
+        )
+    assert {rows["kl, T = 1"][3], rows["hint, paper"][3]} == {"2", "3"} and rows["labels alone"][3] == "3"
+    assert rows["labels alone"][-1] == "1.00×" and float(rows["kl, T = 1"][-2]) > 0
 
-    (folder / "hint-seed0.json").unlink()
+    gone = next((folder / "students" / "views").glob("hint_paper-*-seed0.json"))
+    gone.unlink()
     trained = []
     real = script.fit
     monkeypatch.setattr(script, "fit", lambda run, *rest: trained.append(run.seed) or real(run, *rest))
-    again = script.main(["kl", "hint", *asked])
+    assert len(script.main(asked).splitlines()) == len(text.splitlines())
     assert trained == [0]
-    assert [line.split("|")[:4] for line in again.splitlines()] == [
-        line.split("|")[:4] for line in text.splitlines()
-    ]
-
-    with pytest.raises(ValueError, match="labels_alone-seed0.json: is of another training; remove it"):
-        script.main(["kl", *asked, "--set", "stages.1.training.lr=1e-4"])
+    with pytest.raises(ValueError, match=r"seed0.json: is of another data; remove it"):
+        script.main([*asked, "--set", "data.subset=90"])
