@@ -1,10 +1,12 @@
 """What several rooms' tests share: a taught teacher, reports without plots, runs whose logs are closed, quick packing, short trainings."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests import making
+from trainer.data import store
 from trainer.reporting import report
 from trainer.runs import earlier, guards, resuming
 from trainer.stages import pack
@@ -17,6 +19,15 @@ def closed():
     """Closes the logs of `making.make_run`."""
     yield
     making.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stores_aside(tmp_path_factory):
+    """Stores of the tests' pictures lie in a folder of the tests, unless one names a cache folder."""
+    aside, real = tmp_path_factory.mktemp("stores"), store.cache_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "cache_folder", lambda: real() if os.environ.get("TRAINER_DATA") else aside)
+        yield
 
 
 @pytest.fixture

@@ -78,6 +78,12 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def usable_cores() -> int:
+    """Returns the number of logical cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def several() -> bool:
     """Returns whether the run has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

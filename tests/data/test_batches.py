@@ -286,7 +286,14 @@ def test_kept_views_of_a_subset_take_memory_for_it_alone():
 def test_a_damaged_image_found_by_a_worker_is_one_line(folder):
     part = make_data(
         shelves.checker(shelves.find("dataset", "image_folder"), DataKeys).model_validate(
-            {"dataset": "image_folder", "folder": folder, "size": 8, "workers": 1, "validation": 2}
+            {
+                "dataset": "image_folder",
+                "folder": folder,
+                "size": 8,
+                "workers": 1,
+                "validation": 2,
+                "store": "off",
+            }
         ),
         CPU,
     ).train

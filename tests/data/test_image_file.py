@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 from torch import nn
 
 import trainer
@@ -15,7 +15,7 @@ from trainer.cli import main
 from trainer.data.image_file import open_image, read_image
 from trainer.data.images import normalize
 from trainer.data.listing import in_order, list_images
-from trainer.data.reading import Reading
+from trainer.data.reading import Reading, reading_of
 from trainer.datasets.image_folder import image_folder
 from trainer.mistakes import Mistake
 from trainer.packing import container
@@ -202,7 +202,7 @@ def test_twelve_bits_in_sixteen_are_not_black(tmp_path):
     image = source.train.__getitems__([0])[0][0, 0]
     assert len(image.unique()) == 256 and image.max() == 255
     assert packed.facts_of  # the depth goes into the packed file:
-    assert source.reading.settings() == {"depth": 12}
+    assert source.reading.settings() == {"depth": 12, "draft": True}
 
 
 def test_a_dark_colour_picture_of_sixteen_bits_is_refused_in_words(tmp_path):
@@ -331,7 +331,7 @@ def test_a_validation_folder_is_used_and_a_plain_folder_is_split_class_by_class(
     assert torch.bincount(source.test.labels).tolist() == [2, 8]
     assert not set(source.test.files) & set(source.train.files) and len(source.train) == 40
     again = image_folder(folder=tmp_path / "plain", test=0.2, size=8)
-    assert again.test.files == source.test.files
+    assert list(again.test.files) == list(source.test.files)
     other = image_folder(folder=tmp_path / "plain", test=0.2, test_seed=1, size=8)
     assert other.test.files != source.test.files
 
@@ -353,3 +353,33 @@ def test_every_size_of_image_can_be_read_at_every_size():
         if read_image(np.zeros((height, width), np.uint8), Reading((1, size, size))).shape != (1, size, size)
     ]
     assert refused == []
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch):
+    y, x = np.mgrid[0:1200, 0:1600]
+    waves = np.stack([np.sin(x / 30) + np.sin(y / 50), np.cos(x / 70), np.sin((x + y) / 40)], 2)
+    Image.fromarray((waves * 50 + 120).clip(0, 255).astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    sizes = []
+    real = JpegImagePlugin.JpegImageFile.load
+
+    def watched(self):
+        sizes.append(self.size)
+        return real(self)
+
+    for size, crop, decoded in [
+        (64, 1.0, 150),
+        (112, 1.0, 300),
+        (64, 0.5, 300),
+        (400, 1.0, 600),
+        (500, 1, 1200),
+    ]:
+        whole, quick = (Reading((3, size, size), crop=crop, draft=draft) for draft in (False, True))
+        expected = read_image(tmp_path / "x.jpg", whole).int()
+        with monkeypatch.context() as patch:
+            patch.setattr(JpegImagePlugin.JpegImageFile, "load", watched)
+            sizes.clear()
+            found = read_image(tmp_path / "x.jpg", quick).int()
+        assert sizes[0][1] == decoded
+        assert (found - expected).abs().max() <= 4
+    assert Reading((3, 8, 8), draft=True).settings() == {"draft": True}
+    assert reading_of((3, 8, 8), {"draft": True}) == Reading((3, 8, 8), draft=True)

@@ -60,7 +60,11 @@ def test_as_many_workers_as_shared_memory_has_room_for(
         def __init__(self, *given, **settings):
             used.append(settings["num_workers"])
             assert settings["timeout"] == (120 + 2 * 16 if affordable else 0)
-            super().__init__(*given, **settings | {"num_workers": 0, "prefetch_factor": None, "timeout": 0})
+            super().__init__(
+                *given,
+                **settings
+                | {"num_workers": 0, "prefetch_factor": None, "timeout": 0, "persistent_workers": False},
+            )
 
     monkeypatch.setattr(workers, "DataLoader", Loader)
     monkeypatch.setattr(workers, "free_shared_bytes", lambda: free)
@@ -107,3 +111,72 @@ def test_other_errors_of_a_worker_stay_what_they_are():
 
     with pytest.raises(RuntimeError, match="of the dataset"):
         read(OnDisk(fail), 1)
+
+
+def pids(num_workers, part, order):
+    """The workers that read each batch."""
+    return {int(images[0, 0, 0, 0]) * 2**16 + int(images[0, 0, 0, 1]) * 2**8 + int(images[0, 0, 0, 2])
+            for images, _, _ in batches(part, order, num_workers, CPU)}  # fmt: skip
+
+
+class Signed(OnDisk):
+    """Images that name the process that read them."""
+
+    def __getitems__(self, positions):
+        images, labels = super().__getitems__(positions)
+        number = os.getpid()
+        images[:, 0, 0, :3] = torch.tensor([number >> 16, number >> 8 & 255, number & 255], dtype=torch.uint8)
+        return images, labels
+
+
+@pytest.fixture
+def none_left():
+    workers.dismiss_all()
+    yield
+    workers.dismiss_all()
+    assert not workers._crews
+
+
+def test_workers_stay_from_one_epoch_to_the_next(none_left):
+    part = Part(Signed(), torch.arange(64), 2, 4)
+    order = list(torch.arange(64).split(16))
+    first = pids(2, part, order)
+    assert len(first) == 2 and os.getpid() not in first
+    assert pids(2, part, order[::-1]) == first
+    stopped = batches(part, order, 2, CPU)  # an epoch that is given up
+    next(stopped)
+    del stopped
+    again = list(batches(part, [torch.tensor([5, 3]), *order[1:]], 2, CPU))
+    assert [index.tolist() for _, _, index in again][:2] == [[5, 3], list(range(16, 32))] and len(again) == 4
+    assert pids(2, part, order) == first
+    assert pids(0, part, order) == {os.getpid()}
+    workers.dismiss_all()
+    assert pids(2, part, order).isdisjoint(first)
+
+
+def test_two_epochs_of_a_part_at_once(none_left):
+    part = Part(OnDisk(), torch.arange(64), 1, 4)
+    order = list(torch.arange(64).split(16))
+    one, other = (batches(part, order, 1, CPU) for _ in range(2))
+    for positions in order:
+        assert torch.equal(next(one)[2], positions) and torch.equal(next(other)[2], positions)
+
+
+def test_no_more_than_two_parts_keep_their_workers(none_left):
+    parts = [Part(Signed(), torch.arange(64), 1, 4) for _ in range(3)]
+    order = list(torch.arange(64).split(16))
+    [first, second, third] = [pids(1, part, order) for part in parts]
+    assert len(workers._crews) == 2
+    assert pids(1, parts[1], order) == second and pids(1, parts[2], order) == third
+    assert pids(1, parts[0], order) != first
+
+
+def test_workers_by_themselves(monkeypatch):
+    monkeypatch.setattr(workers, "usable_cores", lambda: 5)
+    assert workers.num_workers("auto") == 5 and workers.num_workers(0) == 0 and workers.num_workers(12) == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert workers.num_workers("auto") == 2
+    monkeypatch.setattr(workers, "usable_cores", lambda: 1)
+    assert workers.num_workers("auto") == 1
+    monkeypatch.setattr(workers, "usable_cores", lambda: 128)
+    assert workers.num_workers("auto") == 8

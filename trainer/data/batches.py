@@ -12,12 +12,13 @@ from torch import Tensor
 from trainer.data.balance import balanced_order
 from trainer.data.crops import Cuts
 from trainer.data.images import Data, Images, InMemory, Part, Source
+from trainer.data.pictures import Pictures
 from trainer.data.splitting import split_off
 from trainer.data.views import KeptViews
-from trainer.data.workers import read_batches
+from trainer.data.workers import num_workers, read_batches
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
-from trainer.recipe.keys import DataKeys
+from trainer.recipe.keys import DataKeys, StoreKeys
 
 MOST_VALIDATION = 10_000  # images that are held out of a large training set, unless the recipe says how many
 
@@ -39,6 +40,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
     _check_augment(keys, source)
+    _open_store(keys, source)
     kept = None
     if keys.keep_views:
         assert keys.views is not None  # the recipe refuses keep_views without views
@@ -59,7 +61,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     train = _on_device(source.train, device)
     if isinstance(train, InMemory):
         order = order.to(train.images.device)
-    reading = keys.workers, math.prod(source.shape)
+    reading = num_workers(keys.workers), math.prod(source.shape)
     return Data(
         name=keys.dataset,
         train=Part(train, order[held_out : held_out + size].sort().values, *reading),
@@ -120,6 +122,16 @@ def _check_augment(keys: DataKeys, source: Source) -> None:
         raise Mistake(
             f"{where} images that cannot be cut out of their pictures: leave out random_resized_crop"
         )
+
+
+def _open_store(keys: DataKeys, source: Source) -> None:
+    """Gives the store to images that are read from pictures. Raises Mistake if a store that was asked for has no folder."""
+    if keys.store == "off":
+        return
+    for images in (source.train, source.validation, source.test):
+        if isinstance(images, Pictures):
+            given = keys.store if isinstance(keys.store, StoreKeys) else None
+            images.keep(given or StoreKeys(), required=given is not None)
 
 
 def _on_device(images: Images, device: torch.device) -> Images:

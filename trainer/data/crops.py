@@ -1,7 +1,7 @@
 """The part of a picture that a view shows: cut out of the whole picture, and resized to the input."""
 
 import math
-from pathlib import Path
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +10,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from trainer.data.image_file import mode_of, open_image
-from trainer.data.reading import Reading
 from trainer.recipe.augment import RandomResizedCrop
 
 _INTERPOLATION = {
@@ -82,19 +80,15 @@ def cut(
     ).contiguous()
 
 
-def read_part(
-    path: str | Path | Image.Image | np.ndarray,
-    reading: Reading,
-    numbers: list[float],
-    settings: RandomResizedCrop,
-) -> Tensor:
-    """Returns a part of an image file as uint8 [C, H, W]. Raises Mistake as `read_image`."""
-    channels, height, width = reading.shape
-    picture = open_image(path, mode_of(channels, path), reading.background, reading.depth)
-    return cut(picture, numbers, settings, height, width, reading.filter)
+def resized(pixels: np.ndarray, height: int, width: int, filter: str) -> np.ndarray:
+    """Returns a picture uint8 [H, W, C] at another size, antialiased. filter: `bicubic` or `bilinear`."""
+    found = functional.resize_image(
+        _as_tensor(pixels), [height, width], interpolation=_INTERPOLATION[filter], antialias=True
+    )
+    return found.permute(1, 2, 0).contiguous().numpy()
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
-    if not pixels.flags.writeable:  # torch warns of memory that it must not write; nobody writes it
-        pixels = pixels.copy()
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    with warnings.catch_warnings():  # of memory that must not be written: it is only read
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -60,12 +60,12 @@ class InMemory:
 def read(images: Images, index: Tensor, cuts: Cuts | None = None) -> tuple[Tensor, Tensor]:
     """Returns images uint8 [N, C, H, W] and labels int64 [N] at positions `index` [N].
 
-    cuts: of all images; None for the images as they are.
+    cuts: of these images; None for the images as they are.
     """
     positions: Any = index.to(images.images.device) if isinstance(images, InMemory) else index.tolist()
     if cuts is None:
         return images.__getitems__(positions)
-    return images.cut(positions, cuts.of(index))  # type: ignore[attr-defined]  # `make_data` refuses others
+    return images.cut(positions, cuts)  # type: ignore[attr-defined]  # `make_data` refuses others
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Part:
         cuts: of all of the source's images; None for the images as they are.
         """
         index = self.ids[positions]
-        return *read(self.images, index, cuts), index
+        return *read(self.images, index, None if cuts is None else cuts.of(index)), index
 
     __getitems__ = read
 

@@ -25,6 +25,7 @@ class Reading:
             the background on two sides; `squash` takes all of it and stretches it.
         cut: `box` crops while resizing. `whole pixels`, as in packed files of version 1, resizes first, then
             crops.
+        draft: Whether a JPEG file much larger than the input is decoded at a half, a quarter or an eighth of its size.
     """
 
     shape: tuple[int, int, int]
@@ -34,6 +35,7 @@ class Reading:
     depth: int = 16
     fit: str = "crop"
     cut: str = field(default="box", compare=True)
+    draft: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that are not default, without the shape, for a packed file's header."""
@@ -57,6 +59,7 @@ def reading_of(shape: tuple[int, int, int], settings: dict[str, Any]) -> Reading
             and 0 < reading.crop <= 1
             and (reading.fit == "crop" or (reading.cut, reading.crop) == ("box", 1))
             and reading.depth in DEPTHS
+            and isinstance(reading.draft, bool)
             and len(reading.background) == 3
             and all(0 <= value <= 255 for value in reading.background)
         )

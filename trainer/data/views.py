@@ -127,5 +127,6 @@ class Views:
 
     def of(self, index: Tensor, view: int) -> Tensor:
         """Reads the training images of `index` [N] and augments them as in `view`; returns float32 [N, C, H, W] in [0, 1]."""
-        stored, _ = read(self.data.train.images, index, self.cuts(view))
+        cuts = self.cuts(view)
+        stored, _ = read(self.data.train.images, index, None if cuts is None else cuts.of(index))
         return self.augmented(stored.to(index.device), index, view)

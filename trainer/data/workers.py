@@ -1,21 +1,35 @@
-"""Reads batches of images from disk in worker processes: no more of them than shared memory has room for."""
+"""Reads batches of images from disk in worker processes: no more of them than shared memory has room for.
+
+The workers of a part stay from one epoch to the next.
+"""
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trainer.data.crops import Cuts
-from trainer.data.images import Part
-from trainer.distributed import is_main
+from trainer.data.images import Part, read
+from trainer.distributed import is_main, usable_cores
 from trainer.mistakes import Mistake
 
 SHARED = "/dev/shm"  # where Linux keeps the memory that processes share; a container may have 64 MB of it
 PREFETCH = 2  # batches that a worker reads ahead
+MOST_WORKERS = 8  # of `auto`
+MOST_KEPT = 2  # parts whose workers stay: those that an epoch trains and validates on
 # A batch may take so long until its worker counts as hung: large photos on a slow disk take half a second each.
 SECONDS, SECONDS_PER_IMAGE = 120, 2
+
+
+def num_workers(asked: int | Literal["auto"]) -> int:
+    """Returns the number of workers of each process: what is asked for, or one for each core, at most `MOST_WORKERS`."""
+    if asked != "auto":
+        return asked
+    return max(1, min(MOST_WORKERS, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def read_batches(
@@ -34,18 +48,23 @@ def read_batches(
         Mistake: For an image that cannot be read, and when a worker has died or hangs.
     """
     largest = max((len(positions) for positions in order), default=0)
-    workers = _affordable(workers, largest * part.image_bytes)
-    dataset: Any = _ReturnsMistakes(part, cuts)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=[positions.tolist() for positions in order],
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        timeout=SECONDS + SECONDS_PER_IMAGE * largest if workers else 0,
-        pin_memory=pinned,
-    )
-    iterator = iter(loader)
+    crew = _crew(part, _affordable(workers, largest * part.image_bytes), pinned, largest)
+    crew.order.batches, crew.order.cuts = order, cuts
+    crew.is_busy = True
+    finished = False
+    try:
+        yield from _batches(iter(crew.loader))
+        finished = True
+    except GeneratorExit:
+        finished = True  # nobody wants the rest, which the workers throw away
+        raise
+    finally:
+        crew.is_busy = False
+        if not finished:
+            _dismiss(crew)
+
+
+def _batches(iterator: Iterator[Any]) -> Iterator[Any]:
     while True:
         try:
             batch = next(iterator)
@@ -61,6 +80,85 @@ def read_batches(
         if isinstance(batch, Mistake):
             raise batch
         yield batch
+
+
+@dataclass(eq=False)
+class _Order:
+    """A batch sampler, which is given other batches for every epoch."""
+
+    ids: Tensor
+    batches: list[Tensor] = field(default_factory=list)
+    cuts: Cuts | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields what a worker is asked for: positions in the source, and the settings and numbers of their cuts.
+
+        As arrays: a tensor would go to the worker through a file of its own in shared memory.
+        """
+        for positions in self.batches:
+            index = self.ids[positions].cpu()
+            cuts = None if self.cuts is None else self.cuts.of(index)
+            yield index.numpy(), None if cuts is None else (cuts.settings, cuts.numbers.numpy())
+
+
+@dataclass(eq=False)
+class _Crew:
+    """The workers of a part: a data loader with its batch sampler.
+
+    made_for: the settings that it was made with. is_busy: whether an epoch is being read.
+    """
+
+    part: Part
+    made_for: tuple[int, bool, int]
+    order: _Order
+    loader: DataLoader[Any]
+    is_busy: bool = False
+
+
+_crews: list[_Crew] = []  # those that stay, the one that was used last at the end
+
+
+def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
+    """Returns the workers of a part that stay from an earlier epoch, or new ones. largest: images of the largest batch."""
+    made_for = (workers, pinned, largest)
+    for crew in _crews:
+        if crew.part is part and crew.made_for == made_for and not crew.is_busy:
+            _crews.remove(crew)
+            _crews.append(crew)
+            return crew
+    order = _Order(part.ids)
+    dataset: Any = _ReturnsMistakes(part)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        timeout=SECONDS + SECONDS_PER_IMAGE * largest if workers else 0,
+        pin_memory=pinned,
+        persistent_workers=workers > 0,
+    )
+    crew = _Crew(part, made_for, order, loader)
+    if workers:
+        idle = [other for other in _crews if not other.is_busy]
+        for other in idle[: max(0, len(_crews) + 1 - MOST_KEPT)]:
+            _dismiss(other)
+        _crews.append(crew)
+    return crew
+
+
+def _dismiss(crew: _Crew) -> None:
+    """Ends workers: they end with the last reference to their loader."""
+    if crew in _crews:
+        _crews.remove(crew)
+
+
+def dismiss_all() -> None:
+    """Ends the workers that have stayed from earlier epochs."""
+    _crews.clear()
 
 
 def _affordable(workers: int, batch_bytes: int) -> int:
@@ -115,15 +213,18 @@ class _ReturnsMistakes:
     Raised in a worker process, its message would contain the traceback of that process.
     """
 
-    def __init__(self, part: Part, cuts: Cuts | None) -> None:
-        self.part, self.cuts = part, cuts
+    def __init__(self, part: Part) -> None:
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor, Tensor] | Mistake:
+    def __getitems__(self, asked: tuple) -> tuple[Tensor, Tensor, Tensor] | Mistake:
+        numbers, cut = asked
+        index = torch.from_numpy(numbers)
+        cuts = None if cut is None else Cuts(cut[0], torch.from_numpy(cut[1]))
         try:
-            return self.part.read(positions, self.cuts)
+            return *read(self.part.images, index, cuts), index
         except Mistake as error:
             return error
 

@@ -10,12 +10,11 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from trainer.data.crops import Cuts, read_part
 from trainer.data.examined import Examined, examine
-from trainer.data.image_file import read_image
 from trainer.data.images import Source
 from trainer.data.kept_listing import kept_listing
 from trainer.data.listing import Listing, in_order, notes_on_names
+from trainer.data.pictures import Pictures
 from trainer.data.reading import Reading
 from trainer.data.splitting import groups_of, split_off
 from trainer.data.tables import is_table, list_table, named_classes
@@ -96,7 +95,9 @@ def image_folder(
         Mistake: For a missing folder or class, a class without images, a single class, and damaged files.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    reading = Reading((channels, height, width), crop=crop, background=background, fit=resize_mode)
+    reading = Reading(
+        (channels, height, width), crop=crop, background=background, fit=resize_mode, draft=True
+    )
     test = test if test is not None else test_folder
     folders = folder if isinstance(folder, list) else [folder]
     with _named():
@@ -175,7 +176,7 @@ def _opened(
     train.add(unlabelled)
     groups = groups_of(train.files, train.inside, group)
     reading = replace(reading, depth=examined.depth)
-    images = {name: _OnDisk(found, number, reading) for name, found in listings.items()}
+    images = {name: _pictures(found, number, reading) for name, found in listings.items()}
     if isinstance(test, (int, float)):
         held_out = _test_images(images["training"], test, test_seed, groups)
         images["test"], images["training"] = (
@@ -298,7 +299,7 @@ def _raw_names(folders: list[Path]) -> list[str]:
 
 
 def _found(
-    images: dict[str, "_OnDisk"], folders: list[Path], classes: list[str], listings: dict[str, Listing]
+    images: dict[str, Pictures], folders: list[Path], classes: list[str], listings: dict[str, Listing]
 ) -> str:
     """Returns one line: the classes, images of each part, fewest and most of a class, and skipped files."""
     labels = images["training"].labels
@@ -317,7 +318,7 @@ def _found(
     return f"{', '.join(map(str, folders))}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
 
 
-def _test_images(images: "_OnDisk", test: float, seed: int, groups: Tensor) -> Tensor:
+def _test_images(images: Pictures, test: float, seed: int, groups: Tensor) -> Tensor:
     """Returns which images are split off as test images, bool [N]. Raises Mistake if a class has none left, or no label."""
     if not (images.labels >= 0).any():
         raise Mistake("images without labels cannot be split class by class: give test, a folder")
@@ -335,38 +336,6 @@ def _test_images(images: "_OnDisk", test: float, seed: int, groups: Tensor) -> T
     return split_off(images.labels, amount, [seed, 0x7E57], groups)
 
 
-class _OnDisk:
-    """Image files, decoded and resized when they are used (an `Images`)."""
-
-    def __init__(self, found: Listing, number: dict[str, int], reading: Reading) -> None:
-        self.files = found.files
-        self.labels = torch.tensor([number[name] for name in found.classes], dtype=torch.int64)
-        self.reading = reading
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        images = torch.stack([read_image(self.files[position], self.reading) for position in positions])
-        return images, self.labels[torch.as_tensor(positions)]
-
-    def cut(self, positions: list[int], cuts: Cuts) -> tuple[Tensor, Tensor]:
-        """Returns the part of each picture that `cuts` names, at the reading's size, and labels."""
-        parts = [
-            read_part(self.files[position], self.reading, numbers, cuts.settings)
-            for position, numbers in zip(positions, cuts.numbers.tolist(), strict=True)
-        ]
-        return torch.stack(parts), self.labels[torch.as_tensor(positions)]
-
-    def at(self, reading: Reading) -> "_OnDisk":
-        """Returns the same images, read in another way."""
-        part = _OnDisk(Listing(), {}, reading)
-        part.files, part.labels = self.files, self.labels
-        return part
-
-    def some(self, chosen: Tensor) -> "_OnDisk":
-        """Returns the images where `chosen`, bool [len], is True."""
-        part = _OnDisk(Listing(), {}, self.reading)
-        part.files = [file for file, is_chosen in zip(self.files, chosen.tolist(), strict=True) if is_chosen]
-        part.labels = self.labels[chosen]
-        return part
+def _pictures(found: Listing, number: dict[str, int], reading: Reading) -> Pictures:
+    labels = torch.tensor([number[name] for name in found.classes], dtype=torch.int64)
+    return Pictures(found.files, labels, reading)

@@ -48,6 +48,22 @@ else:
     _ShelfEntry = Entry
 
 
+class StoreKeys(Entry):
+    """The store of decoded pictures, in store/ in the folder of TRAINER_DATA, by default ~/.cache/tiny-student.
+
+    Attributes:
+        short_side: Pictures that `random_resized_crop` cuts are first brought to this shorter side in pixels, or to that
+            of the network's input if it is longer. Other images are kept as networks see them.
+        limit_gib: How much all stores may take together; by default a quarter of the free disk. Those used longest ago
+            are removed for new ones.
+
+    Acted on by `data.pictures` and `data.store`.
+    """
+
+    short_side: Annotated[int, Field(ge=8, strict=True)] = 256
+    limit_gib: PositiveFloat | None = None
+
+
 class DataKeys(_ShelfEntry):
     """The data section.
 
@@ -63,7 +79,9 @@ class DataKeys(_ShelfEntry):
         keep_views: Keep the augmented images in memory, as float32, for later epochs and stages.
         augment: The augmentation; or `light` or `strong`, settings that suit photographs.
         mixup, cutmix: Alpha of their Beta distributions, 0 for off.
-        workers: Processes that read images from disk.
+        store: Where pictures are kept decoded: `auto` keeps them while there is room, `off` decodes them each time. Views
+            with `random_resized_crop` are cut out of smaller pictures where this is not `off`.
+        workers: Processes that read images from disk; `auto` takes one for each core, at most 8.
         mean, std: Of the normalisation, for each channel; by default those of a loaded student, else the training
             images' own. (0 and 1 leave images in [0, 1].)
 
@@ -79,7 +97,8 @@ class DataKeys(_ShelfEntry):
     augment: AugmentKey = Augment()
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
-    workers: NonNegativeInt = 2
+    store: Literal["auto", "off"] | StoreKeys = "auto"
+    workers: NonNegativeInt | Literal["auto"] = "auto"
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
 

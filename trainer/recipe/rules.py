@@ -11,6 +11,7 @@ from trainer.recipe.keys import (
     DataKeys,
     Recipe,
     StageKeys,
+    StoreKeys,
     StudentKeys,
     TeacherKeys,
     TermKeys,
@@ -120,6 +121,12 @@ def _data_faults(data: DataKeys) -> Iterator[tuple[tuple, str]]:
             ("data", "keep_views"),
             "has no effect on endless views: give data.views, how many there are before they repeat",
         )
+    if (
+        isinstance(data.store, StoreKeys)
+        and "short_side" in data.store.model_fields_set
+        and data.augment.random_resized_crop is None
+    ):
+        yield ("data", "store", "short_side"), "has no effect without augment: {random_resized_crop: ...}"
     if data.views is not None and (data.mixup or data.cutmix):
         yield (
             ("data", "views"),

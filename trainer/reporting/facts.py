@@ -1,7 +1,6 @@
 """Collects facts of a run's environment: hardware, versions, the command."""
 
 import importlib.metadata
-import os
 import platform
 import shlex
 import sys
@@ -18,11 +17,12 @@ def hardware() -> dict[str, Any]:
     """Returns "cpu", "cores" (that the process may use), "torch_threads", "gpu" (names or None) and "system"."""
     import torch  # here: `trainer --version` needs none
 
+    from trainer.distributed import usable_cores
+
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     return {
         "cpu": _cpu_name(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "gpu": ", ".join(gpus) or None,
         "system": platform.platform(),

@@ -119,8 +119,9 @@ def _learns(stages: Sequence[StageKeys]) -> bool:
 
 def without_effect(recipe: Recipe, data: Data, num_processes: int) -> Iterator[str]:
     """Yields a line for each setting that has no effect on these images, or less than it says."""
-    if "workers" in recipe.data.model_fields_set and recipe.data.workers and _all_in_memory(data):
-        yield recipe.fault(("data", "workers"), "has no effect: the images are in memory")
+    for key in ("workers", "store") if _all_in_memory(data) else ():
+        if key in recipe.data.model_fields_set and getattr(recipe.data, key) not in (0, "auto", "off"):
+            yield recipe.fault(("data", key), "has no effect: the images are in memory")
     num_images = len(data.train)
     for number, stage in enumerate(recipe.stages):
         training = training_of(stage)

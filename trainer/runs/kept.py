@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from tabulate import tabulate
 
+from trainer.data import store
 from trainer.data.fetch import FILES, cache_folder
 from trainer.mistakes import Mistake, nearest
 from trainer.storage.files import PARTIAL
@@ -47,13 +48,17 @@ def kept() -> list[Kept]:
         for path in sorted((folder / kind).glob("*.json")):
             if re.fullmatch(_HASH, path.stem) and path.is_file():
                 found.append(_entry(f"{kind}/{path.name}", [path], described(path)))
+    for path in sorted((folder / store.FOLDER).glob("*")):
+        if re.fullmatch(_HASH, path.name) and path.is_dir():
+            ours = _ours(path, {"records", "facts.json"})
+            found.append(_entry(f"{store.FOLDER}/{path.name}", ours, _pictures(path)))
     for name, names in FILES.items():
         found.append(_entry(name, _ours(folder / name, set(names)), f"trainer fetch {name}"))
     return [entry for entry in found if entry.files]
 
 
 def _entry(name: str, files: list[Path], made_by: str) -> Kept:
-    return Kept(name, files, sum(path.stat().st_size for path in files), made_by)
+    return Kept(name, files, sum(min(path.stat().st_size, store.on_disk(path)) for path in files), made_by)
 
 
 def table(entries: Sequence[Kept]) -> str:
@@ -137,6 +142,21 @@ def _answers(folder: Path) -> str:
     return (
         f"answers ({fields}) of {models or 'a teacher'} to {facts.get('dataset', 'unknown images')}{counted}"
     )
+
+
+def _pictures(folder: Path) -> str:
+    facts = _json(folder / "facts.json")
+    shape, side = facts.get("shape"), facts.get("short_side")
+    size = (
+        f"{side} pixels high or wide"
+        if side
+        else "x".join(map(str, shape))
+        if isinstance(shape, list)
+        else "?"
+    )
+    number = facts.get("num_files")
+    counted = f"{number:,} " if isinstance(number, int) else ""
+    return f"{counted}pictures, decoded ({size}), from {facts.get('first', 'unknown files')} on"
 
 
 def _models(specs: Any) -> Iterator[str]:

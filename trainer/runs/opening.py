@@ -15,6 +15,7 @@ from torch import nn
 
 from trainer.data.batches import make_data
 from trainer.data.images import Data
+from trainer.data.workers import dismiss_all
 from trainer.distillation.examine import look
 from trainer.distillation.onednn import kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
@@ -64,7 +65,8 @@ def folder_of(
         Mistake: For processes that have not the same recipe, or do not share the folder.
         Everything that `together` raises.
     """
-    with together() as stop:
+    with together() as stop, contextlib.ExitStack() as at_end:
+        at_end.callback(dismiss_all)
         recipe, plain = read(path, changes, allow_python)
         accelerator = make_accelerator(recipe)
         if accelerator.is_main_process and recipe.written.notes:

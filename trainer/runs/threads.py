@@ -9,6 +9,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from trainer.distributed import usable_cores
 from trainer.runs.resuming import facts_of_beginning
 
 
@@ -57,8 +58,7 @@ def threads_of_a_run(
 
 def available_threads(num_processes: int) -> int:
     """Returns the number of physical cores for each process of this machine, at least 1."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    logical = len(affinity(0)) if affinity else os.cpu_count() or 1
+    logical = usable_cores()
     cores = min(psutil.cpu_count(logical=False) or logical, logical)
     return max(1, cores // min(num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))))
 
