@@ -3,7 +3,7 @@
 Run: python scripts/bench_loader.py [--images 20000] [--sizes 128 224] [--workers 1 2] [--epochs 3] [--folder DIR]
 [--many 200000]. The pictures, generated JPEG files of 500 x 375, are made in the folder if they are not there.
 
-All loaders deliver the same: batches of 64, float32, normalised, of random parts of the pictures (35 to 100 % of the area,
+All loaders deliver the same: batches of 64, float32 in [0, 1], of random parts of the pictures (35 to 100 % of the area,
 ratio 0.75 to 1.33, bicubic, antialiased), half of them mirrored. timm is its `create_loader` as its train.py calls it,
 without colour jitter; torchvision is ImageFolder, transforms.v2 and torch's DataLoader with workers that stay.
 
@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 BATCH, NUM_CLASSES = 64, 10
 SCALE, RATIO = (0.35, 1.0), (0.75, 1.33)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE, SMALL = (500, 375), (32, 24)
 CPU = torch.device("cpu")
 Epoch = Callable[[int], Iterator[Tensor]]
@@ -76,7 +75,6 @@ def _make_some(asked: tuple[Path, tuple[int, int], list[int]]) -> None:
 
 def ours(folder: Path, size: int, workers: int) -> Epoch:
     from trainer.data.batches import batches, epoch_order, make_data
-    from trainer.data.images import normalize
     from trainer.data.views import Views
     from trainer.recipe import shelves
     from trainer.recipe.keys import DataKeys
@@ -96,7 +94,7 @@ def ours(folder: Path, size: int, workers: int) -> Epoch:
     def epoch(number: int) -> Iterator[Tensor]:
         order = epoch_order(len(data.train), BATCH, 0, number, 0, 1)
         for images, _, index in batches(data.train, order, workers, CPU, views.cuts(number)):
-            yield normalize(views.augmented(images, index, number), MEAN, STD)
+            yield views.augmented(images, index, number)
 
     return epoch
 
@@ -114,8 +112,8 @@ def with_timm(folder: Path, size: int, workers: int) -> Epoch:
         hflip=0.5,
         color_jitter=None,
         interpolation="bicubic",
-        mean=MEAN,
-        std=STD,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
         num_workers=workers,
         pin_memory=False,
         device=CPU,
@@ -137,7 +135,6 @@ def with_torchvision(folder: Path, size: int, workers: int) -> Epoch:
             ),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
         ]
     )
     loader = DataLoader(
