@@ -36,6 +36,10 @@ NOT_RUN = {
     "scripts/test": "is what runs this",
     "pip install .": "tests/recipe/test_shipped.py does, in an environment of its own",
     "trainer sync": "asks a service; tests/reporting/test_tracking.py has its parts",
+    **{
+        f"trainer {words}": "needs a folder of photographs and weights; tests/runs/test_initial.py runs the section's lines"
+        for words in ("init", "check photographs", "run photographs", "predict runs/photographs")
+    },
     "trainer fetch": "downloads; tests/data/test_fetch.py and tests/test_cli.py have its parts",
 }
 SLOW = (

@@ -71,3 +71,11 @@ def changes_of(words: list[str]) -> dict[str, Any]:
 def first_sentence(text: str) -> str:
     """Returns a text's first sentence, on one line: what is before a full stop that a capital letter follows."""
     return re.split(r"(?<=[.])\s+(?=[A-Z])", text.strip(), maxsplit=1)[0].replace("\n", " ")
+
+
+def seconds(word: str) -> float:
+    """Returns the seconds of a duration: 90s, 30m, 2h."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", word)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"got {word!r}; such as 90s, 30m or 2h is allowed")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]

