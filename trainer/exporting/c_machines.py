@@ -20,6 +20,12 @@ LINUX = {
     "armhf": ("arm-linux-gnueabihf-gcc", "qemu-arm"),
 }
 CORTEX = ("arm-none-eabi-gcc", "qemu-system-arm")
+# {core: (the compiler's flags, qemu's board)}; what is compiled for an M0 runs on the M3's board, which has all its instructions
+CORES = {
+    "Cortex-M3": ("-mcpu=cortex-m3", "mps2-an385"),
+    "Cortex-M0": ("-mcpu=cortex-m0", "mps2-an385"),
+    "Cortex-M4F": ("-mcpu=cortex-m4 -mfpu=fpv4-sp-d16 -mfloat-abi=hard", "mps2-an386"),
+}
 PACKAGES = {
     "gcc": "gcc libc6-dev",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
@@ -109,15 +115,16 @@ def answers_of_example(
 
 
 def cortex(
-    folder: Path, images: np.ndarray, classes: int, optimize: str = "-O2"
+    folder: Path, images: np.ndarray, classes: int, optimize: str = "-O2", core: str = "Cortex-M3"
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Runs a student on an emulated Cortex-M3 without FPU.
+    """Runs a student on an emulated microcontroller.
 
     Args:
         folder: Where student.c and student.h are.
         images: Normalised float32 [N, C, H, W], or bytes for a student of integers.
         classes: How many logits there are.
         optimize: The compiler's level, and further flags.
+        core: Of `CORES`.
 
     Returns:
         The logits [N, K], float32 or int32, and {"flash_bytes", "ram_bytes", "instructions"}: the whole firmware with start code and
@@ -131,7 +138,8 @@ def cortex(
         here = Path(aside)
         for name in ("c_cortex_m.c", "c_cortex_m.ld"):
             (here / name).write_text(template(name))
-        flags = f"-mcpu=cortex-m3 -mthumb {optimize} -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
+        own, machine = CORES[core]
+        flags = f"{own} -mthumb {optimize} -std=gnu99 -ffp-contract=off -Wall -Werror -ffunction-sections -fdata-sections".split()
         link: list[str | Path] = [
             "-Wl,--gc-sections",
             "-nostartfiles",
@@ -149,7 +157,7 @@ def cortex(
         }
         given, answered = ("u1", "<i4") if images.dtype == np.uint8 else ("<f4", "<f4")
         np.ascontiguousarray(images, given).tofile(here / "images.bin")
-        board = "-M mps2-an385 -nographic -monitor none -serial none -icount shift=6 -semihosting-config enable=on,target=native"
+        board = f"-M {machine} -nographic -monitor none -serial none -icount shift=6 -semihosting-config enable=on,target=native"
         called([CORTEX[1], *board.split(), "-kernel", firmware], cwd=here, stdin=subprocess.DEVNULL)
         logits = np.fromfile(here / "logits.bin", answered).reshape(len(images), classes)
         stack, ticks = np.fromfile(here / "facts.bin", "<u4").tolist()

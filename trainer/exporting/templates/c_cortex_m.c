@@ -34,6 +34,9 @@ static uint32_t left(uint32_t number, uint32_t file, const void *bytes, uint32_t
 void begin(void)
 {
     uint32_t facts[2] = {0, 0}, *stack = (uint32_t *)__builtin_frame_address(0) - 8, *low = stack_low;
+#ifdef __ARM_FP
+    *(volatile uint32_t *)0xe000ed88u |= 0xf00000u;  // the FPU is on
+#endif
     for (uint32_t *to = data_start, *from = data_load; to < data_end;)
         *to++ = *from++;
     for (uint32_t *to = bss_start; to < bss_end;)
