@@ -1,6 +1,7 @@
 """The quantized student is what integers compute, bit for bit; shares and zeros stay, the packed file holds all of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +169,20 @@ def test_what_integers_cannot_compute_is_refused_with_its_layer():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     with pytest.raises(Mistake, match="layer '1': operator batch_norm"):
         quantized(net, {"model": "x"}, (1, 8, 8), [0.0], [1.0])
+
+
+def test_it_ends_the_same_after_an_interruption(tmp_path):
+    stages = [
+        {"stage": "train", "training": TRAINING},
+        {"stage": "quantize", "training": TRAINING},
+        {"stage": "pack"},
+    ]
+    written = recipe(tmp_path, STUDENTS["lenet300"], stages)
+    trainer.run(written, folder=tmp_path)
+    first = (tmp_path / "x/student.tiny").read_bytes()
+    for name in ("01-quantize", "02-pack"):
+        shutil.rmtree(tmp_path / f"x/checkpoints/{name}")
+    for name in ("done", "student.tiny"):
+        (tmp_path / "x" / name).unlink()
+    trainer.run(written, folder=tmp_path)
+    assert (tmp_path / "x/student.tiny").read_bytes() == first

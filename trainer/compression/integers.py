@@ -117,6 +117,10 @@ def to_integers(model: nn.Module, exponents: Mapping[str, int], bits: int, bias_
     """
     for name, layer in weights_of(model).items():
         module: Any = layer.holders[0][0]
+        if name not in exponents:
+            raise Mistake(
+                f"layer {name!r}: a weight that is neither a convolution's nor a linear layer's cannot be whole"
+            )
         weight, bias = layer.value.detach(), getattr(module, "bias", None)
         for some in range(bits, 1, -1):
             step = step_of(weight, some) or 1.0

@@ -89,7 +89,10 @@ def quantize(
     calibrate(run.student, (normalize(one, data.mean, data.std) for one in some), run.student)
 
     def settle() -> None:
-        to_integers(run.student, exponents_read(trace(run.student, data.shape)), bits, biases)
+        exponents = exponents_read(trace(run.student, data.shape))
+        to_integers(run.student, exponents, bits, biases)
+        if units.is_chain(run.student) and units.drop_dead(run.student):  # by rounding
+            to_integers(run.student, exponents, bits, biases)
         run.student_spec = with_maps(run.student, run.student_spec)
 
     if training is not None:
