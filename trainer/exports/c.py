@@ -115,7 +115,7 @@ def _on_machines(
         notes.append(f"Cortex-M3: {absent}")
         return {}
     few = images[: max(1, min(CORTEX_IMAGES, int(CORTEX_SECONDS / one)))]
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for core in CORES:
         found, of_core = cortex(folder, given(few), expected.shape[1], SMALL if integer else "-O2", core)
         _same(core, found, expected[: len(few)])

@@ -169,9 +169,11 @@ static void conv(const step *s, const uint8_t *image, const map *x, const map *y
             if (above < 0 || above >= x->height)
                 continue;
             const uint8_t *from = row_of(image, x, channel, above);
-            for (int32_t j = 0; j < y->width; j++, column += s->stride[1])
-                if (column >= 0 && column < x->width)
-                    sums[j] += w.value * (from[column] - x->zero);
+            int32_t j = 0, beside = s->stride[1], zero = x->zero, value = w.value, end = x->width, last = y->width;
+            for (; column < 0; column += beside)
+                j++;
+            for (; j < last && column < end; j++, column += beside)
+                sums[j] += value * (from[column] - zero);
         }
         for (int32_t j = 0; j < y->width; j++) {
             int32_t v = finished(s, sums[j], image, o, row, j);
