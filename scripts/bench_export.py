@@ -18,7 +18,8 @@ from tabulate import tabulate
 
 from trainer.exporting.export import subject_of
 from trainer.exporting.onnx_builder import IMAGE
-from trainer.exporting.onnx_file import session_of, write_onnx
+from trainer.exporting.onnx_file import write_onnx
+from trainer.exporting.onnx_session import session_of
 from trainer.exporting.subject import needed
 from trainer.networks.build import build
 from trainer.runs.evaluate_file import opened

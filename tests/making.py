@@ -57,4 +57,4 @@ def leave_plots_out(patch) -> None:
     patch.setattr(report, "accuracy_against_bytes", None)
     patch.setattr(report, "position_of", lambda row: None)
     patch.setattr(report, "histograms", lambda name, weights: [])
-    patch.setattr(evidence, "_player", lambda *_: (None, "this is a test"))
+    patch.setattr(evidence, "_players", lambda *_: (None, None, "this is a test"))

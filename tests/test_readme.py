@@ -46,6 +46,7 @@ SLOW = (
     "trainer ladder",
     "trainer trials",
     "trainer gain",
+    "trainer bench",
     "accelerate launch",
     "torchrun",
 )  # several runs or processes

@@ -13,8 +13,9 @@ import trainer
 from trainer.compression.states import bake
 from trainer.exporting import huffman, onnx_huffman, onnx_rice, onnx_weights
 from trainer.exporting.export import export, subject_of
-from trainer.exporting.onnx_file import serialized, session_of, write_onnx
+from trainer.exporting.onnx_file import serialized, write_onnx
 from trainer.exporting.onnx_nodes import write_nodes
+from trainer.exporting.onnx_session import session_of
 from trainer.exporting.onnx_weights import compress
 from trainer.exporting.shared_values import shared_values
 from trainer.exporting.subject import NotInstalled

@@ -71,9 +71,10 @@ def num_lines(folder: Path) -> int:
 
 def test_the_service_is_told_everything(folder, service, caplog, capfd):
     a_run(folder)
-    [[_, project, name, group, resume, where, config, settings]] = service("init")
+    [[_, project, name, group, resume, where, config, settings, tags]] = service("init")
     assert (project, name, group, resume, where) == ("tiny-student", "x", "x", "allow", str(folder))
     assert config["student"] == {"model": "lenet5"} and settings == {"init_timeout": 30, "console": "off"}
+    assert tags == ["digits", "lenet5", "pack"]
     own = json.loads((folder / "tracking.json").read_text())["id"]
     assert json.dumps([call for call in service() if call[0] != "init"]) == json.dumps(
         [

@@ -39,6 +39,24 @@ class Table:
         self.content = [columns, data]
 
 
+class Html:
+    def __init__(self, data, inject) -> None:
+        self.content = ["page", data, inject]
+
+
+class Image:
+    def __init__(self, path) -> None:
+        self.content = ["image", Path(path).name]
+
+
+class Artifact:
+    def __init__(self, name, type) -> None:
+        self.content = [name, type, []]
+
+    def add_file(self, path, name) -> None:
+        self.content[2].append([name, Path(path).stat().st_size])
+
+
 class Run:
     """Has the steps of all runs with its id, as the service does."""
 
@@ -52,7 +70,10 @@ class Run:
         note("define", name, step_metric)
 
     def log(self, values, step) -> None:
-        note("log", {k: v.content if isinstance(v, Table) else v for k, v in values.items()}, step, self.id)
+        note("log", {k: getattr(v, "content", v) for k, v in values.items()}, step, self.id)
+
+    def log_artifact(self, artifact) -> None:
+        note("artifact", *artifact.content)
 
     def update(self, values) -> None:
         note("summary", values)
@@ -61,6 +82,6 @@ class Run:
         note("finish")
 
 
-def init(project, name, group, id, resume, dir, config, settings) -> Run:
-    note("init", project, name, group, resume, dir, config, settings.given)
+def init(project, name, group, id, resume, dir, config, tags, settings) -> Run:
+    note("init", project, name, group, resume, dir, config, settings.given, tags)
     return Run(id)

@@ -108,4 +108,4 @@ class _Sorted(nn.Module):
 def test_what_cannot_stand_in_a_page_is_said(tmp_path):
     run = make_run(tmp_path, student=_Sorted, subset=60, validation=20)
     run.rows.append({"stage": "decoded", "file": "student.tiny"})
-    assert "sort" in evidence._player(run, None, False)[1]
+    assert "sort" in evidence._players(run, None, False)[2]

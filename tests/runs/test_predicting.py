@@ -15,7 +15,8 @@ from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.packing.loading import load
-from trainer.runs.predicting import BATCH, answers, files_of, open_student, write_answers
+from trainer.runs.answering import open_student
+from trainer.runs.predicting import BATCH, answers, files_of, write_answers
 
 SPEC, SHAPE = {"model": "lenet5", "width": 2}, (1, 28, 28)
 

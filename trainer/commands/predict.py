@@ -1,4 +1,4 @@
-"""Classify images with a .tiny or .onnx file."""
+"""Classify images with a .tiny, .onnx or .pt2 file."""
 
 import argparse
 import os
@@ -22,14 +22,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     forms.add_argument("--json", action="store_true", help="one JSON object a line")
     forms.add_argument("--csv", action="store_true", help="rows of file, class, probability")
     parser.add_argument("--top", type=count, default=3, help="how many classes to print (3)")
+    parser.add_argument(
+        "--model", help="builds the network of a file that may not name it: python:module:function"
+    )
+    parser.add_argument(
+        "--allow-python", action="store_true", help="let --model name python:, open .pt2: both can run code"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from trainer.runs.predicting import answers, files_of, open_student, write_answers
+    from trainer.runs.answering import open_student
+    from trainer.runs.predicting import answers, files_of, write_answers
 
-    student = open_student(options.file)
+    student = open_student(options.file, options.model, options.allow_python)
     if student.note:
         say_once(student.note)
     form = "json" if options.json else "csv" if options.csv else "text"

@@ -29,6 +29,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time a few steps of every stage, and say what the whole will take",
     )
+    parser.add_argument(
+        "--no-images", action="store_true", help="leave images of the data out of report.html"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -39,13 +42,19 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         if options.fresh or options.from_stage is not None:
             raise Mistake("--from and --fresh have no effect with --dry-run, which keeps nothing")
+        if options.no_images:
+            raise Mistake("--no-images has no effect with --dry-run, which writes no report")
         from trainer.runs.dry_run import dry_run
 
         print(dry_run(options.recipe, recipe_changes_of(options), options.threads, options.allow_python))
         return
+    changes = recipe_changes_of(options)
+    if options.no_images:
+        if changes.setdefault("report_images", False) is not False:
+            raise Mistake("--set report_images: --no-images gives it too")
     runner.run(
         options.recipe,
-        recipe_changes_of(options),
+        changes,
         options.folder,
         options.threads,
         options.allow_python,

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trainer.data.crops import Cuts, cut
 from trainer.data.reading import Reading
@@ -251,6 +252,13 @@ def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = (weights * values).sum(1)
     variance = (weights * (values - mean[:, None]) ** 2).sum(1)
     return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
+
+
+def in_size(images: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Returns images [N, C, H, W] in [0, 1] in the size (H, W) that a network sees; as they are for None."""
+    if size is None or tuple(images.shape[2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from trainer.data.images import Data, normalize
+from trainer.data.images import Data, in_size, normalize
 from trainer.distillation import cpu, gpu
 from trainer.networks import features
 from trainer.networks.build import spec
@@ -147,9 +146,7 @@ class Teacher:
         """
         member = self.members[number]
         size = (member.size, member.size) if member.size else self.shape and self.shape[1:]
-        if size and tuple(images.shape[2:]) != tuple(size):
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-        return normalize(images, member.mean or self.mean, member.std or self.std)
+        return normalize(in_size(images, size or None), member.mean or self.mean, member.std or self.std)
 
     @torch.no_grad()
     def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from trainer.exporting.c_library import template
-from trainer.exporting.subject import NotInstalled
+from trainer.exporting.fresh import Load
+from trainer.exporting.installed import NotInstalled
 
 FLAGS = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-ffp-contract=off"]
 # {machine: (compiler, emulator)} of Linux machines
@@ -83,6 +84,24 @@ class Native:
         for image, answer in zip(images, logits, strict=True):
             self._run(image.ctypes.data, answer.ctypes.data)
         return logits
+
+
+def prepare(folder: str, classes: int, integer: bool, threads: int) -> Load:
+    """Prepares a student in C for `fresh.measured`: gcc compiles it; it has one thread."""
+    native = Native(Path(folder), classes, integer)
+    return lambda: native
+
+
+def object_bytes(folder: Path) -> int:
+    """Returns the bytes of code and constants that student.c takes as gcc builds it here. Raises NotInstalled without gcc."""
+    absent = missing(["gcc"])
+    if absent:
+        raise NotInstalled(absent)
+    with tempfile.TemporaryDirectory() as aside:
+        built = Path(aside) / "student.o"
+        called(["gcc", *FLAGS, "-c", "-o", built, folder / "student.c"])
+        text, data = called(["size", built]).decode().splitlines()[1].split()[:2]
+    return int(text) + int(data)
 
 
 def answers_of_example(

@@ -68,7 +68,7 @@ def export_all(
 
     Returns:
         The row of each target, as `prove` returns it, with "stage" and "target" (names), "file_bytes", "files", "notes",
-        "seconds"; and a sentence for each target whose program or package is not installed.
+        "shows_images", "seconds"; and a sentence for each target whose program or package is not installed.
 
     Raises:
         Mistake: For what no target may do: nothing is then written.
@@ -112,6 +112,7 @@ def _export(subject: Subject, target: ExportKeys, folder: Path) -> dict[str, Any
         "file_bytes": exported.num_bytes,
         "files": files,
         "notes": notes,
+        "shows_images": exported.shows_images,
         **found,
         **exported.numbers,
     }

@@ -1,37 +1,21 @@
 """Assembles an ONNX file, and runs it by onnxruntime."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from trainer.exporting.fresh import measured
 from trainer.exporting.onnx_builder import IMAGE, LOGITS, Builder
 from trainer.exporting.onnx_nodes import WRITERS, write_nodes
+from trainer.exporting.onnx_session import prepare, session_of
 from trainer.exporting.onnx_weights import compress
 from trainer.exporting.subject import Exported, Subject, needed
 
 OPS = frozenset(WRITERS)
-SHOWN = 5  # logits of the test vector that are in the metadata
 OPSET, IR_VERSION = 18, 8  # what onnxruntime 1.17 reads; BitwiseAnd came with opset 18
-
-# In a process of its own: what loading costs, and the most memory. VmHWM, since getrusage's maximum counts the parent's too.
-MEASURE = """
-import sys, time
-import numpy, onnxruntime
-path, threads, shape = sys.argv[1], int(sys.argv[2]), [int(size) for size in sys.argv[3:]]
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = threads
-started = time.process_time()
-session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-loaded = time.process_time() - started
-session.run(None, {session.get_inputs()[0].name: numpy.zeros([1, *shape], numpy.float32)})
-status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
-print(loaded, int(status["VmHWM"].split()[0]) * 1024)
-"""
 
 
 def write_onnx(subject: Subject, path: Path, compressed: bool) -> Exported:
@@ -49,19 +33,8 @@ def write_onnx(subject: Subject, path: Path, compressed: bool) -> Exported:
 
 
 def metadata(subject: Subject) -> dict[str, str]:
-    """Returns what a user of the file must know: classes, mean, std, shape, where it came from, and a test vector."""
-    _, logits = subject.test_vector()
-    facts: dict[str, Any] = {
-        "classes": list(subject.classes),
-        "mean": list(subject.mean),
-        "std": list(subject.std),
-        "shape": list(subject.shape),
-        "reading": subject.reading.settings() if subject.reading else None,
-        "sha256": subject.sha256,
-        # Of the uint8 image whose pixel i is (i * 37 + i // 101 * 11) % 256, normalised: [class, logit] of the highest.
-        "test": [[int(c), float(f"{logits[c]:.6g}")] for c in np.argsort(-logits)[:SHOWN]],
-    }
-    return {key: json.dumps(value, separators=(",", ":")) for key, value in facts.items() if value}
+    """Returns `Subject.facts` as the metadata of an ONNX file, each value as JSON."""
+    return {key: json.dumps(value, separators=(",", ":")) for key, value in subject.facts().items()}
 
 
 def serialized(
@@ -116,27 +89,8 @@ def opened(path: Path, subject: Subject) -> Exported:
     return Exported([path], run, path.stat().st_size, numbers=_measured(path, subject.shape))
 
 
-def session_of(runtime: Any, path: Path, optimized: Path | None = None, level: Any = None) -> Any:
-    """Returns a session on the CPU with torch's number of threads.
-
-    optimized: where the graph that it runs is written; level: of onnxruntime's optimizations (all).
-    """
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    if level is not None:
-        options.graph_optimization_level = level
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _measured(path: Path, shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns load_seconds (of the processor) and peak_bytes of a process that opens the file and answers once."""
-    if not Path("/proc/self/status").exists():
-        return {}
-    command = [sys.executable, "-c", MEASURE, str(path), str(torch.get_num_threads()), *map(str, shape)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"a fresh process could not run it:\n{done.stderr[-1000:]}")
-    seconds, peak = done.stdout.split()
-    return {"load_seconds": float(seconds), "peak_bytes": int(peak)}
+    found = measured(prepare, {"file": str(path)}, shape, torch.get_num_threads())
+    known = {"load_seconds": found["load_cpu_seconds"]}
+    return known | ({"peak_bytes": found["peak_bytes"]} if "peak_bytes" in found else {})

@@ -12,10 +12,11 @@ import numpy as np
 
 from trainer.exporting.integer_steps import is_quantized
 from trainer.exporting.onnx_builder import IMAGE
-from trainer.exporting.onnx_file import metadata, opened, serialized, session_of
+from trainer.exporting.onnx_file import metadata, opened, serialized
 from trainer.exporting.onnx_nodes import write_nodes
-from trainer.exporting.proof import latency
+from trainer.exporting.onnx_session import session_of
 from trainer.exporting.subject import Exported, Subject, needed
+from trainer.exporting.timing import latency
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 BATCH = 32  # images at a time, at most
@@ -52,9 +53,10 @@ def write_int8(subject: Subject, path: Path, calibration: str, num_images: int) 
                     per_channel=True,
                     calibrate_method=getattr(quantization.CalibrationMethod, METHODS[calibration]),
                 )
+            _tell(path, metadata(subject))
         dense = opened(plain, subject)
         image = np.zeros((1, *subject.shape), np.float32)
-        seconds, num_bytes = latency(dense, image)[0], dense.num_bytes
+        seconds, num_bytes = latency(dense.run, image)[0], dense.num_bytes
     found = opened(path, subject)
     found.compared = "measured"
     found.verdict = lambda row: (
@@ -63,6 +65,14 @@ def write_int8(subject: Subject, path: Path, calibration: str, num_images: int) 
         f"({num_bytes:,} bytes, {seconds * 1e3:.3f} ms)"
     )
     return found
+
+
+def _tell(path: Path, facts: dict[str, str]) -> None:
+    """Adds metadata to an ONNX file."""
+    onnx = needed("onnx", "onnx")
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, facts)
+    path.write_bytes(model.SerializeToString())
 
 
 class _Reader:

@@ -1,16 +1,15 @@
 """Runs an export on all test images by its real runtime, and holds its answers against the student's."""
 
 import math
-import time
 from typing import Any
 
 import numpy as np
 
 from trainer.exporting.subject import Exported, Subject
+from trainer.exporting.timing import latency
 
 NEAR = 1e-4  # of the largest logit: two that are nearer may change places by rounding
 SHOWN = 20  # images at a tie that are listed
-WARM_UP, MOST_CALLS, MOST_SECONDS = 10, 500, 3.0  # of the latency
 
 
 def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
     assert first is not None, "there are no images to prove it on"
     classes, truth = np.concatenate(answers), np.concatenate(labels)
     known = truth >= 0
-    median, late = latency(exported, first)
+    median, late = latency(exported.run, first)
     return {
         "top1": _percent(classes == truth, known),
         "top1_student": _percent(np.concatenate(students) == truth, known),
@@ -82,15 +81,3 @@ def _percent(right: np.ndarray, known: np.ndarray) -> float:
 def _is_tie(logits: np.ndarray) -> bool:
     second, most = np.sort(logits.astype(np.float64))[-2:]
     return bool(most - second <= NEAR * np.abs(logits).max())
-
-
-def latency(exported: Exported, image: np.ndarray) -> tuple[float, float]:
-    """Returns median and 95th percentile of the seconds of a call with one image."""
-    for _ in range(WARM_UP):
-        exported.run(image)
-    seconds: list[float] = []
-    while len(seconds) < MOST_CALLS and sum(seconds) < MOST_SECONDS:
-        started = time.perf_counter()
-        exported.run(image)
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds)), float(np.quantile(seconds, 0.95))

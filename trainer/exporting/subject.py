@@ -1,10 +1,8 @@
 """What a target of an export is given, and what it gives back."""
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,26 +13,12 @@ from trainer.data.batches import batches
 from trainer.data.images import Data, Part, normalize
 from trainer.data.reading import Reading
 from trainer.exporting.graph import Graph
-from trainer.mistakes import Mistake
+from trainer.exporting.installed import NotInstalled as NotInstalled
+from trainer.exporting.installed import needed as needed
 
 NO_DATA = "without a recipe there is no data: name one (--recipe R)"
+SHOWN = 5  # logits of the test vector that an export's file tells
 NUM_RANDOM = 256  # inputs that an export without data is compared on
-
-
-class NotInstalled(Mistake):
-    """A program or package that a target needs is not on this machine; the exports to other targets go on."""
-
-
-def needed(module: str, extra: str) -> ModuleType:
-    """Imports a package of an extra. Raises NotInstalled, with what to install, if it is not there."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise NotInstalled(
-            f"needs the package {error.name}: pip install {error.name}, or the extra {extra} (pip install '.[{extra}]')"
-        ) from None
 
 
 @dataclass
@@ -105,6 +89,24 @@ class Subject:
         image = ((i * 37 + i // 101 * 11) % 256).astype(np.uint8).reshape(self.shape)
         return image, self.logits(self.normalized(image[None]))[0]
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what a user of an exported file must know, as far as it is known: values of JSON.
+
+        "classes", "mean", "std", "shape", "reading" (what differs from the default), "sha256", and "test": [class, logit] of the
+        highest of the normalised test vector.
+        """
+        _, logits = self.test_vector()
+        found = {
+            "classes": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "shape": list(self.shape),
+            "reading": self.reading.settings() if self.reading else None,
+            "sha256": self.sha256,
+            "test": [[int(c), float(f"{logits[c]:.6g}")] for c in np.argsort(-logits)[:SHOWN]],
+        }
+        return {key: value for key, value in found.items() if value}
+
 
 @dataclass
 class Exported:
@@ -122,6 +124,7 @@ class Exported:
         notes: Sentences for the user.
         verdict: Makes one more of the row of numbers, see `proof.prove`; None for no more.
         batch: How many images `run` is given at a time.
+        shows_images: Whether the files show images of the data, which then are not tracked unasked.
     """
 
     files: list[Path]
@@ -134,3 +137,4 @@ class Exported:
     notes: list[str] = field(default_factory=list)
     verdict: Callable[[dict[str, Any]], str] | None = None
     batch: int = 200
+    shows_images: bool = False

@@ -36,6 +36,7 @@ def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Expo
         num_bytes=size,
         takes="uint8",
         batch=1000,
+        shows_images=bool(images) and subject.data is not None,
         numbers={
             "latency_seconds": float(np.median(took)),
             "latency_p95_seconds": float(np.quantile(took, 0.95)),

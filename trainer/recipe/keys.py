@@ -324,6 +324,8 @@ class Recipe(Entry):
         stages: What is done, in this order.
         cache: Where the teacher's answers are kept. By default in memory, if they are used again and take at most 2 GiB.
         track: `wandb` mirrors the log in Weights & Biases, by a process of its own; `trainer sync RUN` sends it later.
+        track_images: Whether images of the data may go there: in the report's page, and in exports that show some.
+        report_images: Whether report.html shows images of the data (also `trainer run --no-images`).
         precision: Of training: `no` is float32; `fp16` and `bf16` are mixed.
         tf32: Whether NVIDIA GPUs multiply float32 numbers with 10 bits of mantissa, which is several times as fast. By
             default convolutions do and other products do not.
@@ -344,6 +346,8 @@ class Recipe(Entry):
     stages: Annotated[list[Stage], Field(min_length=1)]
     cache: Literal["off", "memory", "disk"] | CacheKeys | None = None
     track: Literal["wandb"] | None = None
+    track_images: bool = False
+    report_images: bool = True
     precision: Literal["no", "fp16", "bf16"] = "no"
     tf32: bool | None = None
     cudnn_benchmark: bool = False

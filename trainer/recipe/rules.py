@@ -39,6 +39,8 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
         yield ("teachers",), "teacher and teachers are both given; one of them is allowed"
     if recipe.combine is not None and not several:
         yield ("combine",), "has no effect without teachers"
+    if recipe.track_images and recipe.track is None:
+        yield ("track_images",), "has no effect without track"
     entries = [
         (("teachers", n) if several else ("teacher",), keys)
         for n, keys in enumerate(recipe.teacher_entries)

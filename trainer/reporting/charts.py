@@ -14,22 +14,30 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # room for the axes
 
 
 def scatter(
-    points: Sequence[tuple[float, float, str, int]], size: tuple[int, int], labels: tuple[str, str]
+    points: Sequence[tuple[float, float, str, int]],
+    size: tuple[int, int],
+    labels: tuple[str, str],
+    way: Sequence[tuple[float, float]] | None = None,
 ) -> str:
-    """Draws named points over a logarithmic x axis; those of one series are joined in their order.
+    """Draws named points over a logarithmic x axis of bytes.
 
     Args:
-        points: (x, y, name, series) of each; x is positive.
+        points: (x, y, name, series) of each; x is positive, y a percentage.
         size: Width and height.
         labels: Of the x and the y axis.
+        way: The (x, y) that a line joins; None for the points of each series in their order.
     """
     xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
     room = max(0.15 * (max(ys) - min(ys)), 0.2)
     plot = _Plot(size, (min(xs) / 2, max(xs) * 2), (min(ys) - room, max(ys) + room), log_x=True)
     marks = [plot.axes(*labels, x_text=short_bytes)]
-    for series in sorted({series for *_, series in points}):
-        way = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y, _, s in points if s == series)
-        marks.append(f'<polyline class="line s{series % COLOURS} faint" points="{way}"/>')
+    joined = [(COLOURS - 1, way)] if way is not None else [
+        (number, [(x, y) for x, y, _, own in points if own == number])
+        for number in sorted({own for *_, own in points})
+    ]  # fmt: skip
+    for series, corners in joined:
+        line = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in corners)
+        marks.append(f'<polyline class="line s{series % COLOURS} faint" points="{line}"/>')
     taken: list[tuple[float, float, float, float]] = []
     for x, y, name, series in points:
         at = plot.x(x), plot.y(y)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -72,6 +72,14 @@ def calm(axes: "Axes") -> None:
 
 def byte_axis(axes: "Axes", values: Sequence[float]) -> None:
     """Makes the x axis a logarithmic axis of bytes."""
+    log_axis(axes, values, short_bytes, "size of the file")
+
+
+def log_axis(axes: "Axes", values: Sequence[float], text: Callable[[float], str], label: str) -> None:
+    """Makes the x axis logarithmic.
+
+    values: those that are drawn. text: how a value is written. label: of the axis.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -81,8 +89,8 @@ def byte_axis(axes: "Axes", values: Sequence[float]) -> None:
     decades = math.log10(high / low * room**2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value)))
-    axes.set_xlabel("size of the file", fontsize=9, color=INK)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axes.set_xlabel(label, fontsize=9, color=INK)
 
 
 def label(

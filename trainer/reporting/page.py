@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
 from pydantic import Field
@@ -26,6 +26,9 @@ from trainer.reporting.tables import (
     weighed,
 )
 from trainer.storage import records
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 logger = logging.getLogger(__name__)
 
@@ -59,27 +62,9 @@ def page(
         weights: {moment: {layer: weights}}, see `report.write`.
         evidence: What the test images show, see `runs.evidence.gather`; {} leaves those parts out.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    templates = Environment(
-        loader=PackageLoader("trainer.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "percent": lambda value: NOTHING if missing(value) else f"{value:.2f} %",
-        "share": lambda value: NOTHING if missing(value) else f"{100 * value:.2f} %",
-        "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
-        "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",
-        "short_bytes": lambda value: NOTHING if missing(value) else short_bytes(value),
-        "significant": lambda value: NOTHING if missing(value) else f"{value:.3g}",
-        "milliseconds": lambda value: NOTHING if missing(value) else f"{1000 * value:.3g} ms",
-        "plain_json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
-        "duration": duration,
-    }
+    templates = environment()
     layers = report["layers"]
     return templates.get_template("report.html").render(
         report=report,
@@ -90,8 +75,8 @@ def page(
             if any(row.get(key) is not None for row in report["rows"])
         },
         exports=[row for row in report["rows"] if row.get("target")],
-        student=_last(report["rows"], "student"),
-        teacher=_last(report["rows"], "teacher"),
+        student=last_row(report["rows"], "student"),
+        teacher=last_row(report["rows"], "teacher"),
         accuracy=Markup(_accuracy(report["rows"])),
         byte_bars=Markup(_byte_bars(evidence.get("account", ()), len(layers))),
         parts=PARTS,
@@ -107,6 +92,31 @@ def page(
         player=Markup(evidence.get("player") or ""),
         matrix=Markup(_matrix(evidence)),
     )
+
+
+def environment() -> "Environment":
+    """Returns jinja2's environment of the pages' templates, with their filters for numbers."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("trainer.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "percent": lambda value: NOTHING if missing(value) else f"{value:.2f} %",
+        "share": lambda value: NOTHING if missing(value) else f"{100 * value:.2f} %",
+        "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
+        "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",
+        "short_bytes": lambda value: NOTHING if missing(value) else short_bytes(value),
+        "significant": lambda value: NOTHING if missing(value) else f"{value:.3g}",
+        "milliseconds": lambda value: NOTHING if missing(value) else f"{1000 * value:.3g} ms",
+        "plain_json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
+        "duration": duration,
+    }
+    return made
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -135,7 +145,8 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _last(rows: Sequence[Mapping[str, Any]], who: str) -> Mapping[str, Any] | None:
+def last_row(rows: Sequence[Mapping[str, Any]], who: str) -> Mapping[str, Any] | None:
+    """Returns the last row of the "student" or the "teacher" that is no export's; None without one."""
     found = [row for row in rows if is_teacher(row) == (who == "teacher") and not row.get("target")]
     return found[-1] if found else None
 

@@ -60,6 +60,25 @@ def accuracy_against_bytes(report: Mapping[str, Any]) -> "Figure":
     return axes.figure
 
 
+def accuracy_against_latency(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Draws top-1 accuracy over the latency of one image with one thread, for the rows of a bench that have an accuracy."""
+    [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
+    drawing.calm(axes)
+    placed = [
+        ((1000 * row["latency_seconds"], row["top1"]), f"{row['name']} ({row['runtime']})")
+        for row in rows
+        if row["threads"] == 1 and not missing(row["top1"])
+    ]
+    for position, _ in placed:
+        axes.plot(*position, "o", color=STUDENT, markersize=7, markeredgecolor="white", zorder=3)
+    drawing.log_axis(axes, [x for (x, _), _ in placed], lambda ms: f"{ms:.3g}", "one image, one thread (ms)")
+    _accuracy_axis(axes, [y for (_, y), _ in placed])
+    axes.grid(color=GRID, linewidth=0.7)
+    drawing.title(axes.figure, "accuracy against latency")
+    drawing.label(axes, [(position, name, STUDENT) for position, name in placed], ())
+    return axes.figure
+
+
 def _accuracy_axis(axes: "Axes", values: Sequence[float]) -> None:
     """Makes the accuracy axis linear if the values are close, else logarithmic in the error.
 

@@ -36,10 +36,11 @@ from trainer.reporting.tables import (
 from trainer.storage import files, records
 
 MOST_CLASSES = 30  # that a table shows
+TRACKED = "report_without_images.html"
 _Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
-class _Row(TypedDict):
+class Row(TypedDict):
     """The entries of a row that `table` shows."""
 
     stage: str
@@ -53,7 +54,7 @@ class _Row(TypedDict):
 
 
 class _Report(TypedDict):
-    rows: list[_Row]
+    rows: list[Row]
 
 
 def write(
@@ -61,6 +62,7 @@ def write(
     report: Mapping[str, Any],
     weights: Mapping[str, Mapping[str, np.ndarray]],
     evidence: Mapping[str, Any],
+    tracked: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes report.json, report.md, the plots and report.html, each file whole or not at all.
 
@@ -71,6 +73,7 @@ def write(
         weights: {moment: {layer: weights of any shape}}; moments are "dense", "pruned", "recovered", "clustered",
             "shared".
         evidence: What the test images show, for report.html; see `runs.evidence.gather`.
+        tracked: The same for a second page, `TRACKED`, which a tracked run sends instead; None for no such page.
     """
     folder = Path(folder)
     plots = {}
@@ -87,7 +90,10 @@ def write(
     files.write_bytes(folder / "report.json", data.encode())
     log = folder / "log.jsonl"
     lines = read_log(log) if log.is_file() else []
-    files.write_bytes(folder / "report.html", page(json.loads(data), lines, weights, evidence).encode())
+    (folder / TRACKED).unlink(missing_ok=True)
+    for name, shown in (("report.html", evidence), (TRACKED, tracked)):
+        if shown is not None:
+            files.write_bytes(folder / name, page(json.loads(data), lines, weights, shown).encode())
 
 
 def read(folder: Path) -> dict[str, Any]:

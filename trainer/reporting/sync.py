@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from trainer.mistakes import Mistake, brief
+from trainer.mistakes import Mistake, brief, say
+from trainer.reporting.tracked_files import media, send_artifacts, tags
 from trainer.storage import files
 
 PROJECT = "tiny-student"
@@ -32,6 +33,7 @@ INIT_SECONDS = 30  # how long wandb may take to start, and to log in
 def sync(folder: Path, config: Mapping[str, Any], ended: Callable[[float], bool] = lambda _: True) -> int:
     """Sends the lines of a run's log that the service does not have; returns their number.
 
+    Of a finished run also plots, page, packed student and exports (`tracked_files`).
     With WANDB_MODE=offline wandb writes all of them into the run's folder instead.
 
     Args:
@@ -64,10 +66,16 @@ def sync(folder: Path, config: Mapping[str, Any], ended: Callable[[float], bool]
                 resume="allow",
                 dir=str(folder),
                 config=files.plain(config),
+                tags=tags(config),
                 settings=_settings(wandb),
             )
-            sent = _send(wandb, run, lines_of(path, ended))
+            finished = lambda: (folder / "done").is_file() and (folder / "report.json").is_file()
+            more = lambda: media(wandb, folder, config) if finished() else {}
+            sent = _send(wandb, run, lines_of(path, ended), more)
+            unsent = send_artifacts(wandb, run, folder, config) if finished() else []
             run.finish()
+            for sentence in unsent:
+                say(sentence)
             return sent
     except Timeout:
         raise Mistake(f"{folder}: another process is sending this log") from None
@@ -137,8 +145,11 @@ def lines_of(path: Path, ended: Callable[[float], bool]) -> Iterator[dict[str, A
                 return
 
 
-def _send(wandb: Any, run: Any, lines: Iterator[dict[str, Any]]) -> int:
-    """Sends each line with its number as the step, from the first that the service does not have; returns how many."""
+def _send(wandb: Any, run: Any, lines: Iterator[dict[str, Any]], more: Callable[[], dict[str, Any]]) -> int:
+    """Sends each line with its number as the step, from the first that the service does not have; returns how many.
+
+    more: what is sent beside the summary.
+    """
     charts: set[str] = set()
     rows: dict[Any, dict[str, Any]] = {}
     sent = 0
@@ -155,7 +166,7 @@ def _send(wandb: Any, run: Any, lines: Iterator[dict[str, Any]]) -> int:
         if kind == "summary":
             run.summary.update(values)
             columns, cells = _columns_and_cells(list(rows.values()))
-            run.log({"stages": wandb.Table(columns=columns, data=cells)}, step=step)
+            run.log({"stages": wandb.Table(columns=columns, data=cells), **more()}, step=step)
         elif kind in ("row", "numbers"):
             if chart not in charts:
                 charts.add(chart)

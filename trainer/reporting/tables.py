@@ -125,6 +125,41 @@ def weighed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows of a bench as a table; memory is what a process needs beside its runtime."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "file": lambda row: str(row["name"]),
+        "runtime": lambda row: str(row["runtime"]),
+        "threads": lambda row: _count(row["threads"]),
+        "bytes": lambda row: _count(row["file_bytes"]),
+        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
+        "load ms": lambda row: _decimals(row["load_seconds"], 1, 1000),
+        "memory MB": lambda row: _decimals(row.get("own_bytes"), 1, 1e-6),
+        "1 image ms": lambda row: _decimals(row["latency_seconds"], 3, 1000),
+        "p95": lambda row: _decimals(row["latency_p95_seconds"], 3, 1000),
+        "64 images ms": lambda row: _decimals(row["batch_seconds"], 2, 1000),
+        "p95 of 64": lambda row: _decimals(row["batch_p95_seconds"], 2, 1000),
+        "images/s": lambda row: _count(row["images_per_second"]),
+    }
+    return _aligned(columns, rows, num_text=2)
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the rows of `comparison.rows_of` as a table; * marks the runs that no other beats in bytes and accuracy."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "run": lambda row: str(row["run"]) + " *" * row["front"],
+        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
+        "agreement %": lambda row: _decimals(row.get("agreement"), 2),
+        "zeros %": lambda row: _decimals(row.get("sparsity"), 2, 100),
+        "bytes": lambda row: _count(row.get("file_bytes")),
+        "to teacher": lambda row: _ratio(row.get("ratio_teacher")),
+        "teacher %": lambda row: _decimals(row["teacher_top1"], 2),
+        "time": lambda row: duration(row["run_seconds"]),
+        "seed": lambda row: NOTHING if row["seed"] is None else str(row["seed"]),
+    }
+    return _aligned(columns, rows, num_text=1)
+
+
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
     """Returns a report's layers, or its blocks (`by_block`), as a table; "formula" is `sharing_ratio`, "bytes" those of the packed file."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {

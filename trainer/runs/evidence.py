@@ -35,7 +35,7 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
         "classes", their names; "confusion" [K][K], images by true class and answer; "per_class", a list of
         {"name", "images", "right", "answered"}; "confused", the commonest mistakes; "account", where each byte of the
         packed file goes, [] without one; "player", the student as a piece of HTML that answers, and "no_player", why there is
-        none (one of them is None). With pictures: "disagreements", images on which student and teacher differ,
+        none (one of them is None); "bare_player", the same without images. With pictures: "disagreements", images on which student and teacher differ,
         and "maps", what a pair of layers sees. Pictures are data addresses of PNG files.
     """
     data = run.data
@@ -47,11 +47,12 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
         "disagreements": [],
         "maps": None,
         "player": None,
+        "bare_player": None,
         "no_player": None,
     }
     if not run.accelerator.is_main_process:
         return found
-    found["player"], found["no_player"] = _player(run, teacher, pictures)
+    found["player"], found["bare_player"], found["no_player"] = _players(run, teacher, pictures)
     found |= _confusion(student.cpu(), data.test.labels.cpu(), data.classes)
     if teacher is not None and pictures:
         apart = (student != teacher).nonzero().flatten().cpu()
@@ -72,18 +73,23 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
     return found
 
 
-def _player(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | None, str | None]:
-    """Returns the packed student as HTML in which it answers, or the reason why it cannot stand in a page."""
+def without_pictures(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `gather` found without the user's images."""
+    return {**found, "disagreements": [], "maps": None, "player": found["bare_player"]}
+
+
+def _players(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | None, str | None, str | None]:
+    """Returns the packed student as HTML in which it answers, with images and without, or why it cannot stand in a page."""
     from trainer.exporting.export import check, subject_of  # here: torch.export takes seconds to import
     from trainer.exporting.player import player
     from trainer.exporting.script import script_of
     from trainer.recipe.recipe import targets_of
 
     if not any(row.get("file") for row in run.rows):
-        return None, "the recipe packs no file"
+        return None, None, "the recipe packs no file"
     num_weights = sum(parameter.numel() for parameter in run.student.parameters())
     if num_weights > MOST_WEIGHTS:
-        return None, f"it has {num_weights:,} weights, more than {MOST_WEIGHTS:,}"
+        return None, None, f"it has {num_weights:,} weights, more than {MOST_WEIGHTS:,}"
     data = run.data
     try:
         subject = subject_of(
@@ -92,8 +98,9 @@ def _player(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | Non
         )  # fmt: skip
         check(targets_of(["page"]), subject.graph, has_data=True)
     except Mistake as error:
-        return None, str(error)
-    return player(subject, script_of(subject), NUM_PICTURES if pictures else 0), None
+        return None, None, str(error)
+    script = script_of(subject)
+    return player(subject, script, NUM_PICTURES if pictures else 0), player(subject, script, 0), None
 
 
 def _confusion(answers: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
+from trainer.reporting.front import on_front
 from trainer.runs.answers import share_answers
 from trainer.runs.runner import begun, run
 from trainer.runs.scan import prune_stage
@@ -91,8 +92,8 @@ def ladder(
                 "error_validation": 100 - last["top1_validation"],
             }
         )
-    for row in rows:
-        row["front"] = not any(_beats(other, row) for other in rows)
+    for row, is_best in zip(rows, on_front([(row["file_bytes"], row["error"]) for row in rows]), strict=True):
+        row["front"] = is_best
     found = {"name": recipe.name, "stage": number, "points": rows}
     if PartialState().is_main_process:
         table = _table(rows)
@@ -145,12 +146,6 @@ def _point(
         if recipe.stages[share_stage].values is not None:
             varied[f"stages.{share_stage}.values"] = None
     return "-".join(words), varied
-
-
-def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Returns whether one point is no worse in bytes and error, and better in one of them."""
-    first, second = (one["file_bytes"], one["error"]), (other["file_bytes"], other["error"])
-    return first != second and first[0] <= second[0] and first[1] <= second[1]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

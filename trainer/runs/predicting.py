@@ -5,7 +5,7 @@ import glob
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -16,26 +16,9 @@ from torch import Tensor
 
 from trainer.data.image_file import read_image
 from trainer.data.listing import list_images
-from trainer.data.reading import Reading, reading_of
-from trainer.exporting.subject import needed
 from trainer.mistakes import Mistake, printable
-from trainer.packing import network as packed
-from trainer.packing.loading import BATCH, load, preprocess
-from trainer.storage.files import read_bytes
-
-
-class Student(NamedTuple):
-    """A network that classifies: names of its classes, how an image is read and normalised, and its answers.
-
-    answer: normalised float32 images [N, C, H, W] to logits [N, K].
-    """
-
-    classes: Sequence[str]
-    reading: Reading
-    mean: Sequence[float]
-    std: Sequence[float]
-    answer: Callable[[Tensor], Tensor]
-    note: str | None = None
+from trainer.packing.loading import BATCH, preprocess
+from trainer.runs.answering import Student
 
 
 class Answer(NamedTuple):
@@ -44,37 +27,6 @@ class Answer(NamedTuple):
     file: str
     classes: list[tuple[str, float]]
     error: str | None = None
-
-
-def open_student(file: Path) -> Student:
-    """Opens a .tiny or .onnx file. Raises Mistake for one that does not say what its images are like."""
-    if file.suffix.lower() == ".onnx":
-        return _open_onnx(file)
-    data = read_bytes(file)
-    network: Any = load(file)
-    reading, header = packed.reading(data, str(file)), packed.header(data, str(file))
-    note = None
-    if data[2] == 1:
-        note = f"{file}: of format version 1: images are resized bilinearly and then cut, as that version did"
-    return Student(network.classes, reading, header["mean"], header["std"], network, note)
-
-
-def _open_onnx(file: Path) -> Student:
-    onnxruntime = needed("onnxruntime", "onnx")
-    try:
-        session = onnxruntime.InferenceSession(read_bytes(file), providers=["CPUExecutionProvider"])
-        facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        classes, shape, mean, std = (facts[key] for key in ("classes", "shape", "mean", "std"))
-    except KeyError as error:
-        raise Mistake(f"{file}: its metadata have no {error}: files of `trainer export` have it") from None
-    except Exception as error:  # onnxruntime's own types, one for each fault
-        raise Mistake(f"{file}: is no ONNX file that can be run: {str(error).splitlines()[0]}") from None
-    name = session.get_inputs()[0].name
-
-    def answer(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return Student(classes, reading_of(shape, facts.get("reading", {})), mean, std, answer)
 
 
 def files_of(given: Iterable[str]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Runs a recipe: opens the run, runs the stages in order, skips the finished ones, writes the report."""
 
 import contextlib
+import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from trainer.reporting.log import Log
 from trainer.reporting.tables import FOLDED, by_block, csc_bytes, csr_bytes, layer_table, sharing_ratio, table
 from trainer.reporting.tracking import tracked
 from trainer.runs.answers import keep_answers
-from trainer.runs.evidence import gather
+from trainer.runs.evidence import gather, without_pictures
 from trainer.runs.guards import Untrained, check_at_least, examine, guard_teacher, stop_untrained, warnings_of
 from trainer.runs.opening import folder_of, make_run
 from trainer.runs.resuming import (
@@ -225,10 +226,12 @@ def _warned(result: dict[str, Any]) -> str:
 
 def _write_report(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) -> dict[str, Any]:
     """Writes the report of the stages so far; returns it."""
-    evidence = gather(run)
+    evidence = gather(run, pictures=recipe.report_images)
     result = _report(run, recipe, plain, run.seconds_before + time.time() - started)
     if run.accelerator.is_main_process:
-        report.write(run.folder, result, run.histograms, evidence)
+        hides = recipe.track is not None and recipe.report_images and not recipe.track_images
+        tracked_evidence = without_pictures(evidence) if hides else None
+        report.write(run.folder, result, run.histograms, evidence, tracked_evidence)
     return result
 
 
@@ -269,6 +272,10 @@ def _report(run: Run, recipe: Recipe, plain: dict[str, Any], seconds: float) -> 
         "student_bytes": run.student_bytes,
         "teacher_bytes": run.teacher.num_bytes if run.teacher is not None else None,
         "data": run.data.notes,
+        "test_images": {
+            "num": len(run.data.test),
+            "labels": hashlib.sha256(run.data.test.labels.cpu().numpy().tobytes()).hexdigest()[:16],
+        },
         "rows": run.rows,
         "layers": layers,
         "cache": run.cache.facts() if run.cache is not None else None,
