@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from trainer.mistakes import Said
+from trainer.mistakes import Mistake, Said
 from trainer.options import say_once
 from trainer.recipe.words import count, path_of
 
@@ -23,6 +23,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     forms.add_argument("--csv", action="store_true", help="rows of file, class, probability")
     parser.add_argument("--top", type=count, default=3, help="how many classes to print (3)")
     parser.add_argument(
+        "--with",
+        type=path_of,
+        action="append",
+        default=[],
+        dest="others",
+        metavar="FILE",
+        help="a further file: all answer together, by the mean of their probabilities; may be given several times",
+    )
+    parser.add_argument(
         "--model", help="builds the network of a file that may not name it: python:module:function"
     )
     parser.add_argument(
@@ -34,9 +43,16 @@ def run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from trainer.runs.answering import open_student
+    from trainer.runs.ensemble import together
     from trainer.runs.predicting import answers, files_of, write_answers
 
-    student = open_student(options.file, options.model, options.allow_python)
+    opened = {
+        str(file): open_student(file, options.model, options.allow_python)
+        for file in (options.file, *options.others)
+    }
+    if len(opened) <= len(options.others):
+        raise Mistake("--with: a file is given twice")
+    student = together(opened) if options.others else opened[str(options.file)]
     if student.note:
         say_once(student.note)
     form = "json" if options.json else "csv" if options.csv else "text"

@@ -19,14 +19,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from trainer.runs.trials import trials
 
-    changes = recipe_changes_of(options)
-    name = changes.pop("name", None)
     trials(
         options.recipe,
         options.seeds,
-        changes,
+        recipe_changes_of(options),
         options.folder,
-        name,
+        options.name,
         options.allow_python,
         options.processes,
     )

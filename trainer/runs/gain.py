@@ -89,7 +89,7 @@ def gain(
         f"{r:g}" for r in rates
     )
     text = (
-        f"{recipe.name}: {about(reports)}; taught with learning rate {chosen['taught']:g}, on labels alone with "
+        f"{recipe.name}: {about(taught)}; taught with learning rate {chosen['taught']:g}, on labels alone with "
         f"{chosen['labels']:g} ({said if rates else 'the recipe gives it; --rates tries others for both'})\n\n{table(found)}\n"
     )
     files.write_bytes(here / "gain.json", json.dumps(found, indent=1).encode())

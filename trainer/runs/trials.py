@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read
 from trainer.reporting.tables import NOTHING
 from trainer.runs.several import Job, run_all
@@ -55,8 +56,10 @@ def jobs_of(
     name: str | None,
     allow_python: bool,
 ) -> list[Job]:
-    """Returns one job for each seed, called NAME-seedN."""
+    """Returns one job for each seed, called NAME-seedN. Raises Mistake for changes with a seed."""
     given = dict(changes or {})
+    if "seed" in given:
+        raise Mistake("seed has no effect: the runs have the seeds 0, 1, 2 ...")
     name = name or read(path, given, allow_python)[0].name
     return [
         Job(path, {**given, "seed": seed, "name": f"{name}-seed{seed}"}, Path(folder))

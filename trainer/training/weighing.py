@@ -6,7 +6,7 @@ from trainer.distillation.ratios import Ratio, faults, has_auto, ratios, weighs
 from trainer.training.state import State
 
 FINDING = (0, 1, 2, 4, 8, 16, 32, 64)  # steps at which such weights are set; the last one counts from then on
-LEAST_STEPS = 50  # between the measurements of two epochs, so that they cost little where epochs are short
+LEAST_STEPS = 100  # between the measurements of two epochs: one takes as long as two steps
 
 
 def weigh_if_due(state: State, images: Tensor, labels: Tensor, index: Tensor, view: int | None) -> None:
