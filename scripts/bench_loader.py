@@ -3,15 +3,16 @@
 Run: python scripts/bench_loader.py [--images 20000] [--sizes 128 224] [--workers 1 2] [--epochs 3] [--folder DIR]
 [--many 200000]. The pictures, generated JPEG files of 500 x 375, are made in the folder if they are not there.
 
-All loaders deliver the same: batches of 64, float32 in [0, 1], of random parts of the pictures (35 to 100 % of the area,
+All loaders deliver the same: batches of 32, float32 in [0, 1], of random parts of the pictures (35 to 100 % of the area,
 ratio 0.75 to 1.33, bicubic, antialiased), half of them mirrored. timm is its `create_loader` as its train.py calls it,
 without colour jitter; torchvision is ImageFolder, transforms.v2 and torch's DataLoader with workers that stay.
 
 Each loader runs in a process of its own, several epochs one after another. This program's first epoch starts with an empty
 store. `check` are the seconds in which it once opens every picture, to find damaged ones; the others do not. Images a
 second are of the clock on the wall and, in brackets, of the processor seconds of all its processes, which other programs
-on the machine change less. Memory is what the processes have for themselves (USS), at the end of the first and of the
-last epoch.
+on the machine change less. Memory is what the processes have allocated (their part of it where they share it), without
+pages of mapped files, at the end of the first and of the last epoch. Freed memory stays with the process, as in this
+program's trainings and for all three alike.
 
 --many measures this program's memory over so many small files, in one epoch, at five places.
 """
@@ -36,7 +37,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-BATCH, NUM_CLASSES = 64, 10
+BATCH, NUM_CLASSES = 32, 10
 SCALE, RATIO = (0.35, 1.0), (0.75, 1.33)
 LARGE, SMALL = (500, 375), (32, 24)
 CPU = torch.device("cpu")
@@ -160,14 +161,22 @@ def processor_seconds() -> float:
 
 
 def own_mib() -> float:
-    return sum(process.memory_full_info().uss for process in tree()) / 2**20
+    """Returns the allocated memory of this process and its workers."""
+    kib = 0
+    for process in tree():
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        kib += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return kib / 2**10
 
 
 def measure(
     name: str, folder: Path, size: int, workers: int, epochs: int, places: int
 ) -> dict[str, list[float]]:
     """Measures one loader in this process: seconds of each epoch, its processor seconds and memory."""
+    from trainer.training.state import _keep_freed_memory
+
     torch.set_num_threads(1)
+    _keep_freed_memory()
     started, busy = time.perf_counter(), processor_seconds()
     epoch = LOADERS[name](folder, size, workers)
     found: dict[str, list[float]] = {"check": [time.perf_counter() - started, processor_seconds() - busy]}

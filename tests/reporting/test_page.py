@@ -24,6 +24,10 @@ EVIDENCE = {
     "disagreements": [
         {"picture": "data:image/png;base64,AAAA", "label": "ox", "student": "cat", "teacher": "ox"}
     ],
+    "views": [
+        {"picture": "data:image/png;base64,BBBB", "label": "ox", "teacher": "cat", "share": 0.876},
+        {"picture": "data:image/png;base64,CCCC", "label": None, "teacher": "ox", "share": 1.0},
+    ],
     "maps": None,
     "account": [
         {"tensor": "", "part": "frame", "bytes": 7.0},
@@ -56,6 +60,7 @@ def test_numbers_are_the_reports():
     assert "ox answered as cat: 2 of 7" in text
     assert "fc1.weight, values: 200.2 bytes" in text
     assert "ox answered as cat (2)." in text
+    assert "teacher: cat, 88&nbsp;%" in text and "<b>unlabelled</b>" in text
 
 
 def test_without_rows_layers_and_evidence():

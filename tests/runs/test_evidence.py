@@ -16,7 +16,8 @@ from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.recipe.keys import TeacherKeys
 from trainer.runs import evidence
-from trainer.runs.evidence import gather, picture
+from trainer.runs.evidence import _small, gather, picture
+from trainer.runs.showing import some_views
 from trainer.training.evaluate import normalized
 
 
@@ -48,7 +49,18 @@ def test_confusion_and_disagreements_counted_one_by_one(tmp_path):
         taught[apart[0]].item()
     )
     assert len(found["maps"]["pictures"]) == 4 and found["account"] == []
+    shown = some_views(run.data, teacher)
+    assert [(one["label"], one["teacher"], one["share"]) for one in found["views"]] == [
+        one[1:] for one in shown
+    ]
+    assert found["views"][0]["picture"] == picture(shown[0].picture) and len(shown) == 12
     assert {k for k, v in gather(run, pictures=False).items() if "data:image" in str(v)} == set()
+
+
+def test_a_view_of_many_pixels_is_shown_smaller():
+    assert _small(torch.full((3, 256, 64), 9, dtype=torch.uint8)).shape == (3, 128, 32)
+    small = torch.randint(256, (1, 128, 30), dtype=torch.uint8)
+    assert torch.equal(_small(small), small)
 
 
 def test_a_picture_is_the_images_pixels():

@@ -15,11 +15,13 @@ from trainer.data.images import Part, normalize
 from trainer.distillation.pairing import pair
 from trainer.mistakes import Mistake
 from trainer.networks import features
+from trainer.runs.showing import some_views
 from trainer.storage import files
 from trainer.training.evaluate import normalized, predict, teacher_answers
 from trainer.training.run import Run
 
 NUM_PICTURES, NUM_MAPS = 12, 4
+SIDE = 128  # pixels of a view in the page
 MOST_WEIGHTS = 1_000_000  # of a student that is written into its report: coding more takes minutes
 CONFUSED = 8  # pairs of classes that are listed
 
@@ -35,8 +37,9 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
         "classes", their names; "confusion" [K][K], images by true class and answer; "per_class", a list of
         {"name", "images", "right", "answered"}; "confused", the commonest mistakes; "account", where each byte of the
         packed file goes, [] without one; "player", the student as a piece of HTML that answers, and "no_player", why there is
-        none (one of them is None); "bare_player", the same without images. With pictures: "disagreements", images on which student and teacher differ,
-        and "maps", what a pair of layers sees. Pictures are data addresses of PNG files.
+        none (one of them is None); "bare_player", the same without images. With pictures: "views", training images as the
+        networks saw them, with the teacher's answers; "disagreements", images on which student and teacher differ, and
+        "maps", what a pair of layers sees. Pictures are data addresses of PNG files.
     """
     data = run.data
     student = predict(normalized(run.student.eval(), data), data.test, run.accelerator)
@@ -44,6 +47,7 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {
         "classes": list(data.classes),
         "account": _account(run),
+        "views": [],
         "disagreements": [],
         "maps": None,
         "player": None,
@@ -54,6 +58,16 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
         return found
     found["player"], found["bare_player"], found["no_player"] = _players(run, teacher, pictures)
     found |= _confusion(student.cpu(), data.test.labels.cpu(), data.classes)
+    if pictures:
+        found["views"] = [
+            {
+                "picture": picture(_small(one.picture)),
+                "label": one.label,
+                "teacher": one.answer,
+                "share": one.share,
+            }
+            for one in some_views(data, run.teacher)
+        ]
     if teacher is not None and pictures:
         apart = (student != teacher).nonzero().flatten().cpu()
         chosen = apart[torch.linspace(0, max(0, len(apart) - 1), min(NUM_PICTURES, len(apart))).long()]
@@ -75,7 +89,7 @@ def gather(run: Run, pictures: bool = True) -> dict[str, Any]:
 
 def without_pictures(found: dict[str, Any]) -> dict[str, Any]:
     """Returns what `gather` found without the user's images."""
-    return {**found, "disagreements": [], "maps": None, "player": found["bare_player"]}
+    return {**found, "views": [], "disagreements": [], "maps": None, "player": found["bare_player"]}
 
 
 def _players(run: Run, teacher: Tensor | None, pictures: bool) -> tuple[str | None, str | None, str | None]:
@@ -189,6 +203,19 @@ def _heat(map_: Tensor) -> str:
     energy = map_.float().square().mean(0).cpu().numpy()
     energy = (energy - energy.min()) / (np.ptp(energy) or 1.0)
     return _png(Image.fromarray(colormaps["viridis"](energy, bytes=True)[..., :3]))
+
+
+def _small(image: Tensor) -> Tensor:
+    """Returns an image uint8 [C, H, W] with sides of at most `SIDE` pixels, which are enough to see what was augmented."""
+    scale = min(1.0, SIDE / max(image.shape[1:]))
+    if scale == 1:
+        return image
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    return (
+        torch.nn.functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+        .round()
+        .byte()
+    )
 
 
 def picture(image: Tensor) -> str:
