@@ -26,7 +26,7 @@ FLOORS = [
     ["packing", "criteria", "distillation"],
     ["training", "functional"],
     ["exporting"],
-    ["stages", "exports"],
+    ["stages", "exports", "runtime"],
     ["runs", "options"],
     ["commands"],
     ["cli", "__init__"],

@@ -5,14 +5,12 @@ report it.
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import pkgutil
 import sys
 from types import ModuleType
 from typing import NoReturn
-
-import shtab
 
 from trainer import commands
 from trainer.mistakes import Mistake, Said, brief, message_of
@@ -80,9 +78,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="trainer", description="Distil, prune, weight-share and pack image classifiers.")
     parser.add_argument("--version", action="version", version=f"trainer {own_version()}")
-    shtab.add_argument_to(
-        parser, help='print this shell\'s completion: eval "$(trainer --print-completion bash)"'
-    )
+    # An environment without torch (scripts/runtime) has no completion either.
+    shtab = importlib.import_module("shtab") if importlib.util.find_spec("shtab") else None
+    if shtab:
+        shtab.add_argument_to(
+            parser, help='print this shell\'s completion: eval "$(trainer --print-completion bash)"'
+        )
     made = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _commands().items():
         help = (command.__doc__ or "").partition("\n")[0]
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         own.set_defaults(command=command)
         command.arguments(own)
         for action in own._actions:
-            if action.type is path_of:
+            if shtab and action.type is path_of:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks
     return parser
 

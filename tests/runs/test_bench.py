@@ -143,12 +143,12 @@ def test_other_images_are_refused(folder, at_once):
 
 
 def test_a_missing_runtime_is_said_and_the_rest_goes_on(folder, at_once, no_gcc, monkeypatch):
-    from trainer.runs import answering
+    from trainer.runtime import student
 
     def needed(module, extra):
         raise NotInstalled(f"needs the package {module}")
 
-    monkeypatch.setattr(answering, "needed", needed)
+    monkeypatch.setattr(student, "needed", needed)
     found = bench([folder / "export/onnx/student.onnx", folder / "s.tiny"])
     assert found["missing"][0].endswith("student.onnx: needs the package onnxruntime")
     assert {row["name"] for row in found["rows"]} == {"s.tiny"}

@@ -2,10 +2,10 @@
 
 import argparse
 
+from trainer.recipe.folders import SHELVES
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    from trainer.recipe.shelves import SHELVES
-
     parser.add_argument(
         "shelf", choices=sorted(SHELVES.values()), metavar="SHELF", help=", ".join(sorted(SHELVES.values()))
     )
@@ -14,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from trainer.recipe import shelves
 
-    key = next(key for key, folder in shelves.SHELVES.items() if folder == options.shelf)
+    key = next(key for key, folder in SHELVES.items() if folder == options.shelf)
     names = shelves.names(key)
     for name in names:
         print(f"{name:{max(map(len, names))}}  {shelves.first_line(key, name)}")

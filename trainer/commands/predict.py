@@ -1,8 +1,11 @@
 """Classify images with a .tiny, .onnx or .pt2 file."""
 
 import argparse
+import importlib.util
 import os
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from trainer.mistakes import Mistake, Said
 from trainer.options import say_once
@@ -40,11 +43,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from trainer.runs.predicting import Answer, answers, files_of, write_answers
 
+    student = _student(options) if importlib.util.find_spec("torch") else _without_torch(options)
+    if student.note:
+        say_once(student.note)
+    form = "json" if options.json else "csv" if options.csv else "text"
+    found: Iterable[Answer] = answers(
+        student, files_of(map(str, options.images)), options.top, os.cpu_count() or 1
+    )
+    if sys.stderr.isatty() and not sys.stdout.isatty() and importlib.util.find_spec("tqdm"):
+        from tqdm import tqdm
+
+        found = tqdm(found, unit=" images")
+    if failed := write_answers(found, form, sys.stdout, sys.stderr):
+        raise Said(f"{failed} images could not be read", 1)
+
+
+def _student(options: argparse.Namespace) -> Any:
     from trainer.runs.answering import open_student
     from trainer.runs.ensemble import together
-    from trainer.runs.predicting import answers, files_of, write_answers
 
     opened = {
         str(file): open_student(file, options.model, options.allow_python)
@@ -52,11 +70,12 @@ def run(options: argparse.Namespace) -> None:
     }
     if len(opened) <= len(options.others):
         raise Mistake("--with: a file is given twice")
-    student = together(opened) if options.others else opened[str(options.file)]
-    if student.note:
-        say_once(student.note)
-    form = "json" if options.json else "csv" if options.csv else "text"
-    found = answers(student, files_of(map(str, options.images)), options.top, os.cpu_count() or 1)
-    shown = tqdm(found, unit=" images", disable=not sys.stderr.isatty() or sys.stdout.isatty())
-    if failed := write_answers(shown, form, sys.stdout, sys.stderr):
-        raise Said(f"{failed} images could not be read", 1)
+    return together(opened) if options.others else opened[str(options.file)]
+
+
+def _without_torch(options: argparse.Namespace) -> Any:
+    from trainer.runtime.student import open_student
+
+    if options.others or options.model or options.allow_python:
+        raise Mistake("--with, --model and --allow-python need torch, which is not installed here")
+    return open_student(options.file)

@@ -4,20 +4,23 @@ import contextlib
 import math
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 from trainer.storage.files import check_regular
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Formats that Pillow lists but reads only through another program, or that hold no image.
 NOT_READ = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "PDF"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SPARE = 1.5
+BATCH = 64  # images that are classified at a time
 FEW_LEVELS = 32  # an image with fewer levels of brightness is black to a network
 
 
@@ -135,7 +138,14 @@ def mode_of(channels: int, path: object) -> str:
     return "L" if channels == 1 else "RGB"
 
 
-def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> Tensor:
+def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> "Tensor":
+    """Returns an image file as a uint8 tensor [C, H, W]: `read_pixels`."""
+    import torch  # here: images are read where torch is not installed too
+
+    return torch.from_numpy(read_pixels(path, reading))
+
+
+def read_pixels(path: str | Path | Image.Image | np.ndarray, reading: Reading) -> np.ndarray:
     """Returns an image file as uint8 [C, H, W], cropped and resized as in `reading`.
 
     Raises:
@@ -145,8 +155,8 @@ def read_image(path: str | Path | Image.Image | np.ndarray, reading: Reading) ->
     at_least = math.ceil(max(height, width) / reading.crop) if reading.draft else None
     image = open_image(path, mode_of(channels, path), reading.background, reading.depth, at_least)
     fit = _cut_whole_pixels if reading.cut == "whole pixels" else _FITS[reading.fit]
-    pixels = torch.from_numpy(np.array(fit(image, height, width, reading)))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    pixels = np.array(fit(image, height, width, reading))
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _middle_box(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:

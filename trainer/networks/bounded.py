@@ -7,8 +7,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from torch.nn.modules import module as hooks
-
 from trainer.mistakes import Mistake
 
 # torch pushes and pops its modes here, in pairs that an exception between would break.
@@ -52,10 +50,16 @@ def bounded(num_calls: int, num_numbers: int) -> Iterator[None]:
                     f"its header names a network of more numbers than the file can hold ({num_numbers:,})"
                 )
 
-    handles = [
-        hooks.register_module_parameter_registration_hook(count_numbers),
-        hooks.register_module_buffer_registration_hook(count_numbers),
-    ]
+    # Without torch a layout is found that holds no numbers.
+    hooks: Any = sys.modules.get("torch.nn.modules.module")
+    handles = (
+        [
+            hooks.register_module_parameter_registration_hook(count_numbers),
+            hooks.register_module_buffer_registration_hook(count_numbers),
+        ]
+        if hooks
+        else []
+    )
     sys.setprofile(count_call)
     try:
         yield

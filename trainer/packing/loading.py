@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data.image_file import read_image
+from trainer.data.image_file import BATCH, read_image
 from trainer.data.images import normalize
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
+from trainer.packing import headers
 from trainer.packing import network as packed
 from trainer.storage.files import read_bytes
 
 Images = Tensor | str | Path | Image.Image | np.ndarray | Iterable[str | Path | Image.Image | np.ndarray]
-BATCH = 64  # images of a prediction batch
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
@@ -43,7 +43,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     model.classes = header["classes"]
     if header["shape"] and header["mean"]:
         prepare = partial(
-            preprocess, reading=packed.reading(data, str(path)), mean=header["mean"], std=header["std"]
+            preprocess, reading=headers.reading(data, str(path)), mean=header["mean"], std=header["std"]
         )
         model.preprocess = prepare
         model.predict = partial(_predict, model, prepare, header["classes"])

@@ -27,16 +27,9 @@ from pydantic_core import PydanticCustomError
 
 from trainer.mistakes import Mistake, closest, nearest
 from trainer.recipe.faults import fault, restated, unknown
+from trainer.recipe.folders import SHELVES
 from trainer.recipe.words import first_sentence
 
-SHELVES = {
-    "loss": "losses",
-    "stage": "stages",
-    "dataset": "datasets",
-    "model": "models",
-    "method": "criteria",
-    "to": "exports",
-}
 PYTHON = "python:"
 ALLOW_PYTHON = "it runs the code of that module: allow it by --allow-python (in Python by allow_python=True)"
 

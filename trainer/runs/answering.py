@@ -5,20 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trainer.data.reading import Reading, reading_of
-from trainer.exporting.subject import needed
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
+from trainer.packing import headers
 from trainer.packing import network as packed
-from trainer.packing.loading import load
+from trainer.packing.loading import load, preprocess
 from trainer.recipe.shelves import ALLOW_PYTHON, PYTHON
+from trainer.runtime import student as runtime
+from trainer.runtime.student import TOLD
 from trainer.storage.files import read_bytes
 from trainer.training.weights import load_weights, recorded
 
-TOLD = ("classes", "shape", "mean", "std")  # what the file of an export says of its images
 FORMS = (".tiny", ".onnx", ".pt2", ".safetensors")
 
 
@@ -35,6 +37,12 @@ class Student(NamedTuple):
     answer: Callable[[Tensor], Tensor]
     note: str | None = None
     network: nn.Module | None = None
+
+    @torch.inference_mode()
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns logits [N, K] for images uint8 [N, C, H, W] of the input's size."""
+        images = preprocess(torch.from_numpy(pixels), self.reading, self.mean, self.std)
+        return self.answer(images).float().numpy()
 
 
 def open_student(file: Path, own: str | None = None, allow_python: bool = False) -> Student:
@@ -67,9 +75,7 @@ def _open_packed(file: Path, own: str | None) -> Student:
     into = _own_network(file, header, own, header["shape"], header["classes"])
     network: Any = load(file, into)
     reading = packed.reading(data, str(file))
-    note = None
-    if data[2] == 1:
-        note = f"{file}: of format version 1: images are resized bilinearly and then cut, as that version did"
+    note = headers.note(data, str(file))
     return Student(network.classes, reading, header["mean"], header["std"], network, note, network)
 
 
@@ -112,21 +118,12 @@ def _own_network(
 
 
 def _open_onnx(file: Path) -> Student:
-    onnxruntime = needed("onnxruntime", "onnx")
-    try:
-        session = onnxruntime.InferenceSession(read_bytes(file), providers=["CPUExecutionProvider"])
-        told = session.get_modelmeta().custom_metadata_map
-        facts = {key: json.loads(told[key]) for key in (*TOLD, "reading") if key in told}
-    except Mistake:
-        raise
-    except Exception as error:  # onnxruntime's own types, one for each fault
-        raise Mistake(f"{file}: is no ONNX file that can be run: {str(error).splitlines()[0]}") from None
-    name = session.get_inputs()[0].name
+    opened = runtime.open_onnx(file)
 
     def answer(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        return torch.from_numpy(opened.answer(images.numpy()))
 
-    return _told(file, facts, answer)
+    return Student(opened.classes, opened.reading, opened.mean, opened.std, answer)
 
 
 def _open_program(file: Path, allow_python: bool) -> Student:
@@ -143,13 +140,9 @@ def _open_program(file: Path, allow_python: bool) -> Student:
             f"{file}: is no torch.export file that can be run: {str(error).splitlines()[:1]}"
         ) from None
     most = facts.get("batch", 1)
-    return _told(file, facts, lambda images: torch.cat([network(part) for part in images.split(most)]))
+    told = runtime.told_by(file, facts, lambda images: images)
 
+    def answer(images: Tensor) -> Tensor:
+        return torch.cat([network(part) for part in images.split(most)])
 
-def _told(file: Path, facts: Mapping[str, Any], answer: Callable[[Tensor], Tensor]) -> Student:
-    """Returns the student of an export, with what is written in it."""
-    try:
-        classes, shape, mean, std = (facts[key] for key in TOLD)
-    except KeyError as error:
-        raise Mistake(f"{file}: its metadata have no {error}: files of `trainer export` have it") from None
-    return Student(classes, reading_of(shape, facts.get("reading", {})), mean, std, answer)
+    return Student(told.classes, told.reading, told.mean, told.std, answer)

@@ -5,20 +5,31 @@ import glob
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, Protocol, TextIO
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from trainer.data.image_file import read_image
+from trainer.data.image_file import BATCH, read_pixels
 from trainer.data.listing import list_images
+from trainer.data.reading import Reading
 from trainer.mistakes import Mistake, printable
-from trainer.packing.loading import BATCH, preprocess
-from trainer.runs.answering import Student
+
+
+class Classifier(Protocol):
+    """A student as torch runs it (`runs.answering`), or as the runtime without torch does (`runtime.student`)."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def reading(self) -> Reading: ...
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Returns logits [N, K] for images uint8 [N, C, H, W]."""
 
 
 class Answer(NamedTuple):
@@ -45,16 +56,15 @@ def files_of(given: Iterable[str]) -> Iterator[str]:
             yield name
 
 
-@torch.inference_mode()
-def answers(student: Student, files: Iterable[str], top: int, workers: int) -> Iterator[Answer]:
+def answers(student: Classifier, files: Iterable[str], top: int, workers: int) -> Iterator[Answer]:
     """Yields the answer to each file, in order; at most two batches of images are in memory.
 
     workers: threads that read images. Decoding and resizing run outside Python's lock, so that threads do.
     """
 
-    def read(file: str) -> Tensor | str:
+    def read(file: str) -> np.ndarray | str:
         try:
-            return read_image(file, student.reading)
+            return read_pixels(file, student.reading)
         except (Mistake, OSError) as error:
             return str(error)
 
@@ -71,18 +81,23 @@ def answers(student: Student, files: Iterable[str], top: int, workers: int) -> I
             read_ahead()
             group, reading = waiting.popleft()
             found = [future.result() for future in reading]
-            good = [image for image in found if isinstance(image, Tensor)]
+            good = [image for image in found if isinstance(image, np.ndarray)]
             likeliest: Iterator[Any] = iter(())
             if good:
-                inputs = preprocess(torch.stack(good), student.reading, student.mean, student.std)
-                best = student.answer(inputs).softmax(-1).topk(min(top, len(student.classes)))
-                likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                shares = _softmax(student.logits(np.stack(good)))
+                best = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+                likeliest = zip(best.tolist(), np.take_along_axis(shares, best, 1).tolist(), strict=True)
             for file, image in zip(group, found, strict=True):
                 if isinstance(image, str):
                     yield Answer(file, [], image)
                     continue
-                classes, shares = next(likeliest)
-                yield Answer(file, [(student.classes[k], p) for k, p in zip(classes, shares, strict=True)])
+                pairs = zip(*next(likeliest), strict=True)
+                yield Answer(file, [(student.classes[k], share) for k, share in pairs])
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
 
 
 def write_answers(found: Iterable[Answer], form: str, out: TextIO, err: TextIO) -> int:
