@@ -12,7 +12,7 @@ from torch import nn
 
 import trainer
 from trainer.cli import main
-from trainer.data.image_file import open_image, read_image
+from trainer.data.image_file import brightest, open_image, read_image
 from trainer.data.images import normalize
 from trainer.data.listing import in_order, list_images
 from trainer.data.reading import Reading, reading_of
@@ -383,3 +383,13 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch
         assert (found - expected).abs().max() <= 4
     assert Reading((3, 8, 8), draft=True).settings() == {"draft": True}
     assert reading_of((3, 8, 8), {"draft": True}) == Reading((3, 8, 8), draft=True)
+
+
+def test_a_cut_jpeg_is_found_although_it_is_not_decoded_at_its_size(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "whole.jpg", quality=90)
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: int(len(content) * 0.98)])
+    assert brightest(tmp_path / "whole.jpg") is None
+    with pytest.raises(Mistake, match=r"cut\.jpg: is no image that can be read: .*truncated"):
+        brightest(tmp_path / "cut.jpg")

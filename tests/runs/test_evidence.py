@@ -55,6 +55,7 @@ def test_confusion_and_disagreements_counted_one_by_one(tmp_path):
     ]
     assert found["views"][0]["picture"] == picture(shown[0].picture) and len(shown) == 12
     assert {k for k, v in gather(run, pictures=False).items() if "data:image" in str(v)} == set()
+    assert "data:image" not in str(evidence.without_pictures(found))
 
 
 def test_a_view_of_many_pixels_is_shown_smaller():
