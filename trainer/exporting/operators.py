@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import fx
 
+from trainer.exporting.graph import Value
+
 Arguments = dict[str, Any]
 
 
@@ -104,8 +106,27 @@ def _recurrent(op: str) -> Callable[[Any, fx.Node, Arguments], None]:
             bidirectional=bool(a["bidirectional"]),
             batch_first=bool(a["batch_first"]),
         )
+        if a["num_layers"] == 1:
+            reader.parts[node.name, 1] = _last_state(reader, node, hidden, directions, bool(a["batch_first"]))
 
     return convert
+
+
+def _last_state(reader: Any, node: fx.Node, hidden: int, directions: int, batch_first: bool) -> str:
+    """Adds the last state [directions, N, hidden] of a recurrent layer: parts of its outputs. Returns its name."""
+    outputs = f"{node.name}_0"
+    time, ends = int(batch_first), []
+    for direction in range(directions):
+        step = (
+            0 if direction else reader.values[outputs].shape[time] - 1
+        )  # upwards the first row is read last
+        end = reader.cut(node, outputs, time, step, step + 1)
+        if directions == 2:
+            end = reader.cut(node, end, 2, direction * hidden, (direction + 1) * hidden)
+        if batch_first:
+            end = reader.step(node, "permute", [end], Value((1, 1, hidden), 1), order=(1, 0, 2))
+        ends.append(end)
+    return ends[0] if directions == 1 else reader.step(node, "concat", ends, Value((2, 1, hidden), 1), axis=0)
 
 
 def _filled(number: float | None) -> Callable[[Any, fx.Node, Arguments], None]:

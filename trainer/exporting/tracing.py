@@ -99,6 +99,7 @@ class _Reader:
         self.user_outputs = list(signature.user_outputs)
         self.same: dict[str, str] = {}  # a node that changes nothing: what it is the same as
         self.parts: dict[tuple[str, int], str] = {}  # (node with several outputs, number): value
+        self.further: dict[str, str] = {}  # results of such a node that have no value: what they are
         self.filled: dict[str, float] = {}  # values that are one number everywhere, not computed yet
         self.weights: dict[str, np.ndarray] = {}
         self.values: dict[str, Value] = {}
@@ -148,11 +149,13 @@ class _Reader:
             name = self.parts.get((source.name, number))
             if name is not None:
                 self.same[node.name] = name
+            else:
+                self.further[node.name] = f"result {number} of operator {short_name(source.target)}"
             return
         if not isinstance(node.meta.get("val"), Tensor | tuple | list):
             return  # arithmetic of sizes: shapes are read from the values themselves
         arguments = self._named(node)
-        name = str(target).removesuffix(".default").removeprefix("aten.")
+        name = short_name(target)
         try:
             if self._is_constant(node):
                 return
@@ -220,7 +223,8 @@ class _Reader:
         if node.name in self.filled:
             raise Unsupported("a tensor filled with one number for each image")
         found = self.same.get(node.name, node.name)
-        assert found in self.values, found
+        if found not in self.values:
+            raise Unsupported(self.further[found])
         return found
 
     def weight(self, node: Any) -> str:
@@ -264,11 +268,20 @@ class _Reader:
         was = self.values[read] if read in self.values else Value(self.weights[read].shape, None)
         if axis == was.batch_axis:
             raise Unsupported("a part of the images of a batch")
+        value = Value((*was.shape[:axis], stop - start, *was.shape[axis + 1 :]), was.batch_axis)
+        return self.step(node, "slice", [read], value, axis=axis, start=start, stop=stop, step=1)
+
+    def step(self, node: fx.Node, op: str, inputs: Sequence[str], value: Value, **attributes: Any) -> str:
+        """Adds a node as a part of what a node of torch's graph stands for; returns its output's name."""
         name = f"{node.name}_{len(self.nodes)}"
-        self.values[name] = Value((*was.shape[:axis], stop - start, *was.shape[axis + 1 :]), was.batch_axis)
-        attributes = {"axis": axis, "start": start, "stop": stop, "step": 1}
-        self.nodes.append(Node("slice", (read,), (name,), {}, attributes, layer_of(node)))
+        self.values[name] = value
+        self.nodes.append(Node(op, tuple(inputs), (name,), {}, attributes, layer_of(node)))
         return name
+
+
+def short_name(target: Any) -> str:
+    """Returns an operator's name without its namespace and its usual overload: 'lstm.input', 'relu'."""
+    return str(target).removesuffix(".default").removeprefix("aten.")
 
 
 def layer_of(node: fx.Node) -> str:
