@@ -18,6 +18,7 @@ from trainer.packing import headers
 from trainer.packing import network as packed
 from trainer.packing.loading import load, preprocess
 from trainer.runs.answering import open_student
+from trainer.runtime import student as runtime
 from trainer.runtime.student import layout, normalized, open_tiny
 
 NETS = [
@@ -145,6 +146,12 @@ loaded = [name for name in sys.modules if name.partition(".")[0] in ("torch", "p
 kilobytes = re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\t", " "))[1]
 print(json.dumps([status, loaded, int(kilobytes) / 1024]))
 """
+
+
+def test_files_that_need_torch_are_named(tmp_path):
+    for ending in ("pt2", "safetensors"):
+        with pytest.raises(Mistake, match=f"x.{ending}: needs torch, which is not installed here"):
+            runtime.open_student(tmp_path / f"x.{ending}")
 
 
 def pictures(folder: Path) -> list[str]:

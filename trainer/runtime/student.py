@@ -62,10 +62,10 @@ def normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) 
 
 
 def open_student(file: Path) -> Student:
-    """Opens a .tiny or .onnx file. Raises Mistake as `open_tiny` and `open_onnx`, and for other files."""
+    """Opens a .onnx or packed file. Raises Mistake as `open_onnx` and `open_tiny`, and for files that need torch."""
     ending = file.suffix.lower()
-    if ending not in (".tiny", ".onnx"):
-        raise Mistake(f"{file}: only .tiny and .onnx files can be opened where torch is not installed")
+    if ending in (".pt2", ".safetensors"):
+        raise Mistake(f"{file}: needs torch, which is not installed here; .tiny and .onnx files do not")
     return open_onnx(file) if ending == ".onnx" else open_tiny(file)
 
 
