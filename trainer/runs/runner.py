@@ -16,7 +16,7 @@ from trainer.data.batches import seed_of
 from trainer.distributed import is_main, told
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
-from trainer.recipe.stages import any_teaches, name_of, teaches
+from trainer.recipe.stages import any_teaches, name_of, teaches, training_of
 from trainer.reporting import report
 from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
@@ -39,6 +39,7 @@ from trainer.runs.resuming import (
 )
 from trainer.runs.threads import threads_of_a_run
 from trainer.storage import files
+from trainer.training.bar import Bar, Due
 from trainer.training.run import Run
 
 
@@ -91,8 +92,9 @@ def run(
             this.stop = stop
             if accelerator.is_main_process and not (here / "recipe.yaml").exists():
                 write_recipe(here, recipe, plan)  # what mirrors the log reads it
+            this.bar = bar_of(this, recipe.stages)
             tracks = recipe.track is not None and accelerator.is_main_process
-            with tracked(here, tracks):  # after the data was opened
+            with tracked(here, tracks), this.bar.shown():  # after the data was opened
                 try:
                     for stage in stages_due(this, recipe, plan, len(recipe.stages), started):
                         find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
@@ -132,9 +134,21 @@ def begun(
         ):
             this = make_run(recipe, here, accelerator, log)
             this.stop = stop
-            for stage in stages_due(this, recipe, plan, num_stages, started):
-                find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
+            this.bar = bar_of(this, recipe.stages[:num_stages])
+            with this.bar.shown():
+                for stage in stages_due(this, recipe, plan, num_stages, started):
+                    find("stage", stage.stage)(this, **own_settings(stage, StageKeys))
             yield this
+
+
+def bar_of(run: Run, stages: Sequence[StageKeys]) -> Bar:
+    """Returns the bar of a run of these stages."""
+    due = []
+    for stage in stages:
+        training = training_of(stage)
+        images = 0 if training is None else training.epochs * len(run.data.train)
+        due.append(Due(name_of(stage), "teacher" if teaches(stage) else "student", images))
+    return Bar(due, run.accelerator.is_main_process)
 
 
 def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: float) -> Iterator[StageKeys]:
@@ -155,6 +169,7 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
     stages = recipe.stages[:num_stages]
     inputs, anew = begin(run, recipe, plan)
     first, run.seconds_before = resume(run, stages)
+    run.bar.went_on(run.seconds_before)
     if first:
         stop_untrained(run, recipe, first - 1)
     if run.teacher is not None and not any_teaches(recipe.stages) and first == 0:
@@ -166,6 +181,7 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
         run.stage, run.stage_name, run.num_fits, run.student_answers = number, name_of(stage), 0, None
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {run.stage_name}", flush=True)
+        run.bar.stage(number)
         if run.teacher is not None and number == max(first, kept_from):
             run.cache = keep_answers(run, recipe, recipe.stages[kept_from:])
         torch.manual_seed(seed_of(recipe.seed, number))  # so that a resumed stage draws the same numbers
@@ -188,6 +204,7 @@ def _fingerprint(run: Run) -> str | None:
 
 def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) -> dict[str, Any]:
     """Writes and prints the report of a run whose stages are all done; returns it."""
+    run.bar.stage(len(recipe.stages))
     result = _write_report(run, recipe, plain, started)
     here = run.folder
     if run.accelerator.is_main_process:

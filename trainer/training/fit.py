@@ -197,8 +197,7 @@ def _average_gradients(state: State) -> None:
 def _look(state: State) -> None:
     """Logs the losses since the last call. Raises FloatingPointError at one that is not finite."""
     state.window.flush(state.step, learning_rate(state.training, state.step - 1, state.steps_per_epoch))
-    state.bar.set_postfix(loss=f"{state.window.loss:.4f}", refresh=False)
-    state.bar.update(state.step - state.bar.n)
+    state.show()
 
 
 def _save_is_due(state: State) -> bool:
@@ -222,9 +221,10 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
                 state.progress.remember_best()
         if training.patience and tally["best_epoch"] is not None:
             done = epoch - tally["best_epoch"] >= training.patience
+    state.show(ends_epoch=True)
     counted = state.objective.counted()
     run.log.numbers(run.stage_name, state.step, epoch=epoch, images_per_second=speed, **found, **counted)
-    if run.accelerator.is_main_process and state.bar.disable:
+    if run.accelerator.is_main_process and run.bar.hidden:
         validation = f"  validation {found['validation']:.2f} %" if found else ""
         print(
             f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {state.window.loss:.4f}{validation}  "

@@ -11,6 +11,7 @@ from trainer.compression.states import dense_bytes
 from trainer.data.images import Data
 from trainer.distillation.answers import Answers
 from trainer.distillation.teacher import Teacher
+from trainer.training.bar import Bar
 from trainer.training.stopping import Stop
 
 if TYPE_CHECKING:  # a recipe is read without them
@@ -47,6 +48,7 @@ class Run:
         student_answers: The student's classes for the validation images at the last row, None if not known.
         cache: The teacher's kept answers to the training images, None if they are not kept.
         stop: Whether the program was told to end.
+        bar: How far the recipe is.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Run:
     student_answers: Tensor | None = None
     cache: Answers | None = None
     stop: Stop = field(default_factory=Stop)
+    bar: Bar = field(default_factory=Bar)
 
     def __post_init__(self) -> None:
         self.student_bytes = dense_bytes(self.student)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from trainer.data.balance import balanced_weights
 from trainer.data.batches import batches, seed_of
@@ -46,7 +45,6 @@ class State:
         frozen: All but the head of the network, None if all of it is trained from the first step.
         progress: Its checkpoints.
         window: The losses since the last log.
-        bar: The progress bar.
         step: Steps done.
         tally: Images and seconds so far, the best validation and its epoch, whether it is finished, and what each term
             weighs: {"weight", "first", "last"}, the last two its ratios (`distillation.ratios`).
@@ -71,7 +69,6 @@ class State:
     frozen: Frozen | None
     progress: Progress
     window: Window
-    bar: tqdm
     step: int
     tally: dict[str, Any]
     clock: float
@@ -123,6 +120,15 @@ class State:
         now = time.monotonic()
         self.tally["seconds"] += now - self.clock
         self.clock = now
+
+    @property
+    def images(self) -> int:
+        """How many images it has learnt, each epoch's counted again."""
+        return self.step * len(self.run.data.train) // self.steps_per_epoch
+
+    def show(self, ends_epoch: bool = False) -> None:
+        """Shows the last loss, and how far it is."""
+        self.run.bar.learnt(self.images, self.window.loss, ends_epoch)
 
     def save(self) -> None:
         self.last_saved = time.monotonic()
@@ -177,7 +183,7 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     num_batches = batches_of_an_epoch(len(run.data.train), training.batch_size, processes)
     steps_per_epoch = math.ceil(num_batches / training.accumulate)
     now = time.monotonic()
-    return State(
+    state = State(
         run=run,
         objective=objective,
         training=training,
@@ -194,18 +200,18 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
         frozen=frozen,
         progress=progress,
         window=Window(run),
-        bar=_bar(run, step, training.epochs * steps_per_epoch),
         step=step,
         tally=tally,
         clock=now,
         last_saved=now,
     )
+    run.bar.learns(training.epochs * len(run.data.train), state.images)
+    return state
 
 
 def close_training(state: State) -> None:
     """Leaves the final weights (averaged or best, as set) in the objective, and undoes everything else of `open_training`."""
     run, objective = state.run, state.objective
-    state.bar.close()
     if not state.tally["finished"]:
         if state.averaged is not None:
             state.averaged.swap()
@@ -246,18 +252,6 @@ def _freeze_unused(run: Run, objective: Objective, views: Views) -> list[nn.Para
     images, labels, index = next(batches(train, [own], 0, device, views.cuts(0)))
     view = None if run.data.mixed else 0
     return freeze_unused(objective, (views.augmented(images, index, 0), labels, index, view))
-
-
-def _bar(run: Run, step: int, num_steps: int) -> tqdm:
-    return tqdm(
-        total=num_steps,
-        initial=step,
-        desc=run.stage_name,
-        unit="step",
-        leave=False,
-        dynamic_ncols=True,
-        disable=None if run.accelerator.is_main_process else True,
-    )
 
 
 def sync_buffers(module: nn.Module) -> None:
