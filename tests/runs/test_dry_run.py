@@ -2,9 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 
 from trainer.cli import main
+from trainer.recipe import shipped
 from trainer.runs.dry_run import learning_seconds
 
 LOSSES = [{"loss": "kl"}]
@@ -64,3 +68,31 @@ def test_mistakes_are_told_as_in_a_run(recipe, capsys):
     assert "lenet999" in capsys.readouterr().err
     assert main(["run", recipe(), "--dry-run", "--fresh"]) == 2
     assert "no effect with --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_imagenets_shape_is_planned(tmp_path, monkeypatch, capsys):
+    """The shipped recipe on 1,000 classes of three pictures, smaller networks without weights, in small batches."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 3), ("val", 1)):
+        for number in range(1000):
+            folder = tmp_path / "imagenet" / part / f"n{number:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    recipe = yaml.safe_load(shipped.find("imagenet_to_mobilenet").read_text())
+    recipe["data"] |= {"size": 64, "workers": 0}
+    recipe["teacher"] = {"model": "timm/resnet18", "pretrained": False}
+    recipe["student"] = {"model": "timm/mobilenetv3_small_050"}
+    recipe["precision"] = "no"
+    recipe["stages"].insert(0, {"stage": "train", "who": "teacher", "training": {"epochs": 1}})
+    for stage in recipe["stages"]:
+        if "training" in stage:
+            stage["training"]["batch_size"] = 8
+    (tmp_path / "small.yaml").write_text(json.dumps(recipe))
+    assert main(["run", "small.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2,000 training, 1,000 validation and 1,000 test images" in said and " 300 " in said

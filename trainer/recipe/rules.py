@@ -17,7 +17,16 @@ from trainer.recipe.keys import (
     TermKeys,
 )
 from trainer.recipe.shelves import beside, chosen, fed, find, split
-from trainer.recipe.stages import excluded, files_of, losses_of, order_faults, teaches, terms_of, training_of
+from trainer.recipe.stages import (
+    compares_teacher,
+    excluded,
+    files_of,
+    losses_of,
+    order_faults,
+    teaches,
+    terms_of,
+    training_of,
+)
 from trainer.recipe.terms import (
     MAP_LISTS,
     MAPS,
@@ -207,6 +216,8 @@ def _stage_faults(
         path = ("stages", number)
         if teaches(stage) and not has_teacher:
             yield path, "trains the teacher, and there is no teacher in this recipe"
+        if compares_teacher(stage) and not has_teacher:
+            yield path, "compares the student with a teacher, and there is no teacher in this recipe"
         for key, file in files_of(stage):
             yield from _no_file((*path, key), file)
             if teaches(stage) and len(teachers) > 1:

@@ -10,6 +10,7 @@ Beside its function a stage's file may define (each optional):
     seals(settings) -> bool                whether later stages must not change the student (default: no)
     settles(settings) -> bool              whether later stages may only pack and export the student (default: no)
     needs_trained(settings) -> bool        whether it is refused for a student that has learnt nothing (default: no)
+    compares_teacher(settings) -> bool     whether it needs a teacher beside the student (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
     becomes(settings, student, spec, images) -> (student, spec)
                                            the network that later stages find; student is a copy, images an example batch
@@ -66,6 +67,12 @@ def settles(stage: StageKeys) -> bool:
 def needs_trained(stage: StageKeys) -> bool:
     """Returns whether the stage is refused for a student that has learnt nothing."""
     answer = hook(stage, "needs_trained")
+    return answer is not None and answer(stage)
+
+
+def compares_teacher(stage: StageKeys) -> bool:
+    """Returns whether the stage needs a teacher to hold the student against."""
+    answer = hook(stage, "compares_teacher")
     return answer is not None and answer(stage)
 
 

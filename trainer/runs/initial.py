@@ -254,7 +254,10 @@ def _text(
         (f"    training: {training(plan.share, '2e-4' if pretrained else '5e-4', 'cosine')}", "the values learn"),
         ("    losses: *taught", "as above"),
         ("  - {stage: pack}", f"runs/{name}/student.tiny, decoded and measured again by a fresh process"),
-        (f"  - {{stage: export, to: [{', '.join(targets)}]}}", f"runs/{name}/export/, proven on the test images"),
+        (
+            f"  - {{stage: export, to: [{', '.join(targets)}]{', teacher: true' * ('onnx' in targets)}}}",
+            f"runs/{name}/export/, proven on the test images; the teacher in 8-bit integers beside it",
+        ),
     ]  # fmt: skip
     over = (
         ""
