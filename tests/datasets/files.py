@@ -141,6 +141,32 @@ def small_emoji(put, folder):
     return {"size": 16}
 
 
+def shard(path, pictures):
+    """A .tar file of {name: (picture's bytes, class or None)}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, (data, label) in pictures.items():
+            members = {f"{name}.png": data} | ({} if label is None else {f"{name}.cls": str(label).encode()})
+            for member, content in members.items():
+                entry = tarfile.TarInfo(member)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+def png(colour, size=(20, 20)):
+    data = io.BytesIO()
+    Image.new("RGB", size, colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def small_web_dataset(put, folder):
+    for part, shards in (("train", 2), ("test", 1)):
+        for number in range(shards):
+            pictures = {f"{i:03d}": (png((40 * i, 90 * number, 7)), i % 3) for i in range(6)}
+            shard(folder / f"{part}-{number}.tar", pictures)
+    return {"train": folder / "train-*.tar", "test": folder / "test-0.tar", "size": 8}
+
+
 def small_image_folder(put, folder):
     for part in ("train", "test"):
         for number, name in enumerate(("cat", "dog", "cow")):

@@ -53,10 +53,10 @@ def test_the_recipe_runs_as_it_is_and_every_line_has_a_comment(folder, capsys):
         "pack",
         "export",
     ]
-    assert main(["run", "r.yaml", "--set", "allow_untrained=true", "--set", "stages.5.to=[page]"]) == 0
+    assert main(["run", "r.yaml", "--set", "allow_untrained=true"]) == 0
     assert list((folder / "runs/my_photos/export").rglob("student.html"))
     rows = json.loads((folder / "runs/my_photos/report.json").read_text())["rows"]
-    assert [row["stage"] for row in rows][-2:] == ["decoded", "page"]
+    assert {"decoded", "page"} <= {row["stage"] for row in rows}
 
 
 def test_what_is_found_in_the_pictures(folder, capsys, monkeypatch):

@@ -54,6 +54,7 @@ def open_image(
         Mistake: With the file's name, if it is not an image, is damaged, or has other samples (32 bits,
             floats).
     """
+    name = getattr(path, "filename", None) or path  # of an open image the file that it came from
     try:
         if isinstance(path, np.ndarray):
             path = Image.fromarray(path)
@@ -68,9 +69,9 @@ def open_image(
                 upright = _from_deep(upright, depth)
             return _on_background(upright, background).convert(mode)
     except Mistake as error:
-        raise Mistake(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise Mistake(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise Mistake(f"{path}: is no image that can be read: {error}") from None
+        raise Mistake(f"{name}: is no image that can be read: {error}") from None
 
 
 def _deep_samples(image: Image.Image) -> np.ndarray:

@@ -3,12 +3,13 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import PIL
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trainer.data.crops import Cuts, cut, resized
@@ -86,18 +87,26 @@ class Pictures:
 
     def at(self, reading: Reading) -> "Pictures":
         """Returns the same pictures, read in another way."""
-        other = Pictures(self.files, self.labels, reading)
+        other = type(self)(self.files, self.labels, reading)
         other._keep(self.store, self._digest)
         return other
 
     def some(self, chosen: Tensor) -> "Pictures":
         """Returns the pictures where `chosen`, bool [len], is True. They have no store."""
         files = [file for file, is_chosen in zip(self.files, chosen.tolist(), strict=True) if is_chosen]
-        return Pictures(files, self.labels[chosen], self.reading)
+        return type(self)(files, self.labels[chosen], self.reading)
+
+    def opened(self, position: int) -> str | Image.Image:
+        """Returns what a picture is read from: the path of its file, or an open image."""
+        return self.files[position]
+
+    def paths(self) -> Iterable[str]:
+        """Returns the files whose change would change the pictures."""
+        return self.files
 
     def keep(self, store: StoreKeys, required: bool) -> None:
         """Sets the store. required: whether Mistake is raised if it cannot be made."""
-        self._keep(store, _digest(self.files))
+        self._keep(store, _digest(self.paths()))
         if required and self._inputs is not None:
             self._inputs.open()
 
@@ -137,7 +146,7 @@ class Pictures:
         kept = None if self._inputs is None else self._inputs.get(position)
         if kept is not None:
             return torch.from_numpy(kept.transpose(2, 0, 1).copy())
-        image = read_image(self.files[position], self.reading)
+        image = read_image(self.opened(position), self.reading)
         if self._inputs is not None:
             self._inputs.put(position, image.permute(1, 2, 0).numpy())
         return image
@@ -150,7 +159,7 @@ class Pictures:
         kept = None if self._wholes is None else self._wholes.get(position)
         if kept is not None:
             return kept
-        reading, path = self.reading, self.files[position]
+        reading, path = self.reading, self.opened(position)
         least = settings.scale[0] * min(settings.ratio[0], 1 / settings.ratio[1])
         side = self._short_side if self.store else math.ceil(max(reading.shape[1:]) / math.sqrt(least))
         mode = mode_of(reading.shape[0], path)
@@ -165,7 +174,7 @@ class Pictures:
         return pixels
 
 
-def _digest(names: Names) -> str:
+def _digest(names: Iterable[str]) -> str:
     """Returns a hash of the paths of files, and of their sizes and times of change."""
     found = hashlib.sha256()
     for name in names:
