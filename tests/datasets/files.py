@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -165,6 +166,11 @@ def small_web_dataset(put, folder):
             pictures = {f"{i:03d}": (png((40 * i, 90 * number, 7)), i % 3) for i in range(6)}
             shard(folder / f"{part}-{number}.tar", pictures)
     return {"train": folder / "train-*.tar", "test": folder / "test-0.tar", "size": 8}
+
+
+def small_hugging_face(put, folder):
+    pytest.importorskip("datasets")
+    return {"name": str(small_image_folder(put, folder)["folder"]), "size": 8}
 
 
 def small_image_folder(put, folder):

@@ -12,6 +12,9 @@ from trainer.data.crops import Cuts, cut
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
+# ImageNet's mean and standard deviation, of colour and (about) of grey.
+LOOKS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.459,), (0.226,))}
+
 
 class Images(Protocol):
     """A set of labelled images: in memory (`InMemory`) or read from disk.

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from trainer.data.examined import Examined, examine
-from trainer.data.images import Source
+from trainer.data.images import LOOKS, Source
 from trainer.data.kept_listing import kept_listing
 from trainer.data.listing import Listing, in_order, notes_on_names
 from trainer.data.pictures import Pictures
@@ -22,8 +22,6 @@ from trainer.mistakes import Mistake
 
 TEST = ("test", "val", "valid", "validation")
 VALIDATION = ("val", "valid", "validation")
-# ImageNet's mean and standard deviation, of colour and (about) of grey.
-LOOKS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.459,), (0.226,))}
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Number = Annotated[int, Field(gt=0, strict=True)]
 Byte = Annotated[int, Field(ge=0, le=255)]

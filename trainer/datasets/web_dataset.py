@@ -12,10 +12,9 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 
 from trainer.data.image_file import endings
-from trainer.data.images import Source
+from trainer.data.images import LOOKS, Source
 from trainer.data.pictures import Pictures
 from trainer.data.reading import Reading
-from trainer.datasets.image_folder import LOOKS
 from trainer.mistakes import Mistake
 from trainer.storage.files import read_bytes
 
