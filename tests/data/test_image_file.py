@@ -393,3 +393,21 @@ def test_a_cut_jpeg_is_found_although_it_is_not_decoded_at_its_size(tmp_path):
     assert brightest(tmp_path / "whole.jpg") is None
     with pytest.raises(Mistake, match=r"cut\.jpg: is no image that can be read: .*truncated"):
         brightest(tmp_path / "cut.jpg")
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+def test_rows_are_resized_across_and_then_down_in_every_version_of_pillow(name):
+    """The reference makes each pass alone over the whole image; Pillow's own order would differ by up to 60 levels here."""
+    random = np.random.default_rng(3)
+    filter = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[name]
+    for _ in range(200):
+        height, width, to_height, to_width = (int(side) for side in random.integers(1, 70, 4))
+        image = Image.fromarray((random.integers(0, 2, (height, width)) * 255).astype(np.uint8))
+        crop = float(random.choice([1.0, 0.8, 0.3]))
+        scale = min(width / to_width, height / to_height) * crop
+        left, top = max(0.0, (width - scale * to_width) / 2), max(0.0, (height - scale * to_height) / 2)
+        right, bottom = min(left + scale * to_width, width), min(top + scale * to_height, height)
+        across = image.resize((to_width, height), filter, box=(left, 0, right, height))
+        expected = np.asarray(across.resize((to_width, to_height), filter, box=(0, top, to_width, bottom)))
+        got = read_image(image, Reading((1, to_height, to_width), filter=name, crop=crop))[0].numpy()
+        assert abs(got.astype(int) - expected).max() <= 1  # the box's place is rounded to float32

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.data.test_image_file import odd_photos
 from tests.reporting.test_page import EVIDENCE
 from tests.reporting.test_report import a_report, some_weights
 from trainer.data.image_file import read_image
@@ -113,6 +114,37 @@ def test_a_dropped_image_is_read_as_by_the_reader(subject, browse, tmp_path):
     )
     found.wait_for_function("document.querySelector('.said').textContent.includes('is no image')")
     assert troubles == []
+
+
+def test_odd_photos_that_are_dropped_have_the_readers_pixels(browse, tmp_path):
+    """All modes of PNG, turned by EXIF, transparent, grey, with a palette: bit by bit what `read_image` gives."""
+    odd_photos(tmp_path / "photos", 48)
+    files, modes = [], set()
+    for file in sorted(tmp_path.glob("photos/*/*.png")):
+        with Image.open(file) as image:
+            if image.mode != "I;16":
+                files.append(file)
+                modes.add(image.mode)
+    assert modes == {"RGB", "L", "RGBA", "LA", "P", "1"}
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 2, 5, stride=3), nn.Flatten(), nn.Linear(72, 3)).eval()
+    reading = Reading((3, 20, 20), crop=0.8)
+    page(
+        subject_of(net, (3, 20, 20), mean=[0.5] * 3, std=[0.2] * 3, classes=list("abc"), reading=reading),
+        tmp_path,
+    )
+    found, troubles = browse(tmp_path / "student.html")
+    for file in files:
+        found.set_input_files("input[type=file]", file)
+        found.wait_for_function(f"document.querySelector('.said').textContent.includes({file.name!r})")
+        shown = found.evaluate(
+            "() => Array.from(document.querySelector('.seen').getContext('2d').getImageData(0, 0, 20, 20).data)"
+        )
+        shown = np.array(shown, np.uint8).reshape(20, 20, 4)[..., :3].transpose(2, 0, 1)
+        assert (shown == read_image(file, reading).numpy()).all(), file.name
+    assert [
+        line for line in troubles if "willReadFrequently" not in line
+    ] == []  # said of this test's own looks
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -21,6 +21,7 @@ NOT_READ = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF", "PDF"}
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SPARE = 1.5
 BATCH = 64  # images that are classified at a time
+REACH = {"bicubic": 2, "bilinear": 1}  # of the filters, to each side, in pixels of the smaller image
 FEW_LEVELS = 32  # an image with fewer levels of brightness is black to a network
 
 
@@ -169,12 +170,29 @@ def _middle_box(image: Image.Image, height: int, width: int, reading: Reading) -
     # Rounding may take a side of the box beyond the image by a part in 1e15, which Pillow refuses.
     left, top = max(0.0, (image.width - box_width) / 2), max(0.0, (image.height - box_height) / 2)
     box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
-    return image.resize((width, height), RESAMPLING[reading.filter], box=box)
+    return _resized(image, (width, height), reading.filter, box)
+
+
+def _resized(
+    image: Image.Image, size: tuple[int, int], name: str, box: tuple[float, float, float, float]
+) -> Image.Image:
+    """Resizes a box (left, top, right, bottom) of an image to (width, height): first across, then down.
+
+    Pillow rounds to 8 bits between the two passes. Which of them comes first depends on its version and on the sizes, so each
+    pass is a call of its own here.
+    """
+    left, top, right, bottom = box
+    reach = math.ceil(REACH[name] * max((bottom - top) / size[1], 1)) + 1
+    first, last = max(0, math.floor(top) - reach), min(image.height, math.ceil(bottom) + reach)
+    if last - first < image.height:
+        image = image.crop((0, first, image.width, last))
+    across = image.resize((size[0], image.height), RESAMPLING[name], box=(left, 0, right, image.height))
+    return across.resize(size, RESAMPLING[name], box=(0, top - first, size[0], bottom - first))
 
 
 def _squashed(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:
     """Resizes the whole image to height x width."""
-    return image.resize((width, height), RESAMPLING[reading.filter])
+    return _resized(image, (width, height), reading.filter, (0, 0, *image.size))
 
 
 def _padded(image: Image.Image, height: int, width: int, reading: Reading) -> Image.Image:
@@ -207,6 +225,6 @@ def _cut_whole_pixels(image: Image.Image, height: int, width: int, reading: Read
         )
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if size != image.size:
-        image = image.resize(size, RESAMPLING[reading.filter])
+        image = _resized(image, size, reading.filter, (0, 0, *image.size))
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

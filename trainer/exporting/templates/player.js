@@ -30,14 +30,11 @@ function turned(pixels, width, height) {
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) out[x * height + y] = pixels[y * width + x];
   return out;
 }
-function resized(pixels, [width, height], [left, top, right, bottom], [w, h], name) {
-  const across = taps(width, left, right, w, name), down = taps(height, top, bottom, h, name);
-  // The pass that leaves less to do comes first (Pillow 13); between the passes pixels are rounded, so that the order counts.
-  const reach = (from, to, out) => 2 * Math.ceil((name === "bilinear" ? 1 : 2) * Math.max((to - from) / out, 1)) + 1;
-  const a = reach(left, right, w), d = reach(top, bottom, h);
-  if (w * height * a + w * h * d <= width * h * d + w * h * a)
-    return turned(pass(turned(pass(pixels, width, height, across), w, height), height, w, down), h, w);
-  return pass(turned(pass(turned(pixels, width, height), height, width, down), h, width), width, h, across);
+function resized(pixels, [width, height], [left, top, right, bottom], [w, h], name) {  // across, then down; rounded between
+  const reach = Math.ceil((name === "bilinear" ? 1 : 2) * Math.max((bottom - top) / h, 1)) + 1;
+  const first = Math.max(0, Math.floor(top) - reach), rows = Math.min(height, Math.ceil(bottom) + reach) - first;
+  const across = taps(width, ...[left, right].map(Math.fround), w, name), down = taps(rows, ...[top - first, bottom - first].map(Math.fround), h, name);
+  return turned(pass(turned(pass(pixels.subarray(first * width, (first + rows) * width), width, rows, across), w, rows), rows, w, down), h, w);
 }
 function brought(rgba, width, height) {  // RGBA of a canvas => the student's pixels, channel by channel
   const [channels, h, w] = student.shape, planes = [0, 1, 2].map(() => new Uint8Array(width * height));
@@ -51,7 +48,7 @@ function brought(rgba, width, height) {  // RGBA of a canvas => the student's pi
   const grey = ([r, g, b]) => (r * 19595 + g * 38470 + b * 7471 + 32768) >> 16;
   const used = channels === 3 ? planes : [planes[0].map((r, i) => grey([r, planes[1][i], planes[2][i]]))];
   const scale = Math.min(width / w, height / h) * reading.crop, left = Math.max(0, (width - scale * w) / 2), top = Math.max(0, (height - scale * h) / 2);
-  const box = reading.fit !== "crop" ? [0, 0, width, height] : [left, top, Math.min(left + scale * w, width), Math.min(top + scale * h, height)].map(Math.fround);
+  const box = reading.fit !== "crop" ? [0, 0, width, height] : [left, top, Math.min(left + scale * w, width), Math.min(top + scale * h, height)];
   // A padded image fits inside, in the middle of the background.
   const inside = Math.min(w / width, h / height), within = side => Math.max(1, Math.floor(side * inside + 0.5));
   const [across, down] = reading.fit === "pad" ? [within(width), within(height)] : [w, h], x = Math.floor((w - across) / 2), y = Math.floor((h - down) / 2);
