@@ -11,7 +11,8 @@ from trainer.exporting.export import subject_of
 from trainer.exporting.subject import NotInstalled
 from trainer.packing import network as packed
 from trainer.recipe import shelves
-from trainer.runs.predicting import answers, open_student
+from trainer.runs.answering import open_student
+from trainer.runs.predicting import answers
 
 EXACT = [name for name in shelves.names("to") if not shelves.beside(shelves.find("to", name), "NEEDS_DATA")]
 

@@ -141,7 +141,7 @@ def test_odd_photos_that_are_dropped_have_the_readers_pixels(browse, tmp_path):
             "() => Array.from(document.querySelector('.seen').getContext('2d').getImageData(0, 0, 20, 20).data)"
         )
         shown = np.array(shown, np.uint8).reshape(20, 20, 4)[..., :3].transpose(2, 0, 1)
-        assert (shown == read_image(file, reading).numpy()).all(), file.name
+        assert (shown == read_image(file, reading)).all(), file.name
     assert [
         line for line in troubles if "willReadFrequently" not in line
     ] == []  # said of this test's own looks
