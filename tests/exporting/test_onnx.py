@@ -189,6 +189,14 @@ def test_it_is_smaller_by_what_sharing_saves(tmp_path):
     assert small["file_bytes"] < 9 / 8 * num + 3000 < dense["file_bytes"] / 35
 
 
+def test_constants_of_zeros_alone_are_written(tmp_path):
+    """A network fresh from its constructor: the means of its normalizations are zero, its weights share nothing."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 70, 3), nn.BatchNorm2d(70), nn.Flatten(), nn.Linear(280, 3))
+    [row] = trainer.export(net, tmp_path / "out", "onnx", shape=(1, 4, 4))
+    assert row["agreement_student"] == 100
+
+
 def test_shared_values():
     array = np.array([[0.0, -0.0, 1.5], [0.0, -2.0, 1.5]], np.float32)
     found = shared_values(array)

@@ -71,11 +71,13 @@ def _write(made: Builder, chosen: Mapping[str, SharedValues], coder: Coder) -> N
     )
     found = coder(made, content)
     pieces = dict(zip(dense, found.dense, strict=True))
-    if found.codes:
-        zero: np.ndarray = np.zeros(1, found.kind)  # of few bytes, while loading
-        empty = made.add("ConstantOfShape", made.constant([1 + sum(numels)], np.int64), value=zero)
-        flat = made.add("ScatterElements", empty, found.places, found.codes)
-        if found.kind is not np.int32:
+    if sparse:
+        kind = found.kind if found.codes else np.int32  # without codes all are zero
+        zero: np.ndarray = np.zeros(1, kind)  # of few bytes, while loading
+        flat = made.add("ConstantOfShape", made.constant([1 + sum(numels)], np.int64), value=zero)
+        if found.codes:
+            flat = made.add("ScatterElements", flat, found.places, found.codes)
+        if kind is not np.int32:
             flat = made.add("Cast", flat, to=INT32)
         pieces |= dict(zip(sparse, made.split(flat, [1, *numels])[1:], strict=True))  # places count from 1
     tables = _books(made, [books[name] for name in chosen])
