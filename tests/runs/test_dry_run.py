@@ -4,12 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from tests.datasets.files import small_image_folder
 from trainer.cli import main
-from trainer.recipe import shipped
-from trainer.runs.dry_run import learning_seconds
+from trainer.data.batches import make_data
+from trainer.datasets.image_folder import image_folder
+from trainer.recipe import shelves, shipped
+from trainer.recipe.keys import DataKeys
+from trainer.runs.dry_run import learning_seconds, store_bytes
 
 LOSSES = [{"loss": "kl"}]
 
@@ -70,6 +75,22 @@ def test_mistakes_are_told_as_in_a_run(recipe, capsys):
     assert "no effect with --dry-run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("augment", [{}, {"random_resized_crop": {}}])
+def test_what_the_store_will_take(tmp_path, monkeypatch, augment):
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+    settings = small_image_folder(None, tmp_path / "photos") | {
+        "workers": 0,
+        "validation": 3,
+        "augment": augment,
+    }
+    for store, whole in (("off", 0), ({"short_side": 12}, 12 * 12 * 4 // 3)):
+        keys = shelves.checker(image_folder, DataKeys).model_validate(
+            settings | {"dataset": "image_folder", "store": store}
+        )
+        train = whole if augment else 8 * 8 * bool(whole)
+        assert store_bytes(make_data(keys, torch.device("cpu"))) == 3 * (3 * train + 9 * 8 * 8 * bool(whole))
+
+
 @pytest.mark.slow
 def test_imagenets_shape_is_planned(tmp_path, monkeypatch, capsys):
     """The shipped recipe on 1,000 classes of three pictures, smaller networks without weights, in small batches."""
@@ -96,3 +117,4 @@ def test_imagenets_shape_is_planned(tmp_path, monkeypatch, capsys):
     assert main(["run", "small.yaml", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "2,000 training, 1,000 validation and 1,000 test images" in said and " 300 " in said
+    assert "the store of decoded pictures takes about" in said

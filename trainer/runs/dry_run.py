@@ -205,6 +205,20 @@ def learning_seconds(num_images: int, num_epochs: int, fresh: float, kept: float
     return num_images * (new / fresh + (num_epochs - new) / kept)
 
 
+def store_bytes(data: Data) -> int:
+    """Returns about what the store takes once all pictures are in it: of training images that are cut the whole pictures,
+    a third longer than high, of others the inputs."""
+    total = 0
+    channels, height, width = data.shape
+    for part in (data.train, data.validation, data.test):
+        store = getattr(part.images, "store", None)
+        if store is not None:
+            side = max(store.short_side, height, width)
+            cut = part is data.train and data.augment.random_resized_crop is not None
+            total += len(part) * channels * (side * side * 4 // 3 if cut else height * width)
+    return total
+
+
 def _plan(recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], answer_bytes: int) -> str:
     """Returns the plan as text: a row for each stage and the sum, then what is kept."""
     in_memory = not (
@@ -280,6 +294,8 @@ def _plan(recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], ans
         lines.append(
             f"the teacher's answers would take {size_text(answer_bytes)}, more than {LIMIT_GIB:g} GiB: they are not kept"
         )
+    if stored := store_bytes(data):
+        lines.append(f"the store of decoded pictures takes about {size_text(stored)} on disk")
     if recipe.data.keep_views:
         kept = (recipe.data.views or 1) * len(data.train) * math.prod(data.shape) * 4
         lines.append(f"the kept views take {size_text(kept)} in memory")
