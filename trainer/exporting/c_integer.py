@@ -39,8 +39,9 @@ class IntegerSource:
         if self.memory_bytes > MOST_BYTES:
             raise Mistake(f"to c: its maps take {self.memory_bytes:,} bytes; {MOST_BYTES:,} are the most")
         self._constants: list[str] = []
-        self._wide_bias = False
+        self._wide_bias, self._num_biases = False, 0
         steps = [self._step(number, unit) for number, unit in enumerate(self.made.units)]
+        self.weight_bytes += self._num_biases * (2 if self._wide_bias else 1)
         self.text = self._text(steps)
 
     def _text(self, steps: list[str]) -> str:
@@ -169,12 +170,12 @@ int student_run(const uint8_t *image, int32_t *logits)
             short = (sums / 2.0**shift).astype(np.int64)
             if np.abs(short).max() > 32767:
                 raise Mistake(f"to c: layer {node.layer!r}: its biases are not of 16 bits")
-            self._wide_bias |= bool(np.abs(short).max() > 127)
+            self._wide_bias |= bool(np.abs(short).max() > 127)  # those of all layers then take two bytes
             facts |= {"bias": f"bias_{number}", "bias_shift": shift}
             self._constants.append(
                 f"static const bias_number bias_{number}[] = {{{', '.join(map(str, short.tolist()))}}};\n"
             )
-            self.weight_bytes += len(short)
+            self._num_biases += len(short)
         return exponent
 
     def _weight(self, name: str, values: np.ndarray) -> str:
