@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
+from operator import mul
 
 import numpy as np
 
@@ -171,6 +172,11 @@ class Scalars:
         return read
 
 
+Context = tuple[int, bytes]  # number of bytes, and the bytes
+Contexts = dict[Context, dict[int, int]]
+_MOST = ONE - 64  # of a text's probabilities
+
+
 class Text:
     """Codes text. Each bit is mixed from the contexts of the last 0 to 6 bytes; a known primer trains it first."""
 
@@ -178,16 +184,18 @@ class Text:
 
     def __init__(self, coder: Coder, primer: str) -> None:
         self._coder = coder
-        states, weights, past = self._primed(primer)
-        self._states, self._weights, self._past = states.copy(), weights.copy(), past.copy()
+        self._known, weights, past = self._primed(primer)
+        self._states: Contexts = {}
+        self._weights, self._past = list(weights), past.copy()
 
     @staticmethod
     @cache
-    def _primed(primer: str) -> tuple[dict, list, bytearray]:
+    def _primed(primer: str) -> tuple[Contexts, list[list[int]], bytearray]:
         model = Text.__new__(Text)
         model._coder = Encoder()
-        model._states = {}
-        model._weights = [20000] * (len(Text._ORDERS) * (len(Text._ORDERS) + 1))
+        model._known, model._states = {}, {}
+        num = len(Text._ORDERS)
+        model._weights = [[20000] * num for _ in range(num + 1)]
         model._past = bytearray(8)
         for text in primer.split("\0"):
             model.code(text)
@@ -208,25 +216,46 @@ class Text:
         return out[:-1].decode()
 
     def _byte(self, byte: int) -> int:
-        states, weights, num = self._states, self._weights, len(self._ORDERS)
-        stretch = stretch_table()
-        contexts = [(order, bytes(self._past[-order:]) if order else b"") for order in self._ORDERS]
+        past, weights = self._past, self._weights
+        stretch, squash = _stretches(), _squashes()
+        tables = [self._table((order, bytes(past[-order:]) if order else b"")) for order in self._ORDERS]
         node = 1
         for shift in range(7, -1, -1):
-            keys = [(*context, node) for context in contexts]
-            found = [states.get(key, 0) for key in keys]  # probability << 8 | number of times seen
-            inputs = [int(stretch[state >> 8]) if state else 0 for state in found]
-            first = num * sum(1 for state in found if state)
-            odds = sum(weights[first + i] * x for i, x in enumerate(inputs)) >> 16
-            probability = int(squash_table()[min(max(odds, -STRETCH_LIMIT), STRETCH_LIMIT) + STRETCH_LIMIT])
+            # Of each context: probability << 8 | number of times seen; 0 for a context that was never seen.
+            found = [table.get(node, 0) for table in tables]
+            inputs = [stretch[state >> 8] for state in found]
+            seen = len(found) - found.count(0)
+            own = weights[seen]
+            odds = sum(map(mul, own, inputs)) >> 16
+            probability = squash[min(max(odds, -STRETCH_LIMIT), STRETCH_LIMIT) + STRETCH_LIMIT]
             bit = self._coder.bit(probability, byte >> shift & 1)
             error = bit * ONE - probability
-            for i, x in enumerate(inputs):
-                weights[first + i] += x * error >> 14
-            for key, state in zip(keys, found, strict=True):
-                seen = state & 255
+            weights[seen] = [weight + (x * error >> 14) for weight, x in zip(own, inputs, strict=True)]
+            target = bit * ONE
+            for table, state in zip(tables, found, strict=True):
+                times = state & 255
                 p = state >> 8 if state else ONE // 2
-                p += (bit * ONE - p) * 4 // (4 * seen + 5)
-                states[key] = min(max(p, 64), ONE - 64) << 8 | min(seen + 1, 60)
+                p += (target - p) * 4 // (4 * times + 5)
+                table[node] = (64 if p < 64 else _MOST if p > _MOST else p) << 8 | (
+                    times + 1 if times < 60 else 60
+                )
             node = node * 2 + bit
         return node & 255
+
+    def _table(self, context: Context) -> dict[int, int]:
+        """Returns what is known in a context, by the bits of the byte so far; what the primer has taught is copied first."""
+        table = self._states.get(context)
+        if table is None:
+            table = self._states[context] = dict(self._known.get(context, ()))
+        return table
+
+
+@cache
+def _stretches() -> list[int]:
+    """Returns `stretch_table` as a list, with 0 for the probability 0: of a context that was never seen."""
+    return [0, *stretch_table()[1:].tolist()]
+
+
+@cache
+def _squashes() -> list[int]:
+    return squash_table().tolist()

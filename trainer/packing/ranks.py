@@ -194,6 +194,9 @@ def _counts(num: int, start: int) -> np.ndarray:
 
 def _odds(counts: np.ndarray, lines: np.ndarray) -> np.ndarray:
     """Returns log2 odds [n] of the second of the two counts [lines, 2] of lines [n]."""
+    if len(lines) > len(counts):  # one look-up for each position instead of two
+        logs = log2_table().take(counts, mode="clip")
+        return (logs[:, 1] - logs[:, 0]).take(lines)
     logs = log2_table().take(counts.take(lines, 0), mode="clip")
     return logs[:, 1] - logs[:, 0]
 
