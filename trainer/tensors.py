@@ -1,4 +1,4 @@
-"""Makes tensors comparable: full precision, one size, unit length."""
+"""Makes tensors comparable: full precision, one size, unit length, all classes but one."""
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,14 @@ def unit_length(tensor: Tensor, dim: int = -1) -> Tensor:
     """
     length = torch.linalg.vector_norm(tensor, dim=dim, keepdim=True)
     return tensor / torch.where(length > 1e-12, length, 1.0)
+
+
+def without_class(logits: Tensor, classes: Tensor) -> Tensor:
+    """Returns the logits [N, K - 1] of all classes but one of each sample. classes: their ids [N]."""
+    # They are gathered, not masked with a large negative number: no such number suits all logits, and a probability of 0
+    # has no logarithm.
+    column = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, column + (column >= classes[:, None]))
 
 
 def _pooled(map_: Tensor, size: tuple[int, int]) -> Tensor:

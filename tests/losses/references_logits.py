@@ -10,6 +10,9 @@ MORE = {
     "binary_cross_entropy": [({"label_smoothing": 0.2, "sum_classes": True},)],
     "kl": [({"temperature": 1.5},)],
     "decoupled": [({"alpha": 2.0, "beta": 3.0, "temperature": 1.0},)],
+    "teacher_temperature": [({"weighted": True},), ({"temperature": 1.5, "weighted": True},)],
+    "normalized": [({"gamma": 0.7, "temperature": 3.0},)],
+    "refined": [({"alpha": 2.0, "beta": 0.5, "temperature": 1.5},), ({"alpha": 0.0},)],
     "logit_standardized": [({"temperature": 1.0},)],
     "dist": [({"beta": 2.0, "gamma": 0.5, "temperature": 3.0},)],
     "multi_level": [({"temperatures": (1.0,)},)],
@@ -98,3 +101,33 @@ def naive_multi_level(x, loss, temperatures=(2.0, 3.0, 4.0, 5.0, 6.0)):
 
 def naive_curriculum_temperature(x, loss, start=1.0, span=20.0, warm_up_epochs=10.0):
     return naive_kl(x, None, start + span / (1 + math.exp(-loss.raw_temperature.item())))
+
+
+def naive_teacher_temperature(x, loss, temperature=4.0, weighted=False):
+    total = 0.0
+    for s, t in zip(x["student_logits"], x["teacher_logits"], strict=True):
+        powers = [p ** (1 / temperature) for p in softmax(t)]
+        value = divergence([p / sum(powers) for p in powers], softmax(s))
+        total += value * (sum(powers) if weighted else 1)
+    return total / len(x["student_logits"])
+
+
+def naive_normalized(x, loss, gamma=1.5, temperature=1.0):
+    total = 0.0
+    for s, t, label in zip(x["student_logits"], x["teacher_logits"], x["labels"], strict=True):
+        total -= softmax(t)[label] * math.log(softmax(s)[label])
+        others = [k for k in range(len(s)) if k != label]
+        p, q = (softmax([row[k] for k in others], temperature) for row in (t, s))
+        total -= gamma * temperature**2 * sum(a * math.log(b) for a, b in zip(p, q))
+    return total / len(x["labels"])
+
+
+def naive_refined(x, loss, alpha=1.0, beta=4.0, temperature=4.0):
+    total = 0.0
+    for s, t, label in zip(x["student_logits"], x["teacher_logits"], x["labels"], strict=True):
+        sure, right = max(softmax(t, temperature)), softmax(s, temperature)[label]
+        total += alpha * divergence([sure, 1 - sure], [right, 1 - right])
+        less = [k for k in range(len(t)) if t[k] < t[label]]
+        if less:
+            total += beta * divergence(*(softmax([row[k] for k in less], temperature) for row in (t, s)))
+    return total / len(x["labels"]) * temperature**2

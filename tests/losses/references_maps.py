@@ -15,7 +15,11 @@ MORE = {
     "neuron_selectivity": [({}, {"student_map": (9, 2, 3), "teacher_map": (12, 3, 2)})],
     "activation_boundary": [({"margin": 0.8},)],
     "masked_generative": [({"masked": "positions", "ratio": 0.65},)],
-    "one_for_all": [({"temperature": 2.0},)],
+    "one_for_all": [({"temperature": 2.0},), ({"own": 0.3, "width": 4, "gamma": 1.0},)],
+    "vit_features": [
+        ({"alpha": 0.5, "beta": 2.0, "ratio": 0.3},),
+        ({}, {"student_maps": [(3, 4, 4), (3, 5, 3)], "teacher_maps": [(3, 2, 5), (3, 5, 2)]}),
+    ],
 }
 
 
@@ -225,14 +229,38 @@ def naive_variational(x, loss):
     return total / y.numel()
 
 
-def naive_one_for_all(x, loss, gamma=1.5, temperature=1.0):
-    s, t, labels = x["student_map"], x["teacher_logits"], x["labels"]
-    hidden = run([loss.conv, nn.ReLU()], s).mean((2, 3))
-    total = 0.0
-    for x, teacher, label in zip(hidden, t, labels, strict=True):
-        logits = (loss.linear.weight * x).sum(1) + loss.linear.bias
-        q, p = softmax(logits.tolist(), temperature), softmax(teacher, temperature)
-        for k in range(len(teacher)):
-            true = float(k == label)
-            total -= ((p[k] + true) ** gamma - true) * math.log(q[k])
-    return total / len(hidden)
+def naive_one_for_all(x, loss, gamma=1.5, temperature=1.0, width=None, own=1.0):
+    def modified(rows):
+        total = 0.0
+        for student, teacher, label in zip(rows, x["teacher_logits"], x["labels"], strict=True):
+            q, p = softmax(student, temperature), softmax(teacher, temperature)
+            for k in range(len(teacher)):
+                true = float(k == label)
+                total -= ((p[k] + true) ** gamma - true) * math.log(q[k])
+        return total / len(rows)
+
+    total = own * modified(x["student_logits"])
+    for map_, conv, linear in zip(x["student_maps"], loss.convs, loss.linears, strict=True):
+        hidden = run([conv, nn.ReLU()], map_).mean((2, 3))
+        total += modified([((linear.weight * row).sum(1) + linear.bias).tolist() for row in hidden])
+    return total
+
+
+def naive_vit_features(x, loss, alpha=1.0, beta=0.05, ratio=0.5):
+    pairs = []
+    for project, s, t in zip(loss.projectors, x["student_maps"], x["teacher_maps"], strict=True):
+        pairs.append(one_size(run([project.conv], s) if isinstance(project, MapProjector) else s, t))
+    total = alpha * sum(((s - t) ** 2).mean() for s, t in pairs[:-1]) / (len(pairs) - 1)
+    s, t = pairs[-1]
+    rows, columns = s.shape[2:]
+    drawn = torch.rand(len(s), rows * columns)
+    filled, hidden = s.clone(), []
+    for n, noise in enumerate(drawn.tolist()):
+        lowest = sorted(range(len(noise)), key=noise.__getitem__)
+        for place in lowest[: len(noise) - int(len(noise) * (1 - ratio))]:
+            hidden.append((n, place // columns, place % columns))
+    for n, i, j in hidden:
+        filled[n, :, i, j] = loss.token
+    made = run(loss.generate, filled)
+    wrong = [((made[n, :, i, j] - t[n, :, i, j]) ** 2).mean() for n, i, j in hidden]
+    return total + beta * sum(wrong) / len(wrong)

@@ -48,12 +48,16 @@ every_case = pytest.mark.parametrize(
 # More than 0 where student equals teacher.
 NOT_ZERO = {
     "hard_label": "a cross entropy, against the teacher's choice",
+    "teacher_temperature": "the teacher alone has a temperature",
+    "normalized": "a cross entropy",
+    "refined": "the labels mend the teacher's mistakes",
     "contrastive": "an estimate with drawn negatives, between two learned embeddings",
     "margin_relu": "the target is the teacher's map with its negative half cut off",
     "activation_boundary": "a margin around the boundary",
     "factor": "a reconstruction of the teacher's map",
     "review": "maps go through a learned fusion",
     "masked_generative": "what is hidden is made by learned convolutions",
+    "vit_features": "what is hidden is made by learned convolutions",
     "variational": "a likelihood, with learned variances",
 }
 # Another value for a batch that is there twice: so many times as large, None where it is another number altogether.
@@ -64,7 +68,7 @@ DOUBLED = {
     "contrastive": None,  # draws other negatives
 }
 # Settings without which a loss draws anew for each sample.
-NOTHING_DRAWN = {"masked_generative": {"ratio": 0.0}}
+NOTHING_DRAWN = {"masked_generative": {"ratio": 0.0}, "vit_features": {"ratio": 0.999}}
 # Parameters whose gradient is by design not the slope of the loss.
 NOT_THE_SLOPE = {
     "factor": "encoder",  # the teacher's factor is a constant: reconstruction alone teaches it

@@ -42,15 +42,47 @@ def test_decoupled_parts_add_up_to_kl():
     assert parts.item() == pytest.approx(call("kl", build("kl"), x).item(), rel=1e-9)
 
 
-def test_decoupled_refuses_mixed_labels():
-    with pytest.raises(ValueError, match="decoupled: labels are"):
-        call("decoupled", build("decoupled"), feed() | {"labels": torch.rand(6, NUM_CLASSES)})
+@pytest.mark.parametrize("name", ["decoupled", "normalized", "refined"])
+def test_mixed_labels_are_refused_by_losses_of_one_true_class(name):
+    with pytest.raises(ValueError, match=f"{name}: labels are"):
+        call(name, build(name), feed() | {"labels": torch.rand(6, NUM_CLASSES)})
+
+
+def test_teacher_temperature_of_one_is_kl():
+    x = feed(dtype=torch.float64)
+    value = call("kl", build("kl", temperature=1.0), x).item()
+    for weighted in (False, True):
+        loss = build("teacher_temperature", temperature=1.0, weighted=weighted)
+        assert call("teacher_temperature", loss, x).item() == pytest.approx(value, rel=1e-12)
+
+
+def test_refined_of_a_teacher_that_is_right_compares_what_decoupled_does():
+    """The classes below the true one are then all others, and the highest is the true one."""
+    x = feed(dtype=torch.float64)
+    x["labels"] = x["teacher_logits"].argmax(dim=1)
+    value = call("refined", build("refined", alpha=1.5, beta=0.7), x).item()
+    same = call("decoupled", build("decoupled", alpha=1.5, beta=0.7), x).item()
+    assert value == pytest.approx(same, rel=1e-12) and value > 0
+
+
+def test_refined_of_a_teacher_that_is_wrong_teaches_the_truth():
+    """Descending it, the student becomes as sure of the true class as the teacher is of a wrong one."""
+    teacher = torch.tensor([[3.0, 1.0, -1.0, 0.0]])
+    labels, student = torch.tensor([1]), torch.zeros(1, 4, requires_grad=True)
+    loss = build("refined", temperature=1.0)
+    for _ in range(400):
+        (gradient,) = torch.autograd.grad(loss(student, teacher, labels), student)
+        student = (student - 0.5 * gradient).detach().requires_grad_()
+    found, sure = student.softmax(dim=1)[0], teacher.softmax(dim=1)[0]
+    assert found[1].item() == pytest.approx(sure[0].item(), abs=1e-3)
+    assert (found[3] / found[2]).item() == pytest.approx(math.e, rel=1e-2)  # as the teacher has them
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("decoupled", {"alpha": 0, "beta": 0}),
+        ("refined", {"alpha": 0, "beta": 0}),
         ("dist", {"beta": 0, "gamma": 0}),
         ("relational", {"distance": 0, "angle": 0}),
     ],

@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.losses.feeding import NUM_CLASSES, Case, build, call, feed, naive
 from trainer.losses.margin_relu import margin_relu
+from trainer.losses.vit_features import vit_features
 
 
 def test_fsp_of_one_pair_is_refused_and_of_equal_widths_has_no_parameters():
@@ -144,3 +145,18 @@ def test_one_for_all_labels():
     assert value(unlabelled).isfinite() and value(unlabelled) != ids
     loss.gamma = 1.0  # soft cross entropy, whatever the label
     assert value(x["labels"]).item() == pytest.approx(value(unlabelled).item())
+
+
+def test_vit_features_replaces_the_same_number_of_positions_in_each_sample():
+    loss = build("vit_features")
+    maps = torch.zeros(50, 3, 4, 5)
+    hidden = loss._hidden(maps)
+    assert hidden.flatten(1).sum(1).tolist() == [10] * 50
+    assert hidden.float().mean(0).min() > 0.2 and hidden.float().mean(0).max() < 0.8
+    assert loss._hidden(torch.zeros(2, 3, 1, 1)).all()  # at least one
+
+
+def test_vit_features_of_one_pair_is_refused():
+    shapes = [torch.Size((2, 3, 4, 4))]
+    with pytest.raises(ValueError, match="1 pair of layers"):
+        vit_features(shapes, shapes)

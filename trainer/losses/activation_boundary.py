@@ -17,7 +17,10 @@ class activation_boundary(nn.Module):
 
     The loss is made for maps before the ReLU. After the ReLU the teacher's zeros are its inactive neurons, so
     the target is the same; pooling a larger teacher map then widens the active regions, because any active
-    neuron makes the mean positive.
+    neuron makes the mean positive (`at: {NAME:input: NAME:input}` names what a ReLU is given).
+
+    In the paper it initialises the student: a stage with this loss alone comes first, then one on the labels. Beside
+    the labels it is another method.
     Heo et al. 2019, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons".
     """
 

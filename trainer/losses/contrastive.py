@@ -24,7 +24,8 @@ class contrastive(nn.Module):
     Banks and constants are buffers that change in training mode only: 2 x num_samples x dim numbers in every
     checkpoint. Every process applies the batches of all processes, so banks that start equal (as under DDP) stay
     equal. Negatives come from torch's global generator. A step needs batch x num_samples memory and a copy of the
-    banks. Unlike in the reference code, negatives may be of the sample's own class, as labels are not used.
+    banks. Negatives may be of the sample's own class: the reference code's `relax` mode. Its default, `exact`, draws
+    negatives of other classes, and needs labels.
     Tian, Krishnan, Isola 2020, "Contrastive Representation Distillation" (CRD).
 
     Args:

@@ -4,7 +4,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from trainer.mistakes import Mistake
-from trainer.tensors import full_precision
+from trainer.tensors import full_precision, without_class
 
 
 def decoupled(
@@ -46,10 +46,6 @@ def decoupled(
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Returns log-probabilities of (true class, any other) [N, 2], and of the other classes alone [N, K - 1]."""
-    true = labels[:, None]
-    # The others are gathered, not masked with a large negative number: no such number suits all logits, and a
-    # probability of 0 has no logarithm.
-    column = torch.arange(logits.shape[1] - 1, device=logits.device)
-    others = logits.gather(1, column + (column >= true))
-    pair = torch.cat([logits.gather(1, true), others.logsumexp(dim=1, keepdim=True)], dim=1)
+    others = without_class(logits, labels)
+    pair = torch.cat([logits.gather(1, labels[:, None]), others.logsumexp(dim=1, keepdim=True)], dim=1)
     return F.log_softmax(pair, dim=1), F.log_softmax(others, dim=1)

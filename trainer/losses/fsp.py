@@ -18,6 +18,9 @@ class fsp(nn.Module):
     the flows. Student and teacher may differ in size. If their widths differ, a learned 1x1 convolution brings
     the student's map to the teacher's width (in the paper widths must be equal); otherwise the loss has no
     parameters. Raises Mistake for fewer than two pairs of layers.
+
+    In the paper it initialises the student: a stage with this loss alone comes first, then one on the labels. Beside
+    the labels it is another method.
     Yim et al. 2017, "A Gift from Knowledge Distillation".
     """
 

@@ -18,7 +18,8 @@ class margin_relu(nn.Module):
     The authors compute the margin from the teacher's BatchNorm. Here the teacher may be any network, so the
     margin is the mean of the negative responses seen in training so far, over all processes (each must call
     forward equally often), kept in buffers. The loss is made for maps before the ReLU: maps after it have no
-    negative responses, the margin is 0, and only the partial L2 is left.
+    negative responses, the margin is 0, and only the partial L2 is left (`at: {NAME:input: NAME:input}` names what a
+    ReLU is given).
     Heo et al. 2019, "A Comprehensive Overhaul of Feature Distillation".
     """
 

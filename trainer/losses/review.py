@@ -20,7 +20,8 @@ class review(nn.Module):
     Batch normalisation follows each convolution but the attention's. If sizes differ, the larger map is
     pooled to the smaller's size (the authors enlarge or shrink the student's to the teacher's). The authors
     add the pooled embedding as one more pair, and let the loss's weight grow over the first epochs (here a
-    weight schedule of the term).
+    weight schedule of the term). Their maps are those before the last ReLU of each group; `at: auto` takes maps after
+    it, and `at: {NAME:input: NAME:input}` names what a ReLU is given.
 
     width: channels inside the fusion; None takes those of the student's deepest map, at most 512.
     Chen et al. 2021, "Distilling Knowledge via Knowledge Review".
