@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -75,6 +75,9 @@ def read(
     return recipe, text.plain
 
 
+Kind = TypeVar("Kind", bound=Entry)
+
+
 class _Wanted(Entry):
     to: Targets
 
@@ -85,8 +88,13 @@ def targets_of(to: str | Sequence[Any], allow_python: bool = False) -> list[Expo
     Raises Mistake, with a line for each fault.
     """
     given = {"to": [to] if isinstance(to, str) else list(to)}
+    return checked(_Wanted, given, allow_python).to
+
+
+def checked(kind: type[Kind], given: dict[str, Any], allow_python: bool = False) -> Kind:
+    """Returns settings that were given by no recipe, as an Entry of that kind. Raises Mistake, with a line for each fault."""
     try:
-        return _Wanted.model_validate(given, context={"allow_python": allow_python}).to
+        return kind.model_validate(given, context={"allow_python": allow_python})
     except ValidationError as error:
         faults = [f"{where(path)}: {message}" for path, message, _ in _explained(given, error)]
         raise Mistake("\n".join(faults)) from None

@@ -1,0 +1,131 @@
+"""`trainer.distill`: anybody's modules and loader, the losses of the shelf, and what bad input gets."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import trainer
+from trainer.losses.kl import kl
+
+
+def convnet(width, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)
+    )
+
+
+def pictures(num=48):
+    torch.manual_seed(1)
+    return torch.randn(num, 3, 9, 9), torch.randint(4, (num,))
+
+
+def loader(num=48, size=16):
+    return DataLoader(TensorDataset(*pictures(num)), batch_size=size)
+
+
+def test_it_is_the_plain_loop():
+    """Two losses, Adam, three epochs: the same weights as a loop written here."""
+    student, teacher = convnet(5, 0), convnet(8, 7)
+    by_hand = copy.deepcopy(student)
+    found = trainer.distill(
+        student,
+        teacher,
+        loader(),
+        losses=["cross_entropy", {"loss": "kl", "weight": 0.5, "temperature": 2}],
+        epochs=3,
+        lr=0.01,
+    )
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=0.01, fused=True)
+    means = []
+    for _ in range(3):
+        terms = []
+        for images, labels in loader():
+            with torch.no_grad():
+                taught = teacher(images)
+            logits = by_hand(images)
+            parts = F.cross_entropy(logits, labels), kl(logits, taught, temperature=2)
+            loss = parts[0] + 0.5 * parts[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            terms.append([loss.item(), *(part.item() for part in parts)])
+        means.append(torch.tensor(terms).mean(0).tolist())
+    for ours, theirs in zip(student.parameters(), by_hand.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert list(found[0]) == ["loss", "cross_entropy", "kl"] and len(found) == 3
+    for one, mean in zip(found, means):
+        assert list(one.values()) == pytest.approx(mean, rel=1e-4)
+    assert found[-1]["loss"] < found[0]["loss"] and not student.training
+
+
+def test_maps_embeddings_and_a_schedule_and_the_teacher_is_as_it_was():
+    student, teacher = convnet(5, 0), convnet(8, 7).train()
+    teacher[4].bias.requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    asked = [{"loss": "hint", "at": {"1": "1"}}, "correlation"]
+    settings = {"schedule": "one_cycle", "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "clip": 1.0}
+    found = trainer.distill(student, teacher, loader(), losses=asked, epochs=4, ema=0.9, **settings)
+    assert found[-1]["hint/1"] < found[0]["hint/1"] and list(found[0]) == ["loss", "hint/1", "correlation"]
+    assert teacher.training and all(module.training for module in teacher.modules())
+    assert [p.requires_grad for p in teacher.parameters()] == [True, True, True, False]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
+
+
+def test_unlabelled_images_and_an_index():
+    images, labels = pictures()
+    student, teacher = convnet(5, 0), convnet(8, 7)
+    found = trainer.distill(student, teacher, [images[:16], images[16:]], losses=["kl"], epochs=1)
+    assert math.isfinite(found[0]["kl"])
+    indexed = DataLoader(TensorDataset(images, labels, torch.arange(48)), batch_size=16)
+    found = trainer.distill(
+        student, teacher, indexed, losses=[{"loss": "contrastive", "num_negatives": 8}], epochs=2
+    )
+    assert math.isfinite(found[-1]["contrastive"])
+
+
+def test_a_folded_classifier_is_the_students():
+    student, teacher = convnet(5, 0), convnet(8, 7)
+    trainer.distill(student, teacher, loader(), losses=["reuse_classifier"], epochs=1)
+    assert student(pictures()[0]).shape == (48, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"losses": ["klo"]}, r"losses\[0\].loss: .*'klo'.*did you mean 'kl'"),
+        ({"losses": []}, "losses: got"),
+        ({"losses": [{"loss": "kl", "temprature": 1}]}, "temprature: is no key here .did you mean 'temperature'"),
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"lr": -1}, "lr: got -1"),
+        ({"learning_rate": 1}, "learning_rate: is no key"),
+        ({"batch_size": 8}, "batch_size: of recipes only"),
+        ({"loader": iter([1])}, "loader: has no batches or no length"),
+        ({"loader": []}, "loader: has no batches"),
+        ({"loader": [{"x": 1}]}, "loader: got a batch of dict"),
+        ({"loader": [torch.zeros(2, 3, 9, 9, dtype=torch.uint8)]}, "got images torch.uint8"),
+        ({"loader": [torch.randn(8, 3, 9, 9)], "losses": ["cross_entropy", "kl"]}, "a loss asks for labels"),
+        ({"losses": ["contrastive"]}, "a loss asks for index"),
+        ({"losses": [{"loss": "hint", "at": ["conv9"]}]}, "student has no layer 'conv9'"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(243, 7))}, "the teacher knows 7 classes"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_clear_error_and_the_student_is_unchanged(settings, told):
+    student = convnet(5, 0)
+    before = copy.deepcopy(student.state_dict())
+    given = {"teacher": convnet(8, 7), "loader": loader(), "losses": ["kl"], "epochs": 1} | settings
+    with pytest.raises(ValueError, match=told):
+        trainer.distill(student, **given)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_it():
+    images, labels = pictures()
+    images[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="epoch 1: .*kl is not finite"):
+        trainer.distill(convnet(5, 0), convnet(8, 7), [(images, labels)], losses=["kl"], epochs=1)
