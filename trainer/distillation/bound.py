@@ -36,6 +36,7 @@ class Bound(nn.Module):
         weight: Of the term: a number or a schedule.
         projector: Maps the student's map or embedding to the teacher's width.
         weights: For losses on weights, the student's and the teacher's.
+        output: Which of the student's several outputs the loss takes as its logits; None for the answer.
     """
 
     balanced: Tensor
@@ -49,10 +50,11 @@ class Bound(nn.Module):
         weight: float | WeightSchedule,
         projector: nn.Module | None = None,
         weights: tuple[Weight, Weight] | None = None,
+        output: int | str | None = None,
     ) -> None:
         super().__init__()
         self.name, self.function, self.asks, self.pairs, self.weight = name, function, asks, pairs, weight
-        self.projector, self.weights = projector, weights
+        self.projector, self.weights, self.output = projector, weights, output
         self.term = name.partition("/")[0]
         self.is_found = isinstance(weight, WeightSchedule) and weight.ratio is not None
         if self.is_found:  # by `ratios`, as the weight of ratio 1; a buffer, so that checkpoints keep it
@@ -194,7 +196,7 @@ def _bind(term: TermKeys, name: str, asks: list[str], pairs: Pairs, networks: Ne
         head = features.head(networks.teacher.network)
         function.to(networks.images.device).finish(copy.deepcopy(networks.student), head)
     weight = WeightSchedule(ratio=1.0) if term.weight == "auto" else term.weight
-    return Bound(name, function, asks, pairs, weight, projector, weights)
+    return Bound(name, function, asks, pairs, weight, projector, weights, term.output)
 
 
 def _function(term: TermKeys, shapes: dict[str, Any], data: Data) -> Any:

@@ -20,6 +20,7 @@ from trainer.distillation.teacher import Teacher
 from trainer.distributed import summed
 from trainer.mistakes import Mistake
 from trainer.networks import features
+from trainer.networks.output import needs_logits
 from trainer.recipe.keys import TermKeys
 from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, TEACHER_WORDS, WEIGHTS, needs_teacher
 from trainer.tensors import same_size
@@ -83,6 +84,7 @@ class Objective(nn.Module):
         self._see_student = (
             self._layers({"student_map", "student_maps", "projected_map"}, 0),
             bool({"student_embedding", "projected_embedding"} & asks),
+            list(dict.fromkeys(bound.output for bound in self.bound if bound.output is not None)),
         )
         self.see_teacher = (
             self._layers({"teacher_map", "teacher_maps", "projected_map"}, 1),
@@ -144,7 +146,8 @@ class Objective(nn.Module):
         teacher = self._ask_teacher(images, index, view) if self._asks_teacher else None
         student = features.see(self.student, self.prepare(images), *self._see_student)
         if student.logits.dtype in (torch.float16, torch.bfloat16):
-            student = student._replace(logits=student.logits.float())
+            outputs = {output: logits.float() for output, logits in student.outputs.items()}
+            student = student._replace(logits=student.logits.float(), outputs=outputs)
         return student, teacher
 
     def _ask_teacher(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:
@@ -232,6 +235,8 @@ class Objective(nn.Module):
         # Sample ids count the whole training split; losses count only the samples that are trained on.
         available["index"] = index if self._ids is None else torch.searchsorted(self._ids, index)
         available["student_logits"], available["student_embedding"] = student.logits, student.embedding
+        if bound.output is not None:
+            available["student_logits"] = student.outputs[bound.output]
         if teacher is not None:
             available["teacher_logits"], available["teacher_embedding"] = teacher.logits, teacher.embedding
         if "teacher_head" in bound.asks:
@@ -264,6 +269,7 @@ class Objective(nn.Module):
     def rehearse(self, data: Data) -> None:
         """Computes the losses of two random images with labels like the data's. Raises Mistake if that fails."""
         images, labels, index = self.example(data)
+        self._expect_outputs(images)
         labelled = labels.dim() == 2 or bool((labels >= 0).all())
         try:
             with features.evaluating(self):
@@ -281,6 +287,25 @@ class Objective(nn.Module):
         if (data.mixup or data.cutmix) and bool((labels >= 0).all()):
             labels = images.new_full((len(labels), len(data.classes)), 1 / len(data.classes))
         return images[: len(labels)], labels, index
+
+    def _expect_outputs(self, images: Tensor) -> None:
+        """Raises Mistake unless the student, while it trains, returns the further outputs that losses take."""
+        outputs = self._see_student[2]
+        if not outputs:
+            return
+        student = copy.deepcopy(self.student).train()
+        with torch.random.fork_rng(devices=[]):
+            seen = features.see(student, self.prepare(images), outputs=outputs)
+        for output, logits in seen.outputs.items():
+            if logits is seen.logits:
+                raise Mistake(
+                    f"output: {output!r} is the student's answer itself: it returns one tensor while it trains, or "
+                    "output in its own entry names the same (that entry needs output too)"
+                )
+            if not isinstance(logits, Tensor) or logits.shape != seen.logits.shape:
+                raise Mistake(
+                    needs_logits(f"the student's output {output!r} is", logits, seen.logits.shape[1])
+                )
 
     def pairs(self) -> list[dict[str, Any]]:
         """Returns the table of paired layers: term, layer and shape of student and teacher, projector."""

@@ -6,7 +6,7 @@ the layer's own output, also where the network then changes that tensor in place
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +14,21 @@ from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
 from trainer.networks.blocks import Blocks, as_map, kept
-from trainer.networks.output import answer
+from trainer.networks.output import answer, one_of
 
 INPUT = ":input"  # at the end of a module's name: what the module is given, instead of what it returns
 
 
 class Seen(NamedTuple):
-    """Results of one forward pass: logits [N, K], embedding [N, D] or None, maps {layer: [N, C, H, W]} in the order asked."""
+    """Results of one forward pass: logits [N, K], embedding [N, D] or None, maps {layer: [N, C, H, W]} in the order asked.
+
+    outputs: of a network that returns several, those asked for, {number or name: output}.
+    """
 
     logits: Tensor
     embedding: Tensor | None
     maps: dict[str, Tensor]
+    outputs: Mapping[int | str, Tensor] = {}
 
 
 class Layer(NamedTuple):
@@ -50,29 +54,39 @@ def block_names(model: nn.Module) -> list[str]:
     return [name if name and names.count(name) == 1 else f"stage{i}" for i, name in enumerate(names)]
 
 
-def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
-    """Runs one forward pass; returns logits, the maps of `layers`, and the embedding if asked.
+def see(
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str] = (),
+    embedding: bool = False,
+    outputs: Sequence[int | str] = (),
+) -> Seen:
+    """Runs one forward pass; returns logits, the maps of `layers`, the embedding if asked, and further `outputs`.
 
     Args:
         model: Any network that maps images to logits.
         images: [N, C, H, W], normalised.
         layers: Names of blocks (`block_names`), dotted names of modules, or those with `:input` at the end.
         embedding: Whether to return the pooled embedding [N, D] before the classifier.
+        outputs: Numbers or names among several outputs. Each is the logits where the network returns one tensor.
 
     Raises:
         Mistake: For a layer that does not exist or is not called, and for an embedding of a network without a
             Linear layer.
     """
-    if not layers and not embedding:
+    if not layers and not embedding and not outputs:
         return Seen(model(images), None, {})
     names = block_names(model)
     indices = sorted({names.index(layer) for layer in layers if layer in names})
     hooked = [layer for layer in layers if layer not in names]
     seen: dict[str, Tensor] = {}
     handles = []
+    returned: list[Any] = []
     try:
         for layer in hooked:
             handles.append(_watch(model, layer, seen))
+        if outputs:  # first, before the hook that takes one of them
+            handles.append(model.register_forward_hook(lambda _m, _i, o: returned.append(o), prepend=True))
         if names:
             answering: Any = model  # timm's calls, which `block_names` has found
             extra = {} if isinstance(model, Blocks) else {"norm": False, "output_fmt": "NCHW"}
@@ -81,7 +95,8 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
                 seen.update({names[i]: as_map(m) for i, m in zip(indices, found, strict=True)})
             else:
                 final = answering.forward_features(images)
-            logits = answer(model, answering.forward_head(final))
+            returned.append(answering.forward_head(final))
+            logits = answer(model, returned[-1])
             pooled = answering.forward_head(final, pre_logits=True) if embedding else None
         else:
             head = _last_linear(model) if embedding else None
@@ -96,7 +111,8 @@ def see(model: nn.Module, images: Tensor, layers: Sequence[str] = (), embedding:
     for layer in hooked:
         if layer not in seen:
             raise Mistake(f"layer {layer!r} is not called in the forward pass, so it has no map")
-    return Seen(logits, pooled, {layer: seen[layer] for layer in layers})
+    maps = {layer: seen[layer] for layer in layers}
+    return Seen(logits, pooled, maps, {output: one_of(returned[-1], output) for output in outputs})
 
 
 def head(model: nn.Module) -> nn.Module:

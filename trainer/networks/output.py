@@ -24,23 +24,32 @@ class TakesOutput:
         self.output, self.taken = output, False
 
     def __call__(self, _module: nn.Module, _inputs: Any, outputs: Any) -> Any:
-        if isinstance(outputs, Tensor):
-            return outputs
-        self.taken = True
-        named = _named(outputs)
-        if isinstance(self.output, int) and self.output < len(named):
-            return list(named.values())[self.output]
-        if self.output in named:
-            return named[self.output]
-        raise Mistake(
-            f"output: there is no {self.output!r} in what the network returns: {described(outputs)}"
-        )
+        self.taken |= not isinstance(outputs, Tensor)
+        return one_of(outputs, self.output)
+
+
+def one_of(outputs: Any, output: int | str) -> Any:
+    """Returns the output of that number or name among several; a tensor alone as it is. Raises Mistake if there is none."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    named = _named(outputs)
+    if isinstance(output, int) and output < len(named):
+        return list(named.values())[output]
+    if output in named:
+        return named[output]
+    raise Mistake(f"output: there is no {output!r} in what the network returns: {described(outputs)}")
 
 
 def take_output(model: nn.Module, output: int | str | None) -> None:
-    """Makes a network return one of its outputs, in place; None changes nothing."""
+    """Makes a network return one of its outputs, in place; None changes nothing.
+
+    timm's networks with a distillation token (DeiT, LeViT) then return one tensor for each of their two classifiers while
+    they train, and the mean of both otherwise.
+    """
     if output is not None and hook_of(model) is None:
         model.register_forward_hook(TakesOutput(output))
+        if hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(True)
 
 
 def hook_of(model: nn.Module) -> TakesOutput | None:

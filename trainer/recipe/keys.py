@@ -38,6 +38,8 @@ Exclude = Annotated[list[str], EXCLUDE]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
+Output = Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)]
+
 if TYPE_CHECKING:
 
     class _ShelfEntry(Entry):
@@ -121,7 +123,7 @@ class ModelKeys(_ShelfEntry):
     checkpoint: Path | None = None
     prefix: str | None = None
     use_ema: bool = False
-    output: Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)] | None = None
+    output: Output | None = None
 
     @model_validator(mode="after")
     def _from_a_file(self) -> "ModelKeys":
@@ -274,6 +276,8 @@ class TermKeys(_ShelfEntry):
             {student layer: teacher layer}. A layer is a block's name or number, a module's dotted name, or that
             name with `:input` for what the module is given. `auto` leaves out maps of one position where the loss is
             constant on them.
+        output: Of a student that returns several outputs, the number or name of that which the loss takes as
+            `student_logits`, instead of the student's own `output` (DeiT's second classifier, on its distillation token).
 
     Acted on by `distillation.bound` and `distillation.pairing`.
     """
@@ -281,6 +285,7 @@ class TermKeys(_ShelfEntry):
     loss: str
     weight: NonNegativeFloat | Literal["auto"] | WeightSchedule = 1.0
     at: At | None = None
+    output: Output | None = None
 
 
 class StageKeys(_ShelfEntry):

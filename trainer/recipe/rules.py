@@ -292,5 +292,7 @@ def _term_faults(path: tuple, term: TermKeys, has_teacher: bool, mixed: bool) ->
             f"loss {term.loss!r} takes nothing of the student (it wants {', '.join(sorted(asks))}): whatever it learns, it "
             "gives the student no gradient, so no weight has an effect; weight: 0 logs it",
         )
+    if term.output is not None and "student_logits" not in asks:
+        yield (*path, "output"), f"loss {term.loss!r} takes no logits of the student's"
     if mixed and "index" in asks:
         yield path, f"loss {term.loss!r} knows samples by index: not with mixup, cutmix"
