@@ -11,10 +11,10 @@ from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks import features
 from trainer.networks.features import Layer
-from trainer.networks.output import needs_logits
+from trainer.networks.output import described, needs_logits
 from trainer.recipe import shelves
 from trainer.recipe.keys import TermKeys
-from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, wants
+from trainer.recipe.terms import EMBEDDINGS, MAP_LISTS, MAPS, asks_answers, wants
 
 #: What a network raises that cannot work on its input.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -72,9 +72,14 @@ def examine(
     for number, network in enumerate(teacher.networks if teacher is not None else []):
         assert teacher is not None
         who = "the teacher" if len(teacher.networks) == 1 else f"teachers[{number}]"
-        seen = look(network, teacher.prepare(images, number), embedding and number == 0, num_classes, who)
+        known = num_classes if teacher.classifies else None
+        seen = look(network, teacher.prepare(images, number), embedding and number == 0, known, who)
         if number == 0:
             examples |= {"teacher_logits": seen.logits, "teacher_embedding": seen.embedding}
+    if teacher is not None and not teacher.classifies:
+        for term in terms:
+            if asks_answers(term):
+                raise Mistake(f"loss {term.loss!r} asks for the teacher's logits, and the teacher has none")
     finishes = any(hasattr(shelves.find("loss", term.loss), "finish") for term in terms)
     if "teacher_head" in asked or finishes:
         assert teacher is not None
@@ -96,24 +101,34 @@ def example_images(data: Data, device: torch.device | str) -> Tensor:
 
 
 @torch.no_grad()
-def look(network: nn.Module, images: Tensor, embedding: bool, num_classes: int, who: str) -> features.Seen:
+def look(
+    network: nn.Module, images: Tensor, embedding: bool, num_classes: int | None, who: str
+) -> features.Seen:
     """Returns a network's outputs for images [N, C, H, W], in evaluation mode.
 
-    Raises Mistake for a network that fails or does not return logits [N, num_classes]. who: its name in the message.
+    num_classes: None for a network whose answers are no logits. who: its name in messages. Raises Mistake for a network
+    that fails or does not return logits [N, num_classes], or any tensor for None.
     """
     try:
         with features.evaluating(network):
-            seen = features.see(network, images, embedding=embedding)
+            seen = features.see(network, images, embedding=embedding, head=num_classes is not None)
     except Mistake as error:
         raise Mistake(f"{who}: {error}" if not str(error).startswith("output: ") else str(error)) from error
     except FAILURES as error:
         size = "x".join(map(str, images.shape[1:]))
         cure = "; resize gives it larger ones" if who != "the student" else ""
         raise Mistake(f"{who} cannot look at images of {size}{cure}: {error}") from error
+    if num_classes is None:
+        if not isinstance(seen.logits, Tensor):
+            raise Mistake(
+                f"{who} gives {described(seen.logits)}; a tensor is needed (output: NUMBER or NAME in its entry)"
+            )
+        return seen
     if not isinstance(seen.logits, Tensor) or seen.logits.dim() != 2:
         raise Mistake(needs_logits(f"{who} gives", seen.logits, num_classes))
     if seen.logits.shape[1] != num_classes:
-        raise Mistake(f"{who} knows {seen.logits.shape[1]} classes and the data has {num_classes}")
+        cure = "" if who == "the student" else "; head: false in its entry leaves its answers out"
+        raise Mistake(f"{who} knows {seen.logits.shape[1]} classes and the data has {num_classes}{cure}")
     if embedding and seen.embedding is None:
         raise Mistake(f"{who} does not call the classifier its embedding would be looked for in front of")
     return seen

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.compression.states import dense_state
 from trainer.data.images import Data, in_size, normalize
 from trainer.distillation import cpu, gpu
 from trainer.networks import features
-from trainer.networks.build import spec
+from trainer.networks.build import build, spec
 from trainer.networks.features import Seen
 from trainer.recipe.keys import TeacherKeys
 from trainer.storage.weights_file import digest
@@ -66,6 +67,7 @@ class Teacher:
             Member(own, k.mean, k.std, k.resize, k.weight, k.classes)
             for own, k in zip(specs, keys, strict=True)
         ]
+        self.classifies = all(k.head for k in keys)  # whether its answers are logits of the data's classes
         self.combine = combine
         self.mean, self.std = tuple(mean), tuple(std)
         self.shape = None if shape is None else tuple(shape)
@@ -150,12 +152,15 @@ class Teacher:
 
     @torch.no_grad()
     def see(self, images: Tensor, layers: Sequence[str] = (), embedding: bool = False) -> Seen:
-        """Returns the teacher's logits for images [N, C, H, W] in [0, 1], the maps of `layers`, and the embedding if asked."""
+        """Returns the teacher's logits for images [N, C, H, W] in [0, 1], the maps of `layers`, and the embedding if asked.
+
+        The logits of one that does not classify (`head: false`) mean nothing.
+        """
         if not torch.compiler.is_compiling():
             self.make_ready()
         # A layer that is not a block may be missing in the copy without BatchNorm, or return something else there.
         asked = self._ready[0] if set(layers) <= set(features.block_names(self.network)) else self.network
-        first = features.see(asked, self.prepare(images), layers, embedding)
+        first = features.see(asked, self.prepare(images), layers, embedding, head=self.classifies)
         if len(self.networks) == 1:
             return first
         rest = [n(self.prepare(images, i)) for i, n in enumerate(self._ready[1:], start=1)]
@@ -173,6 +178,15 @@ class Teacher:
             confidence = stacked.softmax(-1).amax(-1, keepdim=True)
             weights = confidence / confidence.sum(0)
         return torch.logsumexp(stacked.log_softmax(-1) + weights.log(), dim=0)
+
+
+def promoted(student: nn.Module, spec: dict[str, Any], data: Data) -> Teacher:
+    """Returns a teacher that is a dense copy of the student, whose spec this is."""
+    network = build(spec, data.shape, len(data.classes))
+    network.load_state_dict(dense_state(student))
+    network.to(next(student.parameters()).device)
+    keys = TeacherKeys(model=spec["model"])
+    return Teacher([network], [keys], data.mean, data.std, specs=[dict(spec)], shape=data.shape)
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module) -> int:

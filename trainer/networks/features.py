@@ -60,6 +60,7 @@ def see(
     layers: Sequence[str] = (),
     embedding: bool = False,
     outputs: Sequence[int | str] = (),
+    head: bool = True,
 ) -> Seen:
     """Runs one forward pass; returns logits, the maps of `layers`, the embedding if asked, and further `outputs`.
 
@@ -69,6 +70,9 @@ def see(
         layers: Names of blocks (`block_names`), dotted names of modules, or those with `:input` at the end.
         embedding: Whether to return the pooled embedding [N, D] before the classifier.
         outputs: Numbers or names among several outputs. Each is the logits where the network returns one tensor.
+
+        head: Whether what the network returns are logits. If not, the embedding of a network without timm's calls is what
+            its last Linear layer is given if that layer makes the answer, else the answer itself.
 
     Raises:
         Mistake: For a layer that does not exist or is not called, and for an embedding of a network without a
@@ -99,11 +103,15 @@ def see(
             logits = answer(model, returned[-1])
             pooled = answering.forward_head(final, pre_logits=True) if embedding else None
         else:
-            head = _last_linear(model) if embedding else None
+            last = _last_linear(model) if embedding and (head or _linears(model)) else None
             inputs: list[Tensor] = []
-            if head is not None:
-                handles.append(head.register_forward_pre_hook(lambda _, args: inputs.append(kept(args[0]))))
+            made: list[Any] = []
+            if last is not None:
+                handles.append(last.register_forward_pre_hook(lambda _, args: inputs.append(kept(args[0]))))
+                handles.append(last.register_forward_hook(lambda _m, _i, output: made.append(output)))
             logits = model(images)
+            if embedding and not head and not any(output is logits for output in made):
+                inputs = [logits]
             pooled = inputs[0].flatten(1) if inputs else None
     finally:
         for handle in handles:
@@ -143,12 +151,16 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
 
 
 def _last_linear(model: nn.Module) -> nn.Linear:
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linears = _linears(model)
     if not linears:
         raise Mistake(
             f"{type(model).__name__} has no Linear layer, so it has no embedding before a classifier"
         )
     return linears[-1]
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def module_of(layer: str) -> str:

@@ -48,8 +48,9 @@ def take_output(model: nn.Module, output: int | str | None) -> None:
     """
     if output is not None and hook_of(model) is None:
         model.register_forward_hook(TakesOutput(output))
+        answering: Any = model
         if hasattr(model, "set_distilled_training"):
-            model.set_distilled_training(True)
+            answering.set_distilled_training(True)
 
 
 def hook_of(model: nn.Module) -> TakesOutput | None:

@@ -155,6 +155,8 @@ class TeacherKeys(ModelKeys):
         classes: What each of its outputs is, if its classes stand in another order than the data's: their names, or their
             positions among the data's classes.
         weight: Its weight among several teachers.
+        head: Whether its answers are logits of the data's classes. With `false` only its embedding and maps are taken: it
+            has no classifier (DINO), or one for other classes.
 
     Acted on by `networks.build` and `distillation.teacher`.
     """
@@ -164,6 +166,7 @@ class TeacherKeys(ModelKeys):
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
     classes: list[Annotated[int, Field(ge=0, strict=True)] | str] | None = None
     weight: PositiveFloat = 1.0
+    head: bool = True
 
 
 class CacheKeys(Entry):

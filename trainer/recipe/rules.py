@@ -18,11 +18,13 @@ from trainer.recipe.keys import (
 )
 from trainer.recipe.shelves import beside, chosen, fed, find, split
 from trainer.recipe.stages import (
+    any_teaches,
     compares_teacher,
     excluded,
     files_of,
     losses_of,
     order_faults,
+    promotes,
     teaches,
     terms_of,
     training_of,
@@ -33,6 +35,7 @@ from trainer.recipe.terms import (
     STUDENT_WORDS,
     WEIGHTS,
     asked_of_teacher,
+    asks_answers,
     needs_teacher,
     wants,
 )
@@ -71,7 +74,9 @@ def contradictions(recipe: Recipe, plain: dict[str, Any]) -> Iterator[tuple[tupl
         yield from _data_faults(recipe.data)
     yield from _stage_faults(recipe, plain, has_teacher, entries)
     if recipe.cache not in (None, "off"):
-        yield from _cache_faults(recipe, has_teacher)
+        yield from _cache_faults(
+            recipe, has_teacher or any(stage and promotes(stage) for stage in recipe.stages)
+        )
 
 
 def _cache_faults(recipe: Recipe, has_teacher: bool) -> Iterator[tuple[tuple, str]]:
@@ -181,6 +186,10 @@ def _teacher_faults(
         yield (*path, "weight"), "has no effect with one teacher"
     elif "weight" in keys.model_fields_set and combine == "confidence":
         yield (*path, "weight"), "has no effect with combine: confidence, which weighs each image by itself"
+    if not keys.head and several:
+        yield (*path, "head"), "false is for one teacher: several answer together"
+    if not keys.head and keys.classes is not None:
+        yield (*path, "classes"), "has no effect with head: false, which leaves its answers out"
     if (keys.mean is None) != (keys.std is None):
         yield (
             (*path, "std" if keys.mean is None else "mean"),
@@ -208,14 +217,27 @@ def _stage_faults(
 ) -> Iterator[tuple[tuple, str]]:
     """Yields the faults of each stage against the stages before it, the teacher and the data. It knows no stage by name."""
     mixed = recipe.data is not None and bool(recipe.data.mixup or recipe.data.cutmix)
-    teaching = [number for number, stage in enumerate(recipe.stages) if stage and teaches(stage)]
+    sound = [stage for stage in recipe.stages if stage]
+    teaching = (
+        [n for n, stage in enumerate(recipe.stages) if stage and teaches(stage)] if any_teaches(sound) else []
+    )
+    named = teachers
     before: list[StageKeys] = []
     for number, stage in enumerate(recipe.stages):
         if stage is None:
             continue
         path = ("stages", number)
-        if teaches(stage) and not has_teacher:
-            yield path, "trains the teacher, and there is no teacher in this recipe"
+        for key in type(stage).model_fields:
+            inner = getattr(stage, key)
+            if isinstance(inner, StudentKeys):
+                yield from _model_faults((*path, key), inner)
+        if promotes(stage):
+            has_teacher, teachers = True, []
+        elif teaches(stage):
+            if not has_teacher:
+                yield path, "trains the teacher, and there is no teacher in this recipe"
+            if any(not keys.head for _, keys in teachers) and training_of(stage) is not None:
+                yield path, "trains the teacher on labels, and head: false leaves its classifier out"
         if compares_teacher(stage) and not has_teacher:
             yield path, "compares the student with a teacher, and there is no teacher in this recipe"
         for key, file in files_of(stage):
@@ -234,6 +256,8 @@ def _stage_faults(
                 (*path, "training", "class_weights"),
                 "has no effect: no loss here takes them; cross_entropy does",
             )
+        if any(not keys.head for _, keys in teachers):
+            yield from _answer_faults(path, stage)
         yield from _chosen_faults(path, stage, recipe.precision)
         for message in order_faults(stage, before):
             key, found, rest = message.partition(": ")
@@ -241,7 +265,7 @@ def _stage_faults(
             yield ((*path, key), rest) if at_key else (path, message)
         before.append(stage)
     if not teaching and recipe.stages and None not in recipe.stages:
-        for path, keys in teachers:
+        for path, keys in named:
             if not _knows(keys):
                 yield (
                     path,
@@ -262,6 +286,16 @@ def _loss_faults(
             yield (
                 (*path, key, number),
                 f"loss {term.loss!r} sets the last layer anew: not in {stage.stage} without exclude: [last]",
+            )
+
+
+def _answer_faults(path: tuple, stage: StageKeys) -> Iterator[tuple[tuple, str]]:
+    """Yields the losses that ask for answers which the teacher does not give."""
+    for key, number, term in losses_of(stage):
+        if asks_answers(term):
+            yield (
+                (*path, key, number),
+                f"loss {term.loss!r} asks for the teacher's logits, and the teacher has head: false",
             )
 
 

@@ -6,6 +6,7 @@ Beside its function a stage's file may define (each optional):
     order(settings, before)                yields what is wrong after the stages `before` (their settings, in order); a
                                            message about one key begins with 'key: '
     teaches(settings) -> bool              whether it may change the teacher (default: no)
+    promotes(settings) -> bool             whether the present student becomes the teacher, which it teaches then (default: no)
     changes_student(settings) -> bool      whether it may change the student (default: yes, unless it teaches)
     seals(settings) -> bool                whether later stages must not change the student (default: no)
     settles(settings) -> bool              whether later stages may only pack and export the student (default: no)
@@ -16,6 +17,7 @@ Beside its function a stage's file may define (each optional):
                                            the network that later stages find; student is a copy, images an example batch
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,28 @@ def teaches(stage: StageKeys) -> bool:
     return answer is not None and answer(stage)
 
 
+def promotes(stage: StageKeys) -> bool:
+    """Returns whether the stage makes the present student the teacher."""
+    answer = hook(stage, "promotes")
+    return answer is not None and answer(stage)
+
+
 def any_teaches(stages: Iterable[StageKeys]) -> bool:
-    """Returns whether one of the stages may change the teacher."""
-    return any(map(teaches, stages))
+    """Returns whether one of the stages may change the teacher that the recipe names, before another takes its place."""
+    named = itertools.takewhile(lambda stage: not promotes(stage), stages)
+    return any(map(teaches, named))
+
+
+def taught_alike(stages: Sequence[StageKeys], number: int = 0) -> Iterator[list[StageKeys]]:
+    """Yields the stages from `number` on, in groups between those that teach: in each group the teacher is the same."""
+    group: list[StageKeys] = []
+    for stage in stages[number:]:
+        if teaches(stage):
+            yield group
+            group = []
+        else:
+            group.append(stage)
+    yield group
 
 
 def changes_student(stage: StageKeys) -> bool:

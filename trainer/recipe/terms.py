@@ -38,6 +38,12 @@ def needs_teacher(term: TermKeys) -> bool:
     return finishes or bool((TEACHER_WORDS | MAPS | MAP_LISTS | WEIGHTS) & set(wants(term)))
 
 
+def asks_answers(term: TermKeys) -> bool:
+    """Returns whether the term's loss takes the teacher's logits or its classifier."""
+    finishes = hasattr(shelves.find("loss", term.loss), "finish")  # which is given the teacher's classifier
+    return finishes or bool({"teacher_logits", "teacher_head"} & set(wants(term)))
+
+
 def asked_of_teacher(terms: Sequence[TermKeys]) -> set[str]:
     """Returns what a forward pass of the teacher must return for the terms: a set of 'logits', 'embedding' and 'maps'."""
     asks = {word for term in terms for word in wants(term)}

@@ -14,7 +14,7 @@ from trainer.distillation.examine import example_images
 from trainer.distillation.kept_gradient import refuse_misled
 from trainer.distillation.objective import Objective
 from trainer.distillation.ratios import refuse_without_gradient
-from trainer.distillation.teacher import Teacher
+from trainer.distillation.teacher import Teacher, promoted
 from trainer.mistakes import Mistake
 from trainer.packing.network import can_encode, facts_of
 from trainer.recipe.keys import EXCLUDE, PER_LAYER, CacheKeys, Recipe, StageKeys
@@ -24,6 +24,7 @@ from trainer.recipe.stages import (
     hook,
     losses_of,
     marked,
+    promotes,
     teaches,
     terms_of,
     training_of,
@@ -60,6 +61,10 @@ def check_networks(
         found = [recipe.fault((*path, *below), message) for below, message in _layer_faults(stage, student)]
         if not found:
             try:
+                if promotes(
+                    stage
+                ):  # the network before the stage, also where the stage puts another in its place
+                    teacher, rehearsed = promoted(student, spec, data), set()
                 student, spec = _after(stage, student, spec, data, _learns(recipe.stages[number:]))
             except Mistake as error:
                 found.append(recipe.fault(path, str(error)))
@@ -97,7 +102,8 @@ def _rehearse_networks(
         who = "the teacher" if len(networks) == 1 else f"teachers[{number}]"
         try:
             prepared = teacher.prepare(images, number)
-            notes += rehearse(network, prepared, num_classes, who, any_teaches(recipe.stages))
+            known = num_classes if teacher.classifies else None
+            notes += rehearse(network, prepared, known, who, any_teaches(recipe.stages))
         except Mistake as error:
             faults.append(recipe.fault(path, str(error)))
     try:

@@ -30,7 +30,8 @@ def guard_teacher(run: Run) -> None:
     """
     for fault, cause in _teacher_faults(run):
         raise Mistake(fault + cause)
-    record_teacher(run, "teacher")
+    if run.teacher is not None and run.teacher.classifies:
+        record_teacher(run, "teacher")
 
 
 def examine(run: Run, stage: StageKeys) -> None:
@@ -131,6 +132,10 @@ def _teacher_faults(run: Run) -> Iterator[tuple[str, str]]:
     teacher = run.teacher
     assert teacher is not None
     part = teacher.images_of(run.data).validation
+    if not teacher.classifies:
+        if not _finite(teacher.network):
+            yield "the teacher has weights that are not finite", ""
+        return
     for number, network in enumerate(teacher.networks):
 
         def alone(images: Tensor, n: int = number, net: nn.Module = network) -> Tensor:

@@ -99,7 +99,9 @@ def looks_of(
     known, own = known_looks(keys, made, data.shape[0]), Looks(tuple(data.mean), tuple(data.std), "the data")
     if known is None or known[:2] == own[:2]:
         return None, []
-    head_is_new = made.new_head or _has_other_classes(keys, made.network, data)
+    head_is_new = (
+        made.new_head or not getattr(keys, "head", True) or _has_other_classes(keys, made.network, data)
+    )
     if folder is None or head_is_new or not (data.validation.labels >= 0).any():
         numbers = [", ".join(f"{value:.4g}" for value in values) for values in known[:2]]
         return known, [f"{who}: mean {numbers[0]} and std {numbers[1]} are {known.source}'s, not the data's"]

@@ -252,11 +252,11 @@ def make_student(recipe: Recipe, data: Data, folder: Path | None = None, writes:
 
 
 def _expect_logits(
-    recipe: Recipe, path: tuple, made: Made, shape: tuple[int, int, int], num_classes: int
+    recipe: Recipe, path: tuple, made: Made, shape: tuple[int, int, int], num_classes: int | None
 ) -> None:
     """Raises RecipeError unless a network returns logits for images of `shape`, before what it knows is measured.
 
-    path: of its entry in the recipe.
+    path: of its entry in the recipe. num_classes: None for a teacher whose answers are not looked at.
     """
     who = "the " + path[0] if len(path) == 1 else f"{path[0]}[{path[1]}]"
     images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -284,13 +284,16 @@ def make_teacher(
         if keys.resize is None and keys.checkpoint is not None:
             keys, found = _resized(keys, known_size(recorded(keys.checkpoint), "shape", data.shape), where)
             notes += found
-        made = create(keys, data.shape, len(data.classes), is_taught, where)
+        made = create(keys, data.shape, len(data.classes), is_taught or not keys.head, where)
         path = ("teachers", number) if recipe.teachers else ("teacher",)
-        _expect_logits(recipe, path, made, input_shape(keys, data.shape), len(data.classes))
-        made = in_order(made, keys.classes, data.classes, input_shape(keys, data.shape), where)
+        num_classes = len(data.classes) if keys.head else None
+        _expect_logits(recipe, path, made, input_shape(keys, data.shape), num_classes)
+        if keys.head:
+            made = in_order(made, keys.classes, data.classes, input_shape(keys, data.shape), where)
         network = made.network
         if getattr(keys, "pretrained", False):
-            _expect_taught(keys, network, data, is_taught)
+            if keys.head:
+                _expect_taught(keys, network, data, is_taught)
             if keys.resize is None and not is_taught:
                 config = getattr(network, "pretrained_cfg", None) or {}
                 keys, found = _resized(keys, known_size(config, "input_size", data.shape), where)

@@ -11,13 +11,15 @@ from trainer.mistakes import Mistake
 from trainer.networks.output import hook_of, needs_logits
 
 
-def rehearse(network: nn.Module, images: Tensor, num_classes: int, who: str, is_trained: bool) -> list[str]:
+def rehearse(
+    network: nn.Module, images: Tensor, num_classes: int | None, who: str, is_trained: bool
+) -> list[str]:
     """Runs a network in evaluation mode, and a copy of it in training mode; returns notes for the user.
 
     Args:
         network: The network.
         images: Example images [2, C, H, W], as its input.
-        num_classes: The number of logits that it must return.
+        num_classes: The number of logits that it must return; None for a teacher whose answers are not looked at.
         who: Its name in messages, such as 'the student'.
         is_trained: Whether the recipe trains it.
 
@@ -35,12 +37,12 @@ def rehearse(network: nn.Module, images: Tensor, num_classes: int, who: str, is_
                 "repeated. Let it draw random numbers in training mode only (self.training)"
             )
         hook = hook_of(network)
-        if is_trained or hook is not None:
+        if num_classes is not None and (is_trained or hook is not None):
             taken = hook is not None and hook.taken
             taken |= _train_once(network, images, num_classes, who)
             if hook is not None and not taken:
                 raise Mistake(f"output: has no effect: {who} returns one tensor in both modes")
-    if num_classes > 1 and _are_probabilities(logits):
+    if num_classes is not None and num_classes > 1 and _are_probabilities(logits):
         return [
             f"{who} returns probabilities, and losses take them as logits: leave out the softmax at its end"
         ]

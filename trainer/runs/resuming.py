@@ -12,12 +12,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from trainer.compression.states import restore
+from trainer.distillation.teacher import promoted
 from trainer.distributed import is_main, told
 from trainer.mistakes import Mistake, say
 from trainer.networks.build import build
 from trainer.packing.network import facts_of
 from trainer.recipe.keys import Recipe, StageKeys
-from trainer.recipe.stages import any_teaches, name_of
+from trainer.recipe.stages import any_teaches, name_of, promotes
 from trainer.recipe.text import RecipeError, dump, parse
 from trainer.runs.earlier import equal_stage, set_aside, sources_of, stage_folder, take_over
 from trainer.runs.inputs import inputs_of, num_equal, only_teaches
@@ -50,6 +51,8 @@ class _Finished(TypedDict):
     teacher: str | None
     student_spec: dict[str, Any]
     teacher_version: int
+    student_bytes: NotRequired[int]
+    teacher_spec: NotRequired[dict[str, Any] | None]
 
 
 class Plan(NamedTuple):
@@ -237,6 +240,8 @@ def finish_stage(run: Run, inputs: Sequence[str], teacher_fingerprint: str | Non
             "teacher": teacher_fingerprint,
             "student_spec": run.student_spec,
             "teacher_version": run.teacher.version if run.teacher is not None else 0,
+            "student_bytes": run.student_bytes,
+            "teacher_spec": None if run.teacher is None else run.teacher.members[0].spec,
         }
         checkpoint.save(folder, tensors, facts, keep=1, about=about)
         for training in folder.glob("fit-*"):
@@ -264,6 +269,8 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
         ):  # else the recipe may have another student by now
             _restore_student(run, tensors, facts)
         run.learned = {key: t.to(run.accelerator.device) for key, t in tensors["learned"].items()}
+        if any(map(promotes, stages[: number + 1])):
+            _restore_promoted(run, facts)
         _restore_teacher(run, tensors, facts)
         run.rows, run.layers = facts["rows"], facts["layers"]
         run.histograms = {
@@ -318,6 +325,13 @@ def _restore_student(run: Run, tensors: dict[str, dict[str, Tensor]], facts: dic
         run.student = build(run.student_spec, run.data.shape, len(run.data.classes))
     restore(run.student, tensors["student"])
     run.student.to(run.accelerator.device)
+
+
+def _restore_promoted(run: Run, facts: dict[str, Any]) -> None:
+    """Puts the teacher that a stage made of a student in the place of the recipe's; `_restore_teacher` loads its weights."""
+    run.student_bytes = facts["student_bytes"]
+    made = build(facts["teacher_spec"], run.data.shape, len(run.data.classes)).to(run.accelerator.device)
+    run.teacher = promoted(made, facts["teacher_spec"], run.data)
 
 
 def _restore_teacher(run: Run, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:

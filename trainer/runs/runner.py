@@ -16,7 +16,7 @@ from trainer.data.batches import seed_of
 from trainer.distributed import is_main, told
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
-from trainer.recipe.stages import any_teaches, name_of, teaches, training_of
+from trainer.recipe.stages import any_teaches, name_of, taught_alike, teaches, training_of
 from trainer.reporting import report
 from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
@@ -175,15 +175,18 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
     if run.teacher is not None and not any_teaches(recipe.stages) and first == 0:
         guard_teacher(run)
     proof = _fingerprint(run)
-    # The teacher's answers can only be kept after its last training.
-    kept_from = 1 + max((n for n, stage in enumerate(recipe.stages) if teaches(stage)), default=-1)
     for number, stage in enumerate(stages[first:], first):
         run.stage, run.stage_name, run.num_fits, run.student_answers = number, name_of(stage), 0, None
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {run.stage_name}", flush=True)
         run.bar.stage(number)
-        if run.teacher is not None and number == max(first, kept_from):
-            run.cache = keep_answers(run, recipe, recipe.stages[kept_from:])
+        if number == first or teaches(
+            stages[number - 1]
+        ):  # until it is taught again, its answers stay the same
+            alike = next(taught_alike(recipe.stages, number))
+            run.cache = keep_answers(run, recipe, alike) if run.teacher is not None else None
+        if teaches(stage):
+            run.cache = None
         torch.manual_seed(seed_of(recipe.seed, number))  # so that a resumed stage draws the same numbers
         if not (number < anew and taught_already(run, number, stage, inputs, plan.more)):
             yield stage

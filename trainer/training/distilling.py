@@ -15,9 +15,9 @@ from trainer.distillation.onednn import attach, detach
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
-from trainer.recipe.keys import Augment, TeacherKeys, Term
+from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys
 from trainer.recipe.recipe import checked
-from trainer.recipe.terms import wants
+from trainer.recipe.terms import asks_answers, wants
 from trainer.recipe.training import Training
 from trainer.training.optimizer import Averaged, make_optimizer
 from trainer.training.schedule import learning_rate
@@ -48,7 +48,8 @@ def distill(
 
     Args:
         student: The network that learns. It maps images to logits.
-        teacher: The network that it learns from, which sees the same images.
+        teacher: The network that it learns from, which sees the same images. If its answers are not as wide as the
+            student's, losses on embeddings and maps remain; an embedding network answers with its embedding.
         loader: Batches (images, labels), (images, labels, index) or images alone: float [N, C, H, W] as the networks take
             them, class numbers [N] or probabilities [N, K], positions in the set [N]. It is run through once for each
             epoch, and len(loader) is the number of batches.
@@ -72,7 +73,8 @@ def distill(
     first = _batch(next(iter(loader)), device)
     with _borrowed(teacher, device):
         data = _facts(first, student, loader)
-        frozen = Teacher([teacher], [TeacherKeys(model="own")], data.mean, data.std, specs=[{}])
+        keys_of_teacher = TeacherKeys(model="own", head=_classifies(teacher, first[0], data, keys.losses))
+        frozen = Teacher([teacher], [keys_of_teacher], data.mean, data.std, specs=[{}])
         objective = Objective(
             student, keys.losses, data, frozen, float(epochs), device, lambda images: images
         )
@@ -166,6 +168,15 @@ def _facts(first: tuple[Tensor, Tensor, Tensor | None], student: nn.Module, load
         num_samples=num_samples,
         augment=Augment(),
     )
+
+
+@torch.no_grad()
+def _classifies(teacher: nn.Module, images: Tensor, data: Data, terms: Sequence[TermKeys]) -> bool:
+    """Returns whether the teacher's answers are as wide as the student's, or a loss takes them for logits."""
+    if any(map(asks_answers, terms)):
+        return True
+    answers = teacher(images[:2])
+    return isinstance(answers, Tensor) and answers.shape[1:] == (len(data.classes),)
 
 
 @contextlib.contextmanager

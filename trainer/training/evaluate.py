@@ -138,15 +138,15 @@ def guessing(answers: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def teacher_answers(run: Run, part_name: str) -> Tensor | None:
-    """Returns the teacher's classes for a part ('validation', 'test'), computed once; None without a teacher."""
+    """Returns the teacher's classes for a part ('validation', 'test'), computed once; None without one that classifies."""
     found = teacher_answered(run, part_name)
     return None if found is None else found[0]
 
 
 def teacher_answered(run: Run, part_name: str) -> tuple[Tensor, Tensor] | None:
-    """Returns what `answered` returns of the teacher for a part, computed once; None without a teacher."""
+    """Returns what `answered` returns of the teacher for a part, computed once; None without one that classifies."""
     teacher = run.teacher
-    if teacher is None:
+    if teacher is None or not teacher.classifies:
         return None
     key = (part_name, teacher.version)
     if key not in run.answers:
