@@ -10,7 +10,15 @@ import torch
 from pydantic import BaseModel
 
 from trainer.recipe.keys import Recipe, StageKeys
-from trainer.recipe.stages import changes_student, files_of, taught_alike, teaches, terms_of, training_of
+from trainer.recipe.stages import (
+    changes_student,
+    files_of,
+    promotes,
+    taught_alike,
+    teaches,
+    terms_of,
+    training_of,
+)
 from trainer.recipe.terms import asked_of_teacher
 from trainer.storage.weights_file import digest
 from trainer.training.run import Run
@@ -62,18 +70,17 @@ def num_equal(one: Sequence[str], other: Sequence[str]) -> int:
 
 def _kept_answers(recipe: Recipe) -> list[Any]:
     """Returns what decides which of the teacher's answers are kept: a kept answer differs from a new one by rounding."""
+    if recipe.cache == "off" or not (recipe.teacher_entries or any(map(promotes, recipe.stages))):
+        return []
     cache = _plain(recipe.cache) if isinstance(recipe.cache, BaseModel) else recipe.cache
-    found = []
+    found: list[Any] = []
     for stages in taught_alike(recipe.stages):
         terms = [term for stage in stages if training_of(stage) for term in terms_of(stage)]
         kinds = sorted({kind for term in terms for kind in asked_of_teacher([term])})
-        if kinds and recipe.cache != "off":
-            found += [
-                cache,
-                kinds,
-                sorted({str(term.at) for term in terms if "maps" in asked_of_teacher([term])}),
-            ]
-    return found
+        maps = sorted({str(term.at) for term in terms if "maps" in asked_of_teacher([term])})
+        if kinds:
+            found += [cache, kinds, maps]
+    return found or [cache, [], []]
 
 
 def _plain(settings: BaseModel) -> dict[str, Any]:

@@ -180,9 +180,8 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
         if accelerator.is_main_process:
             print(f"\n[{number + 1}/{len(stages)}] {run.stage_name}", flush=True)
         run.bar.stage(number)
-        if number == first or teaches(
-            stages[number - 1]
-        ):  # until it is taught again, its answers stay the same
+        # Until the teacher is taught again, its answers stay the same.
+        if number == first or teaches(stages[number - 1]):
             alike = next(taught_alike(recipe.stages, number))
             run.cache = keep_answers(run, recipe, alike) if run.teacher is not None else None
         if teaches(stage):
