@@ -77,6 +77,13 @@ def test_maps_embeddings_and_a_schedule_and_the_teacher_is_as_it_was():
     assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
 
 
+def test_a_weight_is_found():
+    asked = ["cross_entropy", {"loss": "kl", "weight": "auto"}]
+    found = trainer.distill(convnet(5, 0), convnet(8, 7), loader(), losses=asked, epochs=1)[0]
+    assert found["loss"] != pytest.approx(found["cross_entropy"] + found["kl"], rel=1e-3)
+    assert found["loss"] > found["cross_entropy"]
+
+
 def test_unlabelled_images_and_an_index():
     images, labels = pictures()
     student, teacher = convnet(5, 0), convnet(8, 7)

@@ -149,7 +149,8 @@ def _norms(
     parameters = _trained(objective)
     with _unchanged(objective), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         student, teacher = objective.see(images, index, view)
-        of_labels = _norm(_gradient(_on_labels(student, teacher, labels), parameters))
+        classifies = objective.teacher is not None and objective.teacher.classifies
+        of_labels = _norm(_gradient(_on_labels(student, teacher if classifies else None, labels), parameters))
         wanted: dict[str, Tensor] = {}
         for bound in objective.bound:
             arguments = objective.feed(bound, student, teacher, labels, index, epoch)

@@ -1,5 +1,6 @@
 """What `trainer check --data`, `--build` and `--measure` say about a recipe before it is run."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from trainer.data.views import Views
 from trainer.distillation.objective import Objective
 from trainer.distillation.ratios import faults, ratios, weighs
 from trainer.distillation.teacher import Teacher
-from trainer.recipe.keys import Recipe
+from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.recipe import read
-from trainer.recipe.stages import name_of, teaches, terms_of, training_of
+from trainer.recipe.stages import name_of, promotes, teaches, terms_of, training_of
 from trainer.reporting.tables import weight_table
 from trainer.runs.checks import check_networks
 from trainer.runs.earlier import stage_folder
@@ -87,7 +88,12 @@ def _measured(recipe: Recipe, data: Data, made: Made, teacher: Teacher | None, r
     """Returns what the losses of each stage weigh for the student as it begins, measured on one batch of view 0."""
     lines, rows, views = _taught(recipe, teacher, run), [], Views(data)
     measured: set[str] = set()
-    for number, stage in enumerate(recipe.stages):
+    alike = _before_a_promotion(recipe)
+    if len(alike) < len(recipe.stages):
+        lines.append(
+            f"from stages[{len(alike)}] on another teacher teaches, which is not there yet: not measured"
+        )
+    for number, stage in enumerate(alike):
         terms, training = terms_of(stage), training_of(stage)
         if not terms or training is None or teaches(stage) or repr(terms) in measured:
             continue
@@ -108,7 +114,7 @@ def _measured(recipe: Recipe, data: Data, made: Made, teacher: Teacher | None, r
 
 def _taught(recipe: Recipe, teacher: Teacher | None, run: Path) -> list[str]:
     """Loads what the last stage that teaches has made of the teacher in a run; returns a line that says what was measured."""
-    numbers = [number for number, stage in enumerate(recipe.stages) if teaches(stage)]
+    numbers = [number for number, stage in enumerate(_before_a_promotion(recipe)) if teaches(stage)]
     if teacher is None or not numbers:
         return []
     folder = stage_folder(run, numbers[-1], name_of(recipe.stages[numbers[-1]]))
@@ -120,6 +126,11 @@ def _taught(recipe: Recipe, teacher: Teacher | None, run: Path) -> list[str]:
     for number, network in enumerate(teacher.networks):
         network.load_state_dict(found[0][f"teacher-{number}"])
     return [f"the teacher is that of {run}"]
+
+
+def _before_a_promotion(recipe: Recipe) -> list[StageKeys]:
+    """Returns the stages in which the recipe's own teacher teaches its own student."""
+    return list(itertools.takewhile(lambda stage: not promotes(stage), recipe.stages))
 
 
 def _num_weights(network: nn.Module) -> int:

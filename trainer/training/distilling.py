@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.data.images import Data, InMemory, Part
 from trainer.distillation.objective import Objective
 from trainer.distillation.onednn import attach, detach
+from trainer.distillation.ratios import has_auto, ratios
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
@@ -21,11 +22,13 @@ from trainer.recipe.terms import asks_answers, wants
 from trainer.recipe.training import Training
 from trainer.training.optimizer import Averaged, make_optimizer
 from trainer.training.schedule import learning_rate
+from trainer.training.weighing import FINDING
 
 #: Settings of a training that need a recipe's data, run or folder.
 _OF_A_RUN = (
     *("batch_size", "keep", "patience", "validate_every", "accumulate"),
     *("train_only", "freeze_epochs", "compile", "channels_last"),
+    *("class_weights", "sampler"),
 )
 
 
@@ -102,6 +105,8 @@ def _train(
                     group["lr"] = rate * group.get("lr_scale", 1.0)
                 images, labels, index = _batch(batch, device)
                 index = torch.zeros(len(images), dtype=torch.int64) if index is None else index
+                if step in FINDING and has_auto(objective):
+                    ratios(objective, images, labels, index.to(device), None, step / per_epoch, find=True)
                 terms = objective(images, labels, index.to(device), epoch=step / per_epoch)
                 terms["loss"].backward()
                 if training.clip:
