@@ -80,6 +80,9 @@ PAPERS: dict[str, Terms] = {
     "decoupled": beside("decoupled", RISING, alpha=1, beta=8, temperature=4),  # authors
     "logit_standardized": beside("logit_standardized", 9, labels=0.1, temperature=2),  # authors
     "dist": beside("dist", 1, beta=1, gamma=1, temperature=1),  # authors' ImageNet setting
+    "teacher_temperature": beside("teacher_temperature", 1, temperature=4, weighted=True),  # our own
+    "normalized": beside("normalized", 1, gamma=1.5, temperature=1),  # authors
+    "refined": beside("refined", RISING, alpha=1, beta=4, temperature=4),  # our own, of one temperature
     "multi_level": beside("multi_level", 0.9, labels=0.1),  # as for kl
     "curriculum_temperature": beside("curriculum_temperature", 0.9, labels=0.1),  # as for kl
     "hint": beside("hint", 100, at=ONE),  # RepDistiller
@@ -95,6 +98,9 @@ PAPERS: dict[str, Terms] = {
     "channel_wise": beside("channel_wise", 50, temperature=4),  # authors, on maps
     "variational": beside("variational", 1),  # authors
     "one_for_all": beside("one_for_all", 1),  # authors
+    "vit_features": beside(
+        "vit_features", 9, at=["conv1", "conv2"]
+    ),  # authors' sums, at 196 tokens of width 768
     "relational": beside("relational", 1, distance=25, angle=50),  # authors
     "probabilistic": beside("probabilistic", 30_000),  # RepDistiller
     "correlation": beside("correlation", 1),  # published weights (0.003, 0.02) belong to other sums
@@ -106,6 +112,7 @@ PAPERS: dict[str, Terms] = {
 OTHERWISE: dict[str, dict[str, Any]] = {
     "decoupled": {"beta": 1.0, "temperature": 4},  # 8 is CIFAR-100's; ten classes ask for less
     "logit_standardized": {"temperature": 2},
+    "refined": {"beta": 1.0, "temperature": 4},  # as for decoupled
 }
 KL = {"loss": "kl", "weight": "auto", "temperature": 1}
 
