@@ -49,7 +49,7 @@ def some_views(data: Data, teacher: Teacher | None) -> list[Shown]:
     for number in numbers:
         images = (views.of(index, number) * 255).round().byte().cpu()
         answers: list[tuple[str | None, float | None]] = [(None, None)] * count
-        if teacher is not None:
+        if teacher is not None and teacher.classifies:
             seen = Views(teacher.images_of(data)).of(index, number).to(device)
             shares, classes = teacher.see(seen).logits.softmax(1).max(1)
             answers = [
@@ -84,6 +84,8 @@ def _taught_teacher(recipe: Recipe, data: Data) -> tuple[Teacher | None, str | N
     """Returns the teacher, or None and the reason if it knows nothing yet."""
     if not recipe.teacher_entries:
         return None, "the recipe has no teacher"
+    if not all(keys.head for keys in recipe.teacher_entries):
+        return None, "head: false leaves the teacher's answers out"
     if any_teaches(recipe.stages):
         return None, "the recipe trains its teacher: the answers stand in the report of a run"
     return make_teacher(recipe, data)[0], None
