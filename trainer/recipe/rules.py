@@ -240,6 +240,8 @@ def _stage_faults(
                 yield path, "trains the teacher on labels, and head: false leaves its classifier out"
         if compares_teacher(stage) and not has_teacher:
             yield path, "compares the student with a teacher, and there is no teacher in this recipe"
+        if compares_teacher(stage) and any(not keys.head for _, keys in teachers):
+            yield path, "compares the student with the teacher's answers, and the teacher has head: false"
         for key, file in files_of(stage):
             yield from _no_file((*path, key), file)
             if teaches(stage) and len(teachers) > 1:
