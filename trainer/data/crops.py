@@ -8,14 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
+from torch.nn.functional import interpolate
 
 from trainer.recipe.augment import RandomResizedCrop
-
-_INTERPOLATION = {
-    "bicubic": functional.InterpolationMode.BICUBIC,
-    "bilinear": functional.InterpolationMode.BILINEAR,
-}
 
 
 class Cuts(NamedTuple):
@@ -63,7 +58,7 @@ def cut(
     width: int,
     filter: str,
 ) -> Tensor:
-    """Returns the part of a picture that these numbers name, as uint8 [C, height, width], antialiased.
+    """Returns the part of a picture that these numbers name, as uint8 [C, height, width], antialiased; maybe not contiguous.
 
     picture: an open image (L or RGB), uint8 [H, W, C], or a tensor uint8 [C, H, W]. filter: `bicubic` or `bilinear`.
     """
@@ -75,20 +70,25 @@ def cut(
         pixels = picture if isinstance(picture, Tensor) else _as_tensor(picture)
         left, top, across, along = box(numbers, pixels.shape[2], pixels.shape[1], width / height, settings)
         pixels = pixels[:, top : top + along, left : left + across]
-    return functional.resize_image(
-        pixels, [height, width], interpolation=_INTERPOLATION[filter], antialias=True
-    ).contiguous()
+    return _resized(pixels, height, width, filter)
 
 
 def resized(pixels: np.ndarray, height: int, width: int, filter: str) -> np.ndarray:
     """Returns a picture uint8 [H, W, C] at another size, antialiased. filter: `bicubic` or `bilinear`."""
-    found = functional.resize_image(
-        _as_tensor(pixels), [height, width], interpolation=_INTERPOLATION[filter], antialias=True
-    )
-    return found.permute(1, 2, 0).contiguous().numpy()
+    return _resized(_as_tensor(pixels), height, width, filter).permute(1, 2, 0).contiguous().numpy()
+
+
+def _resized(pixels: Tensor, height: int, width: int, filter: str) -> Tensor:
+    """Returns an image uint8 [C, H, W] at another size, antialiased; maybe not contiguous."""
+    if pixels.device.type == "cpu":
+        return interpolate(pixels[None], (height, width), mode=filter, antialias=True)[0]
+    found = interpolate(pixels[None].float(), (height, width), mode=filter, antialias=True)[0]
+    return found.round().clamp(0, 255).byte()
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:
+    if pixels.flags.writeable:
+        return torch.from_numpy(pixels).permute(2, 0, 1)
     with warnings.catch_warnings():  # of memory that must not be written: it is only read
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(pixels).permute(2, 0, 1)

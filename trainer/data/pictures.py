@@ -72,18 +72,11 @@ class Pictures:
     def cut(self, positions: list[int], cuts: Cuts) -> tuple[Tensor, Tensor]:
         """Returns the part of each picture that `cuts` names, at the reading's size, and labels."""
         _, height, width = self.reading.shape
-        parts = [
-            cut(
-                self._whole(position, cuts.settings),
-                numbers,
-                cuts.settings,
-                height,
-                width,
-                self.reading.filter,
-            )
-            for position, numbers in zip(positions, cuts.numbers.tolist(), strict=True)
-        ]
-        return torch.stack(parts), self.labels[torch.as_tensor(positions)]
+        parts = torch.empty(len(positions), *self.reading.shape, dtype=torch.uint8)
+        for part, position, numbers in zip(parts, positions, cuts.numbers.tolist(), strict=True):
+            whole = self._whole(position, cuts.settings)
+            part.copy_(cut(whole, numbers, cuts.settings, height, width, self.reading.filter))
+        return parts, self.labels[torch.as_tensor(positions)]
 
     def at(self, reading: Reading) -> "Pictures":
         """Returns the same pictures, read in another way."""

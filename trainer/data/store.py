@@ -88,7 +88,7 @@ class Store:
                 with os.fdopen(os.dup(self._file), "rb") as same:
                     share(same)  # so that `trainer cache --remove` and other stores leave it alone
                 files.write_bytes(self.folder / "facts.json", json.dumps(self.facts, indent=1).encode())
-            self._map = mmap.mmap(self._file, size, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._file, size)  # writable, or torch would warn of each record
         except OSError as error:
             self._file = None
             raise Mistake(

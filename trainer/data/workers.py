@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -79,7 +80,8 @@ def _batches(iterator: Iterator[Any]) -> Iterator[Any]:
             ) from error
         if isinstance(batch, Mistake):
             raise batch
-        yield batch
+        images, labels, index = batch
+        yield images, torch.from_numpy(labels), torch.from_numpy(index)
 
 
 @dataclass(eq=False)
@@ -219,14 +221,15 @@ class _ReturnsMistakes:
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitems__(self, asked: tuple) -> tuple[Tensor, Tensor, Tensor] | Mistake:
-        numbers, cut = asked
-        index = torch.from_numpy(numbers)
+    def __getitems__(self, asked: tuple) -> tuple[Tensor, np.ndarray, np.ndarray] | Mistake:
+        """Returns images, labels and index; the latter as arrays, which cost less to send."""
+        index, cut = asked
         cuts = None if cut is None else Cuts(cut[0], torch.from_numpy(cut[1]))
         try:
-            return *read(self.part.images, index, cuts), index
+            images, labels = read(self.part.images, torch.from_numpy(index), cuts)
         except Mistake as error:
             return error
+        return images, labels.numpy(), index
 
 
 def _unchanged(batch):

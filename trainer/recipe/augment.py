@@ -132,7 +132,7 @@ _LATER = (
     "trivial_augment",
 )
 
-# RESULTS, "Views of photographs", says what they did where they were tried.
+# RESULTS, "Views of photographs", says what is known of them.
 NAMED = {
     "light": Augment(flip=True, random_resized_crop=RandomResizedCrop(), brightness=0.2, contrast=0.2),
     "strong": Augment(
