@@ -161,3 +161,24 @@ def test_shares_of_a_confusion_matrix():
 def test_unknown_numbers_are_a_dash():
     text = a_page(rows=[row("trained", float("nan"), 500, agreement=None)])
     assert "nan" not in text.lower().replace("finance", "")
+
+
+def test_bytes_of_many_layers_are_shown_by_block():
+    parts = [
+        ("", "frame"),
+        ("", "header"),
+        ("bn1.weight", "values"),
+        ("bn1.bias", "values"),
+        ("scale", "values"),
+    ]
+    parts += [(f"blocks.0.{n}.conv.weight", "mask") for n in range(3)]
+    account = [{"tensor": tensor, "part": part, "bytes": 10.0} for tensor, part in parts]
+    layers = [{"layer": f"l{n}", "shape": [2], "num_weights": 2, "num_nonzero": 2} for n in range(30)]
+    text = a_page(weights={}, layers=layers, evidence={**EVIDENCE, "account": account})
+    for said in (
+        "bn1, values: 20.0",
+        "blocks.0, mask: 30.0",
+        "scale, values: 10.0",
+        "(the file&#x27;s frame), other: 20.0",
+    ):
+        assert f"{said} bytes" in text

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import nn
 
 from tests.making import make_run
+from trainer.data.image_file import read_image
+from trainer.data.reading import Reading
 from trainer.distillation.teacher import Teacher
 from trainer.exporting.player import ask
 from trainer.networks.build import build
@@ -122,3 +124,27 @@ def test_what_cannot_stand_in_a_page_is_said(tmp_path):
     run = make_run(tmp_path, student=_Sorted, subset=60, validation=20)
     run.rows.append({"stage": "decoded", "file": "student.tiny"})
     assert "sort" in evidence._players(run, None, False)[2]
+
+
+def test_pictures_can_be_left_out_afterwards(tmp_path):
+    """Of a page that is sent, and the student in it still answers; it holds nothing of the images."""
+    run = make_run(tmp_path, {"model": "lenet5", "width": 2}, subset=60, validation=20)
+    (tmp_path / "s.tiny").write_bytes(packed.encode(run.student, run.student_spec, packed.facts_of(run.data)))
+    run.rows.append({"stage": "packed", "file": "s.tiny"})
+    found = gather(run)
+    kept = evidence.without_pictures(found)
+    pixels = base64.b64encode(run.data.test.__getitems__([0])[0][0].numpy().tobytes()).decode()
+    assert pixels in found["player"] and pixels not in kept["player"]
+    assert "data:image" in str(found) and "data:image" not in str(kept)
+    assert kept["confusion"] == found["confusion"]
+    same = gather(run, pictures=False)
+    assert same["player"] == kept["player"] and "data:image" not in str(same)
+
+
+def test_nothing_of_a_files_exif_is_in_a_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "47.3769 N, 8.5417 E"
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "x.jpg", exif=exif, comment=b"47.3769 N")
+    assert b"47.3769" in (tmp_path / "x.jpg").read_bytes()
+    shown = base64.b64decode(picture(read_image(tmp_path / "x.jpg", Reading((3, 9, 9)))).partition(",")[2])
+    assert shown.startswith(b"\x89PNG") and b"47.3769" not in shown and b"eXIf" not in shown

@@ -164,8 +164,9 @@ def _byte_bars(account: Iterable[Mapping[str, Any]], num_layers: int) -> str:
     rows: dict[str, dict[str, float]] = {}
     for part in account:
         name = part["tensor"] or f"({part['part']})"
-        if part["tensor"] and num_layers > FOLDED:
-            name = by_block([{"layer": part["tensor"]}])[0]["layer"]
+        if num_layers > FOLDED:
+            layer = part["tensor"].rpartition(".")[0] or part["tensor"]
+            name = by_block([{"layer": layer}])[0]["layer"] if layer else "(the file's frame)"
         kind = part["part"] if part["part"] in PARTS else "other"
         rows.setdefault(name, dict.fromkeys(PARTS, 0.0))[kind] += part["bytes"]
     return charts.stacked(list(rows.items()), PARTS, 460) if rows else ""
