@@ -114,7 +114,7 @@ def test_the_lines_of_the_readme_on_a_generated_folder(folder, capsys):
 
     from tests.test_readme import README, blocks
 
-    photographs(folder / "photographs", {"dark": 10, "light": 10, "white": 10}, size=(90, 70))
+    photographs(folder / "photographs", {"dark": 30, "light": 30, "white": 30}, size=(90, 70))
     (folder / "new.png").write_bytes((folder / "photographs/light/0.png").read_bytes())
     section = README.partition("## Your own photographs")[2].partition("\n## ")[0]
     lines = [

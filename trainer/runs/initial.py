@@ -32,6 +32,7 @@ LOOKED_AT = 200  # pictures whose sizes and colours decide
 RARE = 3  # from this ratio of the largest class to the smallest on, rare classes are drawn more often
 LARGE = 1_000_000  # weights of a student that does not go into a web page
 TIMED_BATCH = 8
+FEW_STEPS = 200  # of pruning
 COLUMN = 50  # where comments begin, after lines that are shorter
 
 
@@ -204,6 +205,8 @@ def _text(
         len(source.classes),
     )
     large = sum(p.numel() for p in network.parameters()) > LARGE
+    # Four of five weights can go where the rest has steps enough to learn anew.
+    sparsity = 0.8 if large and plan.prune * len(source.train) / batch >= FEW_STEPS else 0.5
     pretrained = bool({"checkpoint", "pretrained"} & learns.keys())
     size = str(height) if height == width else f"[{height}, {width}]"
     balance = ", sampler: balanced" if rare else ""
@@ -245,7 +248,7 @@ def _text(
         ("      - {loss: dist}", "the teacher's probabilities, by their correlation"),
         ("  - stage: prune", "weights become zero, which take little room in the file"),
         ("    method: magnitude", "the smallest first"),
-        (f"    sparsity: {0.8 if large else 0.5}", "the fraction of zeros: more is smaller, and costs accuracy from some point on"),
+        (f"    sparsity: {sparsity}", "the fraction of zeros: more is smaller, and costs accuracy from some point on"),
         ("    schedule: cubic", "gradually, while the others learn"),
         (f"    training: {training(plan.prune, '5e-4' if pretrained else '2e-3', 'cosine')}", "zeros stay zero"),
         ("    losses: *taught", "as above"),
