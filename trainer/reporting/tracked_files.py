@@ -62,7 +62,7 @@ def send_artifacts(wandb: Any, run: Any, folder: Path, config: Mapping[str, Any]
     for path in _report_files(folder, config):
         report.add_file(str(path), name=path.name)
     run.log_artifact(report)
-    advice = "it shows images of the data, and the recipe has no track_images: true"
+    advice = "it may show images of the data, and the recipe has no track_images: true"
     return [f"{folder / file} is not sent: {advice}" for file in unsent]
 
 
