@@ -126,6 +126,7 @@ def trial(what: str, name: str, number: int, expected: dict[str, Any], here: Pat
     try:
         (here / "recipe.yaml").write_text(RECIPES[name])
         strikes, hands, told, said, named = 0, 0, [], "", False
+        lines: set[str] = set()
         planned = chance.randint(2, 8) if what in ("kills", "damage") else 1
         for _ in range(MOST_STARTS):
             plan = a_plan(what, chance, expected) if strikes < planned else {}
@@ -173,6 +174,7 @@ def trial(what: str, name: str, number: int, expected: dict[str, Any], here: Pat
             unnamed = [key for key in differing if not is_named(key, said)]
             told = [f"{key} differs" for key in unnamed]
             named = not told
+            lines = {line for line in said.splitlines() if "may differ" in line or "--from" in line}
         if not told:
             shutil.rmtree(here / "runs", ignore_errors=True)
         return {
@@ -180,6 +182,7 @@ def trial(what: str, name: str, number: int, expected: dict[str, Any], here: Pat
             "strikes": strikes,
             "hands": hands,
             "named": named,
+            "lines": sorted(lines),
             "same": same and not told,
             "told": told,
         }

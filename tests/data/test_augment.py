@@ -17,7 +17,7 @@ ALL_ON = Augment(
 COLOURS = {"saturation": 0.5, "hue": 0.2, "grayscale": 0.4, "blur": 1.5}
 POLICIES = [{"rand_augment": {"ops": 3, "magnitude": 20}}, {"trivial_augment": True}]
 ONE_AT_A_TIME = [
-    *(Augment(**{name: getattr(ALL_ON, name)}) for name in ALL_ON.model_fields_set),
+    *(Augment(**{name: getattr(ALL_ON, name)}) for name in sorted(ALL_ON.model_fields_set)),
     *(Augment(**{name: amount}) for name, amount in COLOURS.items()),
     *(Augment(**policy) for policy in POLICIES),
 ]
