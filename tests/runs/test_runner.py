@@ -194,6 +194,23 @@ def test_a_damaged_stage_that_nothing_needs_any_more_is_named(tmp_path, capsys):
     assert "not what was written" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["gone", "a byte", "cut"])
+def test_a_packed_file_that_is_gone_or_damaged_is_made_anew(tmp_path, capsys, damage):
+    path = write(tmp_path, ALONE.rstrip() + "\n  - {stage: pack}\n")
+    runner.run(path, folder=tmp_path)
+    file = tmp_path / "alone" / "student.tiny"
+    data = file.read_bytes()
+    (tmp_path / "alone" / "done").unlink()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-9] if damage == "cut" else data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    capsys.readouterr()
+    runner.run(path, folder=tmp_path)
+    assert f"{file}: is gone or damaged; stage 3 (pack) makes it anew" in capsys.readouterr().err
+    assert file.read_bytes() == data
+
+
 # the teacher
 
 

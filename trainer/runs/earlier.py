@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.mistakes import Mistake
+from trainer.packing.headers import header
 from trainer.recipe.keys import StageKeys
 from trainer.recipe.stages import name_of
 from trainer.storage import checkpoint, files
@@ -154,6 +156,20 @@ def _has_files(source: Path, facts: dict[str, Any]) -> bool:
         else (source / name).is_file() and (source / name).stat().st_size == size
         for name, size in _written(facts)
     )
+
+
+def first_broken(here: Path, facts: dict[str, Any]) -> tuple[int, Path] | None:
+    """Returns the first stage whose packed file or export is gone or damaged, and that file; None if all are whole."""
+    for row in sorted(facts["rows"], key=lambda row: row.get("index", -1)):
+        for name, size in _written({"rows": [row]}):
+            path = here / name
+            try:
+                whole = path.is_dir() if size is None else header(files.read_bytes(path), name) is not None
+            except Mistake:
+                whole = False
+            if not whole:
+                return row["index"], path
+    return None
 
 
 def _facts(here: Path, number: int, stage: StageKeys) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from trainer.packing.network import facts_of
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import any_teaches, name_of, promotes
 from trainer.recipe.text import RecipeError, dump, parse
-from trainer.runs.earlier import equal_stage, set_aside, sources_of, stage_folder, take_over
+from trainer.runs.earlier import equal_stage, first_broken, set_aside, sources_of, stage_folder, take_over
 from trainer.runs.inputs import inputs_of, num_equal, only_teaches
 from trainer.runs.together import check_same
 from trainer.storage import checkpoint, files, records
@@ -258,12 +258,21 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
     Raises:
         Mistake: When the teacher differs from the one that the run began with.
     """
+    due = len(stages)
     for number in reversed(range(len(stages))):
         folder = stage_folder(run.folder, number, name_of(stages[number]))
-        found = checkpoint.load(folder, _Finished, ("student", "learned"))
+        found = checkpoint.load(folder, _Finished, ("student", "learned")) if number < due else None
         if found is None:
             continue
         tensors, facts = found
+        broken = told(first_broken(run.folder, facts) if is_main() else None)
+        if broken is not None and broken[0] <= number:
+            due = broken[0]
+            if is_main():
+                say(
+                    f"{broken[1]}: is gone or damaged; stage {due + 1} ({name_of(stages[due])}) makes it anew"
+                )
+            continue
         if not all(
             map(only_teaches, stages[: number + 1])
         ):  # else the recipe may have another student by now
