@@ -741,11 +741,12 @@ def test_by_itself_a_run_keeps_what_its_losses_ask_for(tmp_path, monkeypatch, ca
     assert "maps of fc2" in capsys.readouterr().out
     monkeypatch.setattr(answers, "LIMIT_GIB", 2**-20)  # 1 KiB
     *_, images = run_of(tmp_path, "null", "small", monkeypatch)
-    assert images == [160] * 6
+    # The terms are weighed at the first step and every hundred steps, which asks the teacher again for a batch of 32.
+    assert images == [192, 160, 160, 160, 192, 160]
     assert "not kept: the teacher's answers take" in capsys.readouterr().out
     monkeypatch.setattr(answers, "LIMIT_GIB", 2.0)
     *_, images = run_of(tmp_path, "null", "endless", monkeypatch, **{"data.views": None})
-    assert images == [160] * 6
+    assert images == [192, 160, 160, 160, 192, 160]
     assert "data.views does not limit the views" in capsys.readouterr().out
 
 

@@ -53,9 +53,14 @@ def test_the_losses_that_the_highest_logits_mislead_say_so(name):
             Mistake, match=r"its gradient would be 2\.\d+ times as long, with a cosine of 0\.8\d"
         ):
             refuse_misled(student, [term], data, teacher, keys, "cpu")
+    elif name == "refined":  # the least probable classes count as much
+        with pytest.raises(
+            Mistake, match=r"its gradient would be 0\.3\d+ times as long, with a cosine of 0\.4"
+        ):
+            refuse_misled(student, [term], data, teacher, keys, "cpu")
     else:
         refuse_misled(student, [term], data, teacher, keys, "cpu")
-    assert declared == (name in ("logit_standardized", "semantic"))
+    assert declared == (name in ("logit_standardized", "refined", "semantic"))
     refuse_misled(student, [term], data, teacher, CacheKeys(type="float16"), "cpu")  # nothing is left out
 
 

@@ -144,8 +144,10 @@ def test_a_stage_that_leaves_the_student_as_bad_does_not_hide_it(tmp_path):
 def test_an_honest_small_run_is_not_refused(tmp_path, capsys):
     text = WITHOUT_FOLD.replace("epochs: 1, batch_size: 50, lr: 1e-9", "epochs: 6, batch_size: 20, lr: 1e-2")
     found = runner.run(write(tmp_path, text.replace("sensitivity: 1", "sensitivity: 0.5")), folder=tmp_path)
-    assert found["rows"][-1]["stage"] == "decoded" and found["warnings"] == []
-    assert "warning" not in capsys.readouterr().out
+    assert found["rows"][-1]["stage"] == "decoded"
+    # Its test images may lack a class among the answers; that is no ground to refuse it.
+    assert all("never answers" in told for told in found["warnings"])
+    assert "right, and guessing" not in capsys.readouterr().out
 
 
 def test_at_least_holds_for_every_stage_and_replaces_the_guard(tmp_path):

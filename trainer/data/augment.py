@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.data.colour import blurred, greyed, saturated, turned
 from trainer.data.crops import Cuts
-from trainer.data.policies import rand_augment, trivial_augment
 from trainer.mistakes import Mistake
 from trainer.recipe.augment import Augment
 
@@ -120,6 +118,9 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.
 
     if augment.flip:
         images = _mirrored(images, number["flip"][:, 0] < 0.5)
+    # torchvision takes long to import, and reading a recipe comes this way.
+    if augment.rand_augment is not None or augment.trivial_augment:
+        from trainer.data.policies import rand_augment, trivial_augment
     if augment.rand_augment is not None:
         images = rand_augment(images, number["rand_augment"], augment.rand_augment)
     if augment.trivial_augment:
@@ -145,6 +146,8 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.
         out = mean + (out - mean) * _factor(number["contrast"], augment.contrast)[:, :, None, None]
     if augment.brightness or augment.contrast:
         out = out.clamp(0, 1)
+    if augment.saturation or augment.hue or augment.grayscale or augment.blur:
+        from trainer.data.colour import blurred, greyed, saturated, turned
     if augment.saturation:
         out = saturated(out, _factor(number["saturation"], augment.saturation))
     if augment.hue:

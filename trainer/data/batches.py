@@ -12,7 +12,6 @@ from torch import Tensor
 from trainer.data.balance import balanced_order
 from trainer.data.crops import Cuts
 from trainer.data.images import Data, Images, InMemory, Part, Source
-from trainer.data.pictures import Pictures
 from trainer.data.splitting import split_off
 from trainer.data.views import KeptViews
 from trainer.data.workers import num_workers, read_batches
@@ -128,6 +127,8 @@ def _open_store(keys: DataKeys, source: Source) -> None:
     """Gives the store to images that are read from pictures. Raises Mistake if a store that was asked for has no folder."""
     if keys.store == "off":
         return
+    from trainer.data.pictures import Pictures  # which needs Pillow: reading a recipe does not
+
     for images in (source.train, source.validation, source.test):
         if isinstance(images, Pictures):
             given = keys.store if isinstance(keys.store, StoreKeys) else None

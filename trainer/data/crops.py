@@ -2,15 +2,17 @@
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from trainer.recipe.augment import RandomResizedCrop
+
+if TYPE_CHECKING:  # Pillow is not needed to read a recipe
+    from PIL import Image
 
 
 class Cuts(NamedTuple):
@@ -51,7 +53,7 @@ def box(
 
 
 def cut(
-    picture: Image.Image | np.ndarray | Tensor,
+    picture: "Image.Image | np.ndarray | Tensor",
     numbers: list[float],
     settings: RandomResizedCrop,
     height: int,
@@ -62,7 +64,7 @@ def cut(
 
     picture: an open image (L or RGB), uint8 [H, W, C], or a tensor uint8 [C, H, W]. filter: `bicubic` or `bilinear`.
     """
-    if isinstance(picture, Image.Image):
+    if not isinstance(picture, Tensor | np.ndarray):
         left, top, across, along = box(numbers, *picture.size, width / height, settings)
         part = np.asarray(picture.crop((left, top, left + across, top + along)))
         pixels = _as_tensor(part if part.ndim == 3 else part[:, :, None])

@@ -6,6 +6,8 @@ from torch import Tensor
 from trainer.mistakes import Mistake
 from trainer.tensors import full_precision, without_class
 
+NEEDS_ALL_LOGITS = True  # the classes below the true one, which the highest logits do not tell apart
+
 
 def refined(
     student_logits: Tensor,

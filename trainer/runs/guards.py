@@ -106,7 +106,9 @@ def warnings_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for about, row in _standing(recipe, rows).items():
         said = [row["warning"]] if "warning" in row else []
-        if never := row.get("never_answered"):
+        if not said and (
+            never := row.get("never_answered")
+        ):  # of a network that has learnt nothing it says no more
             said.append(f"the {about} never answers {listed(never)}, which the test split has images of")
         found += [f"stage {row['index'] + 1} ({name_of(recipe.stages[row['index']])}): {one}" for one in said]
     return found
