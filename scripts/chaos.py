@@ -126,7 +126,7 @@ def trial(what: str, name: str, number: int, expected: dict[str, Any], here: Pat
     try:
         (here / "recipe.yaml").write_text(RECIPES[name])
         strikes, hands, told, said = 0, 0, [], ""
-        lines: set[str] = set()
+        differences: list[str] = []
         planned = chance.randint(2, 8) if what in ("kills", "damage") else 1
         for _ in range(MOST_STARTS):
             plan = a_plan(what, chance, expected) if strikes < planned else {}
@@ -173,14 +173,14 @@ def trial(what: str, name: str, number: int, expected: dict[str, Any], here: Pat
             differing = [key for key in expected["ending"] if found.get(key) != expected["ending"][key]]
             unnamed = [key for key in differing if not is_named(key, said)]
             told = [f"{key} differs" for key in unnamed]
-            lines = {line for line in said.splitlines() if "may differ" in line or "--from" in line}
+            differences = sorted({one for one in said.splitlines() if "may differ" in one or "--from" in one})
         if not told:
             shutil.rmtree(here / "runs", ignore_errors=True)
         return {
             "number": number,
             "strikes": strikes,
             "hands": hands,
-            "lines": sorted(lines),
+            "lines": differences,
             "same": same and not told,
             "told": told,
         }
