@@ -384,6 +384,11 @@ def test_a_new_file_is_synced_with_its_folders_and_its_records_when_asked(tmp_pa
     cache = opened(data, a_teacher(data), tmp_path)
     folder = cache.file.folder
     assert {str(folder), *map(str, folder.resolve().parents[:3])} <= set(synced)
+    synced.clear()
+    opened(
+        data, a_teacher(data), tmp_path
+    )  # a process that was killed may have made the file, and not synced it
+    assert {str(folder), *map(str, folder.resolve().parents[:3])} <= set(synced)
     epochs(cache, data, [0])
     cache.file.sync()
     written = (folder / "records").read_bytes()

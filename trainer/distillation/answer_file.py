@@ -104,10 +104,9 @@ class AnswerFile:
                 self.hint = _other_facts(self.folder, facts)
                 make_file(path, self.num_bytes)
                 files.write_bytes(self.folder / "facts.json", json.dumps(facts, indent=1).encode())
-                for folder in [self.folder, *self.folder.resolve().parents][
-                    :4
-                ]:  # up to that of the cache folder
-                    files.sync_folder(folder)
+            # Up to the folder of the cache folder. An earlier process may have made the file and been killed before this.
+            for folder in [self.folder, *self.folder.resolve().parents][:4]:
+                files.sync_folder(folder)
             with open(path, "r+b") as file:
                 share(file)  # the map keeps the mark, so that `trainer cache --remove` leaves the file alone
                 return mmap.mmap(file.fileno(), self.num_bytes)
