@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.mistakes import Mistake, say
-from trainer.recipe.words import changes_of, number, path_of
+from trainer.recipe.words import changes_of, count, number, path_of
 
 
 def recipe_options(parser: argparse.ArgumentParser, of_a_run: bool) -> None:
@@ -42,6 +42,14 @@ def recipe_changes(parser: argparse.ArgumentParser, of_a_run: bool) -> None:
 
 def folder_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
+
+
+def options_of_several(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """Adds what a command has that runs a recipe with several seeds; `seeds` is how many by itself."""
+    recipe_options(parser, of_a_run=False)
+    folder_option(parser)
+    parser.add_argument("--seeds", type=count, default=seeds, help=f"how many seeds, from 0 ({seeds})")
+    parser.add_argument("--processes", type=count, help="how many run at once (one for each core)")
 
 
 def recipe_changes_of(options: argparse.Namespace) -> dict[str, Any]:
