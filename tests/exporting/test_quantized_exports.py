@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from tests.quantized import NETS
-from trainer.exporting.export import export
+from trainer.exporting.export import check, export
 from trainer.exporting.onnx_builder import Builder
 from trainer.exporting.onnx_int8 import write_int8
 from trainer.exporting.onnx_quantize import integer_layer
+from trainer.mistakes import Mistake
+from trainer.recipe import shelves
+from trainer.recipe.targets import ExportKeys
 
 
 @pytest.fixture(scope="module", params=["sequence", "residual", "lenet300"])
@@ -36,6 +39,15 @@ def test_qdq_has_the_steps_of_the_student(subject, tmp_path):
     quantizers = [node for node in subject.graph.nodes if node.op == "quantize"]
     steps = [(float(constants[node.input[1]]), int(constants[node.input[2]])) for node in rounded]
     assert steps == [(2.0 ** q.attributes["exponent"], q.attributes["zero"]) for q in quantizers]
+
+
+def test_a_quantized_student_takes_no_calibration(subject):
+    checker = shelves.checker(shelves.find("to", "onnx_int8"), ExportKeys)
+    check([checker(to="onnx_int8")], subject.graph, True)
+    with pytest.raises(
+        Mistake, match="to onnx_int8: calibration and images: no effect: the student is quantized"
+    ):
+        check([checker(to="onnx_int8", calibration="entropy", images=5)], subject.graph, True)
 
 
 def test_weights_and_biases_are_whole_numbers_times_their_steps(subject):

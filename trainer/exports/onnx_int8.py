@@ -1,15 +1,27 @@
 """An .onnx file in 8-bit integers, by onnxruntime's static quantization."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
+from trainer.exporting.graph import Graph
+from trainer.exporting.integer_steps import is_quantized
 from trainer.exporting.onnx_file import OPS as OPS
 from trainer.exporting.onnx_int8 import write_int8
 from trainer.exporting.subject import Exported, Subject
+from trainer.mistakes import Mistake
 
 NEEDS_DATA = True
+
+
+def check_graph(settings: Any, graph: Graph) -> None:
+    """Raises Mistake for keys that a quantized student leaves without effect."""
+    given = sorted(settings.model_fields_set & {"calibration", "images"})
+    if given and is_quantized(graph):
+        raise Mistake(
+            f"to onnx_int8: {' and '.join(given)}: no effect: the student is quantized, and its own steps are written"
+        )
 
 
 def onnx_int8(
@@ -24,6 +36,6 @@ def onnx_int8(
     calibration: how the ranges of the activations are chosen. images: how many training images they are chosen from.
     The answers are not the student's: how many differ is measured and said, beside bytes and time. It makes small students
     larger and slower more often than not. After a stage quantize the steps are those that the student has learnt, and both keys
-    have no effect.
+    are refused.
     """
     return write_int8(subject, folder / "student_int8.onnx", calibration, images)
