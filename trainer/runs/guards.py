@@ -106,9 +106,9 @@ def warnings_of(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for about, row in _standing(recipe, rows).items():
         said = [row["warning"]] if "warning" in row else []
-        if not said and (
-            never := row.get("never_answered")
-        ):  # of a network that has learnt nothing it says no more
+        never = row.get("never_answered") or []
+        # What has learnt nothing answers few classes, which is said already.
+        if len(never) == 1 or (never and not said):
             said.append(f"the {about} never answers {listed(never)}, which the test split has images of")
         found += [f"stage {row['index'] + 1} ({name_of(recipe.stages[row['index']])}): {one}" for one in said]
     return found
