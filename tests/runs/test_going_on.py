@@ -229,6 +229,16 @@ def test_equal_stages_of_finished_runs_are_taken_over(tmp_path, trained, capsys,
     told = f"third: the first 3 stages are taken over from {tmp_path}/same, "
     assert trained == [] and told in capsys.readouterr().out
     assert ended(tmp_path, "third") == expected
+    # Nor does one whose file has another byte.
+    (tmp_path / "same" / "report.json").unlink()
+    file = tmp_path / "third" / "student.tiny"
+    data = file.read_bytes()
+    file.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    capsys.readouterr()
+    runner.run(write(tmp_path), {"name": "fourth"}, folder=tmp_path)
+    told = f"fourth: the first 3 stages are taken over from {tmp_path}/third, "
+    assert trained == [] and told in capsys.readouterr().out
+    assert ended(tmp_path, "fourth") == expected
 
 
 def test_a_damaged_checkpoint_is_not_taken_over(tmp_path, trained, caplog):

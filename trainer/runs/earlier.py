@@ -143,28 +143,23 @@ def _most_equal(
 ) -> Source | None:
     for number in reversed(range(first, len(stages))):
         facts = _facts(source, number, stages[number])
-        if facts and facts.get("inputs") == list(inputs[: number + 1]) and _has_files(source, facts):
+        if (
+            facts
+            and facts.get("inputs") == list(inputs[: number + 1])
+            and first_broken(source, facts) is None
+        ):
             return Source(source, number, facts)
     return None
 
 
-def _has_files(source: Path, facts: dict[str, Any]) -> bool:
-    """Returns whether the files that the stages wrote are there, in their right size."""
-    return all(
-        (source / name).is_dir()
-        if size is None
-        else (source / name).is_file() and (source / name).stat().st_size == size
-        for name, size in _written(facts)
-    )
-
-
 def first_broken(here: Path, facts: dict[str, Any]) -> tuple[int, Path] | None:
     """Returns the first stage whose packed file or export is gone or damaged, and that file; None if all are whole."""
-    for row in sorted(facts["rows"], key=lambda row: row.get("index", -1)):
+    for row in facts["rows"] if isinstance(facts.get("rows"), list) else ():
         for name, size in _written({"rows": [row]}):
             path = here / name
             try:
-                whole = path.is_dir() if size is None else header(files.read_bytes(path), name) is not None
+                data = None if size is None else files.read_bytes(path)
+                whole = path.is_dir() if data is None else len(data) == size and bool(header(data, name))
             except Mistake:
                 whole = False
             if not whole:
