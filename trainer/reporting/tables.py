@@ -1,6 +1,8 @@
 """Makes tables of stages, layers and bytes, as Markdown that reads well as plain text."""
 
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +29,8 @@ OTHERWISE = {
 }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a report's rows as a table."""
+def table(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+    """Returns a report's rows as a table. width: the characters that a line may have (`_aligned`)."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "stage": lambda row: str(row["stage"]),
         "top-1 %": lambda row: _decimals(row.get("top1"), 2),
@@ -43,7 +45,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for key, name in FURTHER.items():
         if all(row.get(key) is None for row in rows):
             del columns[f"{name} %"]
-    return _aligned(columns, rows, num_text=1)
+    return _aligned(columns, rows, 1, width, ("non-zero", "zeros %", "to student", "agreement %"))
 
 
 def class_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -160,8 +162,11 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _aligned(columns, rows, num_text=1)
 
 
-def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a report's layers, or its blocks (`by_block`), as a table; "formula" is `sharing_ratio`, "bytes" those of the packed file."""
+def layer_table(layers: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+    """Returns a report's layers, or its blocks (`by_block`), as a table.
+
+    "formula" is `sharing_ratio`, "bytes" those of the packed file. width: the characters that a line may have (`_aligned`).
+    """
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "layer": lambda layer: str(layer["layer"]),
         "shape": lambda layer: (
@@ -179,7 +184,8 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> str:
         "CSR bytes": lambda layer: _count(layer.get("csr_bytes")),
         "CSC bytes": lambda layer: _count(layer.get("csc_bytes")),
     }
-    return _aligned(columns, layers, num_text=2)
+    spare = ("CSC bytes", "CSR bytes", "formula", "threshold", "bits", "shape", "non-zero", "clusters")
+    return _aligned(columns, layers, 2, width, spare)
 
 
 def by_block(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -288,13 +294,48 @@ def _sparse_bytes(weight: np.ndarray, layout: str) -> int:
     return sparse.nnz * weight.itemsize + sparse.indices.nbytes + sparse.indptr.nbytes
 
 
-def _aligned(columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int) -> str:
-    """Returns a Markdown table with padded columns; the first num_text are text, the others numbers."""
+def terminal_width() -> int | None:
+    """Returns how many characters a line of the terminal has that stdout is; None where it is none."""
+    return (os.get_terminal_size(sys.stdout.fileno()).columns or None) if sys.stdout.isatty() else None
+
+
+def _aligned(
+    columns: Mapping[str, Callable[[Any], str]],
+    items: Sequence[Any],
+    num_text: int,
+    width: int | None = None,
+    spare: Sequence[str] = (),
+) -> str:
+    """Returns a Markdown table with padded columns; the first num_text are text, the others numbers.
+
+    Where a line would be longer than `width`, the table has no rules between columns and heads of several lines, and as many of
+    the `spare` columns are left out, the first of them first, as have no room.
+    """
+    text = _drawn(columns, items, num_text, "pipe")
+    if width is None or _width(text) <= width:
+        return text
+    for count in range(len(spare) + 1):
+        left_out = spare[:count]
+        kept = {name.replace(" ", "\n"): show for name, show in columns.items() if name not in left_out}
+        texts = sum(name not in left_out for name in list(columns)[:num_text])
+        text = _drawn(kept, items, texts, "simple")
+        if _width(text) <= width:
+            break
+    return text
+
+
+def _drawn(
+    columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int, form: str
+) -> str:
     cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
     sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
     return tabulate(
-        cells, list(columns), tablefmt="pipe", colalign=sides if cells else None, disable_numparse=True
+        cells, list(columns), tablefmt=form, colalign=sides if cells else None, disable_numparse=True
     )
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()), default=0)
 
 
 def _decimals(value: float | None, digits: int, times: float = 1) -> str:

@@ -20,7 +20,16 @@ from trainer.recipe.stages import any_teaches, name_of, taught_alike, teaches, t
 from trainer.reporting import report
 from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
-from trainer.reporting.tables import FOLDED, by_block, csc_bytes, csr_bytes, layer_table, sharing_ratio, table
+from trainer.reporting.tables import (
+    FOLDED,
+    by_block,
+    csc_bytes,
+    csr_bytes,
+    layer_table,
+    sharing_ratio,
+    table,
+    terminal_width,
+)
 from trainer.reporting.tracking import tracked
 from trainer.runs.answers import keep_answers
 from trainer.runs.evidence import gather, without_pictures
@@ -218,8 +227,9 @@ def _concluded(run: Run, recipe: Recipe, plain: dict[str, Any], started: float) 
         files.write_bytes(here / "done", b"")
         layers = result["layers"]
         shown = layers if len(layers) <= FOLDED else by_block(layers)
+        width = terminal_width()
         print(
-            f"\n{table(run.rows)}\n\n{layer_table(shown)}\n\n{_warned(result)}"
+            f"\n{table(run.rows, width)}\n\n{layer_table(shown, width)}\n\n{_warned(result)}"
             f"{here / 'report.html'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
@@ -231,7 +241,7 @@ def _already_done(here: Path, recipe: Recipe, accelerator: Accelerator) -> dict[
     found = report.read(here)
     if accelerator.is_main_process:
         print(
-            f"{here}: this recipe has run already; its report:\n\n{_warned(found)}{table(found['rows'])}",
+            f"{here}: this recipe has run already; its report:\n\n{_warned(found)}{table(found['rows'], terminal_width())}",
             flush=True,
         )
     for number in range(len(recipe.stages)):
