@@ -76,6 +76,9 @@ def export_all(
     """
     check(targets, subject.graph, subject.data is not None)
     for target in targets:
+        own = beside(find("to", target.to), "check_subject")
+        if own is not None:
+            own(subject)
         here = folder / target.label
         if here.exists() and not force:
             raise Mistake(f"{here}: is there already; --force (in Python force=True) replaces it")

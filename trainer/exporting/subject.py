@@ -1,5 +1,6 @@
 """What a target of an export is given, and what it gives back."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ class Subject:
         shape: (C, H, W) of the images.
         classes: Names of the classes, in the order of the logits; [] if they are not known.
         mean, std: Of the normalisation, for each channel; [] if they are not known.
-        sha256: Of the packed file that the network came from; None without one.
+        packed: The packed file that the network came from; None without one.
         data: The recipe's images; None without a recipe.
         teacher_classes: The teacher's class for each test image, int64; None without a teacher.
         reading: How an image file becomes the network's input; None for the default of the shape.
@@ -43,7 +44,7 @@ class Subject:
     classes: Sequence[str] = ()
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
-    sha256: str | None = None
+    packed: bytes | None = None
     data: Data | None = None
     teacher_classes: np.ndarray | None = None
     reading: Reading | None = None
@@ -92,7 +93,7 @@ class Subject:
     def facts(self) -> dict[str, Any]:
         """Returns what a user of an exported file must know, as far as it is known: values of JSON.
 
-        "classes", "mean", "std", "shape", "reading" (what differs from the default), "sha256", and "test": [class, logit] of the
+        "classes", "mean", "std", "shape", "reading" (what differs from the default), "sha256" (of the packed file), and "test": [class, logit] of the
         highest of the normalised test vector.
         """
         _, logits = self.test_vector()
@@ -102,7 +103,7 @@ class Subject:
             "std": list(self.std),
             "shape": list(self.shape),
             "reading": self.reading.settings() if self.reading else None,
-            "sha256": self.sha256,
+            "sha256": None if self.packed is None else hashlib.sha256(self.packed).hexdigest(),
             "test": [[int(c), float(f"{logits[c]:.6g}")] for c in np.argsort(-logits)[:SHOWN]],
         }
         return {key: value for key, value in found.items() if value}

@@ -33,6 +33,7 @@ CROSS_SECONDS, CORTEX_SECONDS = (
     0.01,
 )  # as many as this machine answers in so long; they are 20 and 1000 times slower
 SMALL = "-Os -fno-tree-loop-distribute-patterns"  # without a library's memset and memcpy
+ARDUINO = "arduino/TinyStudent"
 TOLERANCE = 1e-4  # of the largest logit, in the self-check
 
 
@@ -48,7 +49,8 @@ def c(subject: Subject, folder: Path) -> Exported:
     """Writes student.c and student.h: C99 without dependency or allocation, int student_run(const float *image, float *logits).
 
     The weights stay compressed in flash and are walked as they lie; the maps lie in one static block. Beside them example.c, which
-    reads images from stdin and checks itself, and CMakeLists.txt. Proven as a library that gcc builds here; and with the same
+    reads images from stdin and checks itself, CMakeLists.txt, and arduino/TinyStudent, a library folder for Arduino's IDE with a
+    sketch that does the same by the serial port. Proven as a library that gcc builds here; and with the same
     bits on aarch64, armhf and a Cortex-M3 under qemu, where their compilers and qemu are installed.
     After a stage quantize the code counts in integers alone, int student_run(const uint8_t *image, int32_t *logits), keeps only
     the rows of each map that are still to be read, and its logits equal the student's bit for bit.
@@ -137,6 +139,8 @@ def _written(subject: Subject, folder: Path, source: Source | IntegerSource) -> 
     def numbers(values: Any) -> str:
         return ", ".join(literal(value) for value in values)
 
+    mean = numbers(subject.mean or [0.0] * channels)
+    scale = numbers(1 / np.asarray(subject.std or [1.0] * channels, np.float32))
     facts: dict[str, Any] = {
         "channels": channels,
         "height": height,
@@ -153,6 +157,10 @@ def _written(subject: Subject, folder: Path, source: Source | IntegerSource) -> 
             "compile": "Whole numbers alone.",
             "expected": ", ".join(str(int(v)) for v in logits.astype(np.float64) * 2.0**-source.exponent),
             "exponent": source.exponent,
+            "tolerance": "0",
+            "statics": f"// Times 2^{source.exponent} the logits are the student's.",
+            "normal": "value",
+            "shown": "(long)logits[i]",
         }
     else:
         facts |= {
@@ -161,22 +169,28 @@ def _written(subject: Subject, folder: Path, source: Source | IntegerSource) -> 
             "about": "image: [channels][height][width], normalised: (pixel / 255 - mean) * scale, see example.c. "
             "logits: [classes].",
             "compile": "Compile with -ffp-contract=off for the same bits on all machines.",
-            "mean": numbers(subject.mean or [0.0] * channels),
-            "scale": numbers(1 / np.asarray(subject.std or [1.0] * channels, np.float32)),
+            "statics": f"static const float mean[] = {{{mean}}};\nstatic const float scale[] = {{{scale}}};",
+            "normal": "((float)value / 255.0f - mean[i / PLANE]) * scale[i / PLANE]",
+            "shown": "(double)logits[i], 7",
             "expected": numbers(logits),
             "tolerance": literal(TOLERANCE * max(float(np.abs(logits).max()), 1e-6)),
         }
-    texts = {"student.c": source.text, "student.h": template("student.h")}
-    texts |= {
-        "example.c": template("c_integer_example.c" if integer else "c_example.c"),
-        "CMakeLists.txt": template("c_CMakeLists.txt"),
+    templates = {
+        "student.h": "student.h",
+        "example.c": "c_integer_example.c" if integer else "c_example.c",
+        f"{ARDUINO}/library.properties": "c_library.properties",
+        f"{ARDUINO}/examples/Classify/Classify.ino": "c_arduino.ino",
     }
+    filled = {name: template(held) for name, held in templates.items()}
+    for name in filled:
+        for fact, value in facts.items():
+            filled[name] = filled[name].replace(f"${fact}", str(value))
+    texts = {"student.c": source.text, **filled, "CMakeLists.txt": template("c_CMakeLists.txt")}
+    texts |= {f"{ARDUINO}/src/{name}": texts[name] for name in ("student.c", "student.h")}
     for name, text in texts.items():
-        if name in ("student.h", "example.c"):
-            for fact, value in facts.items():
-                text = text.replace(f"${fact}", str(value))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    return [folder / name for name in sorted(texts, key=lambda name: name.startswith(ARDUINO))]
 
 
 def _same(machine: str, found: np.ndarray, expected: np.ndarray) -> None:

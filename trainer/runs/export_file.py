@@ -1,6 +1,5 @@
 """Exports a packed file's network."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def export_file(
         classes=header["classes"],
         mean=header["mean"],
         std=header["std"],
-        sha256=hashlib.sha256(content).hexdigest(),
+        packed=content,
         data=data,
         reading=packed.reading(content, str(file)) if header["mean"] else None,
     )

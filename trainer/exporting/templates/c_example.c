@@ -8,8 +8,7 @@
 
 #define PIXELS (STUDENT_CHANNELS * STUDENT_HEIGHT * STUDENT_WIDTH)
 
-static const float mean[] = {$mean};
-static const float scale[] = {$scale};
+$statics
 static const float expected[] = {$expected};
 static const float tolerance = $tolerance;
 
