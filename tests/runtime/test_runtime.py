@@ -191,7 +191,7 @@ print(json.dumps(["torch" in sys.modules, time.process_time(), int(kilobytes) / 
 def test_a_fresh_environment_without_torch(tmp_path, capsys):
     """scripts/runtime installs it; a .tiny and an .onnx of each network of the shelf have torch's classes there.
 
-    A .tiny is imported, opened and answered in at most 2 seconds of processor time and 60 MB of memory.
+    With a .tiny the process takes at most 2 seconds of processor time, and 60 MB of memory unless the file alone takes 10.
     """
     top, files = Path(trainer.__file__).parents[1], pictures(tmp_path)
     subprocess.run([top / "scripts/runtime", tmp_path / "env"], check=True)
@@ -211,10 +211,12 @@ def test_a_fresh_environment_without_torch(tmp_path, capsys):
             told, _, last = done.stdout.strip().rpartition("\n")
             has_torch, seconds, megabytes = json.loads(last)
             assert best(told) == expected and not has_torch, spec
-            assert one != file or seconds < 2, (spec, seconds)
+            size = one.stat().st_size
+            if one == file:
+                assert seconds < 2 and (megabytes < 60 or size > 10_000_000), (spec, seconds, megabytes)
             with capsys.disabled():
                 print(
-                    f"\n{spec} {one.suffix}, {one.stat().st_size:,} bytes: {seconds:.2f} s, {megabytes:.0f} MB",
+                    f"\n{spec} {one.suffix}, {size:,} bytes: {seconds:.2f} s, {megabytes:.0f} MB",
                     end="",
                 )
     code = (
