@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from trainer.exporting import c_machines
 from trainer.exporting.c_machines import Native, answers_of_example, cortex
 from trainer.exporting.c_memory import plan
-from trainer.exporting.c_source import check
+from trainer.exporting.c_operators import check
 from trainer.exporting.c_weights import literal, stream_of, vector, weight
 from trainer.exporting.export import export, subject_of
 from trainer.exporting.graph import Graph, Node, Value
@@ -66,6 +66,34 @@ class Sequence(nn.Module):
         return self.last(F.gelu(x, approximate="tanh").mean(1))
 
 
+class Tokens(nn.Module):
+    """Attention with and without a mask, products, normalizations, padding, windows, and the rest of the functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 2, stride=2)
+        self.group, self.layer, self.plain = nn.GroupNorm(2, 8), nn.LayerNorm(8), nn.LayerNorm(4, bias=False)
+        self.slopes, self.slope = nn.PReLU(8), nn.PReLU()
+        self.qkv, self.last = nn.Linear(8, 24), nn.Linear(8, 10)
+        self.mask = nn.Parameter(torch.randn(4, 1, 6, 6))
+        for norm in (self.group, self.layer, self.plain):
+            nn.init.normal_(norm.weight)
+        nn.init.normal_(self.group.bias)
+        nn.init.uniform_(self.slopes.weight, -1, 1)
+
+    def forward(self, x):
+        x = self.slopes(self.group(self.first(F.pad(x, (1, 3, 2, 0), value=0.5))))  # [N, 8, 4, 6]
+        x = self.slope(x) + F.elu(x, 0.7) - F.softplus(x, beta=3) * F.mish(x)
+        x = x + x.abs().sqrt() + (x**2 + 1) ** -1.5 + x**3 / 10
+        # windows of 2 x 3, shifted by one
+        x = x.roll((1, -1), (2, 3)).view(-1, 8, 2, 2, 2, 3).permute(0, 2, 4, 3, 5, 1).reshape(-1, 6, 8)
+        q, k, v = self.qkv(self.layer(x)).view(-1, 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, self.mask[0]) + F.scaled_dot_product_attention(q, k, v)
+        z = (q @ k.transpose(-2, -1)) @ self.plain(v)
+        x = (y + z).transpose(1, 2).flatten(2).view(-1, 4, 6, 8)
+        return self.last((x * self.mask.mean()).mean((1, 2)))
+
+
 class Recurrent(nn.Module):
     """Two layers in both directions, then one."""
 
@@ -104,13 +132,19 @@ def sequence():
 
 
 @pytest.fixture(scope="module")
+def tokens():
+    torch.manual_seed(1)
+    return subject_of(coarse(Tokens()), (1, 6, 8))
+
+
+@pytest.fixture(scope="module")
 def recurrent():
     return subject_of(coarse(Recurrent()), (1, 8, 5))
 
 
 @pytest.mark.device
 @needs("gcc")
-@pytest.mark.parametrize("name", ["images", "sequence", "recurrent"])
+@pytest.mark.parametrize("name", ["images", "sequence", "tokens", "recurrent"])
 def test_it_answers_as_torch_and_sanitizers_find_nothing(name, request, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.exports.c.LINUX", {})
     monkeypatch.setattr("trainer.exports.c.CORTEX", ("no compiler",))
@@ -235,17 +269,27 @@ def test_memory_is_two_neighbouring_maps():
     assert memory.places[subject.graph.output] == "logits"
 
 
-def test_more_than_is_written_is_refused_with_its_layer():
-    values = {"x": Value((1, 2, 3, 4, 5), 0), "y": Value((1, 2, 3, 4, 5), 0)}
-    graph = Graph(
-        "x",
-        "y",
-        [Node("permute", ("x",), ("y",), attributes={"order": (0, 1, 2, 4, 3)}, layer="a.b")],
-        values,
-        {},
-    )
-    with pytest.raises(Mistake, match=r"to c: layer 'a\.b': operator permute with more than four axes"):
+@pytest.mark.parametrize(
+    ("node", "constant", "trouble"),
+    [
+        (Node("power", ("x",), ("y",), attributes={"exponent": 0.3}, layer="a.b"), (), "the exponent 0.3"),
+        (Node("mean", ("x",), ("y",), attributes={"axes": (1, 3)}, layer="a.b"), (), "axes that are not neighbours"),
+        (Node("matmul", ("x", "w"), ("y",), layer="a.b"), (5,), "a vector"),
+        (Node("attention", ("x", "x", "x", "w"), ("y",), layer="a.b"), (1, 4), "a mask that is not of each query and key"),
+    ],
+    ids=lambda one: getattr(one, "op", ""),
+)  # fmt: skip
+def test_more_than_is_written_is_refused_with_its_layer(node, constant, trouble):
+    shapes = dict.fromkeys(("x", "y"), Value((1, 2, 4, 5), 0))
+    graph = Graph("x", "y", [node], shapes, {"w": np.zeros(constant, np.float32)} if constant else {})
+    with pytest.raises(
+        Mistake, match=rf"to c: layer 'a\.b': operator {node.op} with {trouble}.* cannot be written"
+    ):
         check(graph)
+
+
+def test_an_operator_that_a_target_does_not_have_is_refused_with_its_layer(monkeypatch):
+    monkeypatch.setattr("trainer.exports.c.OPS", frozenset({"reshape"}))
     with pytest.raises(Mistake, match=r"layer '1': operator softplus cannot be written"):
         export(nn.Sequential(nn.Flatten(), nn.Softplus()), "unused", "c", shape=(1, 4, 4))
 

@@ -104,3 +104,43 @@ def test_parts_that_do_not_depend_on_the_image_are_constants():
     graph = trace(Positions(), (1, 2, 2))
     assert [node.op for node in graph.nodes] == ["reshape", "add", "linear"]
     assert graph.weights[graph.nodes[1].inputs[1]].shape == (4,)
+
+
+class Chosen(nn.Module):
+    def __init__(self, positions, axis=1):
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("positions", torch.as_tensor(positions), persistent=False)
+
+    def forward(self, x):
+        x = x.flatten(1).roll(-3, 1)
+        return x[:, self.positions] if self.axis == 1 else x[self.positions]
+
+
+def test_a_choice_of_positions_is_parts_put_side_by_side():
+    graph = trace(Chosen([5, 6, 7, 0, 1, -1]), (1, 2, 4))
+    ops = [(node.op, node.attributes.get("start"), node.attributes.get("stop")) for node in graph.nodes]
+    rolled = [("slice", 3, 8), ("slice", 0, 3), ("concat", None, None)]
+    chosen = [("slice", 5, 8), ("slice", 0, 2), ("slice", 7, 8), ("concat", None, None)]
+    assert ops == [("reshape", None, None), *rolled, *chosen]
+    assert all(node.attributes.get("axis") == 1 for node in graph.nodes[1:])
+
+
+def test_a_choice_of_positions_that_has_no_counterpart_is_refused():
+    with pytest.raises(Mistake, match="a choice of 100 parts cannot be exported"):
+        trace(Chosen(torch.arange(0, 200, 2)), (1, 2, 100))
+    with pytest.raises(Mistake, match="a part of the images of a batch"):
+        trace(Chosen([0, 0], axis=0), (1, 2, 4))
+    with pytest.raises(Mistake, match="a choice of positions in 2 axes"):
+        trace(Chosen([[0, 1], [2, 3]]), (1, 2, 4))
+
+
+class Sums(nn.Module):
+    def forward(self, x):
+        return x.sum((2, 3)) + x.sum((1, 2, 3), keepdim=True).flatten(1)
+
+
+def test_a_sum_is_a_mean_times_the_number():
+    graph = trace(Sums(), (2, 3, 5))
+    found = [(n.op, n.attributes.get("axes") or n.attributes.get("scalar")) for n in graph.nodes]
+    assert found[:4] == [("mean", (2, 3)), ("mul", 15.0), ("mean", (1, 2, 3)), ("mul", 30.0)]

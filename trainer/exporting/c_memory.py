@@ -8,7 +8,7 @@ from trainer.exporting.graph import Graph, Node
 
 # Operators that may write over their first input, number by number.
 IN_PLACE = frozenset(
-    """batch_norm relu hardswish hardsigmoid silu sigmoid tanh exp neg abs erf clamp gelu leaky_relu elu add sub mul div
+    """batch_norm layer_norm group_norm prelu elu softplus mish sqrt power relu hardswish hardsigmoid silu sigmoid tanh exp neg abs erf clamp gelu leaky_relu elu add sub mul div
     max_pool avg_pool""".split()
 )
 

@@ -1,19 +1,13 @@
 """Turns the operators of torch's core ATen graph into those of `graph`. Each converter is named by its operator."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from trainer.exporting.graph import Value
-
-Arguments = dict[str, Any]
-
-
-class Unsupported(Exception):
-    """What a converter cannot express; the reader adds the layer."""
-
+from trainer.exporting.operators_moving import MOVING, Arguments, Unsupported, rank
 
 # Operators whose result is their first argument: in evaluation mode, in float32.
 ALIASES = {"clone", "alias", "dropout", "detach", "contiguous", "lift_fresh_copy", "detach_", "_to_copy"}
@@ -29,20 +23,16 @@ def _sides(value: Any, count: int) -> tuple[tuple[int, int], ...]:
     return tuple((size, size) for size in _sizes(value, count))
 
 
-def _rank(node: Any) -> int:
-    return len(node.meta["val"].shape)
-
-
-def _axes(value: Any, rank: int) -> tuple[int, ...]:
-    axes = range(rank) if value is None or value == [] else [value] if isinstance(value, int) else value
-    return tuple(sorted(axis % rank for axis in axes))
+def _axes(value: Any, count: int) -> tuple[int, ...]:
+    axes = range(count) if value is None or value == [] else [value] if isinstance(value, int) else value
+    return tuple(sorted(axis % count for axis in axes))
 
 
 def _conv(reader: Any, node: fx.Node, a: Arguments) -> None:
-    count = _rank(a["weight"]) - 2
+    count = rank(a["weight"]) - 2
     if a.get("transposed") or any(a.get("output_padding") or [0]):
         raise Unsupported("a transposed convolution")
-    if _rank(a["input"]) != count + 2:
+    if rank(a["input"]) != count + 2:
         raise Unsupported("a convolution of a single image without a batch axis")
     reader.add(
         node,
@@ -66,8 +56,7 @@ def _batch_norm(reader: Any, node: fx.Node, a: Arguments) -> None:
 
 
 def _layer_norm(reader: Any, node: fx.Node, a: Arguments) -> None:
-    rank = _rank(node)
-    axes = tuple(range(rank - len(a["normalized_shape"]), rank))
+    axes = tuple(range(rank(node) - len(a["normalized_shape"]), rank(node)))
     reader.add(
         node, "layer_norm", [a["input"]], {"weight": a["weight"], "bias": a["bias"]}, eps=a["eps"], axes=axes
     )
@@ -137,7 +126,7 @@ def _filled(number: float | None) -> Callable[[Any, fx.Node, Arguments], None]:
 
 
 def _max_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
-    count = _rank(a["self"]) - 2
+    count = rank(a["self"]) - 2
     several = isinstance(node.meta["val"], tuple)  # values and positions
     reader.add(
         node,
@@ -155,7 +144,7 @@ def _max_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
 def _avg_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
     if a.get("divisor_override"):
         raise Unsupported("an average pooling with a divisor of its own")
-    count = _rank(a["self"]) - 2
+    count = rank(a["self"]) - 2
     reader.add(
         node,
         "avg_pool",
@@ -171,8 +160,7 @@ def _avg_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
 def _adaptive_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
     before, after = a["self"].meta["val"].shape[2:], node.meta["val"].shape[2:]
     if all(size == 1 for size in after):
-        rank = _rank(node)
-        reader.add(node, "mean", [a["self"]], axes=tuple(range(2, rank)), keep=True)
+        reader.add(node, "mean", [a["self"]], axes=tuple(range(2, rank(node))), keep=True)
         return
     if any(b % a_ for b, a_ in zip(before, after, strict=True)):
         raise Unsupported(
@@ -187,12 +175,22 @@ def _adaptive_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
 
 def _reduced(op: str) -> Callable[[Any, fx.Node, Arguments], None]:
     def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
-        axes = _axes(a["dim"], _rank(a["self"]))
+        axes = _axes(a["dim"], rank(a["self"]))
         if reader.values[reader.name(a["self"])].batch_axis in axes:
             raise Unsupported("a reduction over the images of a batch")
         reader.add(node, op, [a["self"]], axes=axes, keep=bool(a["keepdim"]))
 
     return convert
+
+
+def _sum(reader: Any, node: fx.Node, a: Arguments) -> None:
+    source = reader.name(a["self"])
+    axes, value = _axes(a["dim"], rank(a["self"])), reader.values[source]
+    if value.batch_axis in axes:
+        raise Unsupported("a reduction over the images of a batch")
+    count = math.prod(value.shape[axis] for axis in axes)
+    means = reader.step(node, "mean", [source], reader.value(node), axes=axes, keep=bool(a["keepdim"]))
+    reader.add(node, "mul", [means], scalar=float(count), left=False)
 
 
 def _unary(op: str, **renamed: str) -> Callable[[Any, fx.Node, Arguments], None]:
@@ -206,7 +204,7 @@ def _unary(op: str, **renamed: str) -> Callable[[Any, fx.Node, Arguments], None]
 
 
 def _softmax(reader: Any, node: fx.Node, a: Arguments) -> None:
-    reader.add(node, "softmax", [a["self"]], axis=a["dim"] % _rank(node))
+    reader.add(node, "softmax", [a["self"]], axis=a["dim"] % rank(node))
 
 
 def _elu(reader: Any, node: fx.Node, a: Arguments) -> None:
@@ -271,69 +269,6 @@ def _attention(reader: Any, node: fx.Node, a: Arguments) -> None:
     reader.add(node, "attention", [a["query"], a["key"], a["value"], *mask], scale=float(scale))
 
 
-def _concat(reader: Any, node: fx.Node, a: Arguments) -> None:
-    reader.add(node, "concat", a["tensors"], axis=(a["dim"] or 0) % _rank(node))
-
-
-def _reshape(reader: Any, node: fx.Node, a: Arguments) -> None:
-    reader.add(node, "reshape", [next(iter(a.values()))])
-
-
-def _permute(reader: Any, node: fx.Node, a: Arguments) -> None:
-    reader.add(node, "permute", [a["self"]], order=tuple(axis % _rank(node) for axis in a["dims"]))
-
-
-def _transpose(reader: Any, node: fx.Node, a: Arguments) -> None:
-    order = list(range(_rank(node)))
-    first, second = a["dim0"] % len(order), a["dim1"] % len(order)
-    order[first], order[second] = second, first
-    reader.add(node, "permute", [a["self"]], order=tuple(order))
-
-
-def _expand(reader: Any, node: fx.Node, a: Arguments) -> None:
-    reader.add(node, "expand", [a["self"]])
-
-
-def _slice(reader: Any, node: fx.Node, a: Arguments) -> None:
-    shape = a["self"].meta["val"].shape
-    if tuple(shape) == tuple(node.meta["val"].shape):
-        reader.same[node.name] = reader.name(a["self"])
-        return
-    axis = a["dim"] % len(shape)
-    ends = (a["start"], a["end"], a["step"])
-    if not isinstance(shape[axis], int) or not all(isinstance(end, int | None) for end in ends):
-        raise Unsupported("a part of the images of a batch")
-    start, stop, step = slice(*ends).indices(shape[axis])
-    reader.add(node, "slice", [a["self"]], axis=axis, start=start, stop=stop, step=step)
-
-
-def _select(reader: Any, node: fx.Node, a: Arguments) -> None:
-    size = a["self"].meta["val"].shape[a["dim"] % _rank(a["self"])]
-    if not isinstance(size, int):
-        raise Unsupported("one image of a batch")
-    start, axis = a["index"] % size, a["dim"] % _rank(a["self"])
-    cut = reader.cut(node, a["self"], axis, start, start + 1)
-    reader.add(node, "reshape", [cut])
-
-
-def _split(reader: Any, node: fx.Node, a: Arguments) -> None:
-    axis, start = a["dim"] % _rank(a["self"]), 0
-    for number, part in enumerate(node.meta["val"]):
-        stop = start + part.shape[axis]
-        reader.parts[node.name, number] = reader.cut(node, a["self"], axis, start, stop)
-        start = stop
-
-
-def _pad(reader: Any, node: fx.Node, a: Arguments) -> None:
-    sides: Sequence[int] = a["pad"]
-    if any(side < 0 for side in sides):
-        raise Unsupported("a negative padding")
-    padding = [(0, 0)] * _rank(node)
-    for number in range(len(sides) // 2):
-        padding[-1 - number] = (sides[2 * number], sides[2 * number + 1])
-    reader.add(node, "pad", [a["self"]], padding=tuple(padding), value=float(a["value"] or 0))
-
-
 def _quantize(reader: Any, node: fx.Node, a: Arguments) -> None:
     facts = {name: a[name] for name in ("exponent", "zero", "mean", "std")}
     reader.add(node, "quantize", [a["x"]], **facts)
@@ -355,6 +290,7 @@ CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
     **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _adaptive_pool),
     "mean.dim": _reduced("mean"),
     "amax": _reduced("amax"),
+    "sum.dim_IntList": _sum,
     **{
         op: _unary(op)
         for op in "relu hardswish hardsigmoid silu sigmoid tanh mish exp sqrt neg abs erf".split()
@@ -375,26 +311,6 @@ CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
     "reciprocal": _reciprocal,
     **dict.fromkeys(("matmul", "bmm", "mm"), _matmul),
     "scaled_dot_product_attention": _attention,
-    "cat": _concat,
-    **dict.fromkeys(
-        (
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "unsqueeze",
-            "squeeze.dim",
-            "squeeze.dims",
-            "squeeze",
-            "flatten.using_ints",
-        ),
-        _reshape,
-    ),
-    "permute": _permute,
-    "transpose.int": _transpose,
-    "expand": _expand,
-    "slice.Tensor": _slice,
-    "select.int": _select,
-    "split_with_sizes": _split,
-    "constant_pad_nd": _pad,
+    **MOVING,
     "tiny_student.quantize": _quantize,
 }

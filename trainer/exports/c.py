@@ -19,8 +19,9 @@ from trainer.exporting.c_machines import (
     cortex,
     missing,
 )
+from trainer.exporting.c_operators import LINES, check
 from trainer.exporting.c_rows import program_of
-from trainer.exporting.c_source import LINES, Source, check
+from trainer.exporting.c_source import Source
 from trainer.exporting.c_weights import literal
 from trainer.exporting.graph import Graph
 from trainer.exporting.integer_steps import is_quantized, steps_of

@@ -236,6 +236,96 @@ static float error(float x)
     return x < 0.0f ? -e : e;
 }
 
+// ln x of a normal x > 0: x = 2^n m with m from 0.7 to 1.4, and 2 atanh((m - 1) / (m + 1)).
+static float logarithm(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int32_t n = (int32_t)(bits >> 23) - 127;
+    bits = (bits & 0x7fffffu) | 0x3f800000u;
+    memcpy(&x, &bits, sizeof x);
+    if (x > 1.41421356f) {
+        x *= 0.5f;
+        n++;
+    }
+    float t = (x - 1.0f) / (x + 1.0f), s = t * t;
+    float sum = 1.0f + s * (0.333333333f + s * (0.2f + s * (0.142857143f + s * 0.111111111f)));
+    return (float)n * 0.693147181f + 2.0f * t * sum;
+}
+
+static float softplus(float x)
+{
+    return x > 20.0f ? x : x < -15.0f ? exponential(x) : logarithm(1.0f + exponential(x));
+}
+
+static float mish(float x)
+{
+    if (x > 20.0f)
+        return x;
+    float e = exponential(x), s = e * (e + 2.0f);
+    return x * s / (s + 2.0f);
+}
+
+// Newton's steps from half of the exponent: within the last bit.
+static float root(float x)
+{
+    if (!(x > 0.0f))
+        return 0.0f;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits >> 1) + 0x1fbb4000u;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    for (int32_t i = 0; i < 3; i++)
+        y = 0.5f * (y + x / y);
+    return y;
+}
+
+// x to the power of halves / 2.
+static float raised(float x, int32_t halves)
+{
+    float base = halves % 2 ? root(x) : x, found = 1.0f;
+    int32_t count = (halves < 0 ? -halves : halves) / (halves % 2 ? 1 : 2);
+    for (int32_t i = 0; i < count; i++)
+        found *= base;
+    return halves < 0 ? 1.0f / found : found;
+}
+
+static void prelu(const float *x, float *y, int32_t outer, int32_t channels, int32_t inner, const float *slope)
+{
+    for (; outer > 0; outer--)
+        for (int32_t c = 0; c < channels; c++)
+            for (int32_t i = 0; i < inner; i++, x++)
+                *y++ = *x < 0.0f ? *x * slope[c] : *x;
+}
+
+// Each `size` numbers get the mean 0 and the variance 1.
+static void normal(const float *x, float *y, int32_t outer, int32_t size, float eps)
+{
+    for (; outer > 0; outer--, x += size, y += size) {
+        float middle = 0.0f, squares = 0.0f;
+        for (int32_t i = 0; i < size; i++)
+            middle += x[i];
+        middle /= (float)size;
+        for (int32_t i = 0; i < size; i++)
+            squares += (x[i] - middle) * (x[i] - middle);
+        float scale = 1.0f / root(squares / (float)size + eps);
+        for (int32_t i = 0; i < size; i++)
+            y[i] = (x[i] - middle) * scale;
+    }
+}
+
+static void matmul(const float *x, const float *y, float *to, int32_t rows, int32_t inner, int32_t columns)
+{
+    for (; rows > 0; rows--, x += inner, to += columns) {
+        for (int32_t j = 0; j < columns; j++)
+            to[j] = 0.0f;
+        for (int32_t i = 0; i < inner; i++)
+            for (int32_t j = 0; j < columns; j++)
+                to[j] += x[i] * y[i * columns + j];
+    }
+}
+
 static void softmax(const float *x, float *y, int32_t outer, int32_t size, int32_t inner)
 {
     for (; outer > 0; outer--, x += size * inner, y += size * inner)
@@ -248,6 +338,22 @@ static void softmax(const float *x, float *y, int32_t outer, int32_t size, int32
             for (int32_t k = 0; k < size; k++)
                 y[k * inner + i] /= sum;
         }
+}
+
+// One head: rows of q [rows, depth] against all of k [keys, depth]; mask [rows, keys] is added, none: 0. scores: [keys].
+static void attention(const float *q, const float *k, const float *v, const float *mask, float *to, float *scores, int32_t rows,
+                      int32_t keys, int32_t depth, int32_t width, float scale)
+{
+    for (; rows > 0; rows--, q += depth, to += width) {
+        for (int32_t j = 0; j < keys; j++) {
+            float sum = 0.0f;
+            for (int32_t i = 0; i < depth; i++)
+                sum += q[i] * k[j * depth + i];
+            scores[j] = sum * scale + (mask ? *mask++ : 0.0f);
+        }
+        softmax(scores, scores, 1, keys, 1);
+        matmul(scores, v, to, 1, keys, width);
+    }
 }
 
 static float add(float a, float b)
@@ -289,6 +395,21 @@ static void gather(const float *x, float *y, const int32_t *shape, const int32_t
             for (int32_t k = 0; k < shape[2]; k++)
                 for (int32_t l = 0; l < shape[3]; l++)
                     *y++ = x[i * steps[0] + j * steps[1] + k * steps[2] + l * steps[3]];
+}
+
+static void fill(float *y, int32_t n, float value)
+{
+    for (; n > 0; n--)
+        *y++ = value;
+}
+
+static void scatter(const float *x, float *y, const int32_t *shape, const int32_t *steps)
+{
+    for (int32_t i = 0; i < shape[0]; i++)
+        for (int32_t j = 0; j < shape[1]; j++)
+            for (int32_t k = 0; k < shape[2]; k++)
+                for (int32_t l = 0; l < shape[3]; l++)
+                    y[i * steps[0] + j * steps[1] + k * steps[2] + l * steps[3]] = *x++;
 }
 
 static void place(const float *x, float *y, int32_t rows, int32_t size, int32_t step)
