@@ -180,3 +180,33 @@ def test_workers_by_themselves(monkeypatch):
     assert workers.num_workers("auto") == 1
     monkeypatch.setattr(workers, "usable_cores", lambda: 128)
     assert workers.num_workers("auto") == 8
+
+
+class Numbered(OnDisk):
+    """Images that hold their position; wider ones than the part says for positions from 48 on."""
+
+    def __getitems__(self, positions):
+        width = 9 if min(positions) >= 48 else 4
+        images = torch.tensor(positions, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 1, width)
+        return images, self.labels[torch.as_tensor(positions)]
+
+
+@pytest.mark.parametrize(
+    "free, has_places", [(None, True), (5 * 3 * 4 * 4, True), (5 * 3 * 4 * 4 - 1, False)]
+)
+def test_places_in_shared_memory_are_not_written_before_they_were_read(
+    monkeypatch, none_left, free, has_places
+):
+    monkeypatch.setattr(workers, "free_shared_bytes", lambda: free)
+    part = Part(Numbered(), torch.arange(64), 2, 4)
+    order = list(torch.randperm(48).split(3)) + [torch.arange(48, 51)]  # 17 batches, 5 places
+    got = []
+    for _ in range(2):
+        for positions, (images, _, index) in zip(order, batches(part, order, 2, CPU), strict=True):
+            time.sleep(0.01)  # the workers go on
+            got.append((positions, images, index))
+    for positions, images, index in got:  # also those that were kept while later ones came
+        width = 4 if positions.max() < 48 else 9
+        assert torch.equal(images, positions.byte().view(-1, 1, 1, 1).expand(-1, 1, 1, width))
+        assert torch.equal(index, positions)
+    assert [crew.places is not None for crew in workers._crews] == [has_places]

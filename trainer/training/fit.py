@@ -15,7 +15,6 @@ from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
 from trainer.training.evaluate import balanced_accuracy, percent_right, predict, truth
-from trainer.training.optimizer import Averaged
 from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 from trainer.training.state import State, close_training, open_training, sync_buffers
