@@ -100,6 +100,87 @@ def test_a_part_is_what_pillow_makes_of_it(filter, channels):
         assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
 
 
+def test_a_squashed_part_is_stretched_as_the_whole_picture_is():
+    settings = RandomResizedCrop(scale=(0.2, 0.6), ratio=(0.8, 1.25))
+    for numbers in numbers_of(100):
+        left, top, width, height = box(numbers, 1200, 300, 2.0, settings, "squash")
+        assert 0 <= left <= 1200 - width and 0 <= top <= 300 - height
+        # In the picture that was stretched to a square, it is the part that a square picture would have.
+        square = box(numbers, 1200, 1200, 1.0, settings)
+        assert np.abs(np.array([left, top * 4, width, height * 4]) - square).max() <= 4
+
+
+@pytest.mark.parametrize(("shape", "aspect"), [((400, 100), 1.0), ((90, 300), 1.5), ((200, 100), 2.0)])
+def test_a_padded_part_is_as_large_as_of_the_padded_picture_and_shows_all_it_can(shape, aspect):
+    width, height = shape
+    full = max(width, round(height * aspect)), max(height, round(width / aspect))
+    for numbers in [*numbers_of(200), [0.0] * 4, [1 - 2**-24] * 4]:
+        left, top, across, along = box(numbers, width, height, aspect, RandomResizedCrop(), "pad")
+        wide = box(numbers, *full, aspect, RandomResizedCrop())
+        assert (across, along) == wide[2:]
+        for start, side, picture, whole in ((left, across, width, full[0]), (top, along, height, full[1])):
+            assert -(whole - picture) // 2 <= start and start + side <= (whole + picture + 1) // 2
+            shown = min(start + side, picture) - max(start, 0)
+            assert shown == min(side, picture)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_padded_part_lies_on_the_background(channels):
+    """A picture of 40 x 10 in a square of 40: its lower half of 20 x 20 shows 10 rows of it, enlarged twice."""
+    settings = RandomResizedCrop(scale=(0.25, 0.25), ratio=(1, 1))
+    pixels = np.full((10, 40, channels), 200, np.uint8)
+    grey = [30, 60, 90] if channels == 3 else [round(0.299 * 30 + 0.587 * 60 + 0.114 * 90)]
+    for last, rows in ((0.0, range(20, 40)), (1 - 2**-24, range(20))):
+        assert box([0.5, 0.5, 0.5, last], 40, 10, 1.0, settings, "pad") == (
+            10,
+            -10 if not last else 0,
+            20,
+            20,
+        )
+        for way in (pixels, Image.fromarray(pixels.squeeze())):
+            found = cut(way, [0.5, 0.5, 0.5, last], settings, 40, 40, "bicubic", "pad", (30, 60, 90))
+            expected = torch.tensor(grey, dtype=torch.uint8)[:, None, None].repeat(1, 40, 40)
+            expected[:, list(rows)] = 200
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(100_000, 1), (1, 3000)])
+def test_a_padded_part_of_a_line_needs_no_square_of_it(shape):
+    pixels = np.zeros((shape[1], shape[0], 3), np.uint8)
+    found = cut(pixels, [0.5] * 4, RandomResizedCrop(), 16, 16, "bicubic", "pad")
+    assert found.shape == (3, 16, 16) and 16 <= (found[0] == 0).sum() <= 32 and found.max() == 255
+
+
+def test_views_are_cut_as_the_resize_mode_says(folder):
+    """The red of a picture says the column: how much of it a part shows, and whether the background is seen."""
+    whole = {"scale": [1, 1], "ratio": [1, 1]}
+    found = {}
+    for mode in ("crop", "pad", "squash"):
+        for store in ("auto", "off"):
+            data = data_of(folder, whole, resize_mode=mode, background=[9, 9, 255], store=store)
+            found[mode, store] = Views(data).of(data.train.ids, 0)
+            plain = data.train.read(torch.arange(len(data.train)))[0].float() / 255
+            # All of the picture is what is measured; of `crop` it is the middle part, from the view's numbers.
+            if mode != "crop":
+                assert (found[mode, store] - plain).abs().max() < 0.1
+        assert torch.equal(found[mode, "auto"], found[mode, "off"])  # smaller than the store's pictures
+    assert not torch.equal(found["pad", "auto"], found["squash", "auto"])
+
+
+def test_kept_answers_of_other_cuts_are_not_taken(folder):
+    prints = {
+        data_of(folder, **more).fingerprint
+        for more in (
+            {},
+            {"resize_mode": "pad"},
+            {"resize_mode": "squash"},
+            {"store": "off"},
+            {"store": {"short_side": 64}},
+        )
+    }
+    assert len(prints) == 5
+
+
 def test_views_show_every_corner_of_the_pictures(folder):
     data = data_of(folder, {"scale": [0.05, 0.2]})
     views = Views(data)

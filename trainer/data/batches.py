@@ -57,6 +57,11 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         else source.train.__getitems__(order[:256].tolist())[0]
     )
     digest.update(sample.contiguous().numpy().data)
+    # The sample is of images that are not cut: what else the cut ones depend on, where it is not the default.
+    fit = source.reading.fit if source.reading is not None else "crop"
+    side = keys.store.short_side if isinstance(keys.store, StoreKeys) else keys.store
+    if keys.augment.random_resized_crop is not None and (fit, side) != ("crop", "auto"):
+        digest.update(repr((fit, side)).encode())
     train = _on_device(source.train, device)
     if isinstance(train, InMemory):
         order = order.to(train.images.device)

@@ -27,11 +27,20 @@ class Cuts(NamedTuple):
 
 
 def box(
-    numbers: list[float], width: int, height: int, aspect: float, settings: RandomResizedCrop
+    numbers: list[float],
+    width: int,
+    height: int,
+    aspect: float,
+    settings: RandomResizedCrop,
+    fit: str = "crop",
 ) -> tuple[int, int, int, int]:
-    """Returns the part of a picture: left, top, width, height in pixels. It lies inside, and has a pixel at least.
+    """Returns the part of a picture: left, top, width, height in pixels. It has a pixel at least, and lies inside.
 
     The same numbers name the same part of a picture at any size, up to whole pixels.
+
+    With `fit` (`Reading.fit`) a thing is as large, and stretched as much, as where the image is measured: `squash` takes
+    a part of the picture stretched to the input's shape, `pad` of the picture with its background. The latter is the only
+    part that may reach beyond the picture, and then only as far as it is longer: it shows all that there is.
 
     Args:
         numbers: Four in [0, 1): area, ratio, left, top.
@@ -41,15 +50,29 @@ def box(
         settings: The ranges of area and ratio. The logarithm of the ratio is uniform.
     """
     (least, most), (narrow, wide) = settings.scale, settings.ratio
-    area = (least + numbers[0] * (most - least)) * width * height
+    full = width, height
+    if fit == "squash":
+        aspect = width / height
+    elif fit == "pad":
+        full = max(width, round(height * aspect)), max(height, round(width / aspect))
+    area = (least + numbers[0] * (most - least)) * full[0] * full[1]
     ratio = aspect * math.exp(math.log(narrow) + numbers[1] * math.log(wide / narrow))
     across, along = math.sqrt(area * ratio), math.sqrt(area / ratio)
-    fits = min(1.0, width / across, height / along)  # a part that is too long or too high becomes smaller
+    fits = min(1.0, full[0] / across, full[1] / along)  # a part that is too long or too high becomes smaller
     cut_width, cut_height = (
-        max(1, min(whole, round(side * fits))) for side, whole in ((across, width), (along, height))
+        max(1, min(whole, round(side * fits))) for side, whole in zip((across, along), full, strict=True)
     )
-    left, top = round(numbers[2] * (width - cut_width)), round(numbers[3] * (height - cut_height))
+    left = _start(numbers[2], cut_width, width, full[0])
+    top = _start(numbers[3], cut_height, height, full[1])
     return left, top, cut_width, cut_height
+
+
+def _start(number: float, side: int, picture: int, full: int) -> int:
+    """Returns where a side of the part starts, from the picture's edge, of a picture in the middle of `full` pixels."""
+    edge = (full - picture) // 2
+    first, last = sorted((0, picture - side))
+    first, last = max(first, -edge), min(last, full - edge - side)
+    return first + round(number * (last - first))
 
 
 def cut(
@@ -59,20 +82,41 @@ def cut(
     height: int,
     width: int,
     filter: str,
+    fit: str = "crop",
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Tensor:
     """Returns the part of a picture that these numbers name, as uint8 [C, height, width], antialiased; maybe not contiguous.
 
-    picture: an open image (L or RGB), uint8 [H, W, C], or a tensor uint8 [C, H, W]. filter: `bicubic` or `bilinear`.
+    picture: an open image (L or RGB), uint8 [H, W, C], or a tensor uint8 [C, H, W]. filter: `bicubic` or `bilinear`. fit,
+    background: as of a `Reading`.
     """
-    if not isinstance(picture, Tensor | np.ndarray):
-        left, top, across, along = box(numbers, *picture.size, width / height, settings)
-        part = np.asarray(picture.crop((left, top, left + across, top + along)))
-        pixels = _as_tensor(part if part.ndim == 3 else part[:, :, None])
+    if isinstance(picture, Tensor):
+        pixels = picture
     else:
-        pixels = picture if isinstance(picture, Tensor) else _as_tensor(picture)
-        left, top, across, along = box(numbers, pixels.shape[2], pixels.shape[1], width / height, settings)
-        pixels = pixels[:, top : top + along, left : left + across]
-    return _resized(pixels, height, width, filter)
+        array = np.asarray(picture)
+        pixels = _as_tensor(array if array.ndim == 3 else array[:, :, None])
+    left, top, across, along = box(numbers, pixels.shape[2], pixels.shape[1], width / height, settings, fit)
+    part = pixels[:, max(0, top) : top + along, max(0, left) : left + across]
+    if part.shape[1:] == (along, across):
+        return _resized(part, height, width, filter)
+    found = _filled(pixels.shape[0], height, width, background)
+    x, inner_width = _within(left, across, part.shape[2], width)
+    y, inner_height = _within(top, along, part.shape[1], height)
+    found[:, y : y + inner_height, x : x + inner_width] = _resized(part, inner_height, inner_width, filter)
+    return found
+
+
+def _within(start: int, side: int, inner: int, size: int) -> tuple[int, int]:
+    """Returns where the `inner` pixels of a part's side lie in the input of `size` pixels, and how many they become."""
+    first = min(size - 1, round(max(0, -start) * size / side))
+    return first, max(1, min(size - first, round(inner * size / side)))
+
+
+def _filled(channels: int, height: int, width: int, colour: tuple[int, int, int]) -> Tensor:
+    from PIL import Image
+
+    value = Image.new("RGB", (1, 1), colour).convert("L" if channels == 1 else "RGB").tobytes()
+    return torch.tensor(list(value), dtype=torch.uint8)[:, None, None].repeat(1, height, width)
 
 
 def resized(pixels: np.ndarray, height: int, width: int, filter: str) -> np.ndarray:

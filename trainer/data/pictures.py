@@ -71,11 +71,12 @@ class Pictures:
 
     def cut(self, positions: list[int], cuts: Cuts) -> tuple[Tensor, Tensor]:
         """Returns the part of each picture that `cuts` names, at the reading's size, and labels."""
-        _, height, width = self.reading.shape
+        reading, (_, height, width) = self.reading, self.reading.shape
         parts = torch.empty(len(positions), *self.reading.shape, dtype=torch.uint8)
         for part, position, numbers in zip(parts, positions, cuts.numbers.tolist(), strict=True):
             whole = self._whole(position, cuts.settings)
-            part.copy_(cut(whole, numbers, cuts.settings, height, width, self.reading.filter))
+            how = reading.filter, reading.fit, reading.background
+            part.copy_(cut(whole, numbers, cuts.settings, height, width, *how))
         return parts, self.labels[torch.as_tensor(positions)]
 
     def at(self, reading: Reading) -> "Pictures":

@@ -20,6 +20,9 @@ class RandomResizedCrop(Entry):
         ratio: Least and greatest ratio of its width to its height, over that of the input. A part that would not fit
             in the picture is made smaller.
 
+    With `resize_mode: squash` the ratio is over that of the picture, and the part is stretched as the images are that are
+    measured. With `pad` it is a part of the picture with its background, and shows as much of the picture as it can.
+
     Acted on by `data.crops`.
     """
 
