@@ -120,6 +120,15 @@ def test_an_image_is_brought_in_as_by_the_reader(tmp_path, name, size, fit):
         assert np.abs(np.frombuffer(out, np.uint8).astype(int) - expected.reshape(-1)).max() == 0
 
 
+@needs_node
+def test_a_script_may_be_longer_than_an_argument(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 3))
+    ours, theirs = answers(net, (1, 16, 16), tmp_path)
+    assert (tmp_path / "x.html").stat().st_size > 160_000
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
 def test_only_what_is_needed_is_in_the_script():
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     script = script_of(subject_of(net, (1, 4, 4)))

@@ -1,5 +1,7 @@
 """The plain graph of a network: its operators, shapes and weights, and what it says of networks that it cannot be read from."""
 
+import collections
+
 import numpy as np
 import pytest
 import torch
@@ -144,3 +146,32 @@ def test_a_sum_is_a_mean_times_the_number():
     graph = trace(Sums(), (2, 3, 5))
     found = [(n.op, n.attributes.get("axes") or n.attributes.get("scalar")) for n in graph.nodes]
     assert found[:4] == [("mean", (2, 3)), ("mul", 15.0), ("mean", (1, 2, 3)), ("mul", 30.0)]
+
+
+class Resized(nn.Module):
+    def forward(self, x):
+        twice = F.interpolate(x, scale_factor=2, mode="nearest")
+        odd = F.interpolate(x, size=(7, 5), mode="bilinear") + F.interpolate(
+            x, size=(7, 5), mode="bicubic", align_corners=True
+        )
+        line = F.interpolate(x.flatten(2), size=9)
+        return torch.cat([one.flatten(1) for one in (twice, odd, F.adaptive_avg_pool2d(x, (2, 3)), line)], 1)
+
+
+def moved(node, given, shape):
+    """What a node of the graph above makes of its inputs."""
+    if node.op == "concat":
+        return np.concatenate(given, node.attributes["axis"])
+    return {"matmul": np.matmul, "add": np.add, "reshape": lambda x: x.reshape(shape)}[node.op](*given)
+
+
+def test_resized_maps_are_products_with_constants():
+    net = Resized()
+    graph = trace(net, (2, 3, 4))
+    assert collections.Counter(node.op for node in graph.nodes)["matmul"] == 9  # one an axis
+    x = torch.randn(1, 2, 3, 4)
+    values = {graph.input: x.numpy(), **graph.weights}
+    for node in graph.nodes:
+        given = [values[name] for name in node.inputs]
+        values[node.outputs[0]] = moved(node, given, graph.shape(node.outputs[0]))
+    np.testing.assert_allclose(values[graph.output], net(x).numpy(), rtol=1e-5, atol=1e-6)

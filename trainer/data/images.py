@@ -1,6 +1,5 @@
 """Labelled images in memory or on disk, and the parts of a run's data."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -201,10 +200,7 @@ class Data:
         reading = self.reading or Reading(self.shape)
         shape = (channels, max(1, round(height * zoom)), max(1, round(width * zoom)))
         reading = replace(reading, shape=shape, filter=filter or reading.filter)
-        train, validation, test = (
-            replace(part, images=part.images.at(reading), image_bytes=math.prod(shape))  # type: ignore[attr-defined]
-            for part in parts
-        )
+        train, validation, test = (replace(part, images=part.images.at(reading)) for part in parts)  # type: ignore[attr-defined]
         return replace(
             self,
             train=train,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.exporting.huffman import codes, lengths
+from trainer.exporting.huffman import bits, codes, lengths
 from trainer.exporting.shared_values import SharedValues, shared_values
 from trainer.packing.network import grid_steps
 
@@ -83,39 +83,32 @@ def weight(name: str, values: np.ndarray) -> tuple[str, int]:
 
 def stream_of(shared: SharedValues) -> Stream:
     """Returns shared values as a stream of bits."""
-    code_order, code_words, code_texts = _words(shared.codes)
+    code_order, code_words, words, sizes = _words(shared.codes)
     gap_order: np.ndarray | None = None
     gap_words: list[int] = []
-    texts = code_texts
     if shared.positions is not None:
         gaps = shared.gaps()
-        more = gaps // LAST_GAP
-        parts = np.full(int(more.sum()) + len(gaps), LAST_GAP)
-        ends = np.cumsum(more + 1)
+        ends = np.cumsum(gaps // LAST_GAP + 1)
+        parts = np.full(int(ends[-1]), LAST_GAP)
         parts[ends - 1] = gaps % LAST_GAP
-        gap_order, gap_words, gap_texts = _words(parts)
-        starts = (ends - more - 1).tolist()
-        texts = [
-            "".join(gap_texts[begin:end]) + code
-            for begin, end, code in zip(starts, ends.tolist(), code_texts, strict=True)
-        ]
-    bits = np.frombuffer("".join(texts).encode(), np.uint8) - ord("0")
-    packed = np.packbits(bits, bitorder="little")
+        gap_order, gap_words, of_gaps, sizes_of_gaps = _words(parts)
+        # The code of a number comes after all words of its gap.
+        words, sizes = np.insert(of_gaps, ends, words), np.insert(sizes_of_gaps, ends, sizes)
+    packed = np.packbits(bits(words, sizes, LONGEST), bitorder="little")
     return Stream(packed, shared.values[code_order], gap_order, gap_words, code_words, len(shared.codes))
 
 
-def _words(symbols: np.ndarray) -> tuple[np.ndarray, list[int], list[str]]:
-    """Returns the different symbols in the order of their words, how many have 1, 2, ... bits, and each symbol's word."""
+def _words(symbols: np.ndarray) -> tuple[np.ndarray, list[int], np.ndarray, np.ndarray]:
+    """Returns the different symbols in the order of their words, how many have 1, 2, ... bits, and each symbol's word and its bits."""
     different, numbers = np.unique(symbols, return_inverse=True)
     if len(different) < 2:
-        return different, [], [""] * len(symbols)
+        none = np.zeros(len(symbols), np.int64)
+        return different, [], none, none
     sizes = lengths(np.bincount(numbers), LONGEST)
     order = np.argsort(sizes, kind="stable")
-    starts = codes(sizes[order], LONGEST)
-    words = [""] * len(order)
-    for symbol, begin in zip(order.tolist(), starts.tolist(), strict=True):
-        words[symbol] = f"{begin:0{LONGEST}b}"[: sizes[symbol]]
-    return different[order], np.bincount(sizes)[1:].tolist(), [words[number] for number in numbers.tolist()]
+    words = np.empty(len(order), np.int64)
+    words[order] = codes(sizes[order], LONGEST)
+    return different[order], np.bincount(sizes)[1:].tolist(), words[numbers], sizes[numbers]
 
 
 def vector(name: str, values: np.ndarray) -> tuple[str, int]:

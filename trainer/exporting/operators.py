@@ -4,13 +4,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from trainer.exporting.graph import Value
 from trainer.exporting.operators_moving import MOVING, Arguments, Unsupported, rank
 
 # Operators whose result is their first argument: in evaluation mode, in float32.
 ALIASES = {"clone", "alias", "dropout", "detach", "contiguous", "lift_fresh_copy", "detach_", "_to_copy"}
+
+# Operators whose result along one axis is a sum of what lies along that axis, with constant weights.
+UPSAMPLING = (
+    "upsample_nearest1d.vec upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec".split()
+)
 
 
 def _sizes(value: Any, count: int) -> tuple[int, ...]:
@@ -163,14 +170,49 @@ def _adaptive_pool(reader: Any, node: fx.Node, a: Arguments) -> None:
         reader.add(node, "mean", [a["self"]], axes=tuple(range(2, rank(node))), keep=True)
         return
     if any(b % a_ for b, a_ in zip(before, after, strict=True)):
-        raise Unsupported(
-            f"an adaptive pooling of {tuple(before)} to {tuple(after)}, which does not divide it"
-        )
+        pool: Any = adaptive_avg_pool2d if len(after) == 2 else adaptive_avg_pool1d
+        _resampled(reader, node, a["self"], lambda rows, sizes, axis: pool(rows, sizes))
+        return
     size = tuple(b // a_ for b, a_ in zip(before, after, strict=True))
     none = tuple((0, 0) for _ in size)
     reader.add(
         node, "avg_pool", [a["self"]], kernel=size, stride=size, padding=none, ceil=False, count_padding=True
     )
+
+
+def _upsampled(reader: Any, node: fx.Node, a: Arguments) -> None:
+    target: Any = node.target
+    further = [value for name, value in a.items() if name not in ("input", "output_size", "scale_factors")]
+
+    def one(rows: Tensor, sizes: list[int], axis: int) -> Tensor:
+        if not a["scale_factors"]:
+            return target(rows, sizes, *further, None)
+        factors = [f if number == axis else 1.0 for number, f in enumerate(a["scale_factors"])]
+        return target(rows, None, *further, factors)
+
+    _resampled(reader, node, a["input"], one)
+
+
+def _resampled(
+    reader: Any, node: fx.Node, source: Any, one: Callable[[Tensor, list[int], int], Tensor]
+) -> None:
+    """Adds what makes new rows of an image's rows, then new columns of its columns: products with constants.
+
+    one: does it along one spatial axis alone, given a map, the result's sizes and the axis' number.
+    """
+    name, count = reader.name(source), rank(node) - 2
+    shape, out = list(reader.values[name].shape), reader.value(node).shape
+    for number in range(count):
+        axis, last = 2 + number, number == count - 1
+        size = shape[axis]
+        ones = [1] * count
+        impulses = torch.eye(size).view(1, size, *ones[:number], size, *ones[number + 1 :])
+        made = one(impulses, [*ones[:number], out[axis], *ones[number + 1 :]], number).view(size, out[axis])
+        constant = reader.constant(f"{node.name}_{axis}", made if last else made.T)
+        shape[axis] = out[axis]
+        inputs = [name, constant] if last else [constant, name]
+        name = reader.step(node, "matmul", inputs, Value(tuple(shape), 0))
+    reader.same[node.name] = name
 
 
 def _reduced(op: str) -> Callable[[Any, fx.Node, Arguments], None]:
@@ -291,6 +333,7 @@ CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
     "mean.dim": _reduced("mean"),
     "amax": _reduced("amax"),
     "sum.dim_IntList": _sum,
+    **dict.fromkeys(UPSAMPLING, _upsampled),
     **{
         op: _unary(op)
         for op in "relu hardswish hardsigmoid silu sigmoid tanh mish exp sqrt neg abs erf".split()

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,10 @@ def _by_node(page: Path, program: str, images: np.ndarray) -> bytes:
     text = page.read_text(encoding="utf-8")
     script = text.partition('<script id="student-script">')[2].partition("</script>")[0]
     given = np.ascontiguousarray(images).tobytes()
-    done = subprocess.run(["node", "-e", script + program], input=given, capture_output=True, check=False)
+    with tempfile.TemporaryDirectory() as aside:  # an argument would be limited to 128 KB
+        file = Path(aside) / "student.js"
+        file.write_text(script + program, encoding="utf-8")
+        done = subprocess.run(["node", str(file)], input=given, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(
             f"node could not run the page's script: {done.stderr.decode(errors='replace')[-500:]}"

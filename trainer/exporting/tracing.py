@@ -13,14 +13,17 @@ from torch import Tensor, fx, nn
 
 from trainer.compression.states import bake
 from trainer.exporting.graph import Graph, Node, Value
-from trainer.exporting.operators import ALIASES, CONVERTERS, Unsupported
+from trainer.exporting.operators import ALIASES, CONVERTERS, UPSAMPLING, Unsupported
 from trainer.mistakes import Mistake
 from trainer.networks.quantizers import Quantizer, quantizers
 
 # Operators that stay whole, although torch can express them by smaller ones.
-WHOLE = """linear conv1d conv2d layer_norm group_norm lstm.input gru.input hardswish silu mish softplus softmax.int
+WHOLE = (
+    """linear conv1d conv2d layer_norm group_norm lstm.input gru.input hardswish silu mish softplus softmax.int
 scaled_dot_product_attention max_pool1d max_pool2d avg_pool1d adaptive_avg_pool1d adaptive_avg_pool2d matmul
 prelu""".split()
+    + UPSAMPLING
+)
 
 
 @torch.library.custom_op("tiny_student::quantize", mutates_args=())
@@ -234,6 +237,10 @@ class _Reader:
         name, tensor = self.constants[node.name]
         if not tensor.is_floating_point():
             raise Unsupported(f"a constant of type {tensor.dtype}")
+        return self.constant(name, tensor)
+
+    def constant(self, name: str, tensor: Tensor) -> str:
+        """Returns the name of a constant that the graph then holds."""
         self.weights[name] = np.ascontiguousarray(tensor.detach().float().numpy())
         return name
 
