@@ -60,16 +60,15 @@ def trace(network: nn.Module, shape: Sequence[int]) -> Graph:
 
 
 def program_of(network: nn.Module, shape: tuple[int, ...], most: int = 1 << 16) -> Any:
-    """Returns a network as a program of torch.export for 1 to `most` images of `shape`.
+    """Returns a network as a program of torch.export for 1 to `most` images of `shape`; for 1 alone if `most` is 1.
 
     Raises Mistake for a network that torch.export cannot read.
     """
-    batch = torch.export.Dim("batch", min=1, max=most)
+    images = torch.zeros(min(most, 2), *shape)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=most)},) if most > 1 else None
     try:
         with _quiet(), torch.no_grad():
-            return torch.export.export(
-                network, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},), strict=False
-            )
+            return torch.export.export(network, (images,), dynamic_shapes=sizes, strict=False)
     except Exception as error:  # whatever the network's own code or the exporter raises
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise Mistake(
