@@ -1,6 +1,7 @@
 """ONNX files: every operator answers as torch, and compressed weights become the dense file's, bit for bit, when a session loads."""
 
 import collections
+import hashlib
 import json
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_every_operator_answers_as_torch(zoo, tmp_path):
 
 
 def test_the_file_says_what_it_is(zoo, tmp_path):
-    zoo.sha256 = "ab" * 32
+    zoo.packed = b"student.tiny"
     found = write_onnx(zoo, tmp_path / "x.onnx", compressed=True)
     model = onnx.load(tmp_path / "x.onnx")
     onnx.checker.check_model(model, full_check=True)
@@ -99,7 +100,8 @@ def test_the_file_says_what_it_is(zoo, tmp_path):
     facts = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     test = facts.pop("test")
     assert facts == {
-        "classes": zoo.classes, "mean": [0.4, 0.5], "std": [0.2, 0.3], "shape": [2, 10, 10], "sha256": "ab" * 32
+        "classes": zoo.classes, "mean": [0.4, 0.5], "std": [0.2, 0.3], "shape": [2, 10, 10],
+        "sha256": hashlib.sha256(b"student.tiny").hexdigest(),
     }  # fmt: skip
     image, _ = zoo.test_vector()
     logits = found.run(zoo.normalized(image[None]))[0]
@@ -173,6 +175,41 @@ def test_compressed_weights_are_those_of_the_dense_file_bit_for_bit(coder, large
     assert graphs[0] == graphs[1]  # nothing is decoded at a call
     assert weights[0] == weights[1]
     assert np.array_equal(answers[0].view(np.uint32), answers[1].view(np.uint32))
+
+
+def few_values(zeros):
+    """A linear layer of 784 x 400 weights, -1, 0 and 1."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(net[1].weight.sign() * (torch.rand(400, 784) >= zeros))
+    return net.eval()
+
+
+def test_rows_whose_bits_differ_by_more_than_two_bytes_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_weights, "CODERS", (onnx_huffman.read_huffman,))
+    monkeypatch.setattr(
+        onnx_huffman, "LEVEL_BYTES", 0
+    )  # the longest rows: 131,072 codes of a bit, then some thousand
+    net = few_values(zeros=0.55)
+    assert (net[1].weight != 0).sum() > 140_000
+    found = write_onnx(subject_of(net, (1, 28, 28)), tmp_path / "x.onnx", compressed=True)
+    images = np.random.default_rng(3).normal(size=(5, 1, 28, 28)).astype(np.float32)
+    np.testing.assert_allclose(
+        found.run(images), net(torch.from_numpy(images)).detach().numpy(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_compressed_file_that_holds_other_weights_is_refused(tmp_path, monkeypatch):
+    def wrong(made):
+        name = next(name for name, array in made.constants.items() if array.ndim == 2)
+        made.constants[name] = np.nextafter(made.constants[name], np.float32(9))
+        return 1
+
+    monkeypatch.setattr("trainer.exporting.onnx_file.compress", wrong)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(RuntimeError, match=r"x\.onnx: its weights are not those of the dense file"):
+        write_onnx(subject_of(net, (1, 4, 4)), tmp_path / "x.onnx", compressed=True)
 
 
 def test_it_is_smaller_by_what_sharing_saves(tmp_path):

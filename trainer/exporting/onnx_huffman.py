@@ -97,9 +97,12 @@ def _alphabets(content: Content, unit: int) -> tuple[_Alphabet, _Alphabet | None
 
 def _smallest(codes: _Alphabet, gaps: _Alphabet | None) -> type:
     """Returns the type that holds every symbol."""
-    return (
-        np.uint8 if max(kind.names.max() for kind in (codes, gaps) if kind is not None) < 256 else np.uint16
-    )
+    return _holds(max(kind.names.max() for kind in (codes, gaps) if kind is not None))
+
+
+def _holds(most: int) -> type:
+    """Returns the smallest type that holds numbers from 0 to `most`."""
+    return np.uint8 if most < 1 << 8 else np.uint16 if most < 1 << 16 else np.int32
 
 
 def _bytes(found: tuple[_Alphabet, _Alphabet, int]) -> float:
@@ -116,7 +119,7 @@ def _rows(sizes: list[np.ndarray], unit: int) -> tuple[int, np.ndarray]:
             break
         rows = np.concatenate([np.add.reduceat(s, np.arange(0, len(s), length)) for s in sizes]) // unit
         spread = int(rows[:-1].max(initial=0) - rows[:-1].min(initial=0))
-        cost = LEVEL_BYTES * level + len(rows) * (1 if spread < 256 else 2)
+        cost = LEVEL_BYTES * level + len(rows) * np.dtype(_holds(spread)).itemsize
         if best is None or cost < best[0]:
             best = cost, length, rows
         if length >= max(map(len, sizes)):
@@ -166,7 +169,7 @@ def _read(made: Builder, codes: _Alphabet, gaps: _Alphabet | None, unit: int, co
     least = int(rows[:-1].min(initial=0)) if len(rows) > 1 else 0
     over = rows - least
     over[-1] = 0  # nothing begins after the last row
-    small = made.constant(over.reshape(-1, 1), np.uint8 if over.max() < 256 else np.uint16)
+    small = made.constant(over.reshape(-1, 1), _holds(int(over.max())))
     lengths = made.add("Add", made.add("Cast", small, to=INT32), integer(least))
     starts = made.add("CumSum", lengths, integer(0), exclusive=1)
     for level in range(length.bit_length() - 1):
