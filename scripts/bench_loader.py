@@ -1,7 +1,7 @@
 """Measures images a second of reading photographs for training: by this program, by timm and by torchvision.
 
-Run: python scripts/bench_loader.py [--images 20000] [--sizes 128 224] [--workers 1 2] [--epochs 3] [--folder DIR]
-[--many 200000]. The pictures, generated JPEG files of 500 x 375, are made in the folder if they are not there.
+Run: python scripts/bench_loader.py [--images 20000] [--sizes 128 224] [--workers 1 2] [--epochs 3] [--others 2]
+[--folder DIR] [--many 200000]. The pictures, generated JPEG files of 500 x 375, are made in the folder if they are not there.
 
 All loaders deliver the same: batches of 32, float32 in [0, 1], of random parts of the pictures (35 to 100 % of the area,
 ratio 0.75 to 1.33, bicubic, antialiased), half of them mirrored. timm is its `create_loader` as its train.py calls it,
@@ -205,7 +205,7 @@ def in_a_process(*arguments: object) -> dict[str, list[float]]:
 def speeds(found: dict[str, list[float]]) -> tuple[list[float], list[float]]:
     """Returns images a second of the clock and of the processor, of the first epoch and the best later one each."""
     return tuple(  # type: ignore[return-value]  # of two
-        [each[0], max(each[1:], default=float("nan"))]
+        [each[0], max(each[1:], default=each[0])]
         for each in (
             [n / s for n, s in zip(found["images"], found[kind], strict=True)]
             for kind in ("seconds", "processor")
@@ -218,7 +218,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--epochs", type=int, default=3, help="of this program; the others run two")
+    parser.add_argument("--epochs", type=int, default=3, help="of this program")
+    parser.add_argument(
+        "--others", type=int, default=2, help="epochs of the others; of one it is also the later"
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench_loader")
     parser.add_argument("--many", type=int, help="measure memory over so many small files")
     parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
@@ -243,7 +246,7 @@ def main() -> None:
         for workers in options.workers:
             of_timm = None
             for name in ("timm", "torchvision", "ours"):
-                epochs = options.epochs if name == "ours" else 2
+                epochs = options.epochs if name == "ours" else options.others
                 found = in_a_process(name, folder, size, workers, epochs, 0)
                 (first, later), (first_busy, later_busy) = speeds(found)
                 of_timm = of_timm or (first, first_busy, later, later_busy)

@@ -16,12 +16,12 @@ from PIL import Image
 from trainer import cli
 from trainer.data import store as stores
 from trainer.data.batches import batches, make_data
-from trainer.data.pictures import Names, Pictures
+from trainer.data.pictures import Names, Pictures, stored_side
 from trainer.data.store import Store
 from trainer.data.views import Views
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
-from trainer.recipe.keys import DataKeys
+from trainer.recipe.keys import DataKeys, StoreKeys
 from trainer.runs import kept
 
 CPU = torch.device("cpu")
@@ -94,6 +94,14 @@ def test_what_is_read_is_the_same_with_and_without_room_and_is_decoded_once(fold
     monkeypatch.setattr(Store, "_has_room", lambda *_: False)
     shutil.rmtree(stores.cache_folder())
     assert torch.equal(first, all_of(data_of(folder, augment=augment, store=small)))
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "side"),
+    [(None, 224, 256), (None, 128, 192), (None, 32, 48), (None, 300, 300), (256, 128, 256), (40, 64, 64)],
+)
+def test_the_stored_side_suits_the_input(given, size, side):
+    assert stored_side(StoreKeys(short_side=given), (3, size // 2, size)) == side
 
 
 def test_off_keeps_nothing_and_cuts_the_picture_itself(folder, cache):

@@ -57,11 +57,8 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         else source.train.__getitems__(order[:256].tolist())[0]
     )
     digest.update(sample.contiguous().numpy().data)
-    # The sample is of images that are not cut: what else the cut ones depend on, where it is not the default.
-    fit = source.reading.fit if source.reading is not None else "crop"
-    side = keys.store.short_side if isinstance(keys.store, StoreKeys) else keys.store
-    if keys.augment.random_resized_crop is not None and (fit, side) != ("crop", "auto"):
-        digest.update(repr((fit, side)).encode())
+    if keys.augment.random_resized_crop is not None:
+        digest.update(_cut_facts(keys, source))
     train = _on_device(source.train, device)
     if isinstance(train, InMemory):
         order = order.to(train.images.device)
@@ -138,6 +135,17 @@ def _open_store(keys: DataKeys, source: Source) -> None:
         if isinstance(images, Pictures):
             given = keys.store if isinstance(keys.store, StoreKeys) else None
             images.keep(given or StoreKeys(), required=given is not None)
+
+
+def _cut_facts(keys: DataKeys, source: Source) -> bytes:
+    """Returns what parts of pictures depend on, beside the images as they are; nothing for what was once the only way."""
+    from trainer.data.pictures import Pictures, stored_side
+
+    if not isinstance(source.train, Pictures):
+        return b""
+    given = keys.store if isinstance(keys.store, StoreKeys) else StoreKeys()
+    facts = source.train.reading.fit, None if keys.store == "off" else stored_side(given, source.shape)
+    return b"" if facts == ("crop", 256) else repr(facts).encode()
 
 
 def _on_device(images: Images, device: torch.device) -> Images:

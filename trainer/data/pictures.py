@@ -19,6 +19,7 @@ from trainer.data.store import Store
 from trainer.recipe.augment import RandomResizedCrop
 from trainer.recipe.keys import StoreKeys
 
+USUAL_SIDE, LARGER = 256, 1.5  # of whole pictures in a store: pixels at most, and times the input
 _LONGEST = 4  # times as long as high: longer pictures have no place in a store
 
 
@@ -111,7 +112,7 @@ class Pictures:
             return
         channels, height, width = self.reading.shape
         reading = asdict(self.reading)
-        side = self._short_side
+        side = stored_side(store, self.reading.shape)
         whole = {key: reading[key] for key in ("background", "depth", "filter")}
         facts = {
             "files": digest,
@@ -128,12 +129,6 @@ class Pictures:
             channels * side * side * _LONGEST,
             store.limit_gib,
         )
-
-    @property
-    def _short_side(self) -> int:
-        """The shorter side of a whole picture in the store; it is never smaller than the input."""
-        assert self.store is not None
-        return max(self.store.short_side, *self.reading.shape[1:])
 
     def _input(self, position: int) -> Tensor:
         """Returns a picture as an input, uint8 [C, H, W]."""
@@ -155,7 +150,11 @@ class Pictures:
             return kept
         reading, path = self.reading, self.opened(position)
         least = settings.scale[0] * min(settings.ratio[0], 1 / settings.ratio[1])
-        side = self._short_side if self.store else math.ceil(max(reading.shape[1:]) / math.sqrt(least))
+        side = (
+            stored_side(self.store, reading.shape)
+            if self.store
+            else math.ceil(max(reading.shape[1:]) / math.sqrt(least))
+        )
         mode = mode_of(reading.shape[0], path)
         image = open_image(path, mode, reading.background, reading.depth, at_least=side)
         pixels = np.asarray(image).reshape(image.height, image.width, -1)
@@ -166,6 +165,16 @@ class Pictures:
         if self._wholes is not None:
             self._wholes.put(position, pixels)
         return pixels
+
+
+def stored_side(store: StoreKeys, shape: Sequence[int]) -> int:
+    """Returns the shorter side in pixels of the whole pictures in a store, for inputs of `shape` (C, H, W).
+
+    It is never smaller than the input. By default parts of 45 % of the area and more are not enlarged, up to inputs of
+    170 pixels; above, the room on disk counts.
+    """
+    longer = max(shape[1:])
+    return max(longer, store.short_side or min(USUAL_SIDE, math.ceil(LARGER * longer)))
 
 
 def _digest(names: Iterable[str]) -> str:

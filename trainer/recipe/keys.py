@@ -54,15 +54,16 @@ class StoreKeys(Entry):
     """The store of decoded pictures, in store/ in the folder of TRAINER_DATA, by default ~/.cache/tiny-student.
 
     Attributes:
-        short_side: Pictures that `random_resized_crop` cuts are first brought to this shorter side in pixels, or to that
-            of the network's input if it is longer. Other images are kept as networks see them.
+        short_side: Pictures that `random_resized_crop` cuts are first brought to this shorter side in pixels, or to the
+            longer side of the network's input if that is more. By default 256, or half as much again as the input where
+            that is less. Other images are kept as networks see them.
         limit_gib: How much all stores may take together; by default a quarter of the free disk. Those used longest ago
             are removed for new ones.
 
     Acted on by `data.pictures` and `data.store`.
     """
 
-    short_side: Annotated[int, Field(ge=8, strict=True)] = 256
+    short_side: Annotated[int, Field(ge=8, strict=True)] | None = None
     limit_gib: PositiveFloat | None = None
 
 

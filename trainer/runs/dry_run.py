@@ -16,6 +16,7 @@ import torch
 from tabulate import tabulate
 
 from trainer.data.images import Data, Part
+from trainer.data.pictures import stored_side
 from trainer.distillation.answer_space import size_text
 from trainer.distillation.answers import LIMIT_GIB
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
@@ -213,7 +214,7 @@ def store_bytes(data: Data) -> int:
     for part in (data.train, data.validation, data.test):
         store = getattr(part.images, "store", None)
         if store is not None:
-            side = max(store.short_side, height, width)
+            side = stored_side(store, data.shape)
             cut = part is data.train and data.augment.random_resized_crop is not None
             total += len(part) * channels * (side * side * 4 // 3 if cut else height * width)
     return total
