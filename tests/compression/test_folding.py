@@ -10,12 +10,12 @@ from trainer.compression.masks import set_mask
 from trainer.compression.parametrizations import Codebook
 from trainer.compression.states import dense_state, restore
 from trainer.compression.weights import weights_of
-from trainer.models.cifar_resnet import cifar_resnet
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet5_caffe import lenet5_caffe
 from trainer.models.lenet300 import lenet300
 from trainer.models.separable import separable
 from trainer.networks.build import build
+from trainer.networks.norms import randomize_norms
 from trainer.packing import network as packed
 
 SHAPE, CLASSES = (1, 16, 16), 4
@@ -95,10 +95,9 @@ def test_folding_makes_the_file_smaller():
 def test_what_cannot_be_folded():
     for model in (
         CHAINS["lenet5"](),
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
-        cifar_resnet(SHAPE, CLASSES),
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.BatchNorm2d(2)),
     ):
-        with pytest.raises(ValueError, match="no BatchNorm that can be folded"):
+        with pytest.raises(ValueError, match="no BatchNorm after a layer"):
             folding.fold(model, {"model": "lenet5"})
     model = with_statistics(NORMED["lenet5"])
     place = weights_of(model)["conv2"]
@@ -226,5 +225,42 @@ def test_attributes_of_these_names_are_the_networks_own():
 
     with pytest.raises(ValueError, match="is no chain of layers"):
         units.can_tidy(Other())
-    with pytest.raises(ValueError, match="has no BatchNorm that can be folded"):
-        folding.can_fold(Other())
+    assert folding.norms(Other()) == [] and folding.can_fold(Other()) == [("chain.0", "norms.0")]
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/resnet10t", "timm/mobilenetv3_small_050", "timm/tf_efficientnet_lite0", "cifar_resnet"]
+)
+def test_a_network_without_a_setting_for_it_is_folded_too(name):
+    spec = {"model": name} | ({"depth": 8} if name == "cifar_resnet" else {})
+    shape = (1, 32, 32)
+    torch.manual_seed(0)
+    model = build(spec, shape, CLASSES)
+    randomize_norms(model)
+    pruned(model)
+    images = torch.randn(4, *shape)
+    masks = {n: p.mask.clone() for n, p in weights_of(model).items()}
+    with torch.no_grad():
+        expected = model(images)
+        folding.refuse_unfoldable(model, images)
+        assert torch.equal(model(images), expected)
+        num_before = sum(p.numel() for p in model.state_dict().values())
+        model, folded = folding.fold(model, spec)
+        found = model(images)
+    assert folded == {**spec, "folded": True}
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert sum(p.numel() for p in model.state_dict().values()) < num_before
+    for n, place in weights_of(model).items():
+        assert torch.equal(place.mask, masks[n])
+    facts = {"shape": shape, "mean": [0.5], "std": [0.5], "classes": list("abcd")}
+    data = packed.encode(model, folded, facts)
+    network, header = packed.decode(data)
+    assert header["net"] == folded and torch.equal(network.eval()(images), found)
+
+
+@pytest.mark.parametrize("name", ["timm/resnetv2_18"])
+def test_a_norm_that_comes_before_its_layer_is_not_folded(name):
+    model = build({"model": name}, (1, 32, 32), CLASSES)
+    with pytest.raises(ValueError, match="fold"):
+        folding.refuse_unfoldable(model, torch.randn(2, 1, 32, 32))

@@ -1,5 +1,6 @@
 """Folds BatchNorm into the layers before it: the same function from fewer tensors."""
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,22 +12,24 @@ from trainer.compression.parametrizations import Codebook, Mask
 from trainer.compression.weights import Weight, weights_of
 from trainer.mistakes import Mistake
 from trainer.networks.blocks import Blocks
+from trainer.networks.norms import adjoining, outputs_of, randomize_norms, refuse_apart, remove_norms
 from trainer.recipe import shelves
 
 
 def norms(model: nn.Module) -> list[tuple[str, str]]:
-    """Returns the pairs (layer, BatchNorm after it) that can be folded (`Blocks.norms`) and are not folded yet."""
+    """Returns the pairs (layer, BatchNorm after it) of `Blocks.norms` that are not folded yet."""
     known = model.norms() if isinstance(model, Blocks) else []
     return [(layer, norm) for layer, norm in known if not isinstance(model.get_submodule(norm), nn.Identity)]
 
 
 def can_fold(model: nn.Module) -> list[tuple[str, str]]:
-    """Returns the pairs (layer, norm) that `fold` would fold. Raises Mistake if there are none or a weight is shared."""
-    pairs = norms(model)
+    """Returns the pairs (layer, norm) that `fold` would fold: those that the network knows, else those that `adjoining` finds.
+
+    Raises Mistake if there are none or a weight is shared.
+    """
+    pairs = norms(model) or adjoining(model)
     if not pairs:
-        raise Mistake(
-            "the network has no BatchNorm that can be folded: lenet5 and separable with batch_norm: true do"
-        )
+        raise Mistake("the network has no BatchNorm after a layer that it could be folded into")
     layers = weights_of(model)
     for layer, _ in pairs:
         if layers[layer].mask is not None and not isinstance(layers[layer].parametrization, Mask):
@@ -35,12 +38,26 @@ def can_fold(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def fold(model: nn.Module, spec: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Folds BatchNorm away by `fold_norms`; returns the network and its new spec, that of `batch_norm: false`.
+    """Folds BatchNorm away by `fold_norms`; returns the network and its new spec.
 
-    spec: {"model": name, settings} as in a recipe.
+    spec: {"model": name, settings} as in a recipe. The new one is that of `batch_norm: false`, or has "folded" for a network
+    without this setting.
     """
-    folded = {norm for _, norm in norms(model)}
-    return fold_norms(model), _without_norms(spec, folded)
+    known = {norm for _, norm in norms(model)}
+    spec = _without_norms(spec, known) if known else {**spec, "folded": True}
+    return fold_norms(model), spec
+
+
+def refuse_unfoldable(model: nn.Module, images: Tensor) -> None:
+    """Raises Mistake if folding changes the network's answers; the statistics are random numbers, on a copy.
+
+    images: of any content, [N, C, H, W].
+    """
+    copied = copy.deepcopy(model)
+    randomize_norms(copied)
+    with torch.no_grad():
+        before = list(outputs_of(copied, images))
+        refuse_apart(before, list(outputs_of(fold_norms(copied), images)))
 
 
 @torch.no_grad()
@@ -66,8 +83,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
             weight.double() * scale.reshape(shape) + 0.0
         )  # + 0.0: a negative scale must leave no -0.0
         module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
-        owner, _, name = norm_name.rpartition(".")
-        setattr(model.get_submodule(owner), name, nn.Identity())
+    remove_norms(model, pairs)
     return model
 
 

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
+from trainer.networks.norms import adjoining, remove_norms
 from trainer.networks.output import take_output
 from trainer.networks.quantizers import attach
 from trainer.networks.sizes import resize
@@ -41,8 +42,8 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     """Builds the network of a spec, initialised from torch's global generator.
 
     Args:
-        spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers; of a
-            network with several outputs "output" says which is the answer. If it is quantized, "maps" holds the steps of its
+        spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers; if its
+            BatchNorm was folded away, "folded" is true; of a network with several outputs "output" says which is the answer. If it is quantized, "maps" holds the steps of its
             maps (`quantizers.attach`).
         shape: (C, H, W) of the images.
         num_classes: Width K of the logits.
@@ -51,7 +52,7 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         Mistake: If the network cannot be built.
     """
     settings = {
-        key: value for key, value in spec.items() if key not in ("model", "resized", "output", "maps")
+        key: value for key, value in spec.items() if key not in ("model", "resized", "folded", "output", "maps")
     }
     function = shelves.find("model", spec["model"])
     _, rest = shelves.split("model", spec["model"])
@@ -66,6 +67,8 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {message}") from error
     _materialize(model, shape)
     resize(model, spec.get("resized", {}))
+    if spec.get("folded"):
+        remove_norms(model, adjoining(model))
     take_output(model, spec.get("output"))
     attach(model, spec.get("maps", {}))
     return model

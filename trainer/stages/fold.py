@@ -23,17 +23,19 @@ def check_student(_settings, student: nn.Module) -> None:
 
 
 def becomes(
-    _settings, student: nn.Module, spec: dict[str, Any], _images: Tensor
+    _settings, student: nn.Module, spec: dict[str, Any], images: Tensor
 ) -> tuple[nn.Module, dict[str, Any]]:
+    folding.refuse_unfoldable(student, images)
     return folding.fold(student, spec)
 
 
 def fold(run: Run) -> None:
-    """Folds BatchNorm away: the student becomes the network of `batch_norm: false` with the same outputs.
+    """Folds BatchNorm away: the student becomes the network without it (of `batch_norm: false`), with the same outputs.
 
-    Masks stay; the stage comes before `share`. The report's row has the largest difference of a logit (`max_difference`)
-    and the number of changed predictions (`num_changed`) over 1,000 validation images. Raises Mistake for a student
-    without BatchNorm that can be folded (lenet5 and separable have it), and for shared weights.
+    Any network, of timm too, whose BatchNorm directly follows a convolution or a linear layer. Masks stay; the stage comes
+    before `share`. The report's row has the largest difference of a logit (`max_difference`) and the number of changed
+    predictions (`num_changed`) over 1,000 validation images. Raises Mistake for a student without BatchNorm that can be
+    folded, and for shared weights.
     """
     run.student.to(run.accelerator.device).eval()
     before = logits(run, LOOKED_AT)
