@@ -538,6 +538,16 @@ def test_channels_of_the_least_norm_go(tmp_path, quick):
     assert run.student.fc2.weight.shape == (4, 9)
 
 
+def test_the_channels_that_stay_are_a_multiple(tmp_path, quick):
+    run = make_run(tmp_path, {"model": "lenet300", "hidden": [36, 20]})
+    prune(run, method="channels", sparsity={"fc1": 0.4, "fc2": 0.01}, multiple=8, exclude=["last"])
+    # 36 less 14 are 22, to the nearest multiple 24; 20 less none stays 20, no multiple though it is
+    assert run.student_spec["resized"] == {"fc1": [24, 64], "fc2": [20, 24]}
+    run = make_run(tmp_path / "few", {"model": "lenet300", "hidden": [36, 6]})
+    prune(run, method="channels", sparsity=0.4, multiple=8)
+    assert run.student_spec["resized"] == {"fc1": [24, 64], "fc2": [6, 24]}  # six are fewer than a multiple
+
+
 def test_channels_in_one_ranking_and_what_is_kept(tmp_path, quick):
     run = make_run(tmp_path, {"model": "lenet300", "hidden": [30, 20]})
     with torch.no_grad():

@@ -30,6 +30,7 @@ def remove(
     sparsity: float | Mapping[str, float],
     keep: Iterable[str] = (),
     together: bool = False,
+    multiple: int = 1,
 ) -> dict[str, list[int]]:
     """Removes the output channels of the least L2 norm from a network, in place; returns {layer: size} of changed layers.
 
@@ -43,6 +44,7 @@ def remove(
         keep: Layers whose outputs stay; the classifier must be among them.
         together: Whether all channels are ranked together, by their norm relative to their group's mean. sparsity is
             then the fraction of all channels.
+        multiple: The channels that stay of a group that loses some are a multiple of this.
 
     Raises:
         Mistake: For layers that it cannot make smaller, and if the network then fails or loses outputs.
@@ -56,7 +58,7 @@ def remove(
     model.eval().requires_grad_(True)  # the dependency graph is read from autograd's
     expected = model(images).shape
     try:
-        _prune(model, images, sparsity, [modules[name] for name in keep], together, names)
+        _prune(model, images, sparsity, [modules[name] for name in keep], together, multiple, names)
     except Mistake:
         raise
     except Exception as error:  # of torch-pruning, which follows only some of torch's operations
@@ -86,6 +88,7 @@ def _prune(
     sparsity: float | Mapping[str, float],
     keep: list[nn.Module],
     together: bool,
+    multiple: int,
     names: Mapping[nn.Module, str],
 ) -> None:
     """Does the work of `remove`. names: of the modules."""
@@ -110,10 +113,19 @@ def _prune(
     if together:
         assert not isinstance(sparsity, Mapping), "one ranking has one sparsity"
         counts = _counts_together(norms, sparsity)
+    counts = [_rounded(count, len(norm), multiple) for count, norm in zip(counts, norms, strict=True)]
     for (module, handler), norm, count in zip(roots, norms, counts, strict=True):
         chosen = torch.argsort(norm, stable=True)[:count].tolist()
         if chosen:
             graph.get_pruning_group(module, handler, sorted(chosen)).prune()
+
+
+def _rounded(count: int, size: int, multiple: int) -> int:
+    """Returns how many of a group's `size` channels go, about `count`, so that a multiple stays; a smaller group stays whole."""
+    if count == 0:
+        return 0
+    stay = max(multiple, round((size - count) / multiple) * multiple)
+    return max(0, size - stay)
 
 
 def refuse_unknown(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from trainer.compression.channels import INSTALL, installed, refuse_unknown, remove
@@ -32,6 +32,7 @@ def channels(
     *,
     sparsity: Annotated[Sparsity | dict[str, Sparsity], PER_LAYER],
     scope: Literal["layer", "global"] = "layer",
+    multiple: PositiveInt = 1,
 ) -> dict[str, list[int]]:
     """Removes whole channels, those of the least L2 norm: layers really become smaller. Needs the package torch-pruning.
 
@@ -39,7 +40,9 @@ def channels(
     Fang et al. 2023, "DepGraph: Towards Any Structural Pruning".
 
     sparsity: fraction of the channels that are removed. scope: whether channels are ranked within each group of
-    coupled layers (`layer`) or over the whole network (`global`). Raises Mistake for layers that it cannot make smaller.
+    coupled layers (`layer`) or over the whole network (`global`). multiple: the channels that stay are a multiple of this,
+    about as many as asked; runtimes compute 8 or 16 at a time, and can be slower with fewer channels that are no multiple.
+    Raises Mistake for layers that it cannot make smaller.
     """
     layers = weights_of(student)
     masked = [name for name, weight in layers.items() if weight.mask is not None]
@@ -57,6 +60,7 @@ def channels(
         sparsity,
         [name for name in layers if name not in smaller],
         together=scope == "global",
+        multiple=multiple,
     )
     for name, weight in weights_of(student).items():
         if name in masked:
