@@ -1,7 +1,9 @@
 """The teacher by onnxruntime beside the student: its rows, and what they say the student is worth."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 
 import trainer
@@ -47,24 +49,39 @@ def test_the_teachers_rows_stand_before_the_students(tmp_path, monkeypatch):
         dense["num_weights"] == teacher["num_weights"] != student["num_weights"]
         and dense["ratio_student"] is None
     )
-    assert student["notes"][-1] == worth(student, [dense, int8])
+    assert "beside the teacher in 8-bit integers: " in student["notes"][-1]
+    assert f"{student['top1'] - int8['top1']:+.2f} points (" in student["notes"][-1]
+    gained, lost = map(int, re.search(r"\((\d+) images .* (\d+) the teacher", student["notes"][-1]).groups())
+    assert gained - lost == round((student["top1"] - int8["top1"]) * 3.6)  # of 360 images
     assert (tmp_path / "beside/export/teacher_int8/student_int8.onnx").is_file()
     text = (tmp_path / "beside/report.md").read_text()
     assert "| teacher_int8" in text and "beside the teacher in 8-bit integers" in text
 
 
-def row(stage, file_bytes, top1, seconds):
-    return {"stage": stage, "file_bytes": file_bytes, "top1": top1, "latency_seconds": seconds}
+def row(stage, file_bytes, num_right, seconds):
+    """Of 200 images of class 1, whose last `num_right` it gets right."""
+    classes = np.r_[np.zeros(200 - num_right, int), np.ones(num_right, int)]
+    top1 = num_right / 2
+    return {
+        "stage": stage,
+        "file_bytes": file_bytes,
+        "top1": top1,
+        "latency_seconds": seconds,
+        "classes": classes,
+    }
 
 
 def test_what_a_student_is_worth():
-    teachers = [row("teacher_onnx", 4000, 90.0, 0.004), row("teacher_int8", 1000, 89.0, 0.006)]
-    said = worth(row("onnx", 125, 88.5, 0.001), teachers)
-    assert said.startswith(
-        "beside the teacher in 8-bit integers: 1/8.0 of its bytes, -0.50 points; 4.00 times as quick"
+    labels = np.ones(200, int)
+    teachers = [row("teacher_onnx", 4000, 180, 0.004), row("teacher_int8", 1000, 178, 0.006)]
+    said = worth(row("onnx", 125, 177, 0.001), teachers, labels)
+    assert said == (
+        "beside the teacher in 8-bit integers: 1/8.0 of its bytes, -0.50 points (0 images that it alone gets right, 1 the teacher "
+        "alone: McNemar's p = 1); 4.00 times as quick as the quicker of the teacher's two (teacher_onnx)"
     )
-    assert said.endswith("(teacher_onnx)")
-    assert "2.0 times its bytes, +1.00 points; 0.50 times" in worth(row("onnx", 2000, 90.0, 0.008), teachers)
+    said = worth(row("onnx", 2000, 188, 0.008), teachers, labels)
+    assert "2.0 times its bytes, +5.00 points (10 images that it alone gets right, 0 the teacher" in said
+    assert "p = 0.002);" in said and "0.50 times" in said  # 2 / 2^10: heads ten times in a row, or tails
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def export(run: Run, *, to: Targets, teacher: bool = False) -> None:
             beside, without = _teacher_rows(run, classes)
             for row in rows if beside else []:
                 if row["target"] in BY_ONNXRUNTIME:
-                    row["notes"].append(worth(row, beside))
+                    row["notes"].append(worth(row, beside, run.data.test.labels.cpu().numpy()))
             rows, missing = [*beside, *rows], [*missing, *without]
         for sentence in missing:
             print(f"not exported {sentence}", flush=True)
