@@ -12,18 +12,21 @@ cross-entropy of weight 1 and has the weight `auto`, whose gradient is as large 
 the rows called "paper" have the weights of the papers or of the benchmark codes that follow them. A few rows are
 trained for ten epochs without augmentation too. Teacher's answers come from the disk and are there before the first student
 starts, so that the times include the loss but not the teacher. The test split is only reported, after the last epoch.
+--processes N trains so many students at once, one thread each; the costs of a step are then those of a busy machine.
 
 Writes FOLDER/compare_losses/table.md, and a JSON file for each student.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import multiprocessing
 import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,28 +323,51 @@ def table(rows: list[Row]) -> str:
     return tabulate(ordered, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def compare(run: Run, rows: list[Row], num_seeds: int, folder: Path) -> None:
+def compare(run: Run, rows: list[Row], num_seeds: int, folder: Path, processes: int) -> None:
     """Trains the students of a table: all rates on seed 0, the best rate on the other seeds, more seeds of the best rows."""
 
     def train(row: Row, rate: float, seed: int) -> None:
         file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.name)}-lr{rate:g}-seed{seed}.json"
         row.found[rate, seed] = trial(run, row.recipes[rate], row.name, seed, file)
 
-    for row in rows:
-        for rate in row.recipes:
-            train(row, rate, 0)
-    for seed in range(1, num_seeds):
-        for row in rows:
-            train(row, row.rate(), seed)
+    def train_all(wanted: list[tuple[Row, float, int]]) -> None:
+        in_processes([functools.partial(train, *each) for each in wanted], processes)
+        for each in wanted:  # reads what the processes wrote, and trains what they did not
+            train(*each)
+
+    train_all([(row, rate, 0) for row in rows for rate in row.recipes])
+    train_all([(row, row.rate(), seed) for seed in range(1, num_seeds) for row in rows])
     by_validation = sorted(
         rows, key=lambda row: -statistics.fmean(t["top1_validation"] for t in row.trials())
     )
     chosen = [row for row in by_validation if row.name != BASE][:BEST] + [
         row for row in rows if row.name == BASE
     ]
-    for seed in range(num_seeds, BEST_SEEDS if num_seeds > 1 else 0):
-        for row in chosen:
-            train(row, row.rate(), seed)
+    seeds = range(num_seeds, BEST_SEEDS if num_seeds > 1 else 0)
+    train_all([(row, row.rate(), seed) for seed in seeds for row in chosen])
+
+
+def in_processes(jobs: list[Callable[[], None]], processes: int) -> None:
+    """Calls the jobs in forked processes, so many at once. What a job returns or raises stays in its process."""
+    if processes < 2:
+        return
+    context = multiprocessing.get_context("fork")
+    num_taken = context.Value("i", 0)
+
+    def work() -> None:
+        while True:
+            with num_taken.get_lock():
+                mine = num_taken.value
+                num_taken.value += 1
+            if mine >= len(jobs):
+                return
+            jobs[mine]()
+
+    workers = [context.Process(target=work) for _ in range(min(processes, len(jobs)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def main(arguments: list[str] | None = None) -> str:
@@ -352,6 +378,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of all students, instead of 30 and 10")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
+    parser.add_argument("--processes", type=int, default=1, help="so many students at once")
     parser.add_argument(
         "--set",
         action="append",
@@ -386,7 +413,7 @@ def main(arguments: list[str] | None = None) -> str:
         }
         with begun(options.recipe, 0, own, folder) as run, lock(folder):
             run.cache = keep_answers(run, [row.recipes[RATES[0]] for row in rows], folder)
-            compare(run, rows, options.seeds, folder / "students" / protocol.key)
+            compare(run, rows, options.seeds, folder / "students" / protocol.key, options.processes)
             right = percent_right(teacher_answers(run, "test"), run.data.test.labels)
             num_images, views = len(run.data.train), first.data.views
         texts.append(
