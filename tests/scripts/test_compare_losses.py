@@ -88,10 +88,14 @@ def test_a_small_table_and_what_a_second_call_takes_from_the_first(
     assert len(script.main(asked).splitlines()) == len(text.splitlines())
     assert trained == [0]
     whole = next((folder / "students" / "views").glob("kl_T_1-*-seed0.json"))
-    answers = [json.loads(whole.read_text())[key] for key in ("top1", "top1_validation", "agreement", "ratios")]
+    answers = [
+        json.loads(whole.read_text())[key] for key in ("top1", "top1_validation", "agreement", "ratios")
+    ]
     whole.unlink()
     script.main([*asked, "--processes", "2"])  # a process of its own trains it, to the same weights
-    assert [json.loads(whole.read_text())[key] for key in ("top1", "top1_validation", "agreement", "ratios")] == answers
+    assert [
+        json.loads(whole.read_text())[key] for key in ("top1", "top1_validation", "agreement", "ratios")
+    ] == answers
     assert trained == [0]
     with pytest.raises(ValueError, match=r"seed0.json: is of another data; remove it"):
         script.main([*asked, "--set", "data.subset=90"])

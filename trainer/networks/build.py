@@ -52,7 +52,9 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         Mistake: If the network cannot be built.
     """
     settings = {
-        key: value for key, value in spec.items() if key not in ("model", "resized", "folded", "output", "maps")
+        key: value
+        for key, value in spec.items()
+        if key not in ("model", "resized", "folded", "output", "maps")
     }
     function = shelves.find("model", spec["model"])
     _, rest = shelves.split("model", spec["model"])

@@ -133,7 +133,9 @@ def layout(header: Mapping[str, Any]) -> container.Normal:
     headers.check_settings(header)
     net = header["net"]
     if net.get("folded"):
-        raise Mistake(f"the BatchNorm of {net['model']!r} is folded away: it opens with torch, or as an .onnx file")
+        raise Mistake(
+            f"the BatchNorm of {net['model']!r} is folded away: it opens with torch, or as an .onnx file"
+        )
     resized = net.get("resized", {})
     if not isinstance(resized, Mapping):
         raise Mistake(f"sizes of layers: got {resized!r}; {{layer: [outputs, inputs]}} is allowed")
