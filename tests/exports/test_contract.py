@@ -66,7 +66,9 @@ def test_its_files_answer_as_the_network(name, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {name}
     files = [tmp_path / "out" / name / file for file in row["files"]]
     assert files and all(file.is_file() for file in files)
-    assert row["file_bytes"] > 0 and row["latency_p95_seconds"] >= row["latency_seconds"] > 0
+    assert row["file_bytes"] > 0
+    median, late = row["latency_seconds"], row["latency_p95_seconds"]
+    assert (median is None and "not run by" in row["notes"][0]) or late >= median > 0
     assert row["target"] == name and row["num_images"] >= 100
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
     with pytest.raises(Mistake, match="is there already"):
