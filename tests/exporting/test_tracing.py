@@ -175,3 +175,23 @@ def test_resized_maps_are_products_with_constants():
         given = [values[name] for name in node.inputs]
         values[node.outputs[0]] = moved(node, given, graph.shape(node.outputs[0]))
     np.testing.assert_allclose(values[graph.output], net(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Standardized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        even = F.batch_norm(self.weight.reshape(1, 4, -1), None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, even).mean((2, 3))
+
+
+def test_a_standardized_weight_is_a_constant():
+    net = Standardized()
+    graph = trace(net, (3, 5, 5))
+    assert [node.op for node in graph.nodes] == ["conv", "mean"]
+    weight = graph.weights[graph.nodes[0].weights["weight"]].reshape(4, -1)
+    plain = net.weight.detach().numpy().reshape(4, -1)
+    expected = (plain - plain.mean(1, keepdims=True)) / np.sqrt(plain.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(weight, expected, atol=1e-5)

@@ -99,6 +99,7 @@ class _Reader:
         self.constants = {name: (target, state[target]) for name, target in targets.items()}
         self.user_inputs = set(signature.user_inputs)
         self.user_outputs = list(signature.user_outputs)
+        self.several: dict[str, Any] = {}  # {node: its several results, all of them constants}
         self.same: dict[str, str] = {}  # a node that changes nothing: what it is the same as
         self.parts: dict[tuple[str, int], str] = {}  # (node with several outputs, number): value
         self.further: dict[str, str] = {}  # results of such a node that have no value: what they are
@@ -148,6 +149,9 @@ class _Reader:
         if target is operator.getitem:
             source, number = node.args
             assert isinstance(source, fx.Node) and isinstance(number, int)
+            if source.name in self.several:
+                self.constants[node.name] = (node.name, self.several[source.name][number])
+                return
             name = self.parts.get((source.name, number))
             if name is not None:
                 self.same[node.name] = name
@@ -180,22 +184,27 @@ class _Reader:
         return found | node.kwargs
 
     def _is_constant(self, node: fx.Node) -> bool:
-        """Computes a node that reads constants only, and keeps its result as a constant."""
-        inputs = node.all_input_nodes
-        if isinstance(node.meta["val"], Tensor) and all(i.name in self.constants for i in inputs):
-            if any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape):
-                return False
-            if not inputs and node.meta["val"].numel() > 1 << 24:
-                return False
+        """Computes a node that reads constants only, and keeps its result, or its several ones, as constants."""
+        inputs, found = node.all_input_nodes, node.meta["val"]
+        if not all(i.name in self.constants for i in inputs):
+            return False
+        results = [found] if isinstance(found, Tensor) else found
+        if any(isinstance(size, torch.SymInt) for result in results for size in result.shape):
+            return False
+        if not inputs and sum(result.numel() for result in results) > 1 << 24:
+            return False
 
-            def tensor_of(value: Any) -> Any:
-                return self.constants[value.name][1] if isinstance(value, fx.Node) else value
+        def tensor_of(value: Any) -> Any:
+            return self.constants[value.name][1] if isinstance(value, fx.Node) else value
 
-            args, kwargs = fx.map_arg(node.args, tensor_of), fx.map_arg(node.kwargs, tensor_of)
-            target: Any = node.target
-            self.constants[node.name] = (node.name, target(*args, **kwargs))
-            return True
-        return False
+        args, kwargs = fx.map_arg(node.args, tensor_of), fx.map_arg(node.kwargs, tensor_of)
+        target: Any = node.target
+        computed = target(*args, **kwargs)
+        if isinstance(found, Tensor):
+            self.constants[node.name] = (node.name, computed)
+        else:
+            self.several[node.name] = computed
+        return True
 
     # What the converters use.
 
