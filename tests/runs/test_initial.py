@@ -86,6 +86,18 @@ def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder
     assert "more than the 10 s asked for" in (folder / "r.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("count", "said"), [(5, "# Few:    2 test pictures: each is 50 points"), (250, None)]
+)
+def test_few_test_pictures_are_said(folder, capsys, monkeypatch, count, said):
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    photographs(folder / "photos", {"a": count, "b": count}, size=(8, 8))
+    text = written(capsys, "photos", "--teacher", "lenet5", "--student", "separable")
+    assert said in text if said else "# Few:" not in text
+    (folder / "r.yaml").write_text(text)
+    assert read("r.yaml")[0].data.test == 0.2
+
+
 def test_the_budget_is_divided_and_kept():
     plan = planned(1600, Speed(45, 130), Speed(45, 130), 1800)
     assert plan.teacher >= 4 and plan.distill >= 4 and 0.6 * 1800 < plan.seconds <= 1800
@@ -114,7 +126,8 @@ def test_the_lines_of_the_readme_on_a_generated_folder(folder, capsys):
 
     from tests.test_readme import README, blocks
 
-    photographs(folder / "photographs", {"dark": 30, "light": 30, "white": 30}, size=(90, 70))
+    # Few and small: what the recipe then asks for takes a minute or two, of the half hour that it may.
+    photographs(folder / "photographs", {"dark": 20, "light": 20, "white": 20}, size=(48, 40))
     (folder / "new.png").write_bytes((folder / "photographs/light/0.png").read_bytes())
     section = README.partition("## Your own photographs")[2].partition("\n## ")[0]
     lines = [

@@ -33,6 +33,7 @@ RARE = 3  # from this ratio of the largest class to the smallest on, rare classe
 LARGE = 1_000_000  # weights of a student that does not go into a web page
 TIMED_BATCH = 8
 FEW_STEPS = 200  # of pruning
+FEW_TESTED = 100  # pictures: fewer tell networks apart only by points
 COLUMN = 50  # where comments begin, after lines that are shorter
 
 
@@ -224,6 +225,7 @@ def _text(
         " to ".join(dict.fromkeys(f"{int(count):,}" for count in (counts.min(), counts.max())))
         + " images a class"
     )
+    num_test = len(source.test)
     lines: list[tuple[str, str]] = [
         (f"name: {name}", f"the run's folder is runs/{name}"),
         ("data:", f"{len(source.classes)} classes, {len(source.train):,} training images, {few}"),
@@ -272,6 +274,11 @@ def _text(
         f"# Takes:  about {duration(plan.seconds)} here{over}. `trainer run FILE --dry-run` says it better.",
         "# Run:    trainer run FILE; see trainer check FILE --build --data before.",
     ]
+    if num_test < FEW_TESTED:
+        head.append(
+            f"# Few:    {num_test} test pictures: each is {100 / num_test:.2g} points of accuracy, so small differences mean "
+            "nothing. More pictures help most."
+        )
     return "\n".join([*head, *(f"{line:{COLUMN - 2}}  # {comment}" for line, comment in lines)]) + "\n"
 
 
