@@ -165,9 +165,11 @@ def _mirrored(images: Tensor, chosen: Tensor) -> Tensor:
     """Returns the images [N, C, H, W], those where `chosen` [N] is True with left and right exchanged."""
     if images.device.type != "cpu":
         return torch.where(chosen[:, None, None, None], images.flip(3), images)
-    out = images.clone()  # and half as much to compute; a GPU would wait for which ones
-    out[chosen] = images[chosen].flip(3)
-    return out
+    # Half as much to compute (a GPU would wait for which ones), and index_select copies whole images, as assigning does not.
+    which = chosen.nonzero().flatten()
+    row = torch.arange(len(images))
+    row[which] = torch.arange(len(images), len(images) + len(which))
+    return torch.cat([images, images.index_select(0, which).flip(3)]).index_select(0, row)
 
 
 def _between(numbers: Tensor, limit: float) -> Tensor:

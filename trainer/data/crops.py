@@ -127,7 +127,9 @@ def resized(pixels: np.ndarray, height: int, width: int, filter: str) -> np.ndar
 def _resized(pixels: Tensor, height: int, width: int, filter: str) -> Tensor:
     """Returns an image uint8 [C, H, W] at another size, antialiased; maybe not contiguous."""
     if pixels.device.type == "cpu":
-        return interpolate(pixels[None], (height, width), mode=filter, antialias=True)[0]
+        # Channels last, by the strides of all four axes, is what torch computes quickest and without a copy at the end.
+        channels_last = pixels.permute(1, 2, 0).contiguous().unsqueeze(0).permute(0, 3, 1, 2)
+        return interpolate(channels_last, (height, width), mode=filter, antialias=True)[0]
     found = interpolate(pixels[None].float(), (height, width), mode=filter, antialias=True)[0]
     return found.round().clamp(0, 255).byte()
 

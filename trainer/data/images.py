@@ -1,5 +1,6 @@
 """Labelled images in memory or on disk, and the parts of a run's data."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -200,7 +201,10 @@ class Data:
         reading = self.reading or Reading(self.shape)
         shape = (channels, max(1, round(height * zoom)), max(1, round(width * zoom)))
         reading = replace(reading, shape=shape, filter=filter or reading.filter)
-        train, validation, test = (replace(part, images=part.images.at(reading)) for part in parts)  # type: ignore[attr-defined]
+        train, validation, test = (
+            replace(part, images=part.images.at(reading), image_bytes=math.prod(shape))  # type: ignore[attr-defined]
+            for part in parts
+        )
         return replace(
             self,
             train=train,

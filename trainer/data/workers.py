@@ -3,6 +3,7 @@
 The workers of a part stay from one epoch to the next.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from trainer.mistakes import Mistake
 SHARED = "/dev/shm"  # where Linux keeps the memory that processes share; a container may have 64 MB of it
 PREFETCH = 2  # batches that a worker reads ahead
 MOST_WORKERS = 8  # of `auto`
+SHARE_OF_SHARED = 4  # at most one part in so many of shared memory stays taken by a part's places
 MOST_KEPT = 2  # parts whose workers stay: those that an epoch trains and validates on
 # A batch may take so long until its worker counts as hung: large photos on a slow disk take half a second each.
 SECONDS, SECONDS_PER_IMAGE = 120, 2
@@ -54,7 +56,7 @@ def read_batches(
     crew.is_busy = True
     finished = False
     try:
-        yield from _batches(iter(crew.loader))
+        yield from _batches(iter(crew.loader), crew.places)
         finished = True
     except GeneratorExit:
         finished = True  # nobody wants the rest, which the workers throw away
@@ -65,7 +67,7 @@ def read_batches(
             _dismiss(crew)
 
 
-def _batches(iterator: Iterator[Any]) -> Iterator[Any]:
+def _batches(iterator: Iterator[Any], places: Tensor | None) -> Iterator[Any]:
     while True:
         try:
             batch = next(iterator)
@@ -81,6 +83,10 @@ def _batches(iterator: Iterator[Any]) -> Iterator[Any]:
         if isinstance(batch, Mistake):
             raise batch
         images, labels, index = batch
+        if not isinstance(images, Tensor):
+            assert places is not None
+            place, shape = images
+            images = places[place, : math.prod(shape)].view(shape).clone()  # the place will be written again
         yield images, torch.from_numpy(labels), torch.from_numpy(index)
 
 
@@ -96,27 +102,28 @@ class _Order:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields what a worker is asked for: positions in the source, and the settings and numbers of their cuts.
+        """Yields what a worker is asked for: positions in the source, the settings and numbers of their cuts, the batch's number.
 
         As arrays: a tensor would go to the worker through a file of its own in shared memory.
         """
-        for positions in self.batches:
+        for number, positions in enumerate(self.batches):
             index = self.ids[positions].cpu()
             cuts = None if self.cuts is None else self.cuts.of(index)
-            yield index.numpy(), None if cuts is None else (cuts.settings, cuts.numbers.numpy())
+            yield index.numpy(), None if cuts is None else (cuts.settings, cuts.numbers.numpy()), number
 
 
 @dataclass(eq=False)
 class _Crew:
     """The workers of a part: a data loader with its batch sampler.
 
-    made_for: the settings that it was made with. is_busy: whether an epoch is being read.
+    places: where workers leave images (`_places`), None if they send them. made_for: the settings that it was made with. is_busy: whether an epoch is being read.
     """
 
     part: Part
     made_for: tuple[int, bool, int]
     order: _Order
     loader: DataLoader[Any]
+    places: Tensor | None = None
     is_busy: bool = False
 
 
@@ -132,7 +139,8 @@ def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
             _crews.append(crew)
             return crew
     order = _Order(part.ids)
-    dataset: Any = _ReturnsMistakes(part)
+    places = None if pinned else _places(workers, largest * part.image_bytes)
+    dataset: Any = _ReturnsMistakes(part, places)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=order,
@@ -143,13 +151,26 @@ def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
         pin_memory=pinned,
         persistent_workers=workers > 0,
     )
-    crew = _Crew(part, made_for, order, loader)
+    crew = _Crew(part, made_for, order, loader, places)
     if workers:
         idle = [other for other in _crews if not other.is_busy]
         for other in idle[: max(0, len(_crews) + 1 - MOST_KEPT)]:
             _dismiss(other)
         _crews.append(crew)
     return crew
+
+
+def _places(workers: int, batch_bytes: int) -> Tensor | None:
+    """Returns places for batches in shared memory, uint8 [num_places, batch_bytes], which workers take in turn.
+
+    A batch that is sent has a file in shared memory of its own, whose new pages cost about half as much time as cutting its
+    images. Of the batches after the one in use, the loader asks for `PREFETCH` of each worker: so many places and one
+    more are never written too early. Returns None without workers, and where shared memory is small.
+    """
+    total, free = (PREFETCH * workers + 1) * batch_bytes, free_shared_bytes()
+    if not workers or not batch_bytes or (free is not None and total * SHARE_OF_SHARED > free):
+        return None
+    return torch.empty(PREFETCH * workers + 1, batch_bytes, dtype=torch.uint8).share_memory_()
 
 
 def _dismiss(crew: _Crew) -> None:
@@ -215,21 +236,25 @@ class _ReturnsMistakes:
     Raised in a worker process, its message would contain the traceback of that process.
     """
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, places: Tensor | None) -> None:
+        self.part, self.places = part, places
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitems__(self, asked: tuple) -> tuple[Tensor, np.ndarray, np.ndarray] | Mistake:
-        """Returns images, labels and index; the latter as arrays, which cost less to send."""
-        index, cut = asked
+    def __getitems__(self, asked: tuple) -> tuple[Tensor | tuple, np.ndarray, np.ndarray] | Mistake:
+        """Returns images (or their place and shape), labels and index; the latter as arrays, which cost less to send."""
+        index, cut, number = asked
         cuts = None if cut is None else Cuts(cut[0], torch.from_numpy(cut[1]))
         try:
             images, labels = read(self.part.images, torch.from_numpy(index), cuts)
         except Mistake as error:
             return error
-        return images, labels.numpy(), index
+        if self.places is None or images.numel() > self.places.shape[1]:
+            return images, labels.numpy(), index
+        place = number % len(self.places)
+        self.places[place, : images.numel()].view(images.shape).copy_(images)
+        return (place, tuple(images.shape)), labels.numpy(), index
 
 
 def _unchanged(batch):

@@ -34,8 +34,9 @@ class Training(Entry):
         milestones, gamma: Of `step`.
         clip: The largest norm of the gradient.
         accumulate: Batches of one optimizer step.
-        keep: The `last` weights, or those of the `best` validation accuracy.
-        patience: Stop after this many epochs without a better validation accuracy.
+        keep: The `last` weights, or those of the `best` validation accuracy: of the balanced one, in which each class counts
+            alike, with class_weights or sampler `balanced`.
+        patience: Stop after this many epochs without a better validation accuracy, as of `keep`.
         validate_every: Epochs between two validations.
         ema: Decay of the exponential moving average of the weights. The averaged weights are then kept.
         train_only: `head` trains the classifier alone: all else, BatchNorm's statistics too, stays as it is.
@@ -120,6 +121,11 @@ class Training(Entry):
                 f"earliest, and there are {self.epochs}"
             )
         return self
+
+    @property
+    def balances(self) -> bool:
+        """Whether rare classes count as much as frequent ones."""
+        return self.class_weights is not None or self.sampler is not None
 
     def _first_stop(self) -> int:
         """Returns the first epoch after which patience can stop the training: the first validation was the best."""

@@ -197,7 +197,8 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
             for name in line.keys() - known:
                 terms.setdefault(name, {})[line["step"]] = _number(line[name])
         if "validation" in line:
-            accuracies.setdefault("validation", {})[line["step"]] = _number(line["validation"])
+            for name in ("validation", "balanced") if "balanced" in line else ("validation",):
+                accuracies.setdefault(name, {})[line["step"]] = _number(line[name])
     shown = []
     for stage, (terms, accuracies) in found.items():
         if not terms:

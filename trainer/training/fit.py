@@ -14,8 +14,7 @@ from trainer.distributed import agreed, summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
-from trainer.training.evaluate import percent_right, predict, truth
-from trainer.training.optimizer import Averaged
+from trainer.training.evaluate import balanced_accuracy, percent_right, predict, truth
 from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 from trainer.training.state import State, close_training, open_training, sync_buffers
@@ -47,7 +46,8 @@ def fit(
             last change does not count for `keep: best` and `patience`, because the final network differs.
 
     Returns:
-        epochs, steps, train_seconds, images_per_second; with `keep: best` also best_validation (percent), best_epoch; with
+        epochs, steps, train_seconds, images_per_second; with `keep: best` also best_validation (percent;
+            the balanced accuracy where the training balances the classes), best_epoch; with
         a teacher also ratios, what each term weighs: {term: {"weight", "first", "last"}} (`distillation.ratios`).
 
     Raises:
@@ -214,9 +214,10 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
     found: dict[str, float] = {}
     done = False
     if epoch % training.validate_every == 0 or epoch == training.epochs:
-        found["validation"] = _validate(run, state.objective, state.averaged)
-        if not changing and (tally["best"] is None or found["validation"] > tally["best"]):
-            tally["best"], tally["best_epoch"] = found["validation"], epoch
+        found = _validate(state)
+        judged = found.get("balanced", found["validation"])
+        if not changing and (tally["best"] is None or judged > tally["best"]):
+            tally["best"], tally["best_epoch"] = judged, epoch
             if training.keep == "best":
                 state.progress.remember_best()
         if training.patience and tally["best_epoch"] is not None:
@@ -226,6 +227,7 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
     run.log.numbers(run.stage_name, state.step, epoch=epoch, images_per_second=speed, **found, **counted)
     if run.accelerator.is_main_process and run.bar.hidden:
         validation = f"  validation {found['validation']:.2f} %" if found else ""
+        validation += f" (balanced {found['balanced']:.2f} %)" if "balanced" in found else ""
         print(
             f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {state.window.loss:.4f}{validation}  "
             f"{speed:,.0f} images/s",
@@ -241,11 +243,14 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
     return done
 
 
-def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> float:
-    """Returns the validation accuracy in percent, of the averaged weights if there are any.
+def _validate(state: State) -> dict[str, float]:
+    """Returns the `validation` accuracy in percent, of the averaged weights if there are any.
+
+    Where the training balances the classes, also the `balanced` accuracy, by which it is then judged.
 
     If the images have no labels, the teacher's classes are the labels.
     """
+    run, objective, averaged = state.run, state.objective, state.averaged
     validation = run.data.validation
     if averaged is not None:
         averaged.swap()
@@ -255,4 +260,6 @@ def _validate(run: Run, objective: Objective, averaged: Averaged | None) -> floa
         answers = predict(lambda images: student(objective.prepare(images)), validation, run.accelerator)
     if averaged is not None:
         averaged.swap()
-    return percent_right(answers, truth(run, validation))
+    labels = truth(run, validation)
+    found = {"validation": percent_right(answers, labels)}
+    return found | ({"balanced": balanced_accuracy(answers, labels)} if state.training.balances else {})
