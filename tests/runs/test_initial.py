@@ -87,6 +87,19 @@ def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder
 
 
 @pytest.mark.parametrize(
+    ("parts", "validation"), [(("train", "test"), 0.1), (("train", "val", "test"), None)]
+)
+def test_a_validation_folder_is_used(folder, capsys, monkeypatch, parts, validation):
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    photographs(folder / "photos", {"a": 10, "b": 10}, size=(8, 8), parts=parts)
+    (folder / "r.yaml").write_text(written(capsys, "photos", "--teacher", "lenet5", "--student", "separable"))
+    assert read("r.yaml")[1]["data"].get("validation") == validation
+    assert main(["check", "r.yaml", "--data"]) == 0
+    [total] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("all")]
+    assert total == (["all", "18", "2", "20"] if validation else ["all", "20", "20", "20"])
+
+
+@pytest.mark.parametrize(
     ("count", "said"), [(5, "# Few:    2 test pictures: each is 50 points"), (250, None)]
 )
 def test_few_test_pictures_are_said(folder, capsys, monkeypatch, count, said):

@@ -232,7 +232,8 @@ def _text(
         ("  dataset: image_folder", "a folder for each class; trainer/datasets/image_folder.py says what else it takes"),
         (f"  folder: {_yaml(str(folder))}", "relative to where the program is started"),
         *([] if found.splits else [("  test: 0.2", "of each class, measured once after each stage and never chosen by")]),
-        ("  validation: 0.1", "of each class, for choices"),
+        # A fraction would set the folder's own validation images aside.
+        *([] if source.validation is not None else [("  validation: 0.1", "of each class, for choices")]),
         (f"  size: {size}", "pixels of the input, height and width; larger ones cost more time and see more"),
         *([("  channels: 1", "the pictures are grey")] if found.channels == 1 else []),
         ("  augment: light", "random parts, mirrored, other brightness and contrast; or strong, or {flip: true}"),
