@@ -25,11 +25,7 @@ def recipe_changes(parser: argparse.ArgumentParser, of_a_run: bool) -> None:
         dest="changes",
         help="change a value, such as stages.1.training.epochs=2; may be given several times",
     )
-    parser.add_argument(
-        "--allow-python",
-        action="store_true",
-        help="let the recipe name python:module:name, whose code then runs",
-    )
+    allow_python(parser, "the recipe name python:module:name, whose code then runs")
     parser.set_defaults(seed=None, name=None)
     if of_a_run:
         parser.add_argument(
@@ -40,16 +36,43 @@ def recipe_changes(parser: argparse.ArgumentParser, of_a_run: bool) -> None:
         parser.add_argument("--name", help="another name of the run")
 
 
+def allow_python(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --allow-python, which lets `what` happen."""
+    parser.add_argument("--allow-python", action="store_true", help=f"let {what}")
+
+
+def model_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --model for a file that does not name its network, and --allow-python, which lets `what` happen."""
+    parser.add_argument(
+        "--model", help="builds the network of a file that may not name it: python:module:function"
+    )
+    allow_python(parser, what)
+
+
 def folder_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=path_of, default=Path("runs"), help="where runs are kept (runs)")
 
 
-def options_of_several(parser: argparse.ArgumentParser, seeds: int) -> None:
-    """Adds what a command has that runs a recipe with several seeds; `seeds` is how many by itself."""
+def options_of_several(parser: argparse.ArgumentParser, seeds: int, named: bool = True) -> None:
+    """Adds what a command has that runs a recipe with several seeds; `seeds` is how many by itself, `named` adds --name."""
     recipe_options(parser, of_a_run=False)
     folder_option(parser)
     parser.add_argument("--seeds", type=count, default=seeds, help=f"how many seeds, from 0 ({seeds})")
     parser.add_argument("--processes", type=count, help="how many run at once (one for each core)")
+    if named:
+        parser.add_argument("--name", help="another name of the runs, NAME-seedN")
+
+
+def several_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `options_of_several` says, but for --name, as the arguments of `runs.trials.trials` and its like."""
+    return {
+        "path": options.recipe,
+        "num_seeds": options.seeds,
+        "changes": recipe_changes_of(options),
+        "folder": options.folder,
+        "allow_python": options.allow_python,
+        "processes": options.processes,
+    }
 
 
 def recipe_changes_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from trainer.mistakes import Mistake, Said, say
+from trainer.options import model_options
 from trainer.recipe.words import number, path_of
 
 
@@ -23,12 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=number(float), default=1.0, help="that each latency is measured, about (1)"
     )
-    parser.add_argument(
-        "--model", help="builds the network of a file that may not name it: python:module:function"
-    )
-    parser.add_argument(
-        "--allow-python", action="store_true", help="let --model and the recipe name python:, open .pt2"
-    )
+    model_options(parser, "--model and the recipe name python:, open .pt2")
 
 
 def run(options: argparse.Namespace) -> None:

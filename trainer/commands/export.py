@@ -2,6 +2,7 @@
 
 import argparse
 
+from trainer.options import allow_python
 from trainer.recipe.words import path_of
 
 
@@ -13,7 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--folder", type=path_of, help="where they are written (export/ beside the file)")
     parser.add_argument("--force", action="store_true", help="replace earlier exports")
-    parser.add_argument("--allow-python", action="store_true", help="let --to and the recipe name python:")
+    allow_python(parser, "--to and the recipe name python:")
 
 
 def run(options: argparse.Namespace) -> None:

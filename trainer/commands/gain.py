@@ -2,14 +2,14 @@
 
 import argparse
 
-from trainer.options import options_of_several, recipe_changes_of
+from trainer.options import options_of_several, several_of
 from trainer.recipe.words import numbers
 
 RESUMES = True  # the same command goes on where it stopped
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    options_of_several(parser, seeds=3)
+    options_of_several(parser, seeds=3, named=False)
     parser.add_argument(
         "--rates",
         type=numbers(float),
@@ -21,12 +21,4 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from trainer.runs.gain import gain
 
-    gain(
-        options.recipe,
-        options.seeds,
-        recipe_changes_of(options),
-        options.folder,
-        options.rates,
-        options.allow_python,
-        options.processes,
-    )
+    gain(**several_of(options), rates=options.rates)

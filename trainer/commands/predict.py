@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from trainer.mistakes import Mistake, Said
-from trainer.options import say_once
+from trainer.options import model_options, say_once
 from trainer.recipe.words import count, path_of
 
 
@@ -34,12 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a further file: all answer together, by the mean of their probabilities; may be given several times",
     )
-    parser.add_argument(
-        "--model", help="builds the network of a file that may not name it: python:module:function"
-    )
-    parser.add_argument(
-        "--allow-python", action="store_true", help="let --model name python:, open .pt2: both can run code"
-    )
+    model_options(parser, "--model name python:, open .pt2: both can run code")
 
 
 def run(options: argparse.Namespace) -> None:

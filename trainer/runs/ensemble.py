@@ -1,6 +1,5 @@
 """Several students answer together, by the mean of their probabilities."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,7 @@ from trainer.runs.answering import Student
 from trainer.runs.evaluate_file import images_of, opened
 from trainer.runs.opening import accelerator_of
 from trainer.runs.several import run_all
-from trainer.runs.trials import about, jobs_of
-from trainer.storage import files
+from trainer.runs.trials import about, jobs_of, name_of, tell
 from trainer.training.evaluate import normalized, percent_right, predict
 
 PACKED = "student.tiny"  # of a run
@@ -93,11 +91,9 @@ def ensemble(
     jobs = jobs_of(path, num_seeds, changes, folder, name, allow_python)
     reports = run_all(jobs, allow_python, processes)
     found = {"rows": [*_students(path, recipe, [job.here / PACKED for job in jobs]), *_others(reports)]}
-    name = str(jobs[0].changes["name"]).removesuffix("-seed0")
+    name = name_of(jobs)
     text = f"{name}: {about(reports)}\n\n{table(found['rows'])}\n"
-    files.write_bytes(Path(folder) / f"{name}-ensemble.json", json.dumps(found, indent=1).encode())
-    files.write_bytes(Path(folder) / f"{name}-ensemble.md", text.encode())
-    print(f"\n{text}", flush=True)
+    tell(Path(folder) / f"{name}-ensemble", text, found)
     return found
 
 

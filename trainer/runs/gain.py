@@ -22,7 +22,7 @@ from trainer.runs.answers import share_answers
 from trainer.runs.earlier import stage_folder
 from trainer.runs.inputs import only_teaches
 from trainer.runs.several import Job, run_all
-from trainer.runs.trials import about, spread
+from trainer.runs.trials import about, spread, tell
 from trainer.storage import checkpoint, files
 
 ARMS = ("taught", "labels")
@@ -92,9 +92,8 @@ def gain(
         f"{recipe.name}: {about(taught)}; taught with learning rate {chosen['taught']:g}, on labels alone with "
         f"{chosen['labels']:g} ({said if rates else 'the recipe gives it; --rates tries others for both'})\n\n{table(found)}\n"
     )
-    files.write_bytes(here / "gain.json", json.dumps(found, indent=1).encode())
-    files.write_bytes(here / "gain.md", text.encode())
-    print(f"\n{text}\n{here / 'gain.md'}", flush=True)
+    tell(here / "gain", text, found)
+    print(here / "gain.md", flush=True)
     return found
 
 

@@ -39,13 +39,18 @@ def trials(
     """
     jobs = jobs_of(path, num_seeds, changes, folder, name, allow_python)
     reports = run_all(jobs, allow_python, processes)
-    name = str(jobs[0].changes["name"]).removesuffix("-seed0")
-    text = f"{name}: {about(reports)}\n\n{table([found['rows'] for found in reports])}\n"
     summary = [{key: found[key] for key in ("seed", "seconds", "rows")} for found in reports]
-    files.write_bytes(Path(folder) / f"{name}-trials.md", text.encode())
-    files.write_bytes(Path(folder) / f"{name}-trials.json", json.dumps(summary, indent=1).encode())
-    print(f"\n{text}", flush=True)
+    name = name_of(jobs)
+    text = f"{name}: {about(reports)}\n\n{table([found['rows'] for found in reports])}\n"
+    tell(Path(folder) / f"{name}-trials", text, summary)
     return reports
+
+
+def tell(place: Path, text: str, found: Any) -> None:
+    """Prints what several runs have shown, and writes it beside them: the text as PLACE.md, its numbers as PLACE.json."""
+    for ending, content in (("md", text), ("json", json.dumps(found, indent=1))):
+        files.write_bytes(place.with_name(f"{place.name}.{ending}"), content.encode())
+    print(f"\n{text}", flush=True)
 
 
 def jobs_of(
@@ -65,6 +70,11 @@ def jobs_of(
         Job(path, {**given, "seed": seed, "name": f"{name}-seed{seed}"}, Path(folder))
         for seed in range(num_seeds)
     ]
+
+
+def name_of(jobs: Sequence[Job]) -> str:
+    """Returns the name that the jobs of `jobs_of` have in common."""
+    return str(jobs[0].changes["name"]).removesuffix("-seed0")
 
 
 def about(reports: Sequence[Mapping[str, Any]]) -> str:
