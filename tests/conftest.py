@@ -30,10 +30,23 @@ def stores_aside(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plots_left_out():
+    """Reports are without their plots and the student inside, which take seconds. The tests of these ask for them by `plots`."""
+    with pytest.MonkeyPatch.context() as patch:
+        making.leave_plots_out(patch)
+        yield
+
+
 @pytest.fixture
-def no_plots(monkeypatch):
-    """The report without its plots, which take a second each."""
-    making.leave_plots_out(monkeypatch)
+def plots(monkeypatch):
+    """Reports have their plots, as a user's have."""
+    making.put_plots_in(monkeypatch)
+
+
+@pytest.fixture
+def no_plots():
+    """Says that a test needs no plots, which is so by itself."""
 
 
 @pytest.fixture(scope="session", autouse=True)

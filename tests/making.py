@@ -17,6 +17,13 @@ from trainer.stages import pack
 from trainer.training.run import Run
 
 _open: list[Log] = []
+LEFT_OUT = {
+    (report, "accuracy_against_bytes"): None,
+    (report, "position_of"): lambda row: None,
+    (report, "histograms"): lambda name, weights: [],
+    (evidence, "_players"): lambda *_: (None, None, "this is a test"),
+}
+DRAWN = {(place, name): getattr(place, name) for place, name in LEFT_OUT}
 FRESH_PROCESS = pack._in_fresh_process  # what conftest.py spares most tests
 FOUND_UNTRAINED = guards._found_untrained  # likewise
 
@@ -54,7 +61,11 @@ def close() -> None:
 
 def leave_plots_out(patch) -> None:
     """Reports are written without their plots and without the student inside, which take a second each."""
-    patch.setattr(report, "accuracy_against_bytes", None)
-    patch.setattr(report, "position_of", lambda row: None)
-    patch.setattr(report, "histograms", lambda name, weights: [])
-    patch.setattr(evidence, "_players", lambda *_: (None, None, "this is a test"))
+    for (place, name), instead in LEFT_OUT.items():
+        patch.setattr(place, name, instead)
+
+
+def put_plots_in(patch) -> None:
+    """Reports have all of that, as a user's have."""
+    for (place, name), real in DRAWN.items():
+        patch.setattr(place, name, real)

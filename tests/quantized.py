@@ -1,5 +1,7 @@
 """Small quantized networks, which tests export."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ def made(net, shape, mean, std, bias_bits=8):
     return subject_of(net, shape, mean=mean, std=std)
 
 
-NETS = {
+_MADE = {
     "sequence": lambda: made(sequence(), (3, 19, 12), [0.4, 0.5, 0.3], [0.2, 0.3, 0.25], 12),
     "residual": lambda: made(
         separable((1, 17, 14), 10, widths=(6, 6, 8), strides=(2, 1, 1), batch_norm=False, residual=True),
@@ -49,3 +51,5 @@ NETS = {
     "lenet5": lambda: made(lenet5((1, 16, 16), 10, width=3, batch_norm=True), (1, 16, 16), [0.0], [1.0]),
     "lenet300": lambda: made(lenet300((1, 12, 12), 10, hidden=(30, 20)), (1, 12, 12), [0.0], [1.0]),
 }
+# Each is made once in a process, since that takes seconds; no test changes one.
+NETS = {name: functools.cache(make) for name, make in _MADE.items()}

@@ -1,5 +1,6 @@
 """The page in a real browser: it opens from a file, asks nothing of the network, answers as the network does, and can be drawn on."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,10 +13,13 @@ from torch import nn
 from tests.data.test_image_file import odd_photos
 from tests.reporting.test_page import EVIDENCE
 from tests.reporting.test_report import a_report, some_weights
+from trainer.data.batches import make_data
 from trainer.data.image_file import read_image
 from trainer.data.reading import Reading
 from trainer.exporting.export import subject_of
 from trainer.exports.page import page
+from trainer.recipe import shelves
+from trainer.recipe.keys import DataKeys
 from trainer.reporting.page import page as report_page
 
 CHROMIUM = shutil.which("chromium")
@@ -34,36 +38,41 @@ def subject():
     )
 
 
-@pytest.fixture
-def browse():
-    """Opens a file in Chromium: returns a function of (file, options) that returns the page, its errors and its requests."""
+@pytest.fixture(scope="module")
+def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield (found := driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]))
+        found.close()
 
-        def opened(file, **options):
-            found = browser.new_context(**options).new_page()
-            troubles: list[str] = []
-            found.on(
-                "console",
-                lambda message: (
-                    troubles.append(message.text) if message.type in ("error", "warning") else None
-                ),
-            )
-            found.on("pageerror", lambda error: troubles.append(str(error)))
-            found.on(
-                "request",
-                lambda request: (
-                    None
-                    if request.url.startswith(("file:", "data:", "blob:"))
-                    else troubles.append(request.url)
-                ),
-            )
-            found.goto(f"file://{file}")
-            return found, troubles
 
-        yield opened
-        browser.close()
+@pytest.fixture
+def browse(browser):
+    """Opens a file in Chromium: returns a function of (file, options) that returns the page, its errors and its requests."""
+    contexts = []
+
+    def opened(file, **options):
+        contexts.append(browser.new_context(**options))
+        found = contexts[-1].new_page()
+        troubles: list[str] = []
+
+        def console(message):
+            if message.type in ("error", "warning"):
+                troubles.append(message.text)
+
+        def request(one):
+            if not one.url.startswith(("file:", "data:", "blob:")):
+                troubles.append(one.url)
+
+        found.on("console", console)
+        found.on("pageerror", lambda error: troubles.append(str(error)))
+        found.on("request", request)
+        found.goto(f"file://{file}")
+        return found, troubles
+
+    yield opened
+    for context in contexts:
+        context.close()
 
 
 def test_500_images_have_the_networks_classes(subject, browse, tmp_path):
@@ -93,6 +102,30 @@ def test_drawing_changes_the_answer(subject, browse, tmp_path):
         seen.append(found.evaluate(bars))
         found.click(".clear")
     assert len(seen[0]) == 10 and seen[0] != seen[1] and troubles == []
+
+
+def test_a_drawing_fits_as_the_test_images_do(subject, browse, tmp_path):
+    """Of the digits, which fill their images from top to bottom, nothing is cut off; MNIST's have a margin of 4 pixels."""
+    keys = shelves.checker(shelves.find("dataset", "digits"), DataKeys)
+    data = make_data(keys.model_validate({"dataset": "digits", "size": 28}), torch.device("cpu"))
+    rows = {}
+    for name, given in (("mnist", subject), ("digits", dataclasses.replace(subject, data=data))):
+        (tmp_path / name).mkdir()
+        page(given, tmp_path / name)
+        found, troubles = browse(tmp_path / name / "student.html")
+        box = found.locator(".board").bounding_box()
+        found.mouse.move(box["x"] + 150, box["y"] + 100)
+        found.mouse.down()
+        found.mouse.move(box["x"] + 150, box["y"] + 220, steps=5)
+        found.mouse.up()
+        seen = found.evaluate(
+            "() => Array.from(document.querySelector('.seen').getContext('2d').getImageData(0, 0, 28, 28).data)"
+        )
+        image = np.array(seen, np.uint8).reshape(28, 28, 4)[..., 0]
+        rows[name] = np.flatnonzero((image > 60).any(1))
+        assert troubles == []
+    assert (rows["mnist"][0], rows["mnist"][-1]) == (4, 23)
+    assert (rows["digits"][0], rows["digits"][-1]) == (0, 27)
 
 
 def test_a_dropped_image_is_read_as_by_the_reader(subject, browse, tmp_path):

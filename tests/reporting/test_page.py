@@ -1,6 +1,7 @@
 """The report's page: one file, right numbers, nothing of the user's that could run, and charts of odd values."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from tests.reporting.test_report import a_report, row, some_weights
 from trainer.reporting import charts
-from trainer.reporting.page import page, read_log
+from trainer.reporting.page import _windows, page, read_log
 from trainer.reporting.tables import by_block, layer_table
 
 EVIDENCE = {
@@ -59,6 +60,8 @@ def test_numbers_are_the_reports():
     assert "pruned: 57.31 % in 62,133 bytes" in text
     assert "ox answered as cat: 2 of 7" in text
     assert "fc1.weight, values: 200.2 bytes" in text
+    assert "1 test image.<" in text
+    assert "2,345 test images, of which 1 stand here.<" in a_page(evidence={**EVIDENCE, "num_apart": 2345})
     assert "ox answered as cat (2)." in text
     assert "teacher: cat, 88&nbsp;%" in text and "<b>unlabelled</b>" in text
 
@@ -79,6 +82,19 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves():
     text = a_page(log)
     assert "step 1: loss 2; kl nan" in text and "step 2: loss 1; kl 0" in text
     assert not re.search(r'(points|cx|cy|x|y|width|height)="[^"]*(nan|inf)', text)
+
+
+def test_means_over_a_few_steps_join_the_next():
+    """After an epoch of 105 steps the log has a mean over 5 of them beside means over 50."""
+    means = {50: 4.0, 100: 3.0, 105: 9.0, 150: 2.0, 200: 1.0, 210: 7.0}
+    assert _windows(means) == [
+        (50, 4.0),
+        (100, 3.0),
+        (150, (5 * 9 + 45 * 2) / 50),
+        (210, (50 * 1 + 10 * 7) / 60),
+    ]
+    assert _windows({3: 5.0}) == [(3, 5.0)] and _windows({0: 5.0}) == [(0, 5.0)]
+    assert str(_windows({10: 1.0, 11: math.nan, 20: 2.0})) == "[(10, 1.0), (11, nan), (20, 2.0)]"
 
 
 def test_a_resumed_run_wrote_some_steps_twice_and_the_later_line_counts(tmp_path):

@@ -16,6 +16,8 @@ from trainer.reporting import facts, report, tables
 from trainer.reporting.plots import accuracy_against_bytes, histograms
 from trainer.reporting.tables import NOTHING, byte_table, csc_bytes, csr_bytes, layer_table, sharing_ratio
 
+pytestmark = pytest.mark.usefixtures("plots")
+
 
 def row(stage: str, top1: float, file_bytes: int, **more) -> dict:
     return {

@@ -8,6 +8,8 @@ from tests.reporting.test_report import a_report, row
 from trainer.reporting.report import TRACKED
 from trainer.reporting.tracked_files import media, send_artifacts, tags
 
+pytestmark = pytest.mark.usefixtures("plots")
+
 
 class Wandb:
     """A stand-in that keeps what it is given."""

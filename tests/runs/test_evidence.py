@@ -5,6 +5,7 @@ import io
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -21,6 +22,8 @@ from trainer.runs import evidence
 from trainer.runs.evidence import _small, gather, picture
 from trainer.runs.showing import some_views
 from trainer.training.evaluate import normalized
+
+pytestmark = pytest.mark.usefixtures("plots")
 
 
 def test_confusion_and_disagreements_counted_one_by_one(tmp_path):

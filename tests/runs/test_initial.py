@@ -38,7 +38,7 @@ def written(capsys, *words):
     return capsys.readouterr().out
 
 
-def test_the_recipe_runs_as_it_is_and_every_line_has_a_comment(folder, capsys):
+def test_the_recipe_runs_as_it_is_and_every_line_has_a_comment(folder, capsys, plots):
     photographs(folder / "my photos", {"dark": 12, "light": 12})
     text = written(capsys, "my photos", "--teacher", "lenet5", "--student", "separable", "--budget", "1s")
     assert all("#" in line for line in text.splitlines()) and max(map(len, text.splitlines())) < 180

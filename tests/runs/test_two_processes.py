@@ -122,75 +122,59 @@ main_training_function: main
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """All launches, two at a time: {name: (folder, exit status, output, errors)}."""
-    top = tmp_path_factory.mktemp("two")
-    recipe = top / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    (top / "driver.py").write_text(DRIVER)
-    configured = top / "configured" / "accelerate" / "default_config.yaml"
+def top(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "driver.py").write_text(DRIVER)
+    configured = folder / "configured" / "accelerate" / "default_config.yaml"
     configured.parent.mkdir(parents=True)
     configured.write_text(CONFIGURATION)
+    return folder
 
-    def trainer(name):
-        return ["-m", "trainer", "run", recipe, "--folder", top / name]
 
+def trainer(top, name):
+    return ["-m", "trainer", "run", top / "recipe.yaml", "--folder", top / name]
+
+
+@pytest.fixture(scope="module")
+def launched(top):
+    settings = (
+        "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no".split()
+    )
+    driver = [f"--main_process_port={free_port()}", top / "driver.py", top / "recipe.yaml", top / "driven"]
     commands = {
-        "torchrun": (
-            [
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                2,
-                top / "driver.py",
-                recipe,
-                top / "torchrun",
-            ],
-            {"CUDA_VISIBLE_DEVICES": ""},
-        ),
-        "accelerate": (
-            [
-                *ACCELERATE,
-                "--multi_gpu",
-                "--num_processes",
-                2,
-                "--num_machines",
-                1,
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-                "--main_process_port",
-                free_port(),
-                *trainer("accelerate"),
-            ],
-            {"CUDA_VISIBLE_DEVICES": ""},
-        ),
-        "flags": ([*ACCELERATE, "--cpu", "--num_processes=2", *trainer("flags")], {}),
-        "configured": ([*ACCELERATE, *trainer("configured-run")], {"HF_HOME": str(top / "configured")}),
+        "driven": ([*ACCELERATE, *settings, *driver], {"CUDA_VISIBLE_DEVICES": ""}),
+        "flags": ([*ACCELERATE, "--cpu", "--num_processes=2", *trainer(top, "flags")], {}),
     }
-    done = {}
-    waiting = dict(commands)
-    running = {}
+    return launch(top, commands)
+
+
+@pytest.fixture(scope="module")
+def further_launches(top):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", *trainer(top, "torchrun")]
+    commands = {
+        "torchrun": (torchrun, {"CUDA_VISIBLE_DEVICES": ""}),
+        "configured": ([*ACCELERATE, *trainer(top, "configured-run")], {"HF_HOME": str(top / "configured")}),
+    }
+    return launch(top, commands)
+
+
+def launch(top, commands):
+    """Runs all launches at once: {name: (folder, exit status, output, errors)}."""
+    running, done = {}, {}
+    for name, (command, more) in commands.items():
+        (top / name).mkdir(exist_ok=True)
+        running[name] = start(command, environment(top, **more))
     deadline = time.monotonic() + SECONDS
-    while waiting or running:
-        while waiting and len(running) < 2:
-            name = next(iter(waiting))
-            command, more = waiting.pop(name)
-            (top / name).mkdir(exist_ok=True)
-            running[name] = start(command, environment(top, **more))
-        for name, process in list(running.items()):
-            try:
-                output, errors = process.communicate(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                continue
+    try:
+        for name, process in running.items():
+            output, errors = process.communicate(timeout=deadline - time.monotonic())
             done[name] = (top / name, process.returncode, output, errors)
-            del running[name]
-        if time.monotonic() > deadline:
-            for process in running.values():
+    finally:
+        for process in running.values():
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-            pytest.fail(f"not done after {SECONDS} s: {', '.join(running)}")
     return done
 
 
@@ -203,7 +187,7 @@ def succeeded(launched, name):
 
 @pytest.fixture(scope="module")
 def ranks(launched):
-    folder, _ = succeeded(launched, "torchrun")
+    folder, _ = succeeded(launched, "driven")
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -234,7 +218,7 @@ def test_weights_masks_projectors_and_rows_are_equal_on_both(ranks):
 
 def test_each_test_image_is_counted_once(launched, ranks):
     """The accuracies are those of one process that evaluates what was saved."""
-    folder, _ = succeeded(launched, "torchrun")
+    folder, _ = succeeded(launched, "driven")
     recipe, _ = read(folder.parent / "recipe.yaml")
     data = make_data(recipe.data, torch.device("cpu"))
     for stage, label in (("01-distill", "distilled"), ("03-share", "shared")):
@@ -252,24 +236,32 @@ def test_each_test_image_is_counted_once(launched, ranks):
 
 
 def test_only_the_main_process_speaks(launched):
-    _, output = succeeded(launched, "torchrun")
+    _, output = succeeded(launched, "driven")
     assert output.count("[1/5] train") == 1 and output.count("== distilled") == 1
 
 
-def test_accelerates_launcher_gives_the_same_bits(launched, ranks):
-    folder, _ = succeeded(launched, "accelerate")
+@pytest.mark.slow
+def test_torchrun_gives_the_same_bits_as_accelerates_launcher(launched, further_launches, ranks):
+    folder, _ = succeeded(further_launches, "torchrun")
     found = report.read(folder / "two")
     assert without_time(found["rows"]) == without_time(json.loads(json.dumps(ranks[0]["rows"])))
     assert found["layers"] == ranks[0]["layers"]
-    other = launched["torchrun"][0]
+    other = launched["driven"][0]
     assert (folder / "two" / "student.tiny").read_bytes() == (other / "two" / "student.tiny").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["flags", "configured"])
-def test_a_launch_that_got_one_process_for_two_stops_and_names_a_command_that_works(launched, name):
-    folder, status, output, errors = launched[name]
+def names_a_command_that_works(folder, status, output, errors):
     assert status != 0 and "returned non-zero exit status 2" in errors
     assert "trainer: the launch requested more processes than the 1 it got" in errors
     assert "torchrun --nproc_per_node N -m trainer run RECIPE" in errors
     assert "Traceback" not in errors.partition("trainer: ")[0]
     assert not list(folder.glob("two")) and "[1/5]" not in output
+
+
+def test_a_launch_that_got_one_process_for_two_stops_and_names_a_command_that_works(launched):
+    names_a_command_that_works(*launched["flags"])
+
+
+@pytest.mark.slow
+def test_a_configured_launch_that_got_one_process_for_two_does_so_too(further_launches):
+    names_a_command_that_works(*further_launches["configured"])

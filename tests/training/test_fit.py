@@ -762,7 +762,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["average", "accumulate", "channels_last", "freeze"])
-@pytest.mark.parametrize("every", [3, 8, 13])
+@pytest.mark.parametrize(
+    "every", [pytest.param(3, marks=pytest.mark.slow), 8, pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, often, settings, every):
     expected = attempt(tmp_path / "whole", **settings)
     assert expected is not None

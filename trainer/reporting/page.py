@@ -206,7 +206,7 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
         names = ["loss", *sorted(terms.keys() - {"loss"})]
         size = (460, 260)
         losses = charts.curves(
-            {name: sorted(terms[name].items()) for name in names},
+            {name: _windows(terms[name]) for name in names},
             size,
             ("step", "loss terms, weighted"),
             log=True,
@@ -218,6 +218,29 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
         ) if accuracies else ""  # fmt: skip
         shown.append((stage, losses, right, names))
     return shown
+
+
+def _windows(means: Mapping[int, float]) -> list[tuple[float, float]]:
+    """Returns a term's means over the steps between two lines of the log, {last step: mean}, as points of a curve.
+
+    A mean over fewer than half as many steps as the longest, as at the end of an epoch, is noise: it joins the next one, at the
+    end the one before. What is not finite stands alone.
+    """
+    steps = sorted(means)
+    lengths = {step: max(1, step - before) for before, step in zip([0, *steps], steps, strict=False)}
+    groups: list[list[int]] = [[]]
+    for step in steps:
+        if math.isfinite(means[step]):
+            groups[-1].append(step)
+            if 2 * sum(lengths[one] for one in groups[-1]) >= max(lengths.values()):
+                groups.append([])
+    last = groups.pop()
+    groups = [*groups[:-1], groups[-1] + last] if groups else [last]
+    points = [(step, means[step]) for step in steps if not math.isfinite(means[step])]
+    for group in filter(None, groups):
+        weight = sum(lengths[step] for step in group)
+        points.append((group[-1], sum(lengths[step] * means[step] for step in group) / weight))
+    return sorted(points)
 
 
 def _strips(

@@ -96,12 +96,13 @@ function play(root) {
         weight += data[4 * i]; x += a * data[4 * i]; y += b * data[4 * i];
       }
       if (!weight) return;
-      // As MNIST's digits were made: the drawing fits 20 of 28 pixels, and its centre of mass is the image's.
-      const side = Math.max(right - left, bottom - top) * 28 / 20;
+      // As MNIST's digits were made: the drawing fits a part of the image (20 of 28 pixels there), its centre of mass is the image's.
+      const side = Math.max(right - left, bottom - top) / reading.ink;
+      const from = (centre, low, high) => Math.max(high - side, Math.min(low, centre - side / 2));  // nothing is cut off
       const inner = document.createElement("canvas").getContext("2d");
       inner.canvas.width = inner.canvas.height = size;
       inner.fillRect(0, 0, size, size);
-      inner.drawImage(board, x / weight - side / 2, y / weight - side / 2, side, side, 0, 0, size, size);
+      inner.drawImage(board, from(x / weight, left, right), from(y / weight, top, bottom), side, side, 0, 0, size, size);
       ask(brought(inner.getImageData(0, 0, size, size).data, size, size));
     };
     let last = null;
