@@ -118,7 +118,7 @@ def test_a_run_has_no_row_of_such_a_teacher_and_no_agreement(recipe, tmp_path, n
     assert "answers are kept" in capsys.readouterr().out
 
 
-def test_a_report_is_written(recipe, tmp_path):
+def test_a_report_is_written(recipe, tmp_path, plots):
     recipe["stages"] = recipe["stages"][:1]
     trainer.run(written(tmp_path, recipe), folder=tmp_path)
     assert "distilled" in (tmp_path / "x/report.md").read_text()

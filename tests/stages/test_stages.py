@@ -97,6 +97,7 @@ def main(tmp_path_factory):
     folder = tmp_path_factory.mktemp("main")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "_in_fresh_process", making.FRESH_PROCESS)
+        making.put_plots_in(patch)
         return folder, run(folder, MAIN)
 
 
