@@ -15,10 +15,11 @@ from torch import nn
 import trainer
 from trainer.data.image_file import read_image
 from trainer.data.reading import FITS, Reading
-from trainer.exporting.export import subject_of
+from trainer.exporting.export import export, subject_of
 from trainer.exporting.player import ask, player
 from trainer.exporting.script import _library, script_of
 from trainer.exports.page import page
+from trainer.mistakes import Mistake
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs node: apt-get install nodejs")
 
@@ -118,6 +119,39 @@ def test_an_image_is_brought_in_as_by_the_reader(tmp_path, name, size, fit):
         ).stdout
         expected = read_image(Image.fromarray(pixels, "RGBA"), reading).numpy()
         assert np.abs(np.frombuffer(out, np.uint8).astype(int) - expected.reshape(-1)).max() == 0
+
+
+class Several(nn.Module):
+    """An image becomes three, each of which goes through the same layers."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.reshape(-1, 1, 6, 6)).reshape(-1, 3, 8).sum(1)
+
+
+@needs_node
+def test_an_image_that_becomes_several(tmp_path):
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.MaxPool2d(2), nn.Flatten())
+    ours, theirs = answers(Several(inner), (3, 6, 6), tmp_path)
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["page", "c"])
+def test_several_sequences_of_an_image_are_refused(target):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(6, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.lstm(x.reshape(-1, 6, 6))[0].reshape(-1, 3, 24).sum(1)
+
+    with pytest.raises(Mistake, match=f"to {target}: layer 'lstm': operator lstm of 3 sequences an image"):
+        export(Rows(), "unused", target, shape=(3, 6, 6))
 
 
 @needs_node

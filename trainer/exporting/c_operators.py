@@ -9,7 +9,7 @@ import numpy as np
 from trainer.exporting.c_constants import Constants
 from trainer.exporting.c_shapes import AXES, fewest, loops, plain_steps, sides, steps_to
 from trainer.exporting.c_weights import literal
-from trainer.exporting.graph import Graph, Node
+from trainer.exporting.graph import Graph, Node, check_sequences
 from trainer.mistakes import Mistake
 
 
@@ -324,6 +324,7 @@ LINES: dict[str, _Line] = {
 
 def check(graph: Graph) -> None:
     """Raises Mistake for a node that no function of C is written for, though its operator is."""
+    check_sequences(graph, "c")
     for node in graph.nodes:
         trouble = None
         shape = list(graph.shape(node.inputs[0])) if node.inputs else []

@@ -48,6 +48,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.mistakes import Mistake
+
 OPS = frozenset(
     """conv linear batch_norm layer_norm group_norm lstm gru max_pool avg_pool mean amax relu hardswish hardsigmoid silu
     sigmoid tanh mish exp sqrt neg abs erf clamp gelu leaky_relu elu prelu softplus softmax power add sub mul div matmul
@@ -104,3 +106,15 @@ class Graph:
         """Returns {value: number of the last node that reads it}; the logits are read after the last node."""
         found = {name: number for number, node in enumerate(self.nodes) for name in node.inputs}
         return found | {self.output: len(self.nodes)}
+
+
+def check_sequences(graph: Graph, target: str) -> None:
+    """Raises Mistake for a recurrent layer that reads several sequences of one image, which `target` does not write."""
+    for node in graph.nodes:
+        if node.op not in ("lstm", "gru"):
+            continue
+        count = graph.shape(node.inputs[0])[0 if node.attributes["batch_first"] else 1]
+        if count != 1:
+            raise Mistake(
+                f"to {target}: layer {node.layer!r}: operator {node.op} of {count} sequences an image cannot be written for this target"
+            )

@@ -165,15 +165,20 @@ def _two_axes(at: _At, *names: str) -> list[list[int]]:
     return found
 
 
+def _each(at: _At, x: str, line: Callable[[str], str]) -> str:
+    """Returns a line that is done to each of the images that one image has become."""
+    count = at.shape()[0]
+    return line(x) if count == 1 else f"each({x}, {count}, x => {line('x')})"
+
+
 def _conv(at: _At, x: list[str]) -> str:
     weight = at.array("weight")
     assert weight is not None
     kernel = list(weight.shape[1:]) if weight.ndim == 4 else [weight.shape[1], 1, weight.shape[2]]
     stride, padding, dilation = _two_axes(at, "stride", "padding", "dilation")
-    return (
-        f"conv({x[0]}, {at.weight('weight')}, {at.weight('bias')}, {_plane(at.shape())}, {_plane(at.out())}, {kernel}, "
-        f"{stride}, {padding}, {dilation}, {at.a['groups']})"
-    )
+    facts = f"{_plane(at.shape())}, {_plane(at.out())}, {kernel}, {stride}, {padding}, {dilation}, {at.a['groups']}"
+    weights = f"{at.weight('weight')}, {at.weight('bias')}"
+    return _each(at, x[0], lambda one: f"conv({one}, {weights}, {facts})")
 
 
 def _affine(at: _At, x: str, scale: np.ndarray, shift: np.ndarray, inner: int) -> str:
@@ -214,10 +219,8 @@ def _pool(mean: bool) -> _Line:
         kernel, stride, padding = _two_axes(at, "kernel", "stride", "padding")
         dilation = [1, 1] if mean else _two_axes(at, "dilation")[0]
         counted = "true" if mean and at.a["count_padding"] else "false"
-        return (
-            f"pooled({x[0]}, {_plane(at.shape())}, {_plane(at.out())[1:]}, {kernel}, {stride}, {padding}, {dilation}, "
-            f"{str(mean).lower()}, {counted})"
-        )
+        facts = f"{_plane(at.shape())}, {_plane(at.out())[1:]}, {kernel}, {stride}, {padding}, {dilation}"
+        return _each(at, x[0], lambda one: f"pooled({one}, {facts}, {str(mean).lower()}, {counted})")
 
     return line
 

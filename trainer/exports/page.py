@@ -1,15 +1,22 @@
 """One HTML file with the student alive inside."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt
 
+from trainer.exporting.graph import Graph, check_sequences
 from trainer.exporting.player import ask, player, seconds
 from trainer.exporting.script import LINES, script_of
 from trainer.exporting.subject import Exported, Subject
 
 OPS = frozenset(LINES)
+
+
+def check_graph(settings: Any, graph: Graph) -> None:
+    """Raises Mistake for a layer that cannot be written."""
+    check_sequences(graph, "page")
 
 
 def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Exported:

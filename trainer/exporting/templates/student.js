@@ -157,6 +157,10 @@ function concat(parts, shapes, axis) {
   });
   return out;
 }
+function each(x, count, f) {
+  const size = x.length / count, parts = Array.from({length: count}, (_, i) => f(x.subarray(i * size, (i + 1) * size)));
+  return concat(parts, parts.map(part => [part.length]), 0);
+}
 function binary(x, xs, y, ys, to, f) {
   const a = spread(x, xs, to), b = spread(y, ys, to);
   return a.map((value, i) => f(value, b[i]));
