@@ -25,6 +25,7 @@ class Last(nn.Module):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_the_last_state_of_one_layer_is_exported(kind, bidirectional, tmp_path):
+    pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     net = Last(kind, "output", bidirectional=bidirectional)
     [row] = trainer.export(net, tmp_path / "out", "onnx", shape=(1, 4, 6))
