@@ -25,11 +25,24 @@ def write_onnx(subject: Subject, path: Path, compressed: bool) -> Exported:
     """
     needed("onnxruntime", "onnx")
     made = write_nodes(subject.graph)
-    if compressed:
-        compress(made)
-    data = serialized(made, subject.shape, len(subject.classes) or None, metadata(subject))
-    path.write_bytes(data)
+    facts = subject.shape, len(subject.classes) or None
+    dense = serialized(made, *facts, {}) if compressed else b""
+    num_compressed = compress(made) if compressed else 0
+    path.write_bytes(serialized(made, *facts, metadata(subject)))
+    if num_compressed:
+        _check_same(path, dense, subject)
     return opened(path, subject)
+
+
+def _check_same(path: Path, dense: bytes, subject: Subject) -> None:
+    """Raises RuntimeError unless a compressed file answers the test vector with the bits of the dense one."""
+    runtime = needed("onnxruntime", "onnx")
+    image = {IMAGE: subject.normalized(subject.test_vector()[0][None])}
+    ours, theirs = (session_of(runtime, file).run(None, image)[0] for file in (path, dense))
+    if not np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)):
+        raise RuntimeError(
+            f"{path.name}: its weights are not those of the dense file when a session has read them"
+        )
 
 
 def metadata(subject: Subject) -> dict[str, str]:

@@ -10,11 +10,15 @@ from trainer.exporting.installed import needed
 
 
 def session_of(
-    runtime: Any, path: Path, optimized: Path | None = None, level: Any = None, threads: int | None = None
+    runtime: Any,
+    file: Path | bytes,
+    optimized: Path | None = None,
+    level: Any = None,
+    threads: int | None = None,
 ) -> Any:
     """Returns a session on the CPU.
 
-    optimized: where the graph that it runs is written; level: of onnxruntime's optimizations (all); threads: those of torch
+    file: the file, or its content; optimized: where the graph that it runs is written; level: of onnxruntime's optimizations (all); threads: those of torch
     when not given.
     """
     if threads is None:
@@ -27,7 +31,9 @@ def session_of(
         options.optimized_model_filepath = str(optimized)
     if level is not None:
         options.graph_optimization_level = level
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(
+        file if isinstance(file, bytes) else str(file), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def prepare(file: str, threads: int) -> Load:
