@@ -105,6 +105,31 @@ def test_a_worker_that_dies_or_hangs_is_said(monkeypatch, act, words):
     assert time.monotonic() - started < 20 and len(str(found.value)) < 300
 
 
+def told_to_end(number):
+    def act(positions):
+        if 32 in positions:
+            os.kill(os.getpid(), number)
+
+    return act
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_run_leaves_it_its_workers(number):
+    """As `timeout` and a terminal that closes send it: the run itself ends after its step, which needs batches."""
+    got = read(OnDisk(told_to_end(number)), 2)
+    assert torch.equal(torch.cat([index for *_, index in got]), torch.arange(64))
+
+
+def test_its_own_run_ends_a_worker_at_once():
+    part = Part(OnDisk(told_to_end(signal.SIGTERM)), torch.arange(64), 1, 4)
+    list(batches(part, list(torch.arange(64).split(16)), 1, CPU))
+    [worker] = workers._crews[-1].loader._iterator._workers
+    started = time.monotonic()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0 and time.monotonic() - started < 10
+
+
 def test_other_errors_of_a_worker_stay_what_they_are():
     def fail(positions):
         raise RuntimeError("of the dataset")

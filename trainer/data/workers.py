@@ -5,6 +5,8 @@ The workers of a part stay from one epoch to the next.
 
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -150,6 +152,7 @@ def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
         timeout=SECONDS + SECONDS_PER_IMAGE * largest if workers else 0,
         pin_memory=pinned,
         persistent_workers=workers > 0,
+        worker_init_fn=_outlive,
     )
     crew = _Crew(part, made_for, order, loader, places)
     if workers:
@@ -158,6 +161,24 @@ def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
             _dismiss(other)
         _crews.append(crew)
     return crew
+
+
+def _outlive(_worker: int) -> None:
+    """Makes a worker end when its run tells it to, and not at a SIGTERM or SIGHUP that comes from elsewhere.
+
+    `timeout`, a closed terminal and a scheduler send them to all processes of a run, and the run still needs batches to end its
+    step. (A worker whose run has died ends by itself.)
+    """
+    if hasattr(signal, "sigwaitinfo"):  # which alone tells the sender; macOS and Windows have none
+        numbers = [signal.SIGTERM, signal.SIGHUP]
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        threading.Thread(target=_end_when_told, args=(numbers,), daemon=True).start()
+
+
+def _end_when_told(numbers: list[int]) -> None:
+    while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _places(workers: int, batch_bytes: int) -> Tensor | None:
