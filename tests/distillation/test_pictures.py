@@ -81,7 +81,7 @@ def test_a_view_shows_the_same_at_two_sizes(folder, augment):
     shown = functional.interpolate(large, size=(SMALL, SMALL), mode="bilinear", antialias=True)
     other = Views(data).of(index, 4)
     apart, views_apart = (shown - small).abs().mean(), (other - small).abs().mean()
-    assert apart < 0.02 < views_apart / 2
+    assert apart < 0.025 < views_apart / 2  # stored pictures are smaller than the originals
 
 
 def test_the_erased_rectangle_is_the_same_at_two_sizes(folder):

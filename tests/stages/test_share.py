@@ -609,7 +609,7 @@ def test_a_run_that_folds_and_tidies_goes_on_after_an_interruption(tmp_path, mon
     [
         ("[{stage: share, bits: 2}, {stage: fold}]", "folds after sharing"),
         ("[{stage: pack, tidy: true}]", "'norm1' stands between"),
-        ("[{stage: fold}, {stage: fold}]", "no BatchNorm that can be folded"),
+        ("[{stage: fold}, {stage: fold}]", "no BatchNorm after a layer"),
     ],
 )
 def test_orders_that_make_no_sense_are_seen_before_anything_is_trained(tmp_path, stages, told):
