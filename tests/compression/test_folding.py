@@ -10,6 +10,7 @@ from trainer.compression.masks import set_mask
 from trainer.compression.parametrizations import Codebook
 from trainer.compression.states import dense_state, restore
 from trainer.compression.weights import weights_of
+from trainer.criteria.channels import channels
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet5_caffe import lenet5_caffe
 from trainer.models.lenet300 import lenet300
@@ -257,6 +258,26 @@ def test_a_network_without_a_setting_for_it_is_folded_too(name):
     data = packed.encode(model, folded, facts)
     network, header = packed.decode(data)
     assert header["net"] == folded and torch.equal(network.eval()(images), found)
+
+
+@pytest.mark.parametrize("first", ["channels", "fold"])
+@pytest.mark.parametrize("name", ["timm/resnet10t", "cifar_resnet"])
+def test_channels_go_before_or_after_folding(name, first):
+    spec = {"model": name} | ({"depth": 8} if name == "cifar_resnet" else {})
+    shape = (1, 32, 32)
+    torch.manual_seed(0)
+    model = build(spec, shape, CLASSES).eval()
+    randomize_norms(model)
+    images = torch.randn(4, *shape)
+    for step in (first, "fold" if first == "channels" else "channels"):
+        if step == "fold":
+            model, spec = folding.fold(model, spec)
+        else:
+            spec = {**spec, "resized": channels(model, images, [], sparsity=0.5)}
+    assert spec["folded"] and spec["resized"]
+    twin = build(spec, shape, CLASSES)
+    restore(twin, {key: value.clone() for key, value in model.state_dict().items()})
+    assert torch.equal(twin.eval()(images), model.eval()(images))
 
 
 @pytest.mark.parametrize("name", ["timm/resnetv2_18"])

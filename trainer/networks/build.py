@@ -68,9 +68,9 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         )
         raise Mistake(f"model {spec['model']!r} cannot be built for images {shape}: {message}") from error
     _materialize(model, shape)
-    resize(model, spec.get("resized", {}))
     if spec.get("folded"):
         remove_norms(model, adjoining(model))
+    resize(model, spec.get("resized", {}))
     take_output(model, spec.get("output"))
     attach(model, spec.get("maps", {}))
     return model

@@ -1,13 +1,10 @@
 """Finds and removes the BatchNorm of networks that have no setting for it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from trainer.mistakes import Mistake
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
@@ -15,7 +12,7 @@ _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 def adjoining(model: nn.Module) -> list[tuple[str, str]]:
     """Returns the pairs (layer, BatchNorm with statistics whose module comes next and has as many channels).
 
-    It goes by the order of the modules, which need not be that of the calls: `check_adjoining` tells.
+    It goes by the order of the modules, which need not be that of the calls: `compression.folding.refuse_unfoldable` tells.
     """
     found, layer = [], None
     for name, module in model.named_modules():
@@ -61,20 +58,3 @@ def randomize_norms(model: nn.Module) -> None:
                 gains = drawn(module.weight)
                 module.weight.copy_(torch.where(gains < 0, gains - 0.5, gains + 0.5))
                 module.bias.copy_(drawn(module.bias) * 0.1)
-
-
-def outputs_of(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
-    """Yields the tensors of the network's answer in evaluation mode."""
-    answer = model.eval()(images)
-    yield from (answer,) if isinstance(answer, Tensor) else answer
-
-
-def refuse_apart(before: list[Tensor], after: list[Tensor]) -> None:
-    """Raises Mistake if the answers differ by more than rounding."""
-    for one, other in zip(before, after, strict=True):
-        difference = (one - other).abs().max().item()
-        if not difference <= 1e-3 * max(1.0, one.abs().max().item()):
-            raise Mistake(
-                "fold: a BatchNorm of the network does not directly follow the layer that stands before it, so it cannot be folded "
-                f"into it (an answer would be {difference:.3g} off)"
-            )
