@@ -1,5 +1,6 @@
 """Learned maps from the student's width to the teacher's."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +20,14 @@ class MapProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
+
+
+def map_projectors(student_maps: list[torch.Size], teacher_maps: list[torch.Size]) -> nn.ModuleList:
+    """Returns a `MapProjector` for each pair of maps' shapes, and the identity where the widths are equal."""
+    return nn.ModuleList(
+        nn.Identity() if student[1] == teacher[1] else MapProjector(student[1], teacher[1])
+        for student, teacher in zip(student_maps, teacher_maps, strict=True)
+    )
 
 
 class EmbeddingProjector(nn.Module):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.projectors import MapProjector
+from trainer.projectors import map_projectors
 from trainer.tensors import full_precision, same_size
 
 
@@ -30,10 +30,7 @@ class fsp(nn.Module):
             raise Mistake(
                 f"fsp: got {len(student_maps)} pair of layers; a flow is between two layers, so 2 or more"
             )
-        self.projectors = nn.ModuleList(
-            nn.Identity() if student[1] == teacher[1] else MapProjector(student[1], teacher[1])
-            for student, teacher in zip(student_maps, teacher_maps, strict=True)
-        )
+        self.projectors = map_projectors(student_maps, teacher_maps)
 
     def forward(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
         student_maps = [

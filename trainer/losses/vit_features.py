@@ -5,7 +5,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from trainer.mistakes import Mistake
-from trainer.projectors import MapProjector
+from trainer.projectors import map_projectors
 from trainer.tensors import full_precision, same_size
 
 
@@ -42,10 +42,7 @@ class vit_features(nn.Module):
             raise Mistake(
                 f"vit_features: got {len(student_maps)} pair of layers; 2 or more are needed, of which the last is generated"
             )
-        self.projectors = nn.ModuleList(
-            nn.Identity() if student[1] == teacher[1] else MapProjector(student[1], teacher[1])
-            for student, teacher in zip(student_maps, teacher_maps, strict=True)
-        )
+        self.projectors = map_projectors(student_maps, teacher_maps)
         width = teacher_maps[-1][1]
         self.token = nn.Parameter(torch.zeros(width))
         self.generate = nn.Sequential(
