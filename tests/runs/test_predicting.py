@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,15 @@ def test_what_arguments_mean(folder, monkeypatch):
     assert [file.rpartition("/")[2] for file in files_of([pattern])][:3] == ["10.png", "12.png", "14.png"]
     monkeypatch.setattr("sys.stdin", io.StringIO("x.png\n\ny z.png\n"))
     assert list(files_of(["-", "none*.png", "w.png"])) == ["x.png", "y z.png", "none*.png", "w.png"]
+
+
+def test_a_folder_by_a_relative_path(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    files = list(files_of(["images"]))
+    assert len(files) == BATCH + 7 and all(Path(file).is_file() for file in files)
+    (folder / "none").mkdir(exist_ok=True)
+    [one] = answers(open_student(folder / "s.tiny"), files_of(["none"]), 1, 1)
+    assert one.file == "none" and "Is a directory" in one.error
 
 
 def test_forms(folder):

@@ -43,13 +43,13 @@ class Answer(NamedTuple):
 def files_of(given: Iterable[str]) -> Iterator[str]:
     """Yields the files that arguments mean: a file, the images below a folder, a pattern, or '-' for paths on stdin.
 
-    What does not exist is yielded as it is: reading it says so.
+    What does not exist and a folder without an image are yielded as they are: reading them says so.
     """
     for name in given:
         if name == "-":
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         elif Path(name).is_dir():
-            yield from (str(Path(name, file)) for file in list_images(Path(name)).files)
+            yield from list_images(Path(name)).files or [name]
         elif not Path(name).exists() and glob.has_magic(name):
             yield from sorted(glob.glob(name, recursive=True)) or [name]
         else:
