@@ -52,7 +52,7 @@ from trainer.training.run import Run
 from trainer.training.weights import create
 
 RECIPE = Path("recipes/fashion_4000.yaml")
-RATES = (2e-3, 5e-3, 1e-2)
+RATES = (5e-3, 1e-2, 2e-2)
 BEST, BEST_SEEDS = 5, 5  # so many rows get so many seeds
 CACHED = 500  # batch size of the teacher while the cache is filled
 
