@@ -194,6 +194,17 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     assert events[events.index("rename") + 1 :] == [str(tmp_path.resolve())]
 
 
+def test_what_a_run_goes_on_from_is_on_the_disk(tmp_path, monkeypatch):
+    checkpoint.save(
+        tmp_path, tensors(1), {"step": 1}
+    )  # as if its writer was killed before it synced the folder
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_ino), sync(handle)))
+    assert checkpoint.load(tmp_path)[1] == {"step": 1}
+    assert tmp_path.stat().st_ino in synced
+    assert checkpoint.load(tmp_path / "none") is None
+
+
 WRITER = """
 import sys, torch
 from pathlib import Path

@@ -118,6 +118,9 @@ def load(
         kind: The type that the facts must have, see `records.read`.
         needed: Names of tensors and states that must be there.
     """
+    if is_main() and Path(folder).is_dir():
+        # A writer may have been killed between the renaming and the sync: what the run goes on from must be on the disk.
+        files.sync_folder(Path(folder))
     name, content = _newest(Path(folder), kind, needed) if is_main() else ("", None)
     name = told(name)
     if name and not is_main():
