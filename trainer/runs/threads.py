@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from trainer.distributed import usable_cores
 from trainer.runs.resuming import facts_of_beginning
+from trainer.training.denormals import flushed
 
 
 @contextlib.contextmanager
@@ -19,8 +20,8 @@ def threads_of_a_run(
 ) -> Iterator[None]:
     """Sets torch's number of threads inside the context, and restores the earlier number on exit.
 
-    A resumed run keeps the number it began with, because the order of sums depends on it, and so do the last bits of
-    the weights.
+    They count denormal numbers as zero. A resumed run keeps the number it began with, because the order of sums depends
+    on it, and so do the last bits of the weights.
 
     Args:
         here: The run's folder.
@@ -49,11 +50,12 @@ def threads_of_a_run(
         )
     if message and accelerator.is_main_process:
         print(message, flush=True)
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with flushed():
+        torch.set_num_threads(number)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def available_threads(num_processes: int) -> int:

@@ -14,6 +14,7 @@ from trainer.distributed import agreed, summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
+from trainer.training.denormals import flushed
 from trainer.training.evaluate import balanced_accuracy, percent_right, predict, truth
 from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
@@ -57,7 +58,7 @@ def fit(
     state = open_training(run, objective, training)
     tally = state.tally
     done = tally["finished"]
-    with run.stop.kept_until_the_step_ends():
+    with flushed(), run.stop.kept_until_the_step_ends():
         run.stop.raise_if_requested()
         while state.epoch < training.epochs and not done:
             images, seconds = tally["images"], tally["seconds"]
