@@ -84,6 +84,21 @@ def test_a_run_that_is_done_only_prints(tmp_path, capsys, monkeypatch):
     assert before == {file: file.stat().st_mtime_ns for file in here.rglob("*") if file.name != ".lock"}
 
 
+def test_damage_of_a_run_that_is_done_is_told(tmp_path, capsys):
+    path = write(tmp_path, ALONE + "  - {stage: pack}\n")
+    runner.run(path, folder=tmp_path)
+    stage = sorted((tmp_path / "alone" / "checkpoints").iterdir())[1]
+    [weights] = stage.glob("*/student.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    [packed] = (tmp_path / "alone").glob("*.tiny")
+    packed.unlink()
+    capsys.readouterr()
+    runner.run(path, folder=tmp_path)
+    [first, second] = capsys.readouterr().err.splitlines()
+    assert stage.name in first and first.endswith("--from 1 makes it anew")
+    assert second.endswith(f"{packed}: is gone or damaged, and --from 2 makes it anew")
+
+
 def test_the_same_recipe_in_other_words_is_the_same(tmp_path):
     runner.run(write(tmp_path, ALONE), folder=tmp_path)
     kept = (tmp_path / "alone" / "report.json").read_bytes()

@@ -292,12 +292,16 @@ def resume(run: Run, stages: list) -> tuple[int, float]:
                 f"{run.folder}: going on after stage {number + 1} of {len(stages)} ({name_of(stages[number])})",
                 flush=True,
             )
-            for before in range(number):
-                name = name_of(stages[before])
-                if wrong := checkpoint.damage(stage_folder(run.folder, before, name)):
-                    say(f"{wrong}; this run does not need it any more, and --from {before} makes it anew")
+            tell_of_damage(run.folder, stages[:number])
         return number + 1, facts["seconds"]
     return 0, 0.0
+
+
+def tell_of_damage(here: Path, stages: list) -> None:
+    """Says which checkpoints of these first stages of a run, which are finished, are damaged."""
+    for number, stage in enumerate(stages):
+        if wrong := checkpoint.damage(stage_folder(here, number, name_of(stage))):
+            say(f"{wrong}; this run does not need it any more, and --from {number} makes it anew")
 
 
 def taught_already(

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from trainer.compression.weights import weights_of
 from trainer.data.batches import seed_of
 from trainer.distributed import is_main, told
+from trainer.mistakes import say
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
 from trainer.recipe.stages import any_teaches, name_of, taught_alike, teaches, training_of
@@ -32,6 +33,7 @@ from trainer.reporting.tables import (
 )
 from trainer.reporting.tracking import tracked
 from trainer.runs.answers import keep_answers
+from trainer.runs.earlier import first_broken
 from trainer.runs.evidence import gather, without_pictures
 from trainer.runs.guards import Untrained, check_at_least, examine, guard_teacher, stop_untrained, warnings_of
 from trainer.runs.opening import folder_of, make_run
@@ -44,6 +46,7 @@ from trainer.runs.resuming import (
     resume,
     stage_number,
     taught_already,
+    tell_of_damage,
     write_recipe,
 )
 from trainer.runs.threads import threads_of_a_run
@@ -244,6 +247,9 @@ def _already_done(here: Path, recipe: Recipe, accelerator: Accelerator) -> dict[
             f"{here}: this recipe has run already; its report:\n\n{_warned(found)}{table(found['rows'], terminal_width())}",
             flush=True,
         )
+        tell_of_damage(here, recipe.stages)
+        if broken := first_broken(here, found):
+            say(f"{broken[1]}: is gone or damaged, and --from {broken[0]} makes it anew")
     for number in range(len(recipe.stages)):
         check_at_least(recipe, found["rows"], number)
     return found
