@@ -115,6 +115,7 @@ def test_without_labels_the_teachers_classes_stand_for_them(batch):
 
 def test_terms_out_of_bounds_are_named_with_the_weight_that_balances_them():
     found = {
+        "cross_entropy": Ratio(1, 1, on_labels=True),
         "hint": Ratio(100, 6.32),
         "review": Ratio(1, 0.05),
         "kl": Ratio(0.9, 3),
@@ -127,6 +128,22 @@ def test_terms_out_of_bounds_are_named_with_the_weight_that_balances_them():
     assert "632 times" in said["hint"] and "weight 0.158" in said["hint"] and "drowns" in said["hint"]
     assert "0.05 times" in said["review"] and "weight 20 " in said["review"]
     assert "no gradient" in said["dead"]
+
+
+def test_terms_without_labels_are_judged_beside_the_first(batch):
+    assert not dict(faults({"kl": Ratio(1, 204)}))  # alone, its scale says nothing
+    said = dict(
+        faults({"kl": Ratio(1, 204), "hint": Ratio(10, 300), "attention": Ratio(1, 4), "dist": Ratio(2, 90)})
+    )
+    assert said.keys() == {"hint", "attention"}
+    assert "14.7 times kl': it drowns kl; weight 0.68 " in said["hint"]
+    assert "0.0196 times kl': it hardly counts; weight 51 " in said["attention"]
+    assert dict(faults({"kl": Ratio(1, 0.0), "hint": Ratio(1, 1)})).keys() == {"kl"}  # no gradient
+    data, guide = some_data(), teacher_of(Small(5))
+    terms = [term(loss="kl"), term(loss="cross_entropy")]
+    images, labels, index = batch
+    found = ratios(Objective(Small(), terms, data, guide), images, labels, index)
+    assert {name: ratio.on_labels for name, ratio in found.items()} == {"kl": False, "cross_entropy": True}
 
 
 def test_a_term_without_a_gradient_is_refused(batch, monkeypatch):

@@ -2,7 +2,8 @@
 
 A term's ratio is the norm of the gradient of the weighted term over the norm of the gradient of the labels' cross-entropy
 (of weight 1, whether it is among the losses or not), both with respect to the trained weights of the student, in float32.
-A term far above 1 drowns the labels; one far below does nothing. What is measured changes nothing of a training.
+A term far above 1 drowns the labels; one far below does nothing. Where no term is on the labels, terms are judged beside
+the first. What is measured changes nothing of a training.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from trainer.distributed import summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import Seen
 from trainer.recipe.keys import WeightSchedule
+from trainer.recipe.terms import TEACHER_WORDS
 
 MOST_IMAGES = 128  # of a process's batch, which bounds the time of large batches
 LEAST, MOST = 0.1, 10.0  # a term with a ratio outside is named
@@ -32,11 +34,13 @@ class Ratio(NamedTuple):
         weight: Its weight at present.
         gradient: The norm of its gradient unweighted, in that of the labels' gradient.
         settled: Whether the weight is the one that the recipe asks for, not on its way there by a schedule.
+        on_labels: Whether the term compares the student with the labels.
     """
 
     weight: float
     gradient: float
     settled: bool = True
+    on_labels: bool = False
 
     @property
     def ratio(self) -> float:
@@ -47,19 +51,23 @@ class Ratio(NamedTuple):
         """The weight that would make the ratio 1; None for a term without a gradient."""
         return 1 / self.gradient if self.gradient else None
 
-    def fault(self) -> str | None:
-        """Says what is wrong with a ratio above MOST or below LEAST; None if nothing is (or a number is not finite)."""
-        if (
-            not self.weight
-            or not self.settled
-            or LEAST <= self.ratio <= MOST
-            or not math.isfinite(self.ratio)
-        ):
+    def fault(self, other: float = 1.0, name: str = "the labels") -> str | None:
+        """Says what is wrong with a gradient more than MOST or less than LEAST times another; None if nothing is.
+
+        Args:
+            other: The ratio of the other term, 1 for the labels.
+            name: Of the other term.
+        """
+        if not self.weight or not self.settled or not math.isfinite(self.ratio):
             return None
         if self.balanced is None:
             return "it gives the student no gradient"
-        does = "drowns the labels" if self.ratio > MOST else "hardly counts"
-        return f"its gradient is {self.ratio:.3g} times the labels': it {does}; weight {self.balanced:.3g} would make that 1"
+        beside = self.ratio / other if other else 1.0
+        if LEAST <= beside <= MOST or not math.isfinite(beside):
+            return None
+        does = f"drowns {name}" if beside > MOST else "hardly counts"
+        weight = self.balanced * other
+        return f"its gradient is {beside:.3g} times {name}': it {does}; weight {weight:.3g} would make that 1"
 
 
 def weighs(objective: Objective) -> bool:
@@ -117,13 +125,25 @@ def ratios(
         if isinstance(bound.weight, WeightSchedule)
         and bound.weight.at(epoch, objective.num_epochs) != bound.weight.full
     }
-    return {name: Ratio(weights[name], norm, name not in on_the_way) for name, norm in found.items()}
+    on_labels = {
+        bound.term
+        for bound in objective.bound
+        if "labels" in bound.asks and not TEACHER_WORDS & set(bound.asks)
+    }
+    return {
+        name: Ratio(weights[name], norm, name not in on_the_way, name in on_labels)
+        for name, norm in found.items()
+    }
 
 
 def faults(found: Mapping[str, Ratio]) -> Iterator[tuple[str, str]]:
-    """Yields (term, what is wrong) for each term whose ratio is out of bounds."""
+    """Yields (term, what is wrong) for each term whose gradient is out of bounds: beside the labels, else the first term."""
+    other, beside = 1.0, "the labels"
+    if not any(ratio.on_labels for ratio in found.values()):
+        beside = next(iter(found), "")
+        other = found[beside].ratio if found else 1.0
     for name, ratio in found.items():
-        if (fault := ratio.fault()) is not None:
+        if (fault := ratio.fault(other, beside)) is not None:
             yield name, fault
 
 
