@@ -855,6 +855,25 @@ def test_a_training_with_other_groups_of_parameters_is_not_gone_on_with(tmp_path
     assert attempt(tmp_path, decay_all=True, **settings) is not None
 
 
+def test_another_number_of_processes_is_said_and_refused_where_epochs_differ(tmp_path, often, capsys):
+    assert attempt(tmp_path, 20, **SETTINGS[0]) is None
+    (newest, *_) = newest_first(tmp_path)
+    tensors, facts = checkpoint.load(newest.parent)
+    assert (facts["processes"], facts["steps_per_epoch"]) == (1, 3)
+    states = {"optimizer": tensors.pop("optimizer")}
+
+    def kept(**changed):
+        checkpoint.save(newest.parent, tensors, facts | changed, states=states)
+
+    kept(processes=2, steps_per_epoch=2)
+    with pytest.raises(Mistake, match="began with 2 processes and 2 steps an epoch; with 1 process .* has 3"):
+        attempt(tmp_path, **SETTINGS[0])
+    kept(processes=2)
+    capsys.readouterr()
+    assert attempt(tmp_path, **SETTINGS[0]) is not None
+    assert "began with 2 processes and goes on with 1 process" in capsys.readouterr().err
+
+
 # a whole run, killed
 
 RECIPE = """

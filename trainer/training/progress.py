@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import torch
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from trainer.distillation.objective import Objective
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, say
 from trainer.storage import checkpoint
 from trainer.training.optimizer import Averaged
 from trainer.training.run import Run
@@ -69,10 +69,19 @@ class _Facts(TypedDict):
     step: NonNegativeInt
     tally: _Tally
     layers: dict[str, dict[str, Any]]
+    processes: NotRequired[PositiveInt]
+    steps_per_epoch: NotRequired[PositiveInt]
 
 
 class Progress:
-    """The checkpoints of a training: parameters, buffers, optimizer, average, best weights, steps done."""
+    """The checkpoints of a training: parameters, buffers, optimizer, average, best weights, steps done.
+
+    Args:
+        run: The run.
+        folder: Of the checkpoints.
+        objective, optimizer, averaged: What is saved and loaded.
+        steps_per_epoch: Of this training, which a resumed one must have too.
+    """
 
     def __init__(
         self,
@@ -81,8 +90,10 @@ class Progress:
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         averaged: Averaged | None,
+        steps_per_epoch: int,
     ) -> None:
         self.run, self.folder, self.objective = run, folder, objective
+        self.steps_per_epoch = steps_per_epoch
         self.optimizer, self.averaged = optimizer, averaged
         self.best: dict[str, Tensor] | None = None
 
@@ -105,7 +116,13 @@ class Progress:
         if self.run.cache is not None:
             self.run.cache.file.sync()
         if accelerator.is_main_process:
-            facts = {"step": step, "tally": tally, "layers": self.run.layers}
+            facts = {
+                "step": step,
+                "tally": tally,
+                "layers": self.run.layers,
+                "processes": accelerator.num_processes,
+                "steps_per_epoch": self.steps_per_epoch,
+            }
             groups, states = {"objective": self.objective.state_dict()}, {}
             if not tally["finished"]:
                 states["optimizer"] = self.optimizer.state_dict()
@@ -124,10 +141,27 @@ class Progress:
         kept, own = state["param_groups"], self.optimizer.param_groups
         return [len(group["params"]) for group in kept] == [len(group["params"]) for group in own]
 
+    def _compare_processes(self, facts: dict[str, Any]) -> None:
+        """Says that another number of processes goes on. Raises Mistake if the epochs have other steps by that."""
+        now, kept = self.run.accelerator.num_processes, facts.get("processes")
+        if kept is None or kept == now or facts["tally"]["finished"]:
+            return
+        began = f"{self.folder}: began with {_counted(kept)}"
+        if facts.get("steps_per_epoch", self.steps_per_epoch) != self.steps_per_epoch:
+            raise Mistake(
+                f"{began} and {facts['steps_per_epoch']} steps an epoch; with {_counted(now)} an epoch has "
+                f"{self.steps_per_epoch}, and it cannot go on: start as many as before"
+            )
+        if self.run.accelerator.is_main_process:
+            say(
+                f"{began} and goes on with {_counted(now)}: rounding, and BatchNorm's statistics, depend on it"
+            )
+
     def load(self) -> tuple[int, dict]:
         """Loads the newest valid checkpoint, if any; returns the steps done and the tally.
 
-        Raises Mistake for a checkpoint of an older version of the program.
+        Raises Mistake for a checkpoint of an older version of the program, and for one whose epochs had another number of
+        steps: the order of the images follows from the step.
         """
         found = checkpoint.load(self.folder, _Facts, ("objective",))
         if found is None:
@@ -138,6 +172,7 @@ class Progress:
                 f"{self.folder}: an older version of the program was interrupted in this training, and this one cannot go on from "
                 "there: remove that folder, and the training begins anew; the stages before it stand"
             )
+        self._compare_processes(facts)
         self.run.log.numbers(self.run.stage_name, facts["step"], resumed=1)
         self.run.layers = facts["layers"]
         self.objective.load_state_dict(groups["objective"])
@@ -150,3 +185,7 @@ class Progress:
                     tensor.copy_(groups["average"][str(i)])
             self.best = groups.get("best")
         return facts["step"], facts["tally"]
+
+
+def _counted(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"

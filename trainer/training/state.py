@@ -177,11 +177,11 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
         objective.leave_out_of_compile()
         wrapped = torch.compile(wrapped)
     attach(objective, learning=True)
-    progress = Progress(run, folder, objective, optimizer, averaged)
-    step, tally = progress.load()
     processes = run.accelerator.num_processes
     num_batches = batches_of_an_epoch(len(run.data.train), training.batch_size, processes)
     steps_per_epoch = math.ceil(num_batches / training.accumulate)
+    progress = Progress(run, folder, objective, optimizer, averaged, steps_per_epoch)
+    step, tally = progress.load()
     now = time.monotonic()
     state = State(
         run=run,
