@@ -86,6 +86,20 @@ def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder
     assert "more than the 10 s asked for" in (folder / "r.yaml").read_text()
 
 
+@pytest.mark.parametrize(("budget", "sparsity"), [("2m", None), ("12m", 0.5), ("60m", 0.8)])
+def test_a_large_network_is_pruned_where_there_are_steps_for_it(
+    folder, capsys, monkeypatch, budget, sparsity
+):
+    """160 images in batches of 8: 1 epoch is 20 steps."""
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(12.0, 55.0))
+    photographs(folder / "photos", {"a": 100, "b": 100}, size=(130, 130))
+    text = written(capsys, "photos", "--budget", budget)
+    (folder / "r.yaml").write_text(text)
+    prune = [stage for stage in read("r.yaml")[1]["stages"] if stage["stage"] == "prune"]
+    assert [stage["sparsity"] for stage in prune] == ([sparsity] if sparsity else [])
+    assert ("# Short:  nothing is pruned" in text) == (sparsity is None)
+
+
 @pytest.mark.parametrize(
     ("parts", "validation"), [(("train", "test"), 0.1), (("train", "val", "test"), None)]
 )

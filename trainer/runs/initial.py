@@ -33,6 +33,7 @@ RARE = 3  # from this ratio of the largest class to the smallest on, rare classe
 LARGE = 1_000_000  # weights of a student that does not go into a web page
 TIMED_BATCH = 8
 FEW_STEPS = 200  # of pruning
+LEAST_STEPS = 100  # a large network that is pruned in fewer forgets what it knew: tried with 18
 FEW_TESTED = 100  # pictures: fewer tell networks apart only by points
 COLUMN = 50  # where comments begin, after lines that are shorter
 
@@ -207,7 +208,9 @@ def _text(
     )
     large = sum(p.numel() for p in network.parameters()) > LARGE
     # Four of five weights can go where the rest has steps enough to learn anew.
-    sparsity = 0.8 if large and plan.prune * len(source.train) / batch >= FEW_STEPS else 0.5
+    steps = plan.prune * len(source.train) / batch
+    sparsity = 0.8 if large and steps >= FEW_STEPS else 0.5
+    prunes = not large or steps >= LEAST_STEPS
     pretrained = bool({"checkpoint", "pretrained"} & learns.keys())
     size = str(height) if height == width else f"[{height}, {width}]"
     balance = ", sampler: balanced" if rare else ""
@@ -226,6 +229,14 @@ def _text(
         + " images a class"
     )
     num_test = len(source.test)
+    pruning = [
+        ("  - stage: prune", "weights become zero, which take little room in the file"),
+        ("    method: magnitude", "the smallest first"),
+        (f"    sparsity: {sparsity}", "the fraction of zeros: more is smaller, and costs accuracy from some point on"),
+        ("    schedule: cubic", "gradually, while the others learn"),
+        (f"    training: {training(plan.prune, '5e-4' if pretrained else '2e-3', 'cosine')}", "zeros stay zero"),
+        ("    losses: *taught", "as above"),
+    ]  # fmt: skip
     lines: list[tuple[str, str]] = [
         (f"name: {name}", f"the run's folder is runs/{name}"),
         ("data:", f"{len(source.classes)} classes, {len(source.train):,} training images, {few}"),
@@ -245,16 +256,11 @@ def _text(
         ("    who: teacher", "it never changes after that"),
         (f"    training: {training(plan.teacher, '1e-3', 'one_cycle')}", "rare classes drawn as often as others" if rare else "more epochs where there is time"),
         ("  - stage: distill", "the student learns from the labels and from the teacher"),
-        (f"    training: {training(plan.distill, '1e-3' if pretrained else '4e-3', 'one_cycle')}", "epochs after the first views take the kept answers"),
+        (f"    training: {training(plan.distill + (0 if prunes else plan.prune), '1e-3' if pretrained else '4e-3', 'one_cycle')}", "epochs after the first views take the kept answers"),
         ("    losses: &taught", "each is a file of trainer/losses/; trainer list losses"),
         ("      - {loss: cross_entropy}", "the labels"),
         ("      - {loss: dist}", "the teacher's probabilities, by their correlation"),
-        ("  - stage: prune", "weights become zero, which take little room in the file"),
-        ("    method: magnitude", "the smallest first"),
-        (f"    sparsity: {sparsity}", "the fraction of zeros: more is smaller, and costs accuracy from some point on"),
-        ("    schedule: cubic", "gradually, while the others learn"),
-        (f"    training: {training(plan.prune, '5e-4' if pretrained else '2e-3', 'cosine')}", "zeros stay zero"),
-        ("    losses: *taught", "as above"),
+        *(pruning if prunes else []),
         ("  - stage: share", "each layer gets a few values that its weights share"),
         (f"    bits: {6 if large else 5}", f"so {2 ** (6 if large else 5)} values"),
         (f"    training: {training(plan.share, '2e-4' if pretrained else '5e-4', 'cosine')}", "the values learn"),
@@ -280,6 +286,8 @@ def _text(
             f"# Few:    {num_test} test pictures: each is {100 / num_test:.2g} points of accuracy, so small differences mean "
             "nothing. More pictures help most."
         )
+    if not prunes:
+        head.append("# Short:  nothing is pruned in so few steps; a longer --budget adds a stage prune.")
     return "\n".join([*head, *(f"{line:{COLUMN - 2}}  # {comment}" for line, comment in lines)]) + "\n"
 
 
