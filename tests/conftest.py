@@ -44,11 +44,6 @@ def plots(monkeypatch):
     making.put_plots_in(monkeypatch)
 
 
-@pytest.fixture
-def no_plots():
-    """Says that a test needs no plots, which is so by itself."""
-
-
 @pytest.fixture(scope="session", autouse=True)
 def decoded_here():
     """Packed files are decoded in this process: a fresh Python with its imports takes seconds each time.

@@ -74,7 +74,7 @@ def test_a_loss_that_asks_for_its_logits_is_refused(loss):
 
 
 @pytest.fixture
-def no_plots(monkeypatch):
+def no_report(monkeypatch):
     monkeypatch.setattr(report, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
 
 
@@ -109,7 +109,7 @@ def written(folder, recipe):
     return str(folder / "x.yaml")
 
 
-def test_a_run_has_no_row_of_such_a_teacher_and_no_agreement(recipe, tmp_path, no_plots, capsys):
+def test_a_run_has_no_row_of_such_a_teacher_and_no_agreement(recipe, tmp_path, no_report, capsys):
     path = written(tmp_path, recipe)
     assert main(["check", "--build", path]) == 0
     found = trainer.run(path, folder=tmp_path)
@@ -157,7 +157,7 @@ def test_check_tells_what_cannot_be(change, told, recipe, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_a_linear_probe_is_a_trained_head_and_teaches(recipe, tmp_path, no_plots):
+def test_a_linear_probe_is_a_trained_head_and_teaches(recipe, tmp_path, no_report):
     """`train_only: head` on the same weights: the classifier is new, all else stays; then its logits can be had."""
     teacher = {key: value for key, value in recipe["teacher"].items() if key != "head"}
     stages = [

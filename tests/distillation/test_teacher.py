@@ -28,9 +28,6 @@ DISTILL = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 def written(folder, text):
     path = folder / "given.yaml"
     path.write_text(text)

@@ -47,7 +47,7 @@ def recipe(tmp_path, monkeypatch):
     return tmp_path / "r.yaml"
 
 
-def test_each_loss_is_weighed_and_named_with_the_weight_that_balances_it(recipe, capsys, no_plots):
+def test_each_loss_is_weighed_and_named_with_the_weight_that_balances_it(recipe, capsys):
     assert main(["check", str(recipe), "--measure"]) == 0
     before = capsys.readouterr().out
     assert "the teacher has learnt nothing yet" in before

@@ -61,7 +61,7 @@ def test_the_mean_is_of_probabilities_each_of_a_students_own_input():
             together({"a.tiny": one, "b.tiny": changed})
 
 
-def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys, no_plots):
+def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys):
     run_here(monkeypatch)
     assert main(["ensemble", str(recipe), "--seeds", "3"]) == 0
     told = capsys.readouterr().out

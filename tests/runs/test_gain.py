@@ -35,7 +35,7 @@ def recipe(tmp_path, monkeypatch):
     return tmp_path / "r.yaml"
 
 
-def test_gain_is_that_of_the_same_student_without_a_teacher(recipe, monkeypatch, capsys, no_plots):
+def test_gain_is_that_of_the_same_student_without_a_teacher(recipe, monkeypatch, capsys):
     commands = run_here(monkeypatch)
     assert main(["gain", str(recipe), "--seeds", "2"]) == 0
     assert len(commands) == 5  # the teacher, and two arms of two seeds
@@ -74,7 +74,7 @@ def test_gain_is_that_of_the_same_student_without_a_teacher(recipe, monkeypatch,
     assert commands == []
 
 
-def test_each_arm_takes_the_rate_that_validates_best(recipe, monkeypatch, capsys, no_plots):
+def test_each_arm_takes_the_rate_that_validates_best(recipe, monkeypatch, capsys):
     rows = {
         ("taught", 1e-3): (60, 90), ("taught", 4e-3): (70, 10), ("labels", 1e-3): (80, 20), ("labels", 4e-3): (75, 99)
     }  # fmt: skip

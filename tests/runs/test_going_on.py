@@ -23,7 +23,7 @@ from trainer.storage import checkpoint
 from trainer.training import fit
 from trainer.training.progress import Progress
 
-pytestmark = pytest.mark.usefixtures("no_plots", "taken_over")
+pytestmark = pytest.mark.usefixtures("taken_over")
 
 RECIPE = """
 name: more

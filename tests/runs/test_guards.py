@@ -13,7 +13,7 @@ from trainer.runs.guards import Untrained
 from trainer.stages import train as train_module
 from trainer.training.evaluate import guessing
 
-pytestmark = pytest.mark.usefixtures("no_plots", "untrained_refused")
+pytestmark = pytest.mark.usefixtures("untrained_refused")
 
 # A learning rate of 1e-9 teaches nothing.
 RECIPE = """

@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "augment", ["light", "{random_resized_crop: {}, hue: 0.1, blur: 1, rand_augment: {}}"]
 )
-def test_neither_store_nor_workers_change_a_bit(folder, tmp_path, no_plots, augment):
+def test_neither_store_nor_workers_change_a_bit(folder, tmp_path, augment):
     found = []
     for number, (workers, store) in enumerate(
         [(2, "{short_side: 32}"), (0, "{short_side: 32}"), (0, "{short_side: 32, limit_gib: 1.0e-6}")]

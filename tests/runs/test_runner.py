@@ -52,9 +52,6 @@ stages:
 """
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 def write(folder, text, name="given.yaml"):
     path = folder / name
     path.write_text(text)

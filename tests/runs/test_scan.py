@@ -24,9 +24,6 @@ SHARE = "  - {stage: share, values: 6}\n"
 STD = "  - {stage: prune, sensitivity: 1.0, exclude: [last]}\n"
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which the first stage has run already."""

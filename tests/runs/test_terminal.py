@@ -1,7 +1,5 @@
 """A run on a terminal: one bar, whose lines stand above it, and tables that fit."""
 
-import pytest
-
 from tests.terminal import terminal
 from trainer.runs import runner
 
@@ -15,7 +13,6 @@ stages:
 """
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_run_leaves_whole_lines_behind(tmp_path):
     (tmp_path / "seen.yaml").write_text(RECIPE)
     with terminal(60) as shown:

@@ -45,7 +45,7 @@ def test_each_run_has_a_process_and_its_share_of_the_cores(recipe, tmp_path, mon
     assert run_all(jobs[:1]) == [report]
 
 
-def test_the_table_has_mean_spread_and_worst_of_each_row(recipe, monkeypatch, capsys, no_plots):
+def test_the_table_has_mean_spread_and_worst_of_each_row(recipe, monkeypatch, capsys):
     commands = run_here(monkeypatch)
     assert main(["trials", str(recipe), "--seeds", "3", "--set", "stages.0.training.lr=2e-3"]) == 0
     assert [words[words.index("--set") + 1] for words in commands] == ["stages.0.training.lr=0.002"] * 3

@@ -48,7 +48,7 @@ def smallest(name: str) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
+def no_report(monkeypatch):
     monkeypatch.setattr(report, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
 
 

@@ -29,7 +29,7 @@ CHAIN = {
 
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
+def no_report(monkeypatch):
     monkeypatch.setattr(report, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
 
 

@@ -666,7 +666,7 @@ def test_resizing_every_kind_of_layer():
 
 
 def test_a_run_goes_on_after_channels_were_removed_and_a_fresh_process_decodes_the_file(
-    tmp_path, fresh_process, no_plots, capsys
+    tmp_path, fresh_process, capsys
 ):
     path = tmp_path / "given.yaml"
     path.write_text(

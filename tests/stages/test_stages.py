@@ -298,7 +298,7 @@ def rounded_share(weights, share):
     return {name: round(share * weight.numel()) for name, weight in weights.items()}
 
 
-def test_prune_by_standard_deviation(tmp_path, no_plots):
+def test_prune_by_standard_deviation(tmp_path):
     result, before, after = pruned_by(tmp_path, "sensitivity: 0.8")
     assert [row["stage"] for row in result["rows"]] == ["trained", "pruned"]
     for layer in result["layers"]:
@@ -309,7 +309,7 @@ def test_prune_by_standard_deviation(tmp_path, no_plots):
         assert torch.equal(after[layer["layer"]].value, expected)
 
 
-def test_prune_each_layer_by_its_own_sensitivity(tmp_path, no_plots):
+def test_prune_each_layer_by_its_own_sensitivity(tmp_path):
     own = {"conv1": 0.2, "conv2": 0.4, "fc1": 0.9, "fc2": 0.8}
     result, before, after = pruned_by(tmp_path, f"sensitivity: {json.dumps(own)}, exclude: [last]")
     for name, place in after.items():
@@ -322,7 +322,7 @@ def test_prune_each_layer_by_its_own_sensitivity(tmp_path, no_plots):
     assert [layer["thresholds"] is None for layer in result["layers"]] == [False] * 4 + [True]
 
 
-def test_prune_magnitude_leaves_alone_what_is_kept(tmp_path, no_plots):
+def test_prune_magnitude_leaves_alone_what_is_kept(tmp_path):
     _, before, after = pruned_by(tmp_path, "method: magnitude, sparsity: 0.7, exclude: [first, fc2]")
     for name, place in after.items():
         zeros = int((place.value == 0).sum())
@@ -330,7 +330,7 @@ def test_prune_magnitude_leaves_alone_what_is_kept(tmp_path, no_plots):
 
 
 @pytest.mark.parametrize("settings", ["method: lamp", "method: magnitude, scope: global"])
-def test_prune_over_all_layers_together(tmp_path, no_plots, settings):
+def test_prune_over_all_layers_together(tmp_path, settings):
     result, before, after = pruned_by(tmp_path, f"{settings}, sparsity: 0.8")
     total = sum(weight.numel() for weight in before.values())
     zeros = {name: int((place.value == 0).sum()) for name, place in after.items()}
@@ -350,7 +350,7 @@ def compress_scores(weight, settings):
     return torch.stack([value / square[square >= value].sum() for value in square])
 
 
-def test_prune_gradually_ends_at_its_target_and_recovers(tmp_path, no_plots):
+def test_prune_gradually_ends_at_its_target_and_recovers(tmp_path):
     result, before, after = pruned_by(
         tmp_path,
         "method: magnitude, sparsity: 0.9, schedule: cubic, every: 2, training: {epochs: 3, batch_size: 32, keep: best}",
@@ -362,14 +362,14 @@ def test_prune_gradually_ends_at_its_target_and_recovers(tmp_path, no_plots):
     assert all(len(layer["thresholds"]) == 1 and layer["thresholds"][0] > 0 for layer in result["layers"])
 
 
-def test_the_shortest_gradual_pruning_reaches_its_target(tmp_path, no_plots):
+def test_the_shortest_gradual_pruning_reaches_its_target(tmp_path):
     _, before, after = pruned_by(
         tmp_path, "method: magnitude, sparsity: 0.5, schedule: cubic, training: {epochs: 1, batch_size: 200}"
     )
     assert {n: int((p.value == 0).sum()) for n, p in after.items()} == rounded_share(before, 0.5)
 
 
-def test_pruning_twice_keeps_the_first_zeros(tmp_path, no_plots):
+def test_pruning_twice_keeps_the_first_zeros(tmp_path):
     before = "  - {stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 1, batch_size: 32}}\n"
     _, first, after = pruned_by(
         tmp_path, "method: magnitude, sparsity: 0.7, training: {epochs: 1, batch_size: 32}", before
@@ -412,7 +412,7 @@ def num_values(weight):
         ("values: {conv: 3, fc: 6}", None),
     ],
 )
-def test_share_by_layer(tmp_path, no_plots, settings, limits):
+def test_share_by_layer(tmp_path, settings, limits):
     if limits is None:
         with pytest.raises(ValueError, match="conv"):
             shared_by(tmp_path, settings)
@@ -428,7 +428,7 @@ def test_share_by_layer(tmp_path, no_plots, settings, limits):
         assert torch.equal(place.value, place.value.half().float())
 
 
-def test_share_by_channel(tmp_path, no_plots):
+def test_share_by_channel(tmp_path):
     result, before, after = shared_by(tmp_path, "bits: 1, per: channel, exclude: [conv1], codebook: float32")
     assert torch.equal(after["conv1"].value, before["conv1"])
     for name, place in after.items():
@@ -438,7 +438,7 @@ def test_share_by_channel(tmp_path, no_plots):
     assert not all(torch.equal(p.value, p.value.half().float()) for p in after.values())
 
 
-def test_share_by_groups(tmp_path, no_plots):
+def test_share_by_groups(tmp_path):
     _, _, after = shared_by(
         tmp_path,
         "bits: 2, per: group, groups: 2, exclude: [conv1, fc3], training: {epochs: 1, batch_size: 32}",
@@ -449,7 +449,7 @@ def test_share_by_groups(tmp_path, no_plots):
         assert num_values(after[name].value) == 8
 
 
-def test_share_without_pruning(tmp_path, no_plots):
+def test_share_without_pruning(tmp_path):
     result, _, after = shared_by(tmp_path, "bits: 4, init: linear", prune="")
     assert all(num_values(place.value) <= 16 for place in after.values())
     assert result["rows"][-1]["sparsity"] == 0
@@ -459,7 +459,7 @@ def test_share_without_pruning(tmp_path, no_plots):
 # recipes of other shapes
 
 
-def test_a_recipe_without_a_teacher_packs_what_it_trains(tmp_path, no_plots):
+def test_a_recipe_without_a_teacher_packs_what_it_trains(tmp_path):
     result = run(
         tmp_path,
         f"""
@@ -479,7 +479,7 @@ stages:
     assert result["teacher_bytes"] is None and result["layers"][0]["clusters"] is None
 
 
-def test_training_from_a_checkpoint(tmp_path, no_plots, main):
+def test_training_from_a_checkpoint(tmp_path, main):
     kept, _, tensors = left_by(main[0], "main", "distill")
     save_file(tmp_path / "student.safetensors", tensors["student"])
     text = f"""
@@ -498,7 +498,7 @@ stages:
         run(tmp_path, text.replace("AT_LEAST", "99.9").replace("loaded", "strict"))
 
 
-def test_pack_removes_a_file_that_decodes_to_another_network(tmp_path, no_plots, monkeypatch):
+def test_pack_removes_a_file_that_decodes_to_another_network(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pack, "_in_fresh_process", lambda run, path: {"digest": "0" * 64, "top1": 0.0, "seconds": 1.0}
     )
@@ -517,7 +517,7 @@ stages:
     assert not (tmp_path / "runs" / "wrong" / "student.tiny").exists()
 
 
-def test_the_python_calls_prune_and_share_as_the_stages_do(tmp_path, no_plots):
+def test_the_python_calls_prune_and_share_as_the_stages_do(tmp_path):
     _, before, after = pruned_by(tmp_path, "sensitivity: 0.8")
     model = net()
     model.load_state_dict({**model.state_dict(), **{f"{n}.weight": w for n, w in before.items()}})

@@ -931,7 +931,7 @@ def comparable(folder, report):
     return rows, report["layers"], {f"{a}.{b}": t for a, group in tensors.items() for b, t in group.items()}
 
 
-def test_a_run_killed_again_and_again_reports_the_same(tmp_path, often, no_plots):
+def test_a_run_killed_again_and_again_reports_the_same(tmp_path, often):
     rows, layers, tensors = result(tmp_path / "whole")
     assert [row["stage"] for row in rows] == [
         "teacher",

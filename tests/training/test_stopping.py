@@ -103,7 +103,7 @@ def test_what_the_caller_ignores_or_handles_stays_the_callers():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_the_command_says_how_to_go_on_and_its_status_is_the_signals(tmp_path, monkeypatch, capsys, no_plots):
+def test_the_command_says_how_to_go_on_and_its_status_is_the_signals(tmp_path, monkeypatch, capsys):
     def command(folder):
         (tmp_path / "r.yaml").write_text(RECIPE)
         return main(["run", str(tmp_path / "r.yaml"), "--folder", str(tmp_path / folder)])
