@@ -12,6 +12,7 @@ from trainer.data.augment import apply, draw
 from trainer.data.batches import batches, epoch_order, make_data, mix, num_batches, seed_of
 from trainer.data.images import InMemory, Part, Source
 from trainer.data.views import Views
+from trainer.mistakes import Mistake
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, DataKeys
 
@@ -21,6 +22,34 @@ CPU = torch.device("cpu")
 def data_of(**keys):
     kind = shelves.checker(shelves.find("dataset", keys.setdefault("dataset", "digits")), DataKeys)
     return make_data(kind.model_validate(keys), CPU)
+
+
+@pytest.mark.parametrize(("labelled", "each"), [(0.1, 12), (100, 10)])
+def test_a_part_of_each_class_keeps_its_labels(labelled, each):
+    whole, some = (data_of(subset=1200, validation=100, labelled=value) for value in (None, labelled))
+    assert torch.equal(whole.train.ids, some.train.ids) and whole.fingerprint != some.fingerprint
+    kept = some.train.labels >= 0
+    assert torch.equal(some.train.labels[kept], whole.train.labels[kept])
+    counts = torch.bincount(some.train.labels[kept], minlength=10)
+    assert abs(int(kept.sum()) - 10 * each) <= 5 and int((counts - each).abs().max()) <= 2
+    images, labels, _ = some.train.read(torch.arange(len(some.train)))
+    assert torch.equal(labels, some.train.labels) and len(some.labelled_alone().train) == int(kept.sum())
+    assert torch.equal(some.validation.labels, whole.validation.labels)
+    again = data_of(subset=1200, validation=100, labelled=labelled, seed=0)
+    assert torch.equal(again.train.labels, some.train.labels)
+    assert not torch.equal(
+        data_of(subset=1200, validation=100, labelled=labelled, seed=1).train.labels >= 0, kept
+    )
+
+
+def test_labels_that_are_not_there_cannot_be_kept(tmp_path):
+    with pytest.raises(Mistake, match="labelled 2000: 1200 of the training images of digits have a label"):
+        data_of(subset=1200, validation=100, labelled=2000)
+    for place in ("train/0.png", "train/1.png", "train/2.png", "test/a/3.png", "test/b/4.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (int(place[-5]), 0, 0)).save(tmp_path / place)
+    with pytest.raises(Mistake, match="labelled 0.5: the training images of image_folder have no labels"):
+        data_of(dataset="image_folder", folder=tmp_path, size=8, labelled=0.5, validation=1)
 
 
 @pytest.fixture(scope="module")

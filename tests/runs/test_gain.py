@@ -119,3 +119,18 @@ def test_recipes_without_a_gain_to_show_are_refused(recipe, capsys, old, new, wa
     assert main(["gain", str(recipe)]) == 2
     assert wanted in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_labels_alone_take_as_many_steps_where_few_images_have_a_label(recipe, monkeypatch, capsys):
+    run_here(monkeypatch)
+    changes = ["data.labelled=60", "data.subset=240", "data.validation=60"]
+    words = [word for change in changes for word in ("--set", change)]
+    assert main(["gain", str(recipe), "--seeds", "1", *words]) == 0
+    here = Path("runs/worth-gain")
+    epochs = {}
+    for arm in ("taught", "labels"):
+        plain = yaml.safe_load((here / "recipes" / f"{arm}-seed0.yaml").read_text())
+        epochs[arm] = [stage["training"]["epochs"] for stage in plain["stages"]]
+    assert epochs == {"taught": [2, 1], "labels": [8, 1]}  # a quarter of the images has a label
+    lines = [json.loads(line) for line in (here / "labels-seed0" / "log.jsonl").read_text().splitlines()]
+    assert max(line.get("step", 0) for line in lines if line.get("stage") == "train") == 16  # of 50 and 10 images

@@ -38,12 +38,15 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
+    chosen = order[held_out : held_out + size].sort().values
     _check_augment(keys, source)
+    if keys.labelled is not None:
+        _hide_labels(source.train, chosen, keys)
     _open_store(keys, source)
     kept = None
     if keys.keep_views:
         assert keys.views is not None  # the recipe refuses keep_views without views
-        kept = KeptViews(keys.views, total, order[held_out : held_out + size], source.shape, device)
+        kept = KeptViews(keys.views, total, chosen, source.shape, device)
     mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
     if {len(mean), len(std)} != {source.shape[0]}:
         raise Mistake(
@@ -57,15 +60,17 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         else source.train.__getitems__(order[:256].tolist())[0]
     )
     digest.update(sample.contiguous().numpy().data)
+    if keys.labelled is not None:
+        digest.update(repr(("labelled", keys.labelled)).encode())
     if keys.augment.random_resized_crop is not None:
         digest.update(_cut_facts(keys, source))
     train = _on_device(source.train, device)
     if isinstance(train, InMemory):
-        order = order.to(train.images.device)
+        order, chosen = order.to(train.images.device), chosen.to(train.images.device)
     reading = num_workers(keys.workers), math.prod(source.shape)
     return Data(
         name=keys.dataset,
-        train=Part(train, order[held_out : held_out + size].sort().values, *reading),
+        train=Part(train, chosen, *reading),
         validation=Part(train, order[:held_out].sort().values, *reading)
         if source.validation is None
         else _whole(_on_device(source.validation, device), *reading),
@@ -108,6 +113,22 @@ def _order(source: Source, keys: DataKeys) -> tuple[Tensor, int, int]:
     validates = apart & (labels >= 0) if (labels >= 0).any() else apart
     parts = [order[chosen[order]] for chosen in (validates, ~apart, apart & ~validates)]
     return torch.cat(parts), len(parts[0]), len(parts[1])
+
+
+def _hide_labels(images: Images, chosen: Tensor, keys: DataKeys) -> None:
+    """Makes chosen images unlabelled, but for as many of each class as `labelled` says. Raises Mistake if none has a label."""
+    assert keys.labelled is not None
+    labels = images.labels.clone()
+    own = labels[chosen]
+    if not (own >= 0).any():
+        raise Mistake(f"data: labelled {keys.labelled}: the training images of {keys.dataset} have no labels")
+    if isinstance(keys.labelled, int) and keys.labelled > int((own >= 0).sum()):
+        raise Mistake(
+            f"data: labelled {keys.labelled}: {int((own >= 0).sum())} of the training images of {keys.dataset} have a label"
+        )
+    own[~split_off(own, keys.labelled, [keys.seed, 0x1ABE1])] = -1
+    labels[chosen] = own
+    images.labels = labels
 
 
 def _check_augment(keys: DataKeys, source: Source) -> None:

@@ -77,6 +77,8 @@ class DataKeys(_ShelfEntry):
         validation: A fraction of the training set or a number of images, held out of it; or a folder. By default a tenth,
             at most 10,000 images.
         subset: Number of training images to use; all by default.
+        labelled: How many of these keep their labels, a fraction of each class or a number. The others count as
+            unlabelled: stages that train on labels leave them out, and a teacher answers them. All by default.
         views: Number of distinct augmentations per image. With a finite number the teacher's answers can be kept.
             Endless by default.
         keep_views: Keep the augmented images in memory, as float32, for later epochs and stages.
@@ -95,6 +97,7 @@ class DataKeys(_ShelfEntry):
     seed: NonNegativeInt = 0
     validation: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] | Path = 0.1
     subset: PositiveInt | None = None
+    labelled: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(gt=0, strict=True)] | None = None
     views: PositiveInt | None = None
     keep_views: bool = False
     augment: AugmentKey = Augment()

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from tabulate import tabulate
 
+from trainer.data.batches import make_data
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, Stage, StageKeys
 from trainer.recipe.recipe import read
@@ -42,7 +44,8 @@ def gain(
     The teacher is taught once, with the recipe's own seed, and all students share it and its kept answers. Then each of
     the seeds 0, 1, 2 ... has two runs, which begin from the same weights and see the same images in the same order. What a
     stage needs of the teacher is left out of the second: its losses on the labels stay (one alone with weight 1), or
-    cross-entropy takes their place. Stages from the packed file on are left out of both.
+    cross-entropy takes their place. Where only some images have a label, its epochs hold these alone, and are as many
+    more. Stages from the packed file on are left out of both.
 
     Args:
         path: The recipe's file, or the bare name of a shipped one.
@@ -156,10 +159,24 @@ def _arms(
         raise Mistake(f"{recipe.written.file}: no loss asks the teacher, so there is no gain to show")
     taught = [plain["stages"][number] for number in kept]
     labels = [_on_labels(recipe.stages[number], plain["stages"][number], allow_python) for number in kept]
+    share = _labelled_share(recipe)
+    for stage, before in zip(labels, taught, strict=True):
+        if share < 1 and stage["stage"] != before["stage"]:
+            stage["training"] = {**stage["training"], "epochs": round(stage["training"]["epochs"] / share)}
     return {
         "taught": {**common, "stages": taught},
         "labels": {**common, "stages": labels, "cache": None},
     }
+
+
+def _labelled_share(recipe: Recipe) -> float:
+    """Returns the part of the training images that have a label. Raises Mistake if none has."""
+    labels = make_data(recipe.data, torch.device("cpu")).train.labels
+    if not (labels >= 0).any():
+        raise Mistake(
+            f"{recipe.written.file}: no training image has a label, so there is no gain over labels"
+        )
+    return float((labels >= 0).float().mean())
 
 
 def _on_labels(stage: StageKeys, plain: dict[str, Any], allow_python: bool) -> dict[str, Any]:
