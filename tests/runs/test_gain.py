@@ -133,4 +133,6 @@ def test_labels_alone_take_as_many_steps_where_few_images_have_a_label(recipe, m
         epochs[arm] = [stage["training"]["epochs"] for stage in plain["stages"]]
     assert epochs == {"taught": [2, 1], "labels": [8, 1]}  # a quarter of the images has a label
     lines = [json.loads(line) for line in (here / "labels-seed0" / "log.jsonl").read_text().splitlines()]
-    assert max(line.get("step", 0) for line in lines if line.get("stage") == "train") == 16  # of 50 and 10 images
+    assert (
+        max(line.get("step", 0) for line in lines if line.get("stage") == "train") == 16
+    )  # of 50 and 10 images

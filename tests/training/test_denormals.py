@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.training.test_fit import make_run, train
+from trainer.runs.threads import threads_of_a_run
 from trainer.training.denormals import flushed
 
 
@@ -46,6 +48,13 @@ def test_a_training_flushes(tmp_path):
 
     train(make_run(tmp_path), before_step, epochs=1, batch_size=64)
     assert seen and set(seen) == {0} and made() != 0
+
+
+def test_a_run_flushes_from_its_start(tmp_path):
+    needs_the_setting()
+    with threads_of_a_run(tmp_path, 1, Accelerator(cpu=True)):
+        assert made() == 0
+    assert made() != 0
 
 
 THREADS = """
