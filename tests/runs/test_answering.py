@@ -26,6 +26,7 @@ def net(shape, num_classes, *, width: int = 3):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    pytest.importorskip("onnxruntime")
     here = tmp_path_factory.mktemp("opened")
     torch.manual_seed(0)
     net = build(SPEC, SHAPE, 3).eval()

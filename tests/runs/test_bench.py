@@ -35,6 +35,7 @@ stages: [{stage: train, training: {epochs: 1}}, {stage: pack}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A recipe, a pruned student packed for its data, and exports of it."""
+    pytest.importorskip("onnxruntime")
     here = tmp_path_factory.mktemp("bench")
     (here / "b.yaml").write_text(RECIPE)
     data = make_data(read(here / "b.yaml")[0].data, torch.device("cpu"))

@@ -25,6 +25,7 @@ SPEC, SHAPE = {"model": "lenet5", "width": 2}, (1, 28, 28)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A packed student, its ONNX file, and 70 odd images, one of them no image."""
+    pytest.importorskip("onnxruntime")
     here = tmp_path_factory.mktemp("predict")
     torch.manual_seed(0)
     net = build(SPEC, SHAPE, 3)
@@ -108,12 +109,14 @@ def test_forms(folder):
 
 @pytest.mark.parametrize("content", [b"", b"no file of ONNX"])
 def test_a_damaged_onnx_file(tmp_path, content):
+    pytest.importorskip("onnxruntime")
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(Mistake, match="x.onnx: is no ONNX file that can be run"):
         open_student(tmp_path / "x.onnx")
 
 
 def test_an_onnx_file_of_somebody_else(tmp_path):
+    pytest.importorskip("onnxruntime")
     export(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), tmp_path, "onnx", shape=(1, 2, 2))
     with pytest.raises(Mistake, match="its metadata have no 'classes'"):
         open_student(tmp_path / "onnx/student.onnx")

@@ -57,6 +57,22 @@ def test_a_run_flushes_from_its_start(tmp_path):
     assert made() != 0
 
 
+NUMPY = """
+import numpy as np
+from trainer.training.denormals import flushed
+
+with flushed():
+    print(np.finfo(np.float32).tiny, np.finfo(np.float64).eps)
+"""
+
+
+def test_numpy_finds_nothing_to_warn_of():
+    said = subprocess.run(
+        [sys.executable, "-W", "error", "-c", NUMPY], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "1.1754944e-38 2.220446049250313e-16\n" and said.stderr == ""
+
+
 THREADS = """
 import numpy as np, torch
 from trainer.training.denormals import flushed

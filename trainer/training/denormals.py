@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 
@@ -16,6 +17,8 @@ def flushed() -> Iterator[None]:
     The setting is a thread's own, and a thread takes it from the thread that starts it. A run therefore opens this
     before torch starts its threads. Where the processor has no such setting, nothing changes.
     """
+    for kind in (np.float16, np.float32, np.float64, np.longdouble):
+        np.finfo(kind)  # NumPy 2.0 warns if it first looks at how small numbers can be under this setting
     before = bool((torch.full((1,), 1e-30) * 1e-9 == 0).item())
     torch.set_flush_denormal(True)
     try:
