@@ -124,6 +124,7 @@ def test_its_own_run_ends_a_worker_at_once():
     part = Part(OnDisk(told_to_end(signal.SIGTERM)), torch.arange(64), 1, 4)
     list(batches(part, list(torch.arange(64).split(16)), 1, CPU))
     [worker] = workers._crews[-1].loader._iterator._workers
+    time.sleep(0.5)  # a signal that comes while one of its kind still waits is lost
     started = time.monotonic()
     worker.terminate()
     worker.join(20)
