@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +282,19 @@ def test_a_large_folder_is_listed_once_until_it_changes(animals, monkeypatch, tm
     [record] = kept_listing.cache_folder().glob("listings/*.json")
     record.write_bytes(record.read_bytes().replace(b"cat/1.png", b"cat/2.png"))
     assert len(kept_listing.kept_listing(folder).files) == 5 and len(listed) == 5
+
+
+def test_a_kept_listing_serves_from_another_place_too(animals, monkeypatch):
+    monkeypatch.setattr(kept_listing, "MANY", 3)
+    monkeypatch.setattr(kept_listing, "SETTLED_SECONDS", -kept_listing.SETTLED_SECONDS)
+    monkeypatch.chdir(animals)
+    first = kept_listing.kept_listing(Path("train"))
+    assert first.files[0] == "train/cat/0.png"
+    monkeypatch.setattr(kept_listing, "list_images", None)  # the kept one is read
+    monkeypatch.chdir("test")
+    assert kept_listing.kept_listing(animals / "train").files == list_images(animals / "train").files
+    monkeypatch.chdir(animals)
+    assert kept_listing.kept_listing(Path("train")) == first
 
 
 def test_large_sets_hold_out_ten_thousand_at_most(monkeypatch):

@@ -44,6 +44,8 @@ def kept_listing(folder: Path) -> Listing:
     record = cache_folder() / "listings" / f"{name}.json"
     kept = _read(record)
     if kept is not None:
+        if kept.files[0] != str(folder / kept.inside[0]):  # it was named otherwise, or from another place
+            kept.files = [str(folder / name) for name in kept.inside]
         return kept
     started = time.time()
     found = list_images(folder)

@@ -61,7 +61,8 @@ def gain(
         of its mean, None for one seed) in points of test accuracy, and of each arm the list of "top1" and "agreement".
 
     Raises:
-        Mistake: For a recipe without a teacher, or in which a stage teaches teacher and student at once.
+        Mistake: For a recipe without a teacher, or in which a stage teaches teacher and student at once, and for data
+            without a label.
     """
     recipe, plain = read(path, dict(changes or {}), allow_python)
     if not recipe.teacher_entries:
