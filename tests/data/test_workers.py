@@ -1,8 +1,13 @@
 """Workers that read images: as many as shared memory has room for, and words when one dies or hangs."""
 
+import contextlib
+import gc
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +68,8 @@ def test_as_many_workers_as_shared_memory_has_room_for(
             super().__init__(
                 *given,
                 **settings
-                | {"num_workers": 0, "prefetch_factor": None, "timeout": 0, "persistent_workers": False},
+                | {"num_workers": 0, "prefetch_factor": None, "timeout": 0}
+                | {"persistent_workers": False, "multiprocessing_context": None},
             )
 
     monkeypatch.setattr(workers, "DataLoader", Loader)
@@ -120,15 +126,58 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_its_workers(number):
     assert torch.equal(torch.cat([index for *_, index in got]), torch.arange(64))
 
 
-def test_its_own_run_ends_a_worker_at_once():
-    part = Part(OnDisk(told_to_end(signal.SIGTERM)), torch.arange(64), 1, 4)
-    list(batches(part, list(torch.arange(64).split(16)), 1, CPU))
+def test_a_signal_while_workers_start_leaves_a_run_its_workers(monkeypatch):
+    """They are forked with the signals held back, and ignore them from their first step on."""
+    told = []
+
+    def tell(worker):
+        [process] = Path("/proc/self/task").iterdir()  # no thread that a signal could choose instead
+        told.append(worker)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        outlive(worker)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    outlive = workers._outlive
+    monkeypatch.setattr(workers, "_outlive", tell)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert len(read(OnDisk(), 2)) == 4 and not told
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+def hang_later(positions):
+    if 48 in positions:
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("act", [told_to_end(signal.SIGTERM), hang_later])
+def test_its_own_run_ends_a_worker_at_once(act):
+    reading = batches(Part(OnDisk(act), torch.arange(64), 1, 4), list(torch.arange(64).split(16)), 1, CPU)
+    assert len(next(reading)[0]) == 16
     [worker] = workers._crews[-1].loader._iterator._workers
-    time.sleep(0.5)  # a signal that comes while one of its kind still waits is lost
     started = time.monotonic()
-    worker.terminate()
-    worker.join(20)
-    assert worker.exitcode == 0 and time.monotonic() - started < 10
+    with contextlib.suppress(RuntimeError):  # torch may say that it was killed
+        worker.terminate()
+        worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL and time.monotonic() - started < 10
+
+
+def test_an_error_of_the_program_ends_workers_that_hang_without_words_of_their_own():
+    """The traceback keeps the loader, so that Python itself ends the workers."""
+    program = (
+        "import time, torch; from trainer.data.batches import batches; from trainer.data.images import Part\n"
+        "class Hangs:\n"
+        "    labels = torch.zeros(64, dtype=torch.long)\n"
+        "    def __len__(self): return 64\n"
+        "    def __getitems__(self, positions):\n"
+        "        if positions[0]: time.sleep(60)\n"
+        "        return torch.zeros(len(positions), 1, 1, 4, dtype=torch.uint8), self.labels[torch.as_tensor(positions)]\n"
+        "for _ in batches(Part(Hangs(), torch.arange(64), 2, 4), list(torch.arange(64).split(16)), 2, torch.device('cpu')):\n"
+        "    raise LookupError('of the program')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 1 and ended.stderr.count("Traceback") == 1
+    assert ended.stderr.endswith("LookupError: of the program\n")
 
 
 def test_other_errors_of_a_worker_stay_what_they_are():
@@ -143,6 +192,32 @@ def pids(num_workers, part, order):
     """The workers that read each batch."""
     return {int(images[0, 0, 0, 0]) * 2**16 + int(images[0, 0, 0, 1]) * 2**8 + int(images[0, 0, 0, 2])
             for images, _, _ in batches(part, order, num_workers, CPU)}  # fmt: skip
+
+
+class Left:
+    """Garbage of the run, whose end is fatal in another process."""
+
+    def __init__(self):
+        self.itself, self.run = self, os.getpid()
+
+    def __del__(self):
+        if os.getpid() != self.run:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_does_not_collect_the_garbage_of_its_run(monkeypatch):
+    """Loaders of other workers among it were ended while a worker imported, whose batch was lost by that."""
+    outlive = workers._outlive
+
+    def begin(worker):
+        assert not gc.isenabled()
+        outlive(worker)
+        gc.collect()
+
+    monkeypatch.setattr(workers, "_outlive", begin)
+    gc.collect()
+    Left()
+    assert len(read(OnDisk(lambda positions: gc.collect() and None), 2)) == 4 and gc.isenabled()
 
 
 class Signed(OnDisk):

@@ -3,10 +3,13 @@
 The workers of a part stay from one epoch to the next.
 """
 
+import atexit
+import copy
+import gc
 import math
+import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,7 +61,7 @@ def read_batches(
     crew.is_busy = True
     finished = False
     try:
-        yield from _batches(iter(crew.loader), crew.places)
+        yield from _batches(_begin(crew.loader), crew.places)
         finished = True
     except GeneratorExit:
         finished = True  # nobody wants the rest, which the workers throw away
@@ -152,6 +155,7 @@ def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
         timeout=SECONDS + SECONDS_PER_IMAGE * largest if workers else 0,
         pin_memory=pinned,
         persistent_workers=workers > 0,
+        multiprocessing_context=_of_readers() if workers else None,
         worker_init_fn=_outlive,
     )
     crew = _Crew(part, made_for, order, loader, places)
@@ -163,22 +167,56 @@ def _crew(part: Part, workers: int, pinned: bool, largest: int) -> _Crew:
     return crew
 
 
+class _Reader(multiprocessing.Process):
+    """A worker process. Since it ignores SIGTERM (`_outlive`), its run ends it by SIGKILL."""
+
+    @staticmethod
+    def _Popen(process: Any) -> Any:  # multiprocessing asks for it by this name
+        started: Any = multiprocessing.Process._Popen(process)
+        started.terminate = started.kill
+        return started
+
+
+def _of_readers() -> Any:
+    """Returns Python's own way of starting processes, with `_Reader` as its process."""
+    context: Any = copy.copy(multiprocessing.get_context())
+    context.Process = _Reader
+    return context
+
+
+# What `timeout`, a closed terminal and a scheduler send to all processes of a run; Windows has no SIGHUP.
+_TO_ALL = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
+
 def _outlive(_worker: int) -> None:
-    """Makes a worker end when its run tells it to, and not at a SIGTERM or SIGHUP that comes from elsewhere.
+    """Makes a worker ignore what is sent to all processes of a run, which still needs batches to end its step.
 
-    `timeout`, a closed terminal and a scheduler send them to all processes of a run, and the run still needs batches to end its
-    step. (A worker whose run has died ends by itself.)
+    A worker whose run has died ends by itself. What it has of its run's garbage is never collected in it: that would end
+    other workers' loaders, which are not its own, in the middle of whatever it does (an import breaks by it).
     """
-    if hasattr(signal, "sigwaitinfo"):  # which alone tells the sender; macOS and Windows have none
-        numbers = [signal.SIGTERM, signal.SIGHUP]
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        threading.Thread(target=_end_when_told, args=(numbers,), daemon=True).start()
+    gc.freeze()
+    gc.enable()
+    for number in _TO_ALL:
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _end_when_told(numbers: list[int]) -> None:
-    while signal.sigwaitinfo(numbers).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Returns the batches of an epoch. While workers start, which are not ready yet (`_outlive`), signals and garbage wait."""
+    collects = gc.isenabled()
+    gc.disable()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        return iter(loader)
+    finally:
+        if before is not None:  # Windows has none
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if collects:
+            gc.enable()
+
+
+if hasattr(signal, "SIGCHLD"):
+    # Python ends the workers that are left at its exit, and torch would print a traceback for each.
+    atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _places(workers: int, batch_bytes: int) -> Tensor | None:
