@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -67,6 +68,40 @@ def test_another_shape_is_named(value, told):
 def test_further_keys_and_numbers_that_are_not_finite_come_back():
     text = '{"images": ["a", 1], "seconds": Infinity, "more": {"x": [null]}}'
     assert records.parsed(text, "x", Kind) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "value", [{"images": ["a", 1], "seconds": float("inf")}, {"images": ["ä", {"b": [1, None]}]}]
+)
+@pytest.mark.parametrize("written", [{}, {"indent": 1}, {"ensure_ascii": False}])
+def test_a_file_comes_back_and_no_altered_letter_is_believed(tmp_path, value, written):
+    path = tmp_path / "begun.json"
+    records.write(path, value, **written)
+    text = path.read_text()
+    assert records.read(path, dict) == value and json.loads(text) == {**value, "sha256": ANY}
+    for position, letter in enumerate(text):
+        other = text[:position] + ("1" if letter != "1" else "2") + text[position + 1 :]
+        path.write_text(other)
+        try:
+            found = records.read(path, dict)
+        except Mistake as error:
+            assert str(error).startswith(f"{path}: is damaged: ")
+        else:  # between the values, or in the name of the sum
+            assert {key: found[key] for key in value} == value
+    path.write_text(json.dumps(value))  # as older versions wrote it
+    assert records.read(path, dict) == value
+
+
+def test_begun_json_with_another_digest_is_damage_not_other_images(tmp_path):
+    """Valid JSON of the same shape: it was said that the training images are others."""
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "begun.json"
+    records.write(path, {"images": ["1ef5f906", 240], "threads": 1}, indent=1)
+    path.write_text(path.read_text().replace("1ef5", "1ef86if5"))
+    with pytest.raises(
+        Mistake, match=r"begun\.json: is damaged: its checksum differs; remove it: the run then"
+    ):
+        resuming.facts_of_beginning(tmp_path)
 
 
 @pytest.mark.parametrize("value", OTHER_SHAPES)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +15,12 @@ from trainer.data.fetch import cache_folder
 from trainer.data.image_file import brightest
 from trainer.data.reading import DEPTHS
 from trainer.mistakes import Mistake
-from trainer.storage import files, records
+from trainer.storage import records
 
 
 class _Record(TypedDict):
-    """The file of the results: {path: [[size, time], fault, greatest sample]}, and their sha256 sum."""
+    """The file of the results: {path: [[size, time], fault, greatest sample]}."""
 
-    sum: str
     files: dict[str, list]
 
 
@@ -63,7 +61,7 @@ def examine(paths: Sequence[str], name: str) -> Examined:
     if new:
         with contextlib.suppress(OSError):  # without a writable cache, the next start checks them again
             kept = {path: known[path] for path in paths}
-            files.write_bytes(record, json.dumps({"sum": _sum(kept), "files": kept}).encode())
+            records.write(record, {"files": kept})
     found = {path: known[path] for path in paths}
     levels = [level for _, _, level in found.values() if level is not None]
     return Examined(
@@ -76,14 +74,9 @@ def examine(paths: Sequence[str], name: str) -> Examined:
 def _read(record: Path) -> dict[str, list]:
     """Returns the cached results; none if the cache file is missing or not valid."""
     try:
-        kept = records.read(record, _Record)
+        return records.read(record, _Record)["files"]
     except Mistake:
         return {}
-    return kept["files"] if kept["sum"] == _sum(kept["files"]) else {}
-
-
-def _sum(known: dict[str, list]) -> str:
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _stamp(path: str) -> list[int]:

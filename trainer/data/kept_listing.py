@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from typing_extensions import TypedDict
 from trainer.data.fetch import cache_folder
 from trainer.data.listing import Listing, list_images
 from trainer.mistakes import Mistake
-from trainer.storage import files, records
+from trainer.storage import records
 
 MANY = 10_000  # pictures; a smaller folder is listed anew each time
 SETTLED_SECONDS = 2  # a folder that has just changed may change again without a newer time
@@ -32,9 +31,6 @@ class _Listing(TypedDict):
 
 
 class _Record(TypedDict):
-    """The file: a listing, and its sha256 sum."""
-
-    sum: str
     listing: _Listing
 
 
@@ -52,7 +48,7 @@ def kept_listing(folder: Path) -> Listing:
     if len(found.files) >= MANY and max(found.entered.values()) < (started - SETTLED_SECONDS) * 1e9:
         listing = asdict(found)
         with contextlib.suppress(OSError):  # without a writable cache, the next start lists it again
-            files.write_bytes(record, json.dumps({"sum": _sum(listing), "listing": listing}).encode())
+            records.write(record, {"listing": listing})
     return found
 
 
@@ -63,10 +59,6 @@ def _read(record: Path) -> Listing | None:
         changed = any(os.stat(name).st_mtime_ns != at for name, at in kept["listing"]["entered"].items())
     except (Mistake, OSError):
         return None
-    if changed or kept["sum"] != _sum(kept["listing"]):
+    if changed:
         return None
     return Listing(**{**kept["listing"], "passed_over": Counter(kept["listing"]["passed_over"])})
-
-
-def _sum(listing: object) -> str:
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

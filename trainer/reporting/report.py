@@ -8,7 +8,6 @@ A row holds the results after a stage: "stage", "index", "top1", "top1_validatio
 "ratio_sharing", "file_bytes", "csr_bytes", "csc_bytes". Unknown entries are None or left out.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -84,16 +83,14 @@ def write(
     for name, figure in plots.items():
         files.write_bytes(folder / name, drawing.png(figure))
     files.write_bytes(folder / "report.md", _markdown(report, list(plots), evidence).encode())
-    data = json.dumps(
-        files.plain(report, not_finite=lambda _: None), indent=1, ensure_ascii=False, allow_nan=False
-    )
-    files.write_bytes(folder / "report.json", data.encode())
+    data = files.plain(report, not_finite=lambda _: None)
+    records.write(folder / "report.json", data, indent=1, ensure_ascii=False, allow_nan=False)
     log = folder / "log.jsonl"
     lines = read_log(log) if log.is_file() else []
     (folder / TRACKED).unlink(missing_ok=True)
     for name, shown in (("report.html", evidence), (TRACKED, tracked)):
         if shown is not None:
-            files.write_bytes(folder / name, page(json.loads(data), lines, weights, shown).encode())
+            files.write_bytes(folder / name, page(data, lines, weights, shown).encode())
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ In this order: what the recipe says, what our own checkpoint recorded, timm's co
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from trainer.data.reading import FILTERS
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import ModelKeys, TeacherKeys
-from trainer.storage import files, records
+from trainer.storage import records
 from trainer.storage.weights_file import digest
 from trainer.training.evaluate import percent_right
 from trainer.training.weights import Made
@@ -147,7 +146,7 @@ def _measured(
         return found
     right = [_percent_right(network, size, filter, data, looks) for looks in candidates]
     if writes:
-        files.write_bytes(path, json.dumps(kept | {key: right}, indent=1).encode())
+        records.write(path, kept | {key: right}, indent=1)
     return right
 
 

@@ -157,7 +157,7 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
                 "inputs": inputs,
                 "anew": anew,
             }
-            files.write_bytes(here / "begun.json", json.dumps(facts, indent=1).encode())
+            records.write(here / "begun.json", facts, indent=1)
         write_recipe(here, recipe, plan)
         source = take_over(here, stages[:anew], inputs, sources_of(here, plan.more))
         if source is not None:
