@@ -10,6 +10,7 @@ import pytest
 from tests.runs.several_here import run_here
 from trainer.cli import main
 from trainer.mistakes import Mistake
+from trainer.reporting.report import read
 from trainer.runs import several, trials
 from trainer.runs.several import Job, run_all
 
@@ -36,7 +37,7 @@ def test_each_run_has_a_process_and_its_share_of_the_cores(recipe, tmp_path, mon
     jobs = [Job(recipe, {"name": "good", "seed": 1}, tmp_path), Job(recipe, bad, tmp_path)]
     with pytest.raises(Mistake, match=r"bad: .*100.*\(.*bad\.out\)"):
         run_all(jobs)
-    report = json.loads((tmp_path / "good" / "report.json").read_text())
+    report = read(tmp_path / "good")
     assert report["seed"] == 1 and report["hardware"]["torch_threads"] == 2
     assert "trained" in (tmp_path / "good.out").read_text()
     told = capsys.readouterr().out
