@@ -1,20 +1,27 @@
 """Nothing is done twice: a changed recipe goes on after its last equal stage, and ends in the bits of an undisturbed run."""
 
+import contextlib
 import gc
 import itertools
+import json
 import os
 import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import yaml
 from accelerate import Accelerator
+from pydantic import BaseModel
 
 from trainer import cli
 from trainer.mistakes import Mistake
+from trainer.recipe import shelves
 from trainer.recipe.recipe import read
+from trainer.recipe.text import RecipeError
 from trainer.reporting import report
 from trainer.reporting.log import Log
-from trainer.runs import opening, runner
+from trainer.runs import inputs, opening, runner
 from trainer.runs.earlier import set_aside
 from trainer.runs.guards import Untrained
 from trainer.runs.inputs import inputs_of, num_equal
@@ -99,13 +106,14 @@ def undisturbed(tmp_path, text, changes=None):
         (RECIPE, {"stages.2.sensitivity": 0.5}, []),
         (RECIPE, {"student.hidden": [4]}, ["1 distill"]),
         (STUDENT_FIRST, {"student.hidden": [4]}, ["0 train", "2 distill"]),
+        (RECIPE, {"stages.1.losses.0.temperature": 2}, ["1 distill"]),
         pytest.param(RECIPE, {"stages.1.training.epochs": 2}, ["1 distill"], marks=pytest.mark.slow),
         pytest.param(
             RECIPE, {"stages.0.training.epochs": 2}, ["0 train", "1 distill"], marks=pytest.mark.slow
         ),
         pytest.param(RECIPE, {"data.validation": 50}, ["0 train", "1 distill"], marks=pytest.mark.slow),
     ],
-    ids=["last", "student", "student first", "epochs", "teacher", "data"],
+    ids=["last", "student", "student first", "of a loss", "epochs", "teacher", "data"],
 )
 def test_a_changed_recipe_goes_on_after_its_last_equal_stage(tmp_path, trained, capsys, text, changes, anew):
     runs = tmp_path / "runs"
@@ -410,6 +418,7 @@ def test_the_same_command_goes_on_after_a_kill_at_any_operation(tmp_path, monkey
         ({"student.hidden": [4]}, 1),
         ({"student.from_teacher": "copy"}, 1),
         ({"stages.1.losses.0.weight": 0.5}, 1),
+        ({"stages.1.losses.0.temperature": 2}, 1),
         ({"cache": "off"}, 1),
         ({"stages.2.training": {"epochs": 1}, "stages.2.losses": [{"loss": "kl"}]}, 2),
         # This loss's answers are kept from the second stage on, and a kept answer is rounded otherwise than a new one.
@@ -426,6 +435,43 @@ def test_what_the_result_of_a_stage_depends_on(tmp_path, changes, first):
             return inputs_of(opening.make_run(recipe, tmp_path, Accelerator(cpu=True), log), recipe)
 
     assert num_equal(digests({}), digests(changes)) == first
+
+
+def other_settings(value):
+    """Yields (path, copy) for each setting of a stage and of what stands in it, in which that setting has another value."""
+    if isinstance(value, BaseModel):
+        for key in type(value).model_fields:
+            yield (key,), value.model_copy(update={key: "another"})
+            for path, other in other_settings(getattr(value, key)):
+                yield (key, *path), value.model_copy(update={key: other})
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            for path, other in other_settings(item):
+                yield (number, *path), [*value[:number], other, *value[number + 1 :]]
+
+
+def test_no_setting_of_a_stage_is_left_out(tmp_path):
+    """A loss's own were: the recipe with another temperature went on with the student of the old one."""
+    stages = []
+    for path in Path(__file__).parents[2].glob("recipes/**/*.yaml"):
+        with contextlib.suppress(RecipeError):  # its teacher's file is not here
+            stages += read(path)[0].stages
+    for loss in shelves.names("loss"):
+        both = [
+            {"loss": loss},
+            {"loss": "hint" if loss == "kl" else "kl"},
+        ]  # labels alone are no distillation
+        stages += read(write(tmp_path), {"stages.1.losses": both})[0].stages[1:2]
+    found = set()
+    for stage in stages:
+        kept = json.dumps(inputs._plain(stage), default=str)
+        for path, other in other_settings(stage):
+            found.add(path[-1])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # pydantic: the other value is of another type
+                differs = json.dumps(inputs._plain(other), default=str) != kept
+            assert differs is (path[0] not in inputs.WITHOUT_EFFECT), (stage, path)
+    assert {"temperature", "beta", "margin", "sensitivity", "bits", "lr", "to", "at_least"} <= found
 
 
 def test_a_file_that_a_stage_reads_is_part_of_its_inputs(tmp_path, trained):

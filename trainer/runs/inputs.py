@@ -84,7 +84,8 @@ def _kept_answers(recipe: Recipe) -> list[Any]:
 
 
 def _plain(settings: BaseModel) -> dict[str, Any]:
-    return settings.model_dump(exclude=WITHOUT_EFFECT)
+    # By the type that a value has: by the declared type, a loss or a target would be without its own settings.
+    return settings.model_dump(exclude=WITHOUT_EFFECT, serialize_as_any=True)
 
 
 def _digest(*values: Any) -> str:
