@@ -58,6 +58,8 @@ def test_a_file_that_names_code_or_a_hub_builds_nothing(net, tmp_path, monkeypat
         ({"shape": None}, "shape is not channels, height and width"),
         ({"shape": [1, 28]}, "shape is not channels, height and width"),
         ({"shape": [1, 28, -28]}, "shape is not channels, height and width"),
+        *(({"mean": [far]}, "mean and std are not finite in float32") for far in (10**400, -(10**400), 1e39)),
+        *(({"std": [far]}, "or a std is not above 0") for far in (10**400, 1e39, 1e-39, 0, -1)),
         ({"mean": "0.1"}, "mean and std are not numbers"),
     ],
 )

@@ -13,6 +13,10 @@ MAX_CLASSES = (
     2**20
 )  # of classes that are stored as their number; names need no limit, since they make the file larger
 MAX_PIXELS = 2**26  # numbers of an input: 3 x 4,700 x 4,700
+SMALLEST, LARGEST = (
+    2.0**-126,
+    3.4e38,
+)  # of float32, in which images are normalized; an integer of JSON may be larger than any float
 MAX_SETTINGS = 2**20  # sum of the numbers in a network's settings: depths, widths, sides
 
 
@@ -70,11 +74,10 @@ def check(header: Any) -> None:
         wrong.append("shape is missing")
     if not (numbers("mean", Real) and numbers("std", Real)):
         wrong.append("mean and std are not numbers")
-    elif (
-        not all(math.isfinite(v) for v in (*header["mean"], *header["std"]))
-        or min(header["std"], default=1) <= 0
+    elif not all(abs(v) <= LARGEST for v in header["mean"]) or not all(
+        SMALLEST <= v <= LARGEST for v in header["std"]
     ):
-        wrong.append("mean and std are not finite, or a std is not above 0")
+        wrong.append("mean and std are not finite in float32, or a std is not above 0")
     elif not wrong and {len(header["mean"]), len(header["std"])} - {0} not in (set(), {*header["shape"][:1]}):
         wrong.append("mean and std have not one value for each channel")
     if isinstance(classes, list):
