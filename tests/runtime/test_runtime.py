@@ -148,6 +148,24 @@ print(json.dumps([status, loaded, int(kilobytes) / 1024]))
 """
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"mean": [10**400]}, "mean and std are not finite in float32"),
+        ({"std": [0]}, "a std is not above 0"),
+        ({"mean": "0.1"}, "mean and std are not numbers"),
+        ({"shape": [1, 8]}, "shape is not channels, height and width"),
+        ({"classes": None}, "classes are neither names nor a number"),
+        ({"reading": {"crop": 3}}, "how its images are read is not known"),
+    ],
+)
+def test_metadata_that_nobody_here_wrote(change, told):
+    facts = {"classes": ["a", "b"], "shape": [1, 8, 8], "mean": [0.1], "std": [0.3]}
+    assert runtime.told_by("x.onnx", facts, lambda images: images).classes == ["a", "b"]
+    with pytest.raises(Mistake, match=f"x.onnx: its metadata are not valid: .*{told}"):
+        runtime.told_by("x.onnx", facts | change, lambda images: images)
+
+
 def test_files_that_need_torch_are_named(tmp_path):
     for ending in ("pt2", "safetensors"):
         with pytest.raises(Mistake, match=f"x.{ending}: needs torch, which is not installed here"):

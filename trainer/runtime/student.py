@@ -96,6 +96,10 @@ def told_by(
         classes, shape, mean, std = (facts[key] for key in TOLD)
     except KeyError as error:
         raise Mistake(f"{file}: its metadata have no {error}: files of `trainer export` have it") from None
+    try:
+        headers.check(facts)
+    except Mistake as error:
+        raise Mistake(f"{file}: its metadata are not valid: {str(error).partition(': ')[2]}") from None
     return Student(classes, reading_of(shape, facts.get("reading", {})), mean, std, answer)
 
 
