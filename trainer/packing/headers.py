@@ -13,10 +13,8 @@ MAX_CLASSES = (
     2**20
 )  # of classes that are stored as their number; names need no limit, since they make the file larger
 MAX_PIXELS = 2**26  # numbers of an input: 3 x 4,700 x 4,700
-SMALLEST, LARGEST = (
-    2.0**-126,
-    3.4e38,
-)  # of float32, in which images are normalized; an integer of JSON may be larger than any float
+# Of float32, in which images are normalized. (An integer of JSON may be larger than any float.)
+SMALLEST, LARGEST = 2.0**-126, 3.4e38
 MAX_SETTINGS = 2**20  # sum of the numbers in a network's settings: depths, widths, sides
 
 
