@@ -20,6 +20,7 @@ from trainer.distillation.answer_file import AnswerFile
 from trainer.distillation.answers import Answers
 from trainer.distillation.teacher import Teacher
 from trainer.models.lenet5 import lenet5
+from trainer.models.lenet300 import lenet300
 from trainer.recipe.keys import CacheKeys, DataEntry, TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
@@ -371,6 +372,31 @@ def test_a_damaged_record_is_computed_again(tmp_path, caplog, damage, keys):
     assert len(warnings) == 1 and "1 damaged records in view 2" in warnings[0]
     for (_, _, _, a), (_, _, _, b) in zip(before, after, strict=True):
         torch.testing.assert_close(a.logits, b.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_computed_again_has_the_bits_that_it_had(tmp_path):
+    """A tenth of the records are lost, and asked for again in batches of other images."""
+    data = some_data()
+    torch.manual_seed(0)
+    network = lenet300(data.shape, len(data.classes))
+    guide = Teacher([network], [TeacherKeys(model="lenet300")], data.mean, data.std)
+    guide.at_once = 32
+    cache = Answers(guide, data, tmp_path)
+    epochs(cache, data, range(3))
+    before = cache.file.fields["logits"].clone()
+    records, (start, total, _, _) = cache.file.folder / "records", cache.file.regions["logits"]
+    del cache
+    content = bytearray(records.read_bytes())
+    lost = data.train.ids[::10].tolist()
+    for view in range(3):
+        for sample in lost:
+            content[start + total // (3 * data.num_samples) * (view * data.num_samples + sample)] ^= 1
+    records.write_bytes(bytes(content))
+    cache = Answers(guide, data, tmp_path)
+    assert not torch.equal(cache.file.fields["logits"], before)
+    epochs(cache, data, range(3, 6))
+    assert cache.num_computed == 3 * len(lost)
+    assert torch.equal(cache.file.fields["logits"], before)
 
 
 def test_a_new_file_is_synced_with_its_folders_and_its_records_when_asked(tmp_path, monkeypatch):

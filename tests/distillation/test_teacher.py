@@ -1,6 +1,7 @@
 """The teacher: where a student starts from it, what it must know, and what both are shown."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from trainer.recipe.keys import TeacherKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.runs import opening, runner
+from trainer.runs.answers import images_at_once
 from trainer.runs.opening import make_teacher
 from trainer.storage import checkpoint
 from trainer.storage.weights_file import digest, save_file
@@ -32,6 +34,86 @@ def written(folder, text):
     path = folder / "given.yaml"
     path.write_text(text)
     return path
+
+
+def a_teacher_of(model, shape, **settings):
+    """A teacher of random weights."""
+    own = {"model": model, **settings}
+    torch.manual_seed(0)
+    network = build(own, shape, 10)
+    return Teacher([network], [TeacherKeys(model=model)], [0.4], [0.3], specs=[own], shape=shape)
+
+
+# ---- the bits of an answer
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "layer"),
+    [
+        ("lenet300", {}, "fc1"),
+        ("lenet5", {"width": 20, "batch_norm": True}, "conv2"),
+        ("lstm", {}, None),
+        ("timm/mobilenetv3_small_050", {}, "blocks.1"),
+    ],
+)
+def test_an_answer_has_the_same_bits_in_whatever_batch_it_is_asked_for(model, settings, layer):
+    guide = a_teacher_of(model, (1, 32, 32), **settings)
+    images, layers = torch.rand(150, 1, 32, 32), [layer] if layer else []
+    guide.at_once = 50
+    whole = guide.see(images, layers, embedding=True)
+    assert whole.logits.shape == (150, 10)
+    for seed, count in enumerate([1, 7, 49, 50, 51, 99, 150]):
+        some = torch.randperm(150, generator=torch.Generator().manual_seed(seed))[:count]
+        seen = guide.see(images[some], layers, embedding=True)
+        assert torch.equal(seen.logits, whole.logits[some])
+        assert torch.equal(seen.embedding, whole.embedding[some])
+        assert all(torch.equal(seen.maps[name], whole.maps[name][some]) for name in layers)
+    guide.at_once = None  # as one batch: the same answers, with other roundings
+    torch.testing.assert_close(guide.see(images).logits, whole.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_is_never_shown_more_or_fewer_than_it_sees_at_once(monkeypatch):
+    guide = a_teacher_of("lenet300", (1, 28, 28))
+    guide.at_once, real, shown = 20, features.see, []
+    monkeypatch.setattr(
+        features, "see", lambda n, x, *more, **k: shown.append(len(x)) or real(n, x, *more, **k)
+    )
+    for count in (1, 20, 21, 60):
+        assert guide.see(torch.rand(count, 1, 28, 28)).logits.shape == (count, 10)
+    assert shown == [20, 20, 20, 20, 20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("batches", "num_processes", "device", "expected"),
+    [
+        (
+            [50, 64],
+            1,
+            "cpu",
+            64,
+        ),  # of all stages that learn from the teacher: the same wherever a run goes on
+        ([128], 1, "cpu", 128),
+        ([200, 32], 1, "cpu", 100),
+        ([300], 1, "cpu", 100),
+        ([64], 2, "cpu", 32),
+        ([512], 1, "cuda", 512),
+        ([512], 2, "cuda", 256),
+    ],
+)
+def test_how_many_images_a_teacher_sees_at_once(tmp_path, batches, num_processes, device, expected):
+    stages = [
+        f"{{stage: distill, training: {{epochs: 1, batch_size: {size}}}, losses: [{{loss: kl}}]}}"
+        for size in batches
+    ]
+    labels = "{stage: train, who: teacher, training: {epochs: 1, batch_size: 1000}}"
+    text = f"name: x\n{DIGITS}}}\nteacher: {{model: lenet5}}\nstudent: {{model: lenet5}}\nstages: "
+    recipe, _ = read(written(tmp_path, f"{text}[{', '.join([labels, *stages])}]\n"))
+    assert images_at_once(recipe, num_processes, device) == expected
+
+
+def test_a_recipe_that_teaches_nobody_asks_its_teacher_for_batches_as_they_come():
+    recipe, _ = read(Path("recipes/fashion_teacher.yaml"))
+    assert images_at_once(recipe, 1, "cpu") is None
 
 
 # ---- a student that starts from the teacher

@@ -216,6 +216,7 @@ def test_answers_that_are_gone_in_the_middle_of_a_stage_are_told(tmp_path, monke
     runner.run(write(tmp_path), folder=tmp_path)
     told = f"{answers}: the answers that stage 2 has learnt from are gone" in capsys.readouterr().err
     assert told is lost
+    assert ended(tmp_path) == undisturbed(tmp_path, RECIPE, {})
 
 
 # another name

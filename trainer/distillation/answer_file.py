@@ -96,7 +96,7 @@ class AnswerFile:
             if not path.is_file() or path.stat().st_size != self.num_bytes:
                 if path.is_file():
                     logger.warning(
-                        "%s: is damaged (%d bytes where %d belong); it is made anew: last bits may differ",
+                        "%s: is damaged (%d bytes where %d belong); it is made anew",
                         path,
                         path.stat().st_size,
                         self.num_bytes,
@@ -114,8 +114,8 @@ class AnswerFile:
     def sync(self) -> None:
         """Waits until what was written is on the disk.
 
-        A checkpoint stands on the answers that its training has used: computed anew, in other batches, they may differ in
-        their last bits.
+        A checkpoint stands on the answers that its training has used: computed anew on a GPU or by another processor,
+        they may differ in their last bits.
         """
         self._map.flush()
 
@@ -156,7 +156,7 @@ class AnswerFile:
         if num_damaged and not self._warned:
             self._warned = True
             logger.warning(
-                "%s: %d damaged records in view %d; damaged records are computed again: last bits may differ",
+                "%s: %d damaged records in view %d; damaged records are computed again",
                 self.folder,
                 num_damaged,
                 view,

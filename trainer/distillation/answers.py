@@ -35,8 +35,9 @@ class Answers:
     also the embedding [D] and the maps of `layers`. Without augmentation there is one view. A GPU holds the records of
     the current view in its own memory.
 
-    A kept answer may differ from a live one in its last bits, because a library's order of summation depends on the
-    batch. An interrupted run finds its answers again, and ends in the same weights.
+    Where the teacher is asked for the same number of images each time (`Teacher.at_once`), on a CPU a kept answer has
+    the bits of a live one, and one that is computed again those that it had. An interrupted run finds its answers again,
+    and ends in the same weights.
 
     Args:
         teacher: Computes the answers that are not kept yet.
@@ -307,6 +308,7 @@ def _depends_on(
         "images": data.fingerprint,
         "num_samples": data.num_samples,
         "shape": list(data.shape),
+        **({} if teacher.at_once is None else {"at_once": teacher.at_once}),
         **({} if pictures is data else {"pictures": [list(pictures.shape), teacher.filter]}),
         "augment": data.augment.facts() if augmented else None,
         "seed": data.seed if augmented else None,

@@ -37,6 +37,9 @@ class Teacher:
 
     Maps and embeddings are those of the first network.
 
+    A library's order of summation depends on how many images it gets, and on a CPU not on which. With `at_once` images
+    in every forward pass the answer to an image has the same bits in whatever batch it is asked for.
+
     Args:
         networks: The networks; they are set to evaluation mode and frozen.
         keys: The recipe's entry of each network.
@@ -48,6 +51,10 @@ class Teacher:
         specs: Of each network, what rebuilds it, if that is not what its entry says (removed channels).
         shape: (C, H, W) of the data's images, which networks without `resize` see; None for images as they come.
         filter: With which pictures are resized to its `size`, None for the data's.
+
+    Attributes:
+        at_once: Images of each forward pass: larger batches are split, and what is short is filled up. None for batches as
+            they come.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Teacher:
         self.mean, self.std = tuple(mean), tuple(std)
         self.shape = None if shape is None else tuple(shape)
         self.filter = filter
+        self.at_once: int | None = None
         self.version = 0  # counts its trainings: answers of an earlier version are outdated
         self._shares: Tensor | None = None  # of the networks in the answer, on the device
         self._ready: list[nn.Module] = []  # the networks that are run: these, or faster copies
@@ -158,6 +166,15 @@ class Teacher:
         """
         if not torch.compiler.is_compiling():
             self.make_ready()
+        if self.at_once is None or len(images) == self.at_once:
+            return self._see(images, layers, embedding)
+        parts = []
+        for part in images.split(self.at_once):
+            filling = part[:1].expand(self.at_once - len(part), *part.shape[1:])
+            parts.append(_first(self._see(torch.cat([part, filling]), layers, embedding), len(part)))
+        return _joined(parts)
+
+    def _see(self, images: Tensor, layers: Sequence[str], embedding: bool) -> Seen:
         # A layer that is not a block may be missing in the copy without BatchNorm, or return something else there.
         asked = self._ready[0] if set(layers) <= set(features.block_names(self.network)) else self.network
         first = features.see(asked, self.prepare(images), layers, embedding, head=self.classifies)
@@ -178,6 +195,23 @@ class Teacher:
             confidence = stacked.softmax(-1).amax(-1, keepdim=True)
             weights = confidence / confidence.sum(0)
         return torch.logsumexp(stacked.log_softmax(-1) + weights.log(), dim=0)
+
+
+def _first(seen: Seen, count: int) -> Seen:
+    """Returns the results for the first `count` images."""
+    embedding = None if seen.embedding is None else seen.embedding[:count]
+    return Seen(seen.logits[:count], embedding, {name: map_[:count] for name, map_ in seen.maps.items()})
+
+
+def _joined(parts: list[Seen]) -> Seen:
+    """Returns the results of several forward passes as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    embeddings = [part.embedding for part in parts if part.embedding is not None]
+    maps = {name: torch.cat([part.maps[name] for part in parts]) for name in parts[0].maps}
+    return Seen(
+        torch.cat([part.logits for part in parts]), torch.cat(embeddings) if embeddings else None, maps
+    )
 
 
 def promoted(student: nn.Module, spec: dict[str, Any], data: Data) -> Teacher:

@@ -15,6 +15,8 @@ from trainer.recipe.text import RecipeError
 from trainer.runs.earlier import stage_folder
 from trainer.training.run import Run
 
+ON_CPU = 128  # images that a teacher sees at once
+
 
 def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers | None:
     """Opens the cache of the teacher's answers for the given stages, or prints why there is none.
@@ -58,6 +60,23 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers |
         reason = refused or "every loss asks for more than logits"
         print(f"the teacher's answers are not kept: {reason}", flush=True)
     return None
+
+
+def images_at_once(recipe: Recipe, num_processes: int, device: str) -> int | None:
+    """Returns how many images the teacher sees in each forward pass, a function of the whole recipe; None if it teaches none.
+
+    They are those of a process's largest batch. On a CPU, where more at once are no quicker, they are an equal part of
+    it of at most 128.
+    """
+    batches = [
+        stage.training.batch_size // num_processes
+        for stage in recipe.stages
+        if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])
+    ]
+    if not batches:
+        return None
+    largest = max(1, *batches)
+    return -(-largest // -(-largest // ON_CPU)) if device == "cpu" else largest
 
 
 def share_answers(kept: Path, here: Path) -> None:
@@ -110,7 +129,7 @@ def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str], teaching
     if is_main and not cache.file.num_written and any(begun):
         say(
             f"{cache.file.folder}: the answers that stage {run.stage + 1} has learnt from are gone; "
-            "they are computed anew, and may differ in their last bits"
+            "they are computed anew"
         )
     with run.accelerator.autocast():
         cache.check()

@@ -32,7 +32,7 @@ from trainer.reporting.tables import (
     terminal_width,
 )
 from trainer.reporting.tracking import tracked
-from trainer.runs.answers import keep_answers
+from trainer.runs.answers import images_at_once, keep_answers
 from trainer.runs.earlier import first_broken
 from trainer.runs.evidence import gather, without_pictures
 from trainer.runs.guards import Untrained, check_at_least, examine, guard_teacher, stop_untrained, warnings_of
@@ -194,6 +194,10 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
         run.bar.stage(number)
         # Until the teacher is taught again, its answers stay the same.
         if number == first or teaches(stages[number - 1]):
+            if run.teacher is not None:
+                run.teacher.at_once = images_at_once(
+                    recipe, accelerator.num_processes, accelerator.device.type
+                )
             alike = next(taught_alike(recipe.stages, number))
             run.cache = keep_answers(run, recipe, alike) if run.teacher is not None else None
         if teaches(stage):
