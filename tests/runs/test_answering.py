@@ -11,7 +11,7 @@ from trainer.exporting.export import export
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing import network as packed
-from trainer.runs.answering import open_student
+from trainer.runs.answering import in_precision, open_student
 from trainer.storage.weights_file import save_file
 
 SPEC, SHAPE = {"model": "lenet5", "width": 2}, (1, 28, 28)
@@ -45,6 +45,32 @@ def test_every_form_answers_the_same(folder, name):
         torch.testing.assert_close(found.answer(images), expected, atol=1e-5, rtol=1e-5)
     assert list(found.classes) == FACTS["classes"] and found.reading.shape == SHAPE
     assert (list(found.mean), list(found.std)) == ([0.2], [0.4])
+
+
+@pytest.mark.parametrize("name", ["s.tiny", "s.safetensors"])
+@pytest.mark.parametrize(("precision", "largest"), [("bf16", 0.03), ("fp16", 0.004)])
+def test_mixed_precision_rounds_as_it_is_asked_to_and_only_then(folder, name, precision, largest):
+    pixels = torch.randint(0, 256, (9, *SHAPE), dtype=torch.uint8).numpy()
+    student = open_student(folder / name)
+    expected = student.logits(pixels)
+    assert (in_precision(student, "no").logits(pixels) == expected).all()
+    found = in_precision(student, precision).logits(pixels)
+    difference = abs(found - expected).max() / abs(expected).max()
+    assert found.dtype == "float32" and 1e-5 < difference < largest
+    assert (student.logits(pixels) == expected).all()
+
+
+def test_mixed_precision_of_a_recurrent_student_and_of_a_graph(folder, tmp_path):
+    torch.manual_seed(0)
+    spec = {"model": "lstm", "hidden": 8}
+    net = build(spec, SHAPE, 3).eval()
+    (tmp_path / "l.tiny").write_bytes(packed.encode(net, spec, FACTS))
+    pixels = torch.randint(0, 256, (9, *SHAPE), dtype=torch.uint8).numpy()
+    student = open_student(tmp_path / "l.tiny")
+    expected, found = student.logits(pixels), in_precision(student, "bf16").logits(pixels)
+    assert abs(found - expected).max() < 0.03 * abs(expected).max()
+    with pytest.raises(Mistake, match=r"--precision bf16 has no effect: the file holds its own graph"):
+        in_precision(open_student(folder / "onnx/student.onnx"), "bf16")
 
 
 def test_a_program_is_opened_when_its_code_may_run(folder, tmp_path):

@@ -97,6 +97,9 @@ def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys):
     assert [one["class"] for one in answer["classes"]] == [data.classes[k] for k in likeliest.indices]
     found = [one["probability"] for one in answer["classes"]]
     assert found == pytest.approx(likeliest.values.tolist(), abs=1e-5)
+    assert main(["predict", *files, "--precision", "bf16"]) == 0
+    halves = [one["probability"] for one in json.loads(capsys.readouterr().out)["classes"]]
+    assert halves != found and halves == pytest.approx(found, abs=0.02)
 
 
 def test_what_cannot_be_an_ensemble_is_refused(recipe, capsys):

@@ -34,6 +34,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a further file: all answer together, by the mean of their probabilities; may be given several times",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("no", "bf16", "fp16"),
+        default="no",
+        help="compute in mixed precision: quicker where the processor has it, and no longer the report's answers (no)",
+    )
     model_options(parser, "--model name python:, open .pt2: both can run code")
 
 
@@ -56,11 +62,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _student(options: argparse.Namespace) -> Any:
-    from trainer.runs.answering import open_student
+    from trainer.runs.answering import in_precision, open_student
     from trainer.runs.ensemble import together
 
     opened = {
-        str(file): open_student(file, options.model, options.allow_python)
+        str(file): in_precision(open_student(file, options.model, options.allow_python), options.precision)
         for file in (options.file, *options.others)
     }
     if len(opened) <= len(options.others):
@@ -71,6 +77,8 @@ def _student(options: argparse.Namespace) -> Any:
 def _without_torch(options: argparse.Namespace) -> Any:
     from trainer.runtime.student import open_student
 
-    if options.others or options.model or options.allow_python:
-        raise Mistake("--with, --model and --allow-python need torch, which is not installed here")
+    if options.others or options.model or options.allow_python or options.precision != "no":
+        raise Mistake(
+            "--with, --model, --allow-python and --precision need torch, which is not installed here"
+        )
     return open_student(options.file)

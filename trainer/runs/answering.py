@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.reading import Reading, reading_of
+from trainer.distillation.onednn import attach
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing import headers
@@ -21,6 +22,7 @@ from trainer.runtime.student import TOLD
 from trainer.storage.files import read_bytes
 from trainer.training.weights import load_weights, recorded
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = (".tiny", ".onnx", ".pt2", ".safetensors")
 
 
@@ -43,6 +45,28 @@ class Student(NamedTuple):
         """Returns logits [N, K] for images uint8 [N, C, H, W] of the input's size."""
         images = preprocess(torch.from_numpy(pixels), self.reading, self.mean, self.std)
         return self.answer(images).float().numpy()
+
+
+def in_precision(student: Student, precision: str) -> Student:
+    """Returns a student that computes in mixed precision, "bf16" or "fp16", and with "no" the same student.
+
+    Its answers then are not those that its report tells of. Raises Mistake for one that another runtime than torch runs.
+    """
+    if precision == "no":
+        return student
+    network = student.network
+    if network is None:
+        raise Mistake(
+            f"--precision {precision} has no effect: the file holds its own graph, in its own types"
+        )
+    half = HALVES[precision]
+    attach(network, learning=False)  # an LSTM computes in float32 where this processor has no other for it
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", half):
+            return network(images)
+
+    return student._replace(answer=answer)
 
 
 def open_student(file: Path, own: str | None = None, allow_python: bool = False) -> Student:
