@@ -54,6 +54,29 @@ def test_a_path_is_left_alone(given):
 
 
 @pytest.mark.parametrize(
+    ("file", "made"),
+    [
+        ("runs/teacher_mnist/no.pth", "; trainer run records/teacher_mnist makes it"),
+        ("runs/fashion_teacher/no.pth", "; trainer run fashion_teacher makes it"),
+        ("runs/mine/no.pth", ""),
+        ("runs/teacher_mnist", ""),
+        ("teacher_mnist/no.pth", ""),
+    ],
+)
+def test_a_missing_file_of_a_shipped_run_says_which_recipe_makes_it(tmp_path, file, made):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"name: x\ndata: {{dataset: digits}}\nstudent: {{model: lenet5, checkpoint: {file}}}\nstages: [{{stage: pack}}]\n"
+    )
+    with pytest.raises(RecipeError) as told:
+        read(path)
+    assert (
+        f"there is no file '{file}' in {Path.cwd()}, the folder this was started in{made}\n"
+        in f"{told.value}\n"
+    )
+
+
+@pytest.mark.parametrize(
     ("given", "nearest"),
     [
         ("quikstart", "quickstart"),

@@ -17,6 +17,7 @@ from trainer.recipe.keys import (
     TermKeys,
 )
 from trainer.recipe.shelves import beside, chosen, fed, find, split
+from trainer.recipe.shipped import maker
 from trainer.recipe.stages import (
     any_teaches,
     compares_teacher,
@@ -209,7 +210,9 @@ def _no_file(path: tuple, file: Path) -> Iterator[tuple[tuple, str]]:
             yield path, f"got {str(file)!r}; no such wheel is known{nearest(wheel, WHEELS)}"
     elif not file.is_file():
         below = "" if file.is_absolute() else f" in {Path.cwd()}, the folder this was started in"
-        yield path, f"there is no file {str(file)!r}{below}"
+        made = maker(file)
+        makes = f"; trainer run {made} makes it" if made else ""
+        yield path, f"there is no file {str(file)!r}{below}{makes}"
 
 
 def _stage_faults(

@@ -33,6 +33,12 @@ def find(name: str) -> Path:
     return folder() / f"{name}.yaml"
 
 
+def maker(file: Path) -> str:
+    """Returns the name of the shipped recipe whose run makes `file`, runs/NAME/...; empty if there is none."""
+    run = file.parts[1] if file.parts[:1] == ("runs",) and len(file.parts) > 2 else ""
+    return next((name for name in names() if Path(name).name == run), "")
+
+
 def told(name: str) -> tuple[str, str]:
     """Returns the first sentence of a shipped recipe, and that of its results, from the comments at its top."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), find(name).read_text("utf-8").splitlines())
