@@ -86,12 +86,8 @@ def test_a_teacher_is_never_shown_more_or_fewer_than_it_sees_at_once(monkeypatch
 @pytest.mark.parametrize(
     ("batches", "num_processes", "device", "expected"),
     [
-        (
-            [50, 64],
-            1,
-            "cpu",
-            64,
-        ),  # of all stages that learn from the teacher: the same wherever a run goes on
+        # Of all stages that learn from the teacher: the same wherever a run goes on.
+        ([50, 64], 1, "cpu", 64),
         ([128], 1, "cpu", 128),
         ([200, 32], 1, "cpu", 100),
         ([300], 1, "cpu", 100),
@@ -112,7 +108,7 @@ def test_how_many_images_a_teacher_sees_at_once(tmp_path, batches, num_processes
 
 
 def test_a_recipe_that_teaches_nobody_asks_its_teacher_for_batches_as_they_come():
-    recipe, _ = read(Path("recipes/fashion_teacher.yaml"))
+    recipe, _ = read(Path(__file__).parents[2] / "recipes/fashion_teacher.yaml")
     assert images_at_once(recipe, 1, "cpu") is None
 
 

@@ -458,10 +458,8 @@ def test_no_setting_of_a_stage_is_left_out(tmp_path):
         with contextlib.suppress(RecipeError):  # its teacher's file is not here
             stages += read(path)[0].stages
     for loss in shelves.names("loss"):
-        both = [
-            {"loss": loss},
-            {"loss": "hint" if loss == "kl" else "kl"},
-        ]  # labels alone are no distillation
+        # Labels alone are no distillation.
+        both = [{"loss": loss}, {"loss": "hint" if loss == "kl" else "kl"}]
         stages += read(write(tmp_path), {"stages.1.losses": both})[0].stages[1:2]
     found = set()
     for stage in stages:

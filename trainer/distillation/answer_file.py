@@ -96,7 +96,7 @@ class AnswerFile:
             if not path.is_file() or path.stat().st_size != self.num_bytes:
                 if path.is_file():
                     logger.warning(
-                        "%s: is damaged (%d bytes where %d belong); it is made anew",
+                        "%s: is damaged (%d bytes where %d belong); it is made anew; on a GPU last bits may differ",
                         path,
                         path.stat().st_size,
                         self.num_bytes,
@@ -156,7 +156,7 @@ class AnswerFile:
         if num_damaged and not self._warned:
             self._warned = True
             logger.warning(
-                "%s: %d damaged records in view %d; damaged records are computed again",
+                "%s: %d damaged records in view %d; damaged records are computed again; on a GPU last bits may differ",
                 self.folder,
                 num_damaged,
                 view,

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 _LEAST = 2**21  # multiplications: in smaller products the overhead of the calls dominates
 _RECURRENT: tuple[type[nn.LSTM | nn.GRU | nn.RNN], ...] = (nn.LSTM, nn.GRU, nn.RNN)
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that recipes have for them
 
 
 def attach(network: nn.Module, learning: bool) -> None:
@@ -73,7 +73,7 @@ def _recurrent_kind(layer: nn.Module) -> type[nn.LSTM | nn.GRU | nn.RNN] | None:
 
 @cache
 def _missing_types(kind: type[nn.LSTM | nn.GRU | nn.RNN]) -> frozenset[torch.dtype]:
-    return frozenset(dtype for dtype in _HALVES if not _computes(kind, dtype))
+    return frozenset(dtype for dtype in HALVES.values() if not _computes(kind, dtype))
 
 
 def _computes(kind: type[nn.LSTM | nn.GRU | nn.RNN], dtype: torch.dtype) -> bool:
@@ -118,7 +118,7 @@ def _in_float32(value: Any) -> Any:
     if isinstance(value, tuple) and not isinstance(value, PackedSequence):
         return tuple(map(_in_float32, value))
     tensor = value.data if isinstance(value, PackedSequence) else value
-    return value.float() if torch.is_tensor(tensor) and tensor.dtype in _HALVES else value
+    return value.float() if torch.is_tensor(tensor) and tensor.dtype in HALVES.values() else value
 
 
 def _forward(layer: nn.Linear, learning: bool, x: Tensor) -> Tensor:

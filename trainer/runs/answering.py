@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.reading import Reading, reading_of
-from trainer.distillation.onednn import attach
+from trainer.distillation.onednn import HALVES, attach
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.packing import headers
@@ -22,7 +22,6 @@ from trainer.runtime.student import TOLD
 from trainer.storage.files import read_bytes
 from trainer.training.weights import load_weights, recorded
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = (".tiny", ".onnx", ".pt2", ".safetensors")
 
 

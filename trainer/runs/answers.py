@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from trainer.data.fetch import cache_folder
 from trainer.data.images import Data
@@ -15,7 +16,7 @@ from trainer.recipe.text import RecipeError
 from trainer.runs.earlier import stage_folder
 from trainer.training.run import Run
 
-ON_CPU = 128  # images that a teacher sees at once
+ON_CPU = 128  # the most images that a teacher sees at once
 
 
 def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers | None:
@@ -35,11 +36,7 @@ def keep_answers(run: Run, recipe: Recipe, stages: list[StageKeys]) -> Answers |
     Raises:
         RecipeError: When the recipe's settings cannot be satisfied.
     """
-    teaching = [
-        stage
-        for stage in stages
-        if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])
-    ]
+    teaching = _taught(stages)
     if recipe.cache == "off" or not teaching:
         return None
     if recipe.cache is not None:
@@ -68,15 +65,20 @@ def images_at_once(recipe: Recipe, num_processes: int, device: str) -> int | Non
     They are those of a process's largest batch. On a CPU, where more at once are no quicker, they are an equal part of
     it of at most 128.
     """
-    batches = [
-        stage.training.batch_size // num_processes
-        for stage in recipe.stages
-        if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])
-    ]
+    batches = [stage.training.batch_size // num_processes for stage in _taught(recipe.stages)]
     if not batches:
         return None
     largest = max(1, *batches)
     return -(-largest // -(-largest // ON_CPU)) if device == "cpu" else largest
+
+
+def _taught(stages: list[StageKeys]) -> list[Any]:
+    """Returns the stages that learn from the teacher."""
+    return [
+        stage
+        for stage in stages
+        if getattr(stage, "training", None) and asked_of_teacher(getattr(stage, "losses", None) or [])
+    ]
 
 
 def share_answers(kept: Path, here: Path) -> None:
@@ -129,7 +131,7 @@ def _open(run: Run, recipe: Recipe, keys: CacheKeys, layers: list[str], teaching
     if is_main and not cache.file.num_written and any(begun):
         say(
             f"{cache.file.folder}: the answers that stage {run.stage + 1} has learnt from are gone; "
-            "they are computed anew"
+            "they are computed anew; on a GPU last bits may differ"
         )
     with run.accelerator.autocast():
         cache.check()

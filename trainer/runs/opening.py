@@ -17,7 +17,7 @@ from trainer.data.batches import make_data
 from trainer.data.images import Data
 from trainer.data.workers import dismiss_all
 from trainer.distillation.examine import look
-from trainer.distillation.onednn import kinds_in_float32
+from trainer.distillation.onednn import HALVES, kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
 from trainer.distributed import told
 from trainer.mistakes import Mistake
@@ -217,8 +217,7 @@ def _report_float32(networks: list[nn.Module], precision: str, accelerator: Acce
             flush=True,
         )
         return
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    kinds = kinds_in_float32(networks, dtype)
+    kinds = kinds_in_float32(networks, HALVES[precision])
     if kinds:
         print(
             f"precision {precision}: this processor does not have {', '.join(kinds)} in it: "

@@ -194,12 +194,12 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
         run.bar.stage(number)
         # Until the teacher is taught again, its answers stay the same.
         if number == first or teaches(stages[number - 1]):
+            run.cache = None
             if run.teacher is not None:
                 run.teacher.at_once = images_at_once(
                     recipe, accelerator.num_processes, accelerator.device.type
                 )
-            alike = next(taught_alike(recipe.stages, number))
-            run.cache = keep_answers(run, recipe, alike) if run.teacher is not None else None
+                run.cache = keep_answers(run, recipe, next(taught_alike(recipe.stages, number)))
         if teaches(stage):
             run.cache = None
         torch.manual_seed(seed_of(recipe.seed, number))  # so that a resumed stage draws the same numbers
