@@ -30,6 +30,7 @@ from trainer.recipe.recipe import targets_of
 
 SIZE, CLASSES = 64, 10
 KEPT, VALUES = 0.1, 16  # of the weights of a tensor
+ALIKE = 1e-3  # of the largest logit: what images must differ by
 SMALL = 1000  # a tensor of fewer numbers stays as it is
 # Our own networks by the shape of the images they are made for; those without a number of their own get (3, 32, 32).
 OURS = {"lenet300": (1, 28, 28), "lenet5": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "gru": (1, 28, 28), "lstm": (1, 28, 28)}  # fmt: skip
@@ -51,7 +52,7 @@ SIZES = {
     "efficientformerv2_s0": 224, "levit_128s": 224, "crossvit_tiny_240": 240, "xcit_nano_12_p16_224": 64, "coat_lite_tiny": 64,
 }  # fmt: skip
 IMG_SIZE = """vit_tiny_patch16_224 deit_tiny_patch16_224 cait_xxs24_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 visformer_tiny
-pit_ti_224 swin_tiny_patch4_window7_224""".split()
+pit_ti_224 swin_tiny_patch4_window7_224 coat_lite_tiny""".split()
 TARGETS = ["onnx", "c", "page", "pt2"]
 
 
@@ -86,6 +87,10 @@ def row_of(name: str, to: list[str]) -> list[str]:
     torch.manual_seed(0)
     network = _coarse(build(settings, shape, CLASSES), shape)
     row = [name, "x".join(map(str, shape))]
+    with torch.no_grad():
+        answers = network(torch.rand(8, *shape))
+    if (answers - answers.mean(0)).abs().max() < ALIKE * answers.abs().max():
+        return row + ["shows nothing: its answers are alike for all images"] * len(to)
     try:
         subject = subject_of(network, shape)
     except Mistake as error:
@@ -118,11 +123,13 @@ def _found(subject: exporting_subject.Subject, target: str) -> str:
 def _coarse(network: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
     """Makes an untrained network's weights few and shared, its scales different from one another, its statistics those of noise."""
     for parameter in network.parameters():
+        if (
+            parameter.max() == parameter.min()
+        ):  # of a normalization, a bias, the scale of a branch; timm's zero classifiers
+            parameter.copy_(
+                parameter.clamp(0.1 if parameter.max() > 0 else 0) + 0.1 * torch.randn_like(parameter)
+            )
         if parameter.ndim < 2 or parameter.numel() < SMALL:
-            if parameter.max() == parameter.min():  # of a normalization, a bias or the scale of a branch
-                parameter.copy_(
-                    parameter.clamp(0.1 if parameter.max() > 0 else 0) + 0.1 * torch.randn_like(parameter)
-                )
             continue
         least = parameter.abs().flatten().kthvalue(int(parameter.numel() * (1 - KEPT))).values
         step, most = parameter.std() / 2, VALUES // 2

@@ -43,6 +43,7 @@ class Zoo(nn.Module):
         self.lstm = nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True)
         self.gru = nn.GRU(10, 4, bidirectional=True)
         self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.places = nn.Parameter(torch.randn(1, 10, 1))
         self.fc = nn.Linear(8, 10)
 
     def forward(self, x):
@@ -53,6 +54,7 @@ class Zoo(nn.Module):
         x = torch.cat([F.max_pool2d(x, (3, 2), ceil_mode=True), F.avg_pool2d(x, 3, 2, 1)], 2)  # [N, 8, 9, 3]
         x = F.adaptive_avg_pool2d(F.silu(x) + F.mish(x) / 2, (3, 3)) + F.adaptive_avg_pool2d(x, 1)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)  # [N, 10, 8]
+        x = x + self.places.repeat(x.shape[0], 1, 8)
         q, k, v = self.query(self.layer(x)).reshape(-1, 10, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
         x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = (

@@ -66,6 +66,11 @@ class _Sort(nn.Module):
         return x.sort(1).values
 
 
+class Tiled(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).repeat(1, 2)
+
+
 class Pairs(nn.Module):
     def forward(self, x):
         return x.flatten(1)[: x.shape[0] // 2]
@@ -81,6 +86,8 @@ def test_what_cannot_be_exported_is_named_with_its_layer():
         trace(Sorted(), (1, 2, 2))
     with pytest.raises(Mistake, match="layer '1': a transposed convolution cannot be exported"):
         trace(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(1, 2, 2), nn.Flatten()), (1, 2, 2))
+    with pytest.raises(Mistake, match="a repetition of more than one row cannot be exported"):
+        trace(Tiled(), (1, 2, 2))
     with pytest.raises(Mistake, match=r"cannot read the network for images \(1, 2, 2\): .*batch"):
         trace(Pairs(), (1, 2, 2))
     with pytest.raises(Mistake, match=r"returns 2 values; logits \[N, K\] alone"):

@@ -42,6 +42,18 @@ def _expand(reader: Any, node: fx.Node, a: Arguments) -> None:
     reader.add(node, "expand", [a["self"]])
 
 
+def _repeat(reader: Any, node: fx.Node, a: Arguments) -> None:
+    """Converts a repetition of axes of size 1, as of positions for each image of a batch: it is an `expand`."""
+    shape = a["self"].meta["val"].shape
+    times = a["repeats"][len(a["repeats"]) - len(shape) :]
+    if any(
+        not (isinstance(number, int) and number == 1) and not (isinstance(size, int) and size == 1)
+        for number, size in zip(times, shape, strict=True)
+    ):
+        raise Unsupported("a repetition of more than one row")
+    reader.add(node, "expand", [a["self"]])
+
+
 def _slice(reader: Any, node: fx.Node, a: Arguments) -> None:
     shape = a["self"].meta["val"].shape
     if tuple(shape) == tuple(node.meta["val"].shape):
@@ -128,6 +140,7 @@ MOVING: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
     "permute": _permute,
     "transpose.int": _transpose,
     "expand": _expand,
+    "repeat": _repeat,
     "slice.Tensor": _slice,
     "select.int": _select,
     "split_with_sizes": _split,
