@@ -161,6 +161,12 @@ def test_the_command(tmp_path, capsys):
     assert main(["export", str(tmp_path / "s.tiny"), "--to", "onnx"]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "s.tiny"), "--to", "onnx", "--force"]) == 0
+    plain = ["export", str(tmp_path / "s.tiny"), "--to", "{to: onnx, compressed: false, folder: plain}"]
+    assert main(plain) == 0
+    assert (tmp_path / "export/plain/student.onnx").is_file()
+    assert main(["export", str(tmp_path / "s.tiny"), "--to", "{to: onnx, compresed: false}"]) == 2
+    assert "compresed" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "s.tiny"), "--to", "{to: onnx"]) == 2
 
 
 ODD = """

@@ -1,4 +1,4 @@
-"""The packed file as a QR code: a real decoder gives back the same bytes, and what they hold answers as the student."""
+"""The packed file, or a page, as a QR code: a real decoder gives back the same bytes, and what they hold answers as the student."""
 
 import shutil
 import sys

@@ -8,7 +8,12 @@ from trainer.recipe.words import path_of
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=path_of)
-    parser.add_argument("--to", action="append", required=True, help="onnx, ...; may be given several times")
+    parser.add_argument(
+        "--to",
+        action="append",
+        required=True,
+        help="onnx, ..., or with settings '{to: onnx, compressed: false}'; may be given several times",
+    )
     parser.add_argument(
         "--recipe", type=path_of, help="on whose test images it is proven; else random inputs"
     )
@@ -18,7 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from trainer.recipe import text
     from trainer.runs.export_file import export_file
 
-    to, folder = options.to, options.folder or options.file.parent / "export"
+    to = [text.value(given) if given.startswith("{") else given for given in options.to]
+    folder = options.folder or options.file.parent / "export"
     export_file(options.file, to, folder, options.recipe, options.force, options.allow_python)

@@ -78,7 +78,7 @@ def export_all(
     for target in targets:
         own = beside(find("to", target.to), "check_subject")
         if own is not None:
-            own(subject)
+            own(target, subject)
         here = folder / target.label
         if here.exists() and not force:
             raise Mistake(f"{here}: is there already; --force (in Python force=True) replaces it")

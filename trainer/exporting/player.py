@@ -113,23 +113,36 @@ def ask(page: Path, images: np.ndarray) -> np.ndarray:
 
     Raises NotInstalled without node.
     """
-    return np.frombuffer(_by_node(page, ANSWER, images), "<f4").reshape(len(images), -1)
+    return answers_of(_script(page), images)
+
+
+def answers_of(script: str, images: np.ndarray) -> np.ndarray:
+    """Does what `ask` does with a script that defines `student`, a function of pixels, and `student.shape`."""
+    return np.frombuffer(_by_node(script + ANSWER, images), "<f4").reshape(len(images), -1)
 
 
 def seconds(page: Path, image: np.ndarray) -> np.ndarray:
     """Returns how long the student in a page takes for a uint8 image [C, H, W], in each of `CALLS` calls, by node."""
-    return np.frombuffer(_by_node(page, TIMES, image), "<f8") / 1000
+    return seconds_of(_script(page), image)
 
 
-def _by_node(page: Path, program: str, images: np.ndarray) -> bytes:
+def seconds_of(script: str, image: np.ndarray) -> np.ndarray:
+    """Does what `seconds` does with a script, as `answers_of`."""
+    return np.frombuffer(_by_node(script + TIMES, image), "<f8") / 1000
+
+
+def _script(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    return text.partition('<script id="student-script">')[2].partition("</script>")[0]
+
+
+def _by_node(program: str, images: np.ndarray) -> bytes:
     if shutil.which("node") is None:
         raise NotInstalled("needs node: apt-get install nodejs")
-    text = page.read_text(encoding="utf-8")
-    script = text.partition('<script id="student-script">')[2].partition("</script>")[0]
     given = np.ascontiguousarray(images).tobytes()
     with tempfile.TemporaryDirectory() as aside:  # an argument would be limited to 128 KB
         file = Path(aside) / "student.js"
-        file.write_text(script + program, encoding="utf-8")
+        file.write_text(program, encoding="utf-8")
         done = subprocess.run(["node", str(file)], input=given, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(

@@ -10,7 +10,7 @@ Beside it the file may define
     OPS = frozenset(...)             the operators of `exporting.graph` that it can write; all by default
     NEEDS_DATA = True                it needs training or test images, so a recipe
     check_graph(settings, graph)     raises Mistake for a graph that it cannot write, before anything is trained
-    check_subject(subject)           raises Mistake for a student that it cannot write, before this export writes anything
+    check_subject(settings, subject) raises Mistake for a student that it cannot write, before this export writes anything
     check(settings)                  raises Mistake for settings that contradict each other
 
 It raises `exporting.subject.NotInstalled` for a package or program that is missing (`needed` imports a package so). A file that
