@@ -15,6 +15,7 @@ from trainer.compression.masks import (
     geometric,
     score_masks,
     set_mask,
+    set_power,
     unwatch_gradients,
     watch_gradients,
 )
@@ -343,6 +344,28 @@ def test_std_masks_by_hand():
     again, (second,) = ask(std, place, sensitivity=1.2)
     assert second == pytest.approx(1.2 * weight[mask.numpy()].astype(np.float64).std(), rel=1e-6)
     assert not (again & ~mask).any(), "what is pruned stays pruned"
+
+
+def test_power_by_hand():
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4)
+    place = weights_of(nn.Sequential(layer))["0"]
+    mask = torch.rand(4, 6) > 0.3
+    set_mask(place, mask)
+    began = place.value.detach().clone()
+    set_power([place], 3)
+    assert torch.allclose(place.value, began, rtol=1e-5, atol=0) and torch.equal(place.value != 0, mask)
+    t = place.parameter.detach().clone()
+    assert torch.allclose(t[mask].abs() ** 3, began[mask].abs(), rtol=1e-5)
+    slopes = torch.randn(4, 6)
+    (place.value * slopes).sum().backward()
+    assert torch.allclose(place.parameter.grad, torch.where(mask, slopes * 3 * t**2, 0.0), rtol=1e-5)
+    with torch.no_grad():
+        place.parameter.sub_(0.1 * place.parameter.grad)
+    assert torch.allclose(place.value, torch.where(mask, (t - 0.3 * slopes * t**2) ** 3, 0.0), rtol=1e-4)
+    ended = place.value.detach().clone()
+    set_power([place], 1)
+    assert torch.equal(place.value, ended) and torch.equal(place.parameter, ended)
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("lstm", 4), ("gru", 3), ("attention", 3), ("fused_qkv", 3)])

@@ -184,6 +184,19 @@ def test_movement_lets_weights_come_back(tmp_path, quick):
     assert any(not torch.equal(kept[name], largest[name]) for name in kept), "it is not magnitude's choice"
 
 
+def test_with_power_the_stage_trains_another_tensor_and_leaves_the_weights_themselves(tmp_path, quick):
+    left = {}
+    for power in (None, 2):
+        run = make_run(tmp_path / str(power))
+        prune(run, method="lamp", sparsity=0.6, schedule="cubic", every=2, power=power, training=TRAINING)
+        assert_exactly(run, 0.6, together=True)
+        for name, place in weights_of(run.student).items():
+            assert place.parametrization.power == 1
+            assert torch.equal(torch.where(place.mask, place.parameter, 0.0), place.value), name
+        left[power] = weights(run)
+    assert not any(torch.equal(left[2][name], weight) for name, weight in left[None].items())
+
+
 def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path, quick):
     bits = {}
     for method in ("lamp", "rate"):
@@ -343,6 +356,14 @@ def settings(**given):
         (
             {"method": "lamp", "sparsity": 0.5, "every": 3},
             "every has no effect with schedule 'once'; 'cubic' has it",
+        ),
+        (
+            {"method": "lamp", "sparsity": 0.5, "power": 2},
+            "power has no effect with schedule 'once'; 'cubic' has it",
+        ),
+        (
+            {"method": "lamp", "sparsity": 0.5, "schedule": "cubic", "power": 1, "training": {"epochs": 1}},
+            "greater than 1",
         ),
         (
             {
@@ -711,9 +732,10 @@ def labels_of(result):
     [
         {"method": "movement", "schedule": "cubic", "every": 2},
         {"method": "rate", "schedule": "cubic", "every": 2},
+        {"method": "lamp", "schedule": "cubic", "every": 2, "power": 2},
         {"method": "magnitude", "schedule": "iterative", "rounds": 2, "rewind": True},
     ],
-    ids=["movement", "rate", "rewind"],
+    ids=["movement", "rate", "power", "rewind"],
 )
 def test_an_interrupted_stage_ends_at_the_same_bits(tmp_path, quick, monkeypatch, given):
     monkeypatch.setattr(fit, "CHECKPOINT_SECONDS", 0.0)

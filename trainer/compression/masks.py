@@ -132,6 +132,20 @@ def set_mask(layer: Weight, mask: Tensor) -> None:
     parametrize_weight(layer, Mask(mask))
 
 
+@torch.no_grad()
+def set_power(layers: Iterable[Weight], power: float) -> None:
+    """Makes pruned weights be trained as t |t|^(power - 1) of another tensor t, in place; the weights stay as they are.
+
+    Small weights then change slowly, so that more of them end near zero and can go (Schwarz et al. 2021, Powerpropagation: A
+    Sparsity Inducing Weight Reparameterisation). Power 1 ends it, exactly.
+    """
+    for layer in layers:
+        found, value = layer.parametrization, layer.value.clone()
+        assert isinstance(found, Mask)
+        found.power = power
+        layer.parameter.copy_(value if power == 1 else value.sign() * value.abs().pow(1 / power))
+
+
 def watch_gradients(layers: Iterable[Weight], criterion: Callable, **keys: Any) -> None:
     """Makes every later backward pass add the criterion's score to each layer's sum (`Mask.score`).
 

@@ -39,11 +39,13 @@ class Mask(nn.Module):
         score: None, or a buffer to which every backward pass adds a criterion's scores (see `masks.watch_gradients`).
             They cover pruned weights too, because the gradient of the masked weight is known at every position.
         rounding: None, or a function that rounds the weights at every step; the gradient goes straight through.
+        power: The weight is t |t|^(power - 1) of the trained tensor t (see `masks.set_power`); 1 for t itself.
     """
 
     mask: Tensor
     score: Tensor | None
     rounding: Callable[[Tensor], Tensor] | None = None
+    power: float = 1.0
     _criterion: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, mask: Tensor) -> None:
@@ -52,6 +54,8 @@ class Mask(nn.Module):
         self.register_buffer("score", None)
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.power != 1:
+            weight = weight * weight.abs().pow(self.power - 1)
         # A product would give -0.0 for a negative weight and NaN for an infinite one.
         masked = straight(self.rounding, torch.where(self.mask, weight, 0.0))
         if self._criterion is not None and masked.requires_grad:

@@ -16,6 +16,7 @@ from trainer.compression.masks import (
     refuse_shared,
     score_masks,
     set_mask,
+    set_power,
     unwatch_gradients,
     watch_gradients,
 )
@@ -37,6 +38,7 @@ from trainer.training.run import Run
 
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Rounds = Annotated[int, Field(ge=2)]
+Power = Annotated[float, Field(gt=1, le=8)]
 Masks = dict[str, tuple[Tensor, list[float]]]
 
 SCHEDULES = ("once", "cubic", "iterative")
@@ -70,6 +72,7 @@ def check(settings: StageKeys) -> None:
     for key, needed in (
         ("ramp", "cubic"),
         ("every", "cubic"),
+        ("power", "cubic"),
         ("rounds", "iterative"),
         ("rewind", "iterative"),
     ):
@@ -135,6 +138,7 @@ def prune(
     schedule: Literal["once", "cubic", "iterative"] = "once",
     ramp: Sparsity | None = None,
     every: PositiveInt | None = None,
+    power: Power | None = None,
     rounds: Rounds | None = None,
     rewind: bool = False,
     exclude: Exclude = [],
@@ -153,6 +157,8 @@ def prune(
             rounds that each prune the same fraction of the remaining weights and then train (Frankle & Carbin 2019).
         ramp: Fraction of the training after which `cubic` is done (0.6).
         every: Steps between two masks of `cubic` (50).
+        power: `cubic` trains each weight as t |t|^(power - 1) of another tensor t, so that small weights change slowly and more
+            of them end near zero (Schwarz et al. 2021, Powerpropagation): 2 or so. By default the weight itself is trained.
         rounds: Number of rounds of `iterative` (3).
         rewind: Whether each round of `iterative` trains from the weights at the start of the stage (Renda et al. 2020).
         exclude: Layers to leave alone: 'first', 'last' or names.
@@ -195,7 +201,9 @@ def prune(
                 tighten(step / last if last else 1.0)
             return step < last
 
+        set_power(layers.values(), power or 1.0)
         _recover(run, "recovered", method, training, losses, before_step=gradually)
+        set_power(layers.values(), 1.0)
     else:
         began = {key: tensor.clone() for key, tensor in dense_state(run.student).items()}
         num_rounds = rounds or 3
