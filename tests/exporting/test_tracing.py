@@ -81,6 +81,23 @@ class Twice(nn.Module):
         return x.flatten(1), x
 
 
+class Rows(nn.Module):
+    """Its first choice of a row is the second operator, and there are more choices than that."""
+
+    def forward(self, x):
+        x = torch.relu(x)
+        return x[:, 0, 0] + 2 * x[:, 0, 1] * x[:, 0, 2]
+
+
+def test_every_value_has_a_name_of_its_own():
+    graph = trace(Rows(), (1, 3, 4))
+    names = [graph.input, *(name for node in graph.nodes for name in node.outputs)]
+    assert len(set(names)) == len(names) > 10
+    assert [graph.shape(node.outputs[0]) for node in graph.nodes if node.op == "reshape"] == [
+        (1, 3, 4), (1, 4), (1, 3, 4), (1, 4), (1, 3, 4), (1, 4)
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_exported_is_named_with_its_layer():
     with pytest.raises(Mistake, match=r"layer 'inner.odd': operator sort cannot be exported"):
         trace(Sorted(), (1, 2, 2))

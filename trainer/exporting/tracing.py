@@ -266,7 +266,7 @@ class _Reader:
         parts: how many of the results of an operator with several are given names.
         """
         if parts:
-            outputs = [f"{node.name}_{number}" for number in range(parts)]
+            outputs = [f"{node.name}:{number}" for number in range(parts)]
             for number, name in enumerate(outputs):
                 self.parts[node.name, number] = name
                 self.values[name] = self.value(node, number)
@@ -288,7 +288,9 @@ class _Reader:
 
     def step(self, node: fx.Node, op: str, inputs: Sequence[str], value: Value, **attributes: Any) -> str:
         """Adds a node as a part of what a node of torch's graph stands for; returns its output's name."""
-        name = f"{node.name}_{len(self.nodes)}"
+        name = (
+            f"{node.name}:{len(self.nodes)}"  # a name that neither a node of torch's graph nor a weight has
+        )
         self.values[name] = value
         self.nodes.append(Node(op, tuple(inputs), (name,), {}, attributes, layer_of(node)))
         return name
