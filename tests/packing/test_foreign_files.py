@@ -1,6 +1,8 @@
 """A packed file never has code run: what it names must be on the shelf, or be brought by the reader."""
 
+import cProfile
 import importlib
+import pstats
 import re
 import sys
 import time
@@ -242,3 +244,25 @@ def test_two_tensors_of_one_name(monkeypatch):
     data = container.encode(FACTS, {"a": np.ones(1, np.float32)})
     with pytest.raises(ValueError, match="two tensors are called 'a'"):
         container.decode(data)
+
+
+def test_a_file_is_opened_under_a_profiler(tmp_path):
+    """The limit on calls takes the place of a profiler for a moment, and gives it back."""
+    spec = {"model": "lenet300", "hidden": [4]}
+    net = building.build(spec, (1, 8, 8), 2)
+    (tmp_path / "x.tiny").write_bytes(packed.encode(net, spec, FACTS | {"reading": {}}))
+    profiler = cProfile.Profile()
+    with profiler:
+        load(tmp_path / "x.tiny")
+        len(str(tmp_path))
+    names = {function for _, _, function in pstats.Stats(profiler).stats}
+    assert {"load", "<built-in method builtins.len>"} <= names and sys.getprofile() is None
+    seen = []
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    try:
+        load(tmp_path / "x.tiny")
+        seen.clear()
+        str(tmp_path)
+    finally:
+        sys.setprofile(None)
+    assert "call" in seen

@@ -64,6 +64,9 @@ def bounded(num_calls: int, num_numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.setprofile(before)
+        sys.setprofile(before if callable(before) else None)
+        profiler: Any = before
+        if hasattr(profiler, "enable"):  # cProfile's is an object that only it can set
+            profiler.enable()
         for handle in handles:
             handle.remove()
