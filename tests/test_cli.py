@@ -138,7 +138,7 @@ def test_the_module_its_exit_status_and_what_check_imports(tmp_path):
 def test_reading_a_recipe_imports_nothing_heavy():
     """Each stage imports what it works with when it runs: the coder, k-means, and what takes seconds."""
     recipes = Path(__file__).parents[1] / "recipes"
-    names = ["quickstart", "lstm_mnist", "distill_default", "cifar100_resnet56_resnet20"]
+    names = ["quickstart", "lenet300_mnist", "distill_default", "cifar100_resnet56_resnet20"]
     code = "import sys, trainer.recipe.recipe\n"
     code += "for file in sys.argv[1:]:\n    trainer.recipe.recipe.read(file); print(file, *sys.modules)"
     told = python("-c", code, *(f"{recipes / name}.yaml" for name in names))

@@ -184,11 +184,21 @@ def test_movement_lets_weights_come_back(tmp_path, quick):
     assert any(not torch.equal(kept[name], largest[name]) for name in kept), "it is not magnitude's choice"
 
 
-def test_with_power_the_stage_trains_another_tensor_and_leaves_the_weights_themselves(tmp_path, quick):
+def test_with_powerpropagation_the_stage_trains_another_tensor_and_leaves_the_weights_themselves(
+    tmp_path, quick
+):
     left = {}
     for power in (None, 2):
         run = make_run(tmp_path / str(power))
-        prune(run, method="lamp", sparsity=0.6, schedule="cubic", every=2, power=power, training=TRAINING)
+        prune(
+            run,
+            method="lamp",
+            sparsity=0.6,
+            schedule="cubic",
+            every=2,
+            powerpropagation=power,
+            training=TRAINING,
+        )
         assert_exactly(run, 0.6, together=True)
         for name, place in weights_of(run.student).items():
             assert place.parametrization.power == 1
@@ -358,11 +368,17 @@ def settings(**given):
             "every has no effect with schedule 'once'; 'cubic' has it",
         ),
         (
-            {"method": "lamp", "sparsity": 0.5, "power": 2},
-            "power has no effect with schedule 'once'; 'cubic' has it",
+            {"method": "lamp", "sparsity": 0.5, "powerpropagation": 2},
+            "powerpropagation has no effect with schedule 'once'; 'cubic' has it",
         ),
         (
-            {"method": "lamp", "sparsity": 0.5, "schedule": "cubic", "power": 1, "training": {"epochs": 1}},
+            {
+                "method": "lamp",
+                "sparsity": 0.5,
+                "schedule": "cubic",
+                "powerpropagation": 1,
+                "training": {"epochs": 1},
+            },
             "greater than 1",
         ),
         (
@@ -732,7 +748,7 @@ def labels_of(result):
     [
         {"method": "movement", "schedule": "cubic", "every": 2},
         {"method": "rate", "schedule": "cubic", "every": 2},
-        {"method": "lamp", "schedule": "cubic", "every": 2, "power": 2},
+        {"method": "lamp", "schedule": "cubic", "every": 2, "powerpropagation": 2},
         {"method": "magnitude", "schedule": "iterative", "rounds": 2, "rewind": True},
     ],
     ids=["movement", "rate", "power", "rewind"],

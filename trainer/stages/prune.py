@@ -72,7 +72,7 @@ def check(settings: StageKeys) -> None:
     for key, needed in (
         ("ramp", "cubic"),
         ("every", "cubic"),
-        ("power", "cubic"),
+        ("powerpropagation", "cubic"),
         ("rounds", "iterative"),
         ("rewind", "iterative"),
     ):
@@ -138,7 +138,7 @@ def prune(
     schedule: Literal["once", "cubic", "iterative"] = "once",
     ramp: Sparsity | None = None,
     every: PositiveInt | None = None,
-    power: Power | None = None,
+    powerpropagation: Power | None = None,
     rounds: Rounds | None = None,
     rewind: bool = False,
     exclude: Exclude = [],
@@ -157,8 +157,8 @@ def prune(
             rounds that each prune the same fraction of the remaining weights and then train (Frankle & Carbin 2019).
         ramp: Fraction of the training after which `cubic` is done (0.6).
         every: Steps between two masks of `cubic` (50).
-        power: `cubic` trains each weight as t |t|^(power - 1) of another tensor t, so that small weights change slowly and more
-            of them end near zero (Schwarz et al. 2021, Powerpropagation): 2 or so. By default the weight itself is trained.
+        powerpropagation: `cubic` trains each weight as t |t|^(p - 1) of another tensor t, p being this number, so that small weights
+            change slowly and more of them end near zero (Schwarz et al. 2021, Powerpropagation): 2 or so. By default the weight itself is trained.
         rounds: Number of rounds of `iterative` (3).
         rewind: Whether each round of `iterative` trains from the weights at the start of the stage (Renda et al. 2020).
         exclude: Layers to leave alone: 'first', 'last' or names.
@@ -201,7 +201,7 @@ def prune(
                 tighten(step / last if last else 1.0)
             return step < last
 
-        set_power(layers.values(), power or 1.0)
+        set_power(layers.values(), powerpropagation or 1.0)
         _recover(run, "recovered", method, training, losses, before_step=gradually)
         set_power(layers.values(), 1.0)
     else:
