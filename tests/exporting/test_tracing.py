@@ -89,9 +89,46 @@ class Rows(nn.Module):
         return x[:, 0, 0] + 2 * x[:, 0, 1] * x[:, 0, 2]
 
 
+class Called(nn.Module):
+    """Its weights are called as operators and as the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(1, 2))
+        self.add = nn.Parameter(torch.randn(1, 2, 1, 1))
+        self.register_buffer("x", torch.randn(1, 2))
+
+    def forward(self, x):
+        return (x + self.add).mean((2, 3)) * self.mean + self.x
+
+
+class Enlarged(nn.Module):
+    """The sizes of the products that enlarge the map are 2 and 3, as is the number of operators before."""
+
+    def forward(self, x):
+        x = torch.sigmoid(torch.relu(x))
+        return F.interpolate(x, size=(6, 5), mode="bilinear").mean((2, 3))
+
+
+def names_of(graph):
+    return [graph.input, *graph.weights, *(name for node in graph.nodes for name in node.outputs)]
+
+
+@pytest.mark.parametrize(("net", "number"), [(Called, 3 + 5), (Enlarged, 2 + 6)])
+def test_weights_and_values_have_different_names(net, number):
+    names = names_of(trace(net(), (2, 3, 4)))
+    assert len(set(names)) == len(names) == number
+
+
+def test_a_weight_called_as_an_operator_is_exported(tmp_path):
+    torch.manual_seed(0)
+    [row] = trainer.export(Called().eval(), tmp_path, "onnx", shape=(2, 3, 4))
+    assert row["agreement_student"] == 100 and row["max_difference"] < 1e-5
+
+
 def test_every_value_has_a_name_of_its_own():
     graph = trace(Rows(), (1, 3, 4))
-    names = [graph.input, *(name for node in graph.nodes for name in node.outputs)]
+    names = names_of(graph)
     assert len(set(names)) == len(names) > 10
     assert [graph.shape(node.outputs[0]) for node in graph.nodes if node.op == "reshape"] == [
         (1, 3, 4), (1, 4), (1, 3, 4), (1, 4), (1, 3, 4), (1, 4)

@@ -110,7 +110,7 @@ def _recurrent(op: str) -> Callable[[Any, fx.Node, Arguments], None]:
 
 def _last_state(reader: Any, node: fx.Node, hidden: int, directions: int, batch_first: bool) -> str:
     """Adds the last state [directions, N, hidden] of a recurrent layer: parts of its outputs. Returns its name."""
-    outputs = f"{node.name}:0"
+    outputs = reader.parts[node.name, 0]
     time, ends = int(batch_first), []
     for direction in range(directions):
         step = (
@@ -208,7 +208,7 @@ def _resampled(
         ones = [1] * count
         impulses = torch.eye(size).view(1, size, *ones[:number], size, *ones[number + 1 :])
         made = one(impulses, [*ones[:number], out[axis], *ones[number + 1 :]], number).view(size, out[axis])
-        constant = reader.constant(f"{node.name}:{axis}", made if last else made.T)
+        constant = reader.constant(reader.part_name(node), made if last else made.T)
         shape[axis] = out[axis]
         inputs = [name, constant] if last else [constant, name]
         name = reader.step(node, "matmul", inputs, Value(tuple(shape), 0))

@@ -96,7 +96,13 @@ class _Reader:
             **signature.inputs_to_buffers,
             **getattr(signature, "inputs_to_lifted_tensor_constants", {}),
         }
-        self.constants = {name: (target, state[target]) for name, target in targets.items()}
+        taken = {
+            node.name for node in program.graph.nodes
+        }  # a weight may be called as an operator: self.mean
+        self.constants = {
+            name: (f"{target}:" if target in taken else target, state[target])
+            for name, target in targets.items()
+        }
         self.user_inputs = set(signature.user_inputs)
         self.user_outputs = list(signature.user_outputs)
         self.several: dict[str, Any] = {}  # {node: its several results, all of them constants}
@@ -131,6 +137,7 @@ class _Reader:
 
     def _needed(self, output: str) -> Graph:
         """Returns the graph without nodes and weights that nothing reads."""
+        assert not self.values.keys() & self.weights.keys()
         wanted, nodes = {output}, []
         for node in reversed(self.nodes):
             if wanted & set(node.outputs):
@@ -252,6 +259,10 @@ class _Reader:
         self.weights[name] = np.ascontiguousarray(tensor.detach().float().numpy())
         return name
 
+    def part_name(self, node: fx.Node) -> str:
+        """Returns a new name for a value or constant that is a part of what a node of torch's graph stands for."""
+        return f"{node.name}:{len(self.values) + len(self.weights)}"
+
     def add(
         self,
         node: fx.Node,
@@ -266,10 +277,11 @@ class _Reader:
         parts: how many of the results of an operator with several are given names.
         """
         if parts:
-            outputs = [f"{node.name}:{number}" for number in range(parts)]
-            for number, name in enumerate(outputs):
-                self.parts[node.name, number] = name
-                self.values[name] = self.value(node, number)
+            outputs = []
+            for number in range(parts):
+                outputs.append(self.part_name(node))
+                self.parts[node.name, number] = outputs[-1]
+                self.values[outputs[-1]] = self.value(node, number)
         else:
             outputs = [node.name]
             self.values[node.name] = self.value(node)
@@ -288,9 +300,7 @@ class _Reader:
 
     def step(self, node: fx.Node, op: str, inputs: Sequence[str], value: Value, **attributes: Any) -> str:
         """Adds a node as a part of what a node of torch's graph stands for; returns its output's name."""
-        name = (
-            f"{node.name}:{len(self.nodes)}"  # a name that neither a node of torch's graph nor a weight has
-        )
+        name = self.part_name(node)
         self.values[name] = value
         self.nodes.append(Node(op, tuple(inputs), (name,), {}, attributes, layer_of(node)))
         return name
