@@ -201,9 +201,11 @@ def prune(
                 tighten(step / last if last else 1.0)
             return step < last
 
-        set_power(layers.values(), powerpropagation or 1.0)
+        if powerpropagation:
+            set_power(layers.values(), powerpropagation)
         _recover(run, "recovered", method, training, losses, before_step=gradually)
-        set_power(layers.values(), 1.0)
+        if powerpropagation:
+            set_power(layers.values(), 1.0)
     else:
         began = {key: tensor.clone() for key, tensor in dense_state(run.student).items()}
         num_rounds = rounds or 3
