@@ -66,7 +66,7 @@ def main() -> None:
     exporting_subject.NUM_RANDOM = options.inputs
     target_c.LINUX, target_c.BOARD_BYTES = {}, 0  # this machine alone
     proof.latency = lambda run, images: (0.0, 0.0)  # nothing is timed
-    page.seconds = lambda file, image: np.zeros(1)
+    page.timed = lambda script, image: {"latency_seconds": 0.0, "latency_p95_seconds": 0.0}
     onnx_file._measured = lambda path, shape: {}
     names = options.networks or [
         *(n for n in shelves.names("model") if n not in LEFT_OUT),
@@ -125,7 +125,7 @@ def _coarse(network: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
     for parameter in network.parameters():
         if (
             parameter.max() == parameter.min()
-        ):  # of a normalization, a bias, the scale of a branch; timm's zero classifiers
+        ):  # a normalization's, a bias, a branch's scale, timm's zero classifiers
             parameter.copy_(
                 parameter.clamp(0.1 if parameter.max() > 0 else 0) + 0.1 * torch.randn_like(parameter)
             )

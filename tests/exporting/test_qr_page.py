@@ -1,6 +1,8 @@
 """A page in one QR code: a decoder reads it, node and a browser run it, and it answers as the student."""
 
+import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 import trainer
 from trainer.exporting import qr_page
 from trainer.exporting.export import subject_of
-from trainer.exporting.player import answers_of
+from trainer.exporting.player import answers
 from trainer.exports import qr as target
 from trainer.mistakes import Mistake
 
@@ -65,13 +67,42 @@ def test_the_script_computes_every_layer_as_torch(net, shape):
     one = subject(rounded(net()), shape)
     page = qr_page.page_of(one)
     images = np.random.default_rng(1).integers(0, 256, (20, *shape), np.uint8)
-    found = answers_of(qr_page.script_of(page, shape), images)
+    found = answers(qr_page.script_of(page, shape), images)
     expected = one.logits(one.normalized(images))
     assert np.ptp(expected, axis=0).min() > 0.1  # the images are told apart
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node: scripts/install --devices")
+@pytest.mark.parametrize("given", [{}, {"mean": [-0.25], "std": [2.0]}, {"mean": [0.0], "std": [1.0]}])
+def test_any_mean_and_std(given):
+    one = subject_of(rounded(Flat()), (1, 9, 7), **given)
+    images = np.random.default_rng(1).integers(0, 256, (5, 1, 9, 7), np.uint8)
+    found = answers(qr_page.script_of(qr_page.page_of(one), (1, 9, 7)), images)
+    np.testing.assert_allclose(found, one.logits(one.normalized(images)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node: scripts/install --devices")
+def test_names_of_classes_stay_as_they_are():
+    names = ['the "a , b" of c', "d // e ; f", "g \\ <b>h</b> ; }"]
+    page = qr_page.page_of(subject(rounded(Flat()), (1, 9, 7), names))
+    assert not set(page) & set("#%")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    written = script.partition("Z.textContent=")[2].partition("[C(")[0]
+    assert json.loads(written) == names
+    answers(qr_page.script_of(page, (1, 9, 7)), np.zeros((1, 1, 9, 7), np.uint8))  # it is a script
+
+
+def test_a_network_that_no_code_could_hold_is_refused_at_once():
+    big = nn.Sequential(nn.Flatten(), nn.Linear(784, 1000)).eval()
+    started = time.process_time()
+    with pytest.raises(
+        Mistake, match="to qr: the page has more than 65,536 bytes; one QR code holds at most 2,953"
+    ):
+        qr_page.page_of(subject(big, (1, 28, 28)))
+    assert time.process_time() - started < 30  # 2 s; as one number it would take many minutes
+
+
 def test_a_page_with_other_weights_says_that_it_is_broken():
     one = subject(rounded(Flat()), (1, 9, 7))
     page = qr_page.page_of(one)
@@ -79,10 +110,12 @@ def test_a_page_with_other_weights_says_that_it_is_broken():
     assert f"=={expected}?" in page
     wrong = page.replace(f"=={expected}?", f"=={expected + 1}?")
     with pytest.raises(RuntimeError, match="own check fails"):
-        answers_of(qr_page.script_of(wrong, (1, 9, 7)), np.zeros((1, 1, 9, 7), np.uint8))
+        answers(qr_page.script_of(wrong, (1, 9, 7)), np.zeros((1, 1, 9, 7), np.uint8))
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.5, -0.5, 0.25], [1.0, 3.0, 1e5], [-3.0, 0.1, 2.0**-30], [7.0]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [0.5, -0.5, 0.25], [1.0, 3.0, 1e5], [-3.0, 0.1, 2.0**-30], [1.0, -(2.0**-70)], [7.0]]
+)
 @pytest.mark.parametrize("repeated", [1, 40])
 def test_weights_are_written_exactly(values, repeated):
     """Reads the number back as the script does."""

@@ -17,7 +17,8 @@ import trainer
 from trainer.data.image_file import read_image
 from trainer.data.reading import FITS, Reading
 from trainer.exporting.export import export, subject_of
-from trainer.exporting.player import ask, player
+from trainer.exporting.player import answers as answers_in_node
+from trainer.exporting.player import player, script_in
 from trainer.exporting.script import _library, script_of
 from trainer.exports.page import page
 from trainer.mistakes import Mistake
@@ -32,7 +33,7 @@ def answers(net: nn.Module, shape, tmp_path, num=3):
     file = tmp_path / "x.html"
     file.write_text(player(subject, script_of(subject), 0), encoding="utf-8")
     images = np.random.default_rng(0).integers(0, 256, (num, *shape), np.uint8)
-    return subject.logits(subject.normalized(images)), ask(file, images)
+    return subject.logits(subject.normalized(images)), answers_in_node(script_in(file), images)
 
 
 class Everything(nn.Module):

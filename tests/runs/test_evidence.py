@@ -14,7 +14,7 @@ from tests.making import make_run
 from trainer.data.image_file import read_image
 from trainer.data.reading import Reading
 from trainer.distillation.teacher import Teacher
-from trainer.exporting.player import ask
+from trainer.exporting.player import answers, script_in
 from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.recipe.keys import TeacherKeys
@@ -111,7 +111,7 @@ def test_the_student_answers_in_the_page_or_it_is_said_why_not(tmp_path):
         expected = normalized(run.student, run.data)(images.float() / 255)
     if shutil.which("node"):
         torch.testing.assert_close(
-            torch.tensor(ask(tmp_path / "x.html", images.numpy())), expected, atol=1e-5, rtol=0
+            torch.tensor(answers(script_in(tmp_path / "x.html"), images.numpy())), expected, atol=1e-5, rtol=0
         )
 
 

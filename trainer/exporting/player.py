@@ -15,6 +15,7 @@ from trainer.exporting.script import bare
 from trainer.exporting.subject import NotInstalled, Subject
 
 WARM_UP, CALLS = 20, 200
+TIMED = "timed inside node, whose start is not counted"
 DRAWN_SIDE, DRAWN_IMAGES = 64, 200  # images of more pixels are not drawn; as many are looked at
 FAINT = 16  # of 255: darker pixels are background
 ANSWER = """
@@ -108,32 +109,27 @@ def _known(subject: Subject, num_images: int) -> list[dict[str, Any]]:
     return found
 
 
-def ask(page: Path, images: np.ndarray) -> np.ndarray:
-    """Returns the logits [N, K] that the student in a page gives for uint8 images [N, C, H, W], by node.
+def script_in(page: Path) -> str:
+    """Returns the script of the student in a page."""
+    text = page.read_text(encoding="utf-8")
+    return text.partition('<script id="student-script">')[2].partition("</script>")[0]
 
-    Raises NotInstalled without node.
+
+def answers(script: str, images: np.ndarray) -> np.ndarray:
+    """Returns the logits [N, K] that a script's `student` gives for uint8 images [N, C, H, W], by node.
+
+    `student.shape` is that of an image. Raises NotInstalled without node.
     """
-    return answers_of(_script(page), images)
-
-
-def answers_of(script: str, images: np.ndarray) -> np.ndarray:
-    """Does what `ask` does with a script that defines `student`, a function of pixels, and `student.shape`."""
     return np.frombuffer(_by_node(script + ANSWER, images), "<f4").reshape(len(images), -1)
 
 
-def seconds(page: Path, image: np.ndarray) -> np.ndarray:
-    """Returns how long the student in a page takes for a uint8 image [C, H, W], in each of `CALLS` calls, by node."""
-    return seconds_of(_script(page), image)
-
-
-def seconds_of(script: str, image: np.ndarray) -> np.ndarray:
-    """Does what `seconds` does with a script, as `answers_of`."""
-    return np.frombuffer(_by_node(script + TIMES, image), "<f8") / 1000
-
-
-def _script(page: Path) -> str:
-    text = page.read_text(encoding="utf-8")
-    return text.partition('<script id="student-script">')[2].partition("</script>")[0]
+def timed(script: str, image: np.ndarray) -> dict[str, float]:
+    """Returns how long a script's `student` takes for a uint8 image [C, H, W] in node, as the row of an export has it."""
+    seconds = np.frombuffer(_by_node(script + TIMES, image), "<f8") / 1000
+    return {
+        "latency_seconds": float(np.median(seconds)),
+        "latency_p95_seconds": float(np.quantile(seconds, 0.95)),
+    }
 
 
 def _by_node(program: str, images: np.ndarray) -> bytes:

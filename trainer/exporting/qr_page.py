@@ -5,6 +5,7 @@ their frequencies are. An arithmetic decoder would take more bytes of script tha
 """
 
 import json
+import math
 import re
 
 import numpy as np
@@ -18,6 +19,8 @@ from trainer.mistakes import Mistake
 ALPHABET = "".join(chr(code) for code in range(36, 127) if chr(code) not in "%<\\")
 MOST_EXPONENT = 98  # of a power of two by which integers are divided
 ADDRESS = "data:text/html,"
+MOST_BYTES = 2953  # of the largest code, version 40, at its lowest level of error correction
+MOST_LETTERS = 1 << 16  # of weights: one number of more takes minutes to write, and no code holds them
 
 
 def page_of(subject: Subject) -> str:
@@ -31,11 +34,18 @@ def page_of(subject: Subject) -> str:
     channels, height, width = subject.shape
     if channels != 1:
         raise Mistake(f"to qr: page: a drawing has one channel, the network's images have {channels}")
+    classes = list(subject.classes)
+    for character in ("#", "%", "</script>"):
+        if any(character in name for name in classes):
+            raise Mistake(f"to qr: page: the name of a class holds {character!r}, which such a page cannot")
     layers, tensors = layers_of(subject.graph)
     forms = [_Form(subject.graph.weights[name] if name else np.zeros(size)) for name, size in tensors]
     most = max(max(form.range, form.offset, len(form.table)) for form in forms) + 1
     digits = [digit for form in forms for digit in form.digits(most)]
-    classes = list(subject.classes)
+    if sum(math.log2(radix) for _, radix in digits) > MOST_LETTERS * math.log2(len(ALPHABET)):
+        raise Mistake(
+            f"to qr: the page has more than {MOST_LETTERS:,} bytes; one QR code holds at most {MOST_BYTES:,}"
+        )
     numbers = classes in ([], [str(number) for number in range(len(classes))])
     templates = Environment(loader=PackageLoader("trainer.exporting"), undefined=StrictUndefined)
     script = templates.get_template("qr_page.js").render(
@@ -46,20 +56,17 @@ def page_of(subject: Subject) -> str:
         size=height * width,
         height=height,
         width=width,
-        mean=_short(subject.mean[0] if len(subject.mean) else 0.0),
+        less_mean=_short(-subject.mean[0] if len(subject.mean) else 0.0, "+"),
         std=_short(subject.std[0] if len(subject.std) else 1.0),
         stroke=round(width / 11, 1),
-        names="" if numbers else json.dumps(classes, separators=(",", ":")),
+        # Two slashes of a name would begin a comment.
+        names="" if numbers else json.dumps(classes, separators=(",", ":")).replace("/", "\\/"),
         expected=int(subject.test_vector()[1].argmax()),
     )
     board = f'<canvas id=B width={width} height={height} style="width:{width}0px;border:solid;touch-action:none"></canvas>'
-    page = (
+    return (
         f"<meta name=viewport content=width={width}5>{board}<h1 id=Z></h1><script>{_packed(script)}</script>"
     )
-    for character in ("#", "%", "</script>"):
-        if page.count(character) > (character == "</script>"):
-            raise Mistake(f"to qr: page: the name of a class holds {character!r}, which such a page cannot")
-    return page
 
 
 def address_of(page: str) -> bytes:
@@ -80,13 +87,14 @@ const student = Object.assign(N, {{shape: {list(shape)}}});
 """
 
 
-def _short(number: float) -> str:
-    return f"{float(number):.6g}".removeprefix("0")
+def _short(number: float, sign: str = "") -> str:
+    """Returns a number as the script has it, without a zero before the point. sign: '+' writes that of any number."""
+    return re.sub(r"^([+-]?)0\.", r"\1.", f"{float(number):{sign}.6g}")
 
 
 def _packed(script: str) -> str:
     """Returns a script without comments, line ends, and spaces where they mean nothing. Texts in quotes stay as they are."""
-    parts = re.split(r'("[^"]*")', bare(script).replace("\n", ""))
+    parts = re.split(r'("(?:[^"\\]|\\.)*")', bare(script).replace("\n", ""))
     for number in range(0, len(parts), 2):
         parts[number] = re.sub(r"\s*([^\w\s])\s*", r"\1", parts[number]).replace(";}", "}")
     return "".join(parts).rstrip(";")
@@ -120,8 +128,8 @@ class _Form:
         self.range = max(integers) + self.offset + 1
         self._integers = integers
         distinct = sorted(set(integers))
-        bits = np.log2([self.range, len(distinct)])
-        pays = len(distinct) * bits[0] + len(integers) * bits[1] < len(integers) * bits[0]
+        whole, place = math.log2(self.range), math.log2(len(distinct))
+        pays = len(distinct) * whole + len(integers) * place < len(integers) * whole
         self.table = distinct if pays else []
 
     def digits(self, most: int) -> list[tuple[int, int]]:
@@ -153,7 +161,7 @@ def layers_of(graph: Graph) -> tuple[list[str], list[tuple[str | None, int]]]:
             before = graph.nodes[number - 1] if number else node
             if before.op not in ("conv", "linear", "add") or uses[current] > 1:
                 raise _foreign(node, "ReLU of anything but a layer")
-            calls[-1] = calls[-1].removesuffix("0)") + "1)"
+            calls[-1] = calls[-1].removesuffix("0)") + "1)"  # its last argument
         elif node.op == "add" and len(node.inputs) == 2 and set(node.inputs) == {current, kept} != {current}:
             if graph.shape(current) != graph.shape(kept):
                 raise _foreign(node, "a sum of unequal shapes")

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import NonNegativeInt
 
 from trainer.exporting.graph import Graph, check_sequences
-from trainer.exporting.player import ask, player, seconds
+from trainer.exporting.player import TIMED, answers, player, script_in, timed
 from trainer.exporting.script import LINES, script_of
 from trainer.exporting.subject import Exported, Subject
 
@@ -36,20 +35,17 @@ def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Expo
     size = len(template.render(player=bare, num_bytes=0, title="").encode())
     title = f"A student of {size:,} bytes, script and weights"
     file.write_text(template.render(player=inside, num_bytes=f"{size:,}", title=title), encoding="utf-8")
-    took = seconds(file, subject.test_vector()[0])
+    written = script_in(file)
     return Exported(
         [file],
-        lambda pixels: ask(file, pixels),
+        lambda pixels: answers(written, pixels),
         num_bytes=size,
         takes="uint8",
         batch=1000,
         shows_images=bool(images) and subject.data is not None,
-        numbers={
-            "latency_seconds": float(np.median(took)),
-            "latency_p95_seconds": float(np.quantile(took, 0.95)),
-        },
+        numbers=timed(written, subject.test_vector()[0]),
         notes=[
             f"{size:,} bytes, of which {len(script.encode()):,} are the student and its script; {file.stat().st_size:,} with the test images",
-            "timed inside node, whose start is not counted",
+            TIMED,
         ],
     )

@@ -10,13 +10,12 @@ import torch
 
 from trainer.exporting.graph import Graph
 from trainer.exporting.installed import NotInstalled, needed
-from trainer.exporting.player import answers_of, seconds_of
-from trainer.exporting.qr_page import ADDRESS, address_of, layers_of, page_of, script_of
+from trainer.exporting.player import TIMED, answers, timed
+from trainer.exporting.qr_page import ADDRESS, MOST_BYTES, address_of, layers_of, page_of, script_of
 from trainer.exporting.subject import Exported, Subject
 from trainer.mistakes import Mistake
 from trainer.packing import network as packed
 
-MOST_BYTES = 2953  # of the largest code, version 40, at its lowest level of error correction
 PIXELS, MARGIN = 4, 4  # of a module in the .png; modules around the code, which the standard asks for
 
 
@@ -74,20 +73,14 @@ def qr(subject: Subject, folder: Path, *, page: bool = False) -> Exported:
         files.append(folder / "student.html")
         files[-1].write_bytes(read.removeprefix(ADDRESS.encode()))
         script = script_of(read.decode(), subject.shape)
-        took = seconds_of(script, subject.test_vector()[0])
-        numbers = {
-            "latency_seconds": float(np.median(took)),
-            "latency_p95_seconds": float(np.quantile(took, 0.95)),
-        }
-        notes.append("timed inside node, whose start is not counted")
         return Exported(
             files,
-            lambda pixels: answers_of(script, pixels),
+            lambda pixels: answers(script, pixels),
             num_bytes=len(content),
             takes="uint8",
             batch=1000,
-            numbers=numbers,
-            notes=notes,
+            numbers=timed(script, subject.test_vector()[0]),
+            notes=[*notes, TIMED],
         )
     return Exported(files, _answering(read, subject), num_bytes=len(content), notes=notes)
 

@@ -59,7 +59,7 @@ n = 0n;
 for (i = T.length; i--;) e = T.charCodeAt(i) - 36, n = n * 88n + BigInt(e - (e > 1) - (e > 24) - (e > 56));
 L = [{{ layers }}];
 // N: pixels, 0 to 255, to logits. C: to the number of the highest one.
-N = p => L.reduce((x, f) => f(x), H(E({{ size }}, i => (p[i] / 255 - {{ mean }}) / {{ std }}), 1, {{ height }}, {{ width }}));
+N = p => L.reduce((x, f) => f(x), H(E({{ size }}, i => (p[i] / 255 {{ less_mean }}) / {{ std }}), 1, {{ height }}, {{ width }}));
 C = p => (y = N(p)).indexOf(Math.max(...y));
 // What is drawn is moved so that its centre of mass is the image's.
 f = B.getContext("2d");
