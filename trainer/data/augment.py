@@ -105,14 +105,14 @@ def apply(augment: Augment, images: Tensor, parameters: Tensor, zoom: float = 1.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; they are uint8 [N, C, H, W]")
-    if parameters.shape != (len(images), num_parameters(augment)):
-        raise Mistake(
-            f"parameters: got {tuple(parameters.shape)} where these settings need "
-            f"{(len(images), num_parameters(augment))}"
-        )
+    counts = _counts(augment)
+    needed = (len(images), sum(counts.values()))
+    if parameters.shape != needed:
+        raise Mistake(f"parameters: got {tuple(parameters.shape)} where these settings need {needed}")
     if augment.shift * zoom >= min(images.shape[2:]):
         raise Mistake(f"shift: got {augment.shift * zoom:g} pixels; the images are {tuple(images.shape[2:])}")
-    counts = _counts(augment)
+    if not counts:
+        return images.float().div_(255)
     columns = parameters.to(images.device).split(list(counts.values()), dim=1)
     number = dict(zip(counts, columns, strict=True))
 

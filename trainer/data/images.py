@@ -275,9 +275,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
             f"mean and std have {len(mean)} and {len(std)} values for images of {images.shape[1]} channels"
         )
     if len(mean) == 1:
-        return (images - mean[0]) * (1 / std[0])
+        return (images - mean[0]).mul_(1 / std[0])
     subtracted, factor = _constants(tuple(mean), tuple(std), images.device, images.dtype)
-    return (images - subtracted) * factor
+    return (images - subtracted).mul_(factor)
 
 
 _kept: dict[tuple, tuple[Tensor, Tensor]] = {}
