@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/compare_losses.py                              # all rows, three seeds; goes on where it stopped
     .venv/bin/python scripts/compare_losses.py --rows "kl, T = 1" hint --seeds 1    # some
+    .venv/bin/python scripts/compare_losses.py --trained                            # the tables of the students that there are
 
 The recipe gives data, teacher and student (recipes/fashion_4000.yaml: 4,000 images, six views that teacher and student
 share; its teacher is loaded, see there). Students of one seed start from the same weights and see the same order of images.
@@ -296,10 +297,11 @@ def trial(run: Run, recipe: Recipe, name: str, seed: int, file: Path) -> dict[st
 def table(rows: list[Row]) -> str:
     """Returns one line a row, the best first: accuracy, gain over labels alone at the same seed, agreement, ratios, cost."""
     base = next(row for row in rows if row.name == BASE).trials()
+    labels = {one["facts"]["seed"]: one["top1"] for one in base}
     lines = []
     for row in rows:
-        found = row.trials()
-        gains = [one["top1"] - other["top1"] for one, other in zip(found, base, strict=False)]
+        found = [one for one in row.trials() if one["facts"]["seed"] in labels]
+        gains = [one["top1"] - labels[one["facts"]["seed"]] for one in found]
         error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else "–"
         ratios = [
             f"{statistics.median(one['ratios'][term]['last'] for one in found):.2g}"
@@ -323,12 +325,29 @@ def table(rows: list[Row]) -> str:
     return tabulate(ordered, headers="keys", tablefmt="github", disable_numparse=True)
 
 
+def file_of(folder: Path, row: Row, rate: float, seed: int) -> Path:
+    """Returns the file of a student's numbers."""
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.name)}-lr{rate:g}-seed{seed}.json"
+
+
+def trained(run: Run, rows: list[Row], folder: Path) -> list[Row]:
+    """Returns the rows whose students have been trained at all rates on seed 0, with all of their seeds."""
+    for row in rows:
+        for rate, recipe in row.recipes.items():
+            for seed in range(BEST_SEEDS):
+                file = file_of(folder, row, rate, seed)
+                if file.is_file():
+                    row.found[rate, seed] = trial(run, recipe, row.name, seed, file)
+    return [row for row in rows if {(rate, 0) for rate in row.recipes} <= set(row.found)]
+
+
 def compare(run: Run, rows: list[Row], num_seeds: int, folder: Path, processes: int) -> None:
     """Trains the students of a table: all rates on seed 0, the best rate on the other seeds, more seeds of the best rows."""
 
     def train(row: Row, rate: float, seed: int) -> None:
-        file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.name)}-lr{rate:g}-seed{seed}.json"
-        row.found[rate, seed] = trial(run, row.recipes[rate], row.name, seed, file)
+        row.found[rate, seed] = trial(
+            run, row.recipes[rate], row.name, seed, file_of(folder, row, rate, seed)
+        )
 
     def train_all(wanted: list[tuple[Row, float, int]]) -> None:
         in_processes([functools.partial(train, *each) for each in wanted], processes)
@@ -379,6 +398,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--epochs", type=int, help="of all students, instead of 30 and 10")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--processes", type=int, default=1, help="so many students at once")
+    parser.add_argument("--trained", action="store_true", help="trains none: the rows that there are")
     parser.add_argument(
         "--set",
         action="append",
@@ -412,8 +432,15 @@ def main(arguments: list[str] | None = None) -> str:
             "name": protocol.key,
         }
         with begun(options.recipe, 0, own, folder) as run, lock(folder):
-            run.cache = keep_answers(run, [row.recipes[RATES[0]] for row in rows], folder)
-            compare(run, rows, options.seeds, folder / "students" / protocol.key, options.processes)
+            students = folder / "students" / protocol.key
+            if options.trained:
+                rows = trained(run, rows, students)
+                if not rows or rows[0].name != BASE:
+                    print(f"{protocol.title}: {BASE} has not been trained at all rates yet")
+                    continue
+            else:
+                run.cache = keep_answers(run, [row.recipes[RATES[0]] for row in rows], folder)
+                compare(run, rows, options.seeds, students, options.processes)
             right = percent_right(teacher_answers(run, "test"), run.data.test.labels)
             num_images, views = len(run.data.train), first.data.views
         texts.append(

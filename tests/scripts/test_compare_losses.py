@@ -34,6 +34,11 @@ script.main(sys.argv[1:])
 """
 
 
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(Path(trainer.__file__).parents[1] / "scripts")
@@ -100,6 +105,15 @@ def test_a_small_table_and_what_a_second_call_takes_from_the_first(
     monkeypatch.setattr(script, "fit", lambda run, *rest: trained.append(run.seed) or real(run, *rest))
     assert len(script.main(asked).splitlines()) == len(text.splitlines())
     assert trained == [0]
+
+    assert script.main([*asked, "--trained"]) == text
+    missing = next((folder / "students" / "views").glob("hint_paper-*-seed0.json"))
+    kept = missing.read_text()
+    missing.unlink()
+    rest = script.main([*asked, "--trained"])
+    assert cells(rest) == [row for row in cells(text) if row[0] != "hint, paper"] and trained == [0]
+    missing.write_text(kept)
+
     whole = next((folder / "students" / "views").glob("kl_T_1-*-seed0.json"))
     answers = [
         json.loads(whole.read_text())[key] for key in ("top1", "top1_validation", "agreement", "ratios")
