@@ -486,11 +486,11 @@ def refuse_mutations(count: int, seed: int) -> None:
             damaged = mutate(data, rng)
             if damaged == data:
                 continue
-            started = time.perf_counter()
+            started = time.process_time()
             for read in (decode, account) if i % 10 == 0 else (decode,):
                 with pytest.raises(ValueError, match="^some/student.tiny: "):
                     read(damaged, "some/student.tiny", layout=known)
-            assert time.perf_counter() - started < 1
+            assert time.process_time() - started < 1
             assert read_header(data) is not None if i % 500 == 0 else True
         assert tracemalloc.get_traced_memory()[1] < 200e6
     finally:

@@ -115,10 +115,10 @@ def test_ten_thousand_damaged_files_of_a_real_network():
             damaged = mutate(data, rng)
             if damaged == data:
                 continue
-            started = time.perf_counter()
+            started = time.process_time()
             with pytest.raises(ValueError, match="^student.tiny: "):
                 packed.decode(damaged, "student.tiny")
-            assert time.perf_counter() - started < 1
+            assert time.process_time() - started < 1
         assert tracemalloc.get_traced_memory()[1] < 200e6
     finally:
         tracemalloc.stop()

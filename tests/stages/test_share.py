@@ -132,9 +132,9 @@ def test_a_step_with_as_many_values_as_weights_takes_no_table():
     trained = TrainedCodebook(
         torch.ones(200, 200, dtype=torch.bool), latent.reshape(1, -1).sort().values, torch.zeros(1, 1)
     )
-    started = time.monotonic()
+    started = time.process_time()
     value = trained(latent)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     assert torch.equal(value, latent)
 
 
