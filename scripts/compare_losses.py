@@ -302,7 +302,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         found = [one for one in row.trials() if one["facts"]["seed"] in labels]
         gains = [one["top1"] - labels[one["facts"]["seed"]] for one in found]
-        error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else "–"
+        error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
         ratios = [
             f"{statistics.median(one['ratios'][term]['last'] for one in found):.2g}"
             for term in found[0]["ratios"]
@@ -313,7 +313,7 @@ def table(rows: list[Row]) -> str:
             "loss": row.name,
             "lr": f"{row.rate():g}",
             "test top-1 %": spread([one["top1"] for one in found]),
-            "gain": "–" if row.name == BASE else f"{statistics.fmean(gains):+.2f} ± {error}",
+            "gain": "–" if row.name == BASE else f"{statistics.fmean(gains):+.2f}{error}",
             "seeds": str(len(gains)),
             "validation %": spread([one["top1_validation"] for one in found]),
             "agreement %": spread([one["agreement"] for one in found]),
