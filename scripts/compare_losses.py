@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/compare_losses.py                              # all rows, three seeds; goes on where it stopped
     .venv/bin/python scripts/compare_losses.py --rows "kl, T = 1" hint --seeds 1    # some
+    .venv/bin/python scripts/compare_losses.py --rates table.md                     # each row at its rate in an earlier table
     .venv/bin/python scripts/compare_losses.py --trained                            # the tables of the students that there are
 
 The recipe gives data, teacher and student (recipes/fashion_4000.yaml: 4,000 images, six views that teacher and student
@@ -325,6 +326,15 @@ def table(rows: list[Row]) -> str:
     return tabulate(ordered, headers="keys", tablefmt="github", disable_numparse=True)
 
 
+def rates_of(tables: str, title: str) -> dict[str, float]:
+    """Returns the learning rate of every row of the table of this title, of those that an earlier call wrote, by its name."""
+    others = "|".join(re.escape(protocol.title) for protocol in PROTOCOLS)
+    own = re.search(rf"{re.escape(title)}: (.*?)(?=(?:{others}): |\Z)", tables, re.DOTALL)
+    lines = own.group(1).splitlines() if own else []
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if line.startswith("|")]
+    return {name: float(rate) for name, rate in cells if name in ROWS}
+
+
 def file_of(folder: Path, row: Row, rate: float, seed: int) -> Path:
     """Returns the file of a student's numbers."""
     return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', row.name)}-lr{rate:g}-seed{seed}.json"
@@ -367,13 +377,14 @@ def compare(run: Run, rows: list[Row], num_seeds: int, folder: Path, processes: 
 
 
 def in_processes(jobs: list[Callable[[], None]], processes: int) -> None:
-    """Calls the jobs in forked processes, so many at once. What a job returns or raises stays in its process."""
+    """Calls the jobs in forked processes of one thread, so many at once. What a job returns or raises stays in its process."""
     if processes < 2:
         return
     context = multiprocessing.get_context("fork")
     num_taken = context.Value("i", 0)
 
     def work() -> None:
+        torch.set_num_threads(1)  # more would wait for the threads of the parent, which a fork does not have
         while True:
             with num_taken.get_lock():
                 mine = num_taken.value
@@ -396,6 +407,12 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="gives data, teacher and student")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of all students, instead of 30 and 10")
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="TABLE",
+        help="table.md of an earlier call: the rows of its tables, each at the rate it has there, not at three",
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     parser.add_argument("--processes", type=int, default=1, help="so many students at once")
     parser.add_argument("--trained", action="store_true", help="trains none: the rows that there are")
@@ -411,20 +428,33 @@ def main(arguments: list[str] | None = None) -> str:
     unknown = set(options.rows) - set(ROWS)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: no row of the table; allowed: {'; '.join(ROWS)}")
+    earlier = options.rates and options.rates.read_text()
+    if earlier and not any(BASE in rates_of(earlier, protocol.title) for protocol in PROTOCOLS):
+        parser.error(f"{options.rates}: has no row {BASE!r}; the table.md of an earlier call is needed")
     folder = options.folder / "compare_losses"
     folder.mkdir(parents=True, exist_ok=True)
     changes, started, texts = changes_of(options.changes), time.time(), []
     for protocol in PROTOCOLS:
         names = [name for name in protocol.rows if not options.rows or name in options.rows or name == BASE]
+        rates = dict.fromkeys(names, RATES)
+        if earlier:
+            rates = {
+                name: (rate,) for name, rate in rates_of(earlier, protocol.title).items() if name in names
+            }
+        if not rates:
+            print(f"{protocol.title}: has no table in {options.rates}")
+            continue
         given = protocol.changes | changes
         epochs = options.epochs or protocol.epochs
         rows = [
             Row(
-                name, {rate: recipe_of(options.recipe, given, ROWS[name], epochs, rate) for rate in RATES}, {}
+                name,
+                {rate: recipe_of(options.recipe, given, ROWS[name], epochs, rate) for rate in rates[name]},
+                {},
             )
-            for name in names
+            for name in rates
         ]
-        first = rows[0].recipes[RATES[0]]
+        first = next(iter(rows[0].recipes.values()))
         own = {
             "stages": [first.written.plain["stages"][0]],
             "cache": None,
@@ -439,14 +469,14 @@ def main(arguments: list[str] | None = None) -> str:
                     print(f"{protocol.title}: {BASE} has not been trained at all rates yet")
                     continue
             else:
-                run.cache = keep_answers(run, [row.recipes[RATES[0]] for row in rows], folder)
+                run.cache = keep_answers(run, [next(iter(row.recipes.values())) for row in rows], folder)
                 compare(run, rows, options.seeds, students, options.processes)
             right = percent_right(teacher_answers(run, "test"), run.data.test.labels)
             num_images, views = len(run.data.train), first.data.views
         texts.append(
             f"{protocol.title}: {first.student.model} on {num_images:,} images of {first.data.dataset}"
             f"{f' in {views} views' if views else ''}, {epochs} epochs of batches of 64, learning rates "
-            f"{', '.join(f'{rate:g}' for rate in RATES)}; the teacher, {first.teacher.model}, has {right:.2f} %. "
+            f"{f'of {options.rates}' if earlier else ', '.join(f'{rate:g}' for rate in RATES)}; the teacher, {first.teacher.model}, has {right:.2f} %. "
             "Gain in points ± its standard error over the seeds, elsewhere ± is the standard deviation; ratio: of the gradients at "
             f"the last epoch; the cost is processor time.\n\n{table(rows)}\n"
         )

@@ -15,6 +15,7 @@ from trainer.recipe.recipe import read
 
 RECIPE = """
 name: digits_taught
+threads: 1
 data: {{dataset: digits, views: 2, augment: {{shift: 1}}, subset: 100, validation: 60}}
 teacher: {{model: lenet5, width: 2, checkpoint: "{file}"}}
 student: {{model: lenet5, width: 2}}
@@ -25,11 +26,22 @@ stages:
 
 # In a process of its own: whoever forks must not have exported a network before, and other tests of this process have.
 FRESH = """
-import os, sys
+import os, sys, torch
 import compare_losses as script
 script.RATES, script.BEST_SEEDS, script.BEST = (1e-3, 2e-2), 3, 1
 parent, fit = os.getpid(), script.fit
 script.fit = lambda *given: fit(*given) if os.getpid() != parent else sys.exit("the parent trains")
+in_processes = script.in_processes
+
+
+def forked(jobs, processes):  # by a parent that has used two threads, which its children do not have
+    torch.set_num_threads(2)
+    torch.nn.Conv2d(8, 8, 3)(torch.ones(16, 8, 32, 32))
+    in_processes(jobs, processes)
+    torch.set_num_threads(1)
+
+
+script.in_processes = forked
 script.main(sys.argv[1:])
 """
 
@@ -128,5 +140,14 @@ def test_a_small_table_and_what_a_second_call_takes_from_the_first(
         json.loads(whole.read_text())[key] for key in ("top1", "top1_validation", "agreement", "ratios")
     ] == answers
     assert trained == [0]
+    trained.clear()  # at the rates of that table, in an empty folder: one student a row and seed, to the same weights
+    elsewhere = tmp_path / "elsewhere"
+    again = script.main([*asked, "--rates", str(folder / "table.md"), "--folder", str(elsewhere)])
+    assert [row[:-1] for row in cells(again)] == [row[:-1] for row in cells(text)]
+    assert len(trained) == len(list(elsewhere.rglob("*-seed*.json"))) == 8 + 6
+    (tmp_path / "none.md").write_text("| loss | lr |")
+    with pytest.raises(SystemExit):
+        script.main([*asked, "--rates", str(tmp_path / "none.md")])
+
     with pytest.raises(ValueError, match=r"seed0.json: is of another data; remove it"):
         script.main([*asked, "--set", "data.subset=90"])
