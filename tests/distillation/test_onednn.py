@@ -26,7 +26,7 @@ served = pytest.mark.skipif(not WIDE, reason="without AVX-512 nothing is attache
 @pytest.fixture
 def products(monkeypatch):
     """How many products oneDNN made; small ones too."""
-    monkeypatch.setattr(onednn, "_LEAST", 0)
+    monkeypatch.setattr(onednn, "_least", lambda: 0)
     made, forward = [], onednn._Product.forward
 
     def counted(ctx, *arguments):
@@ -35,6 +35,16 @@ def products(monkeypatch):
 
     monkeypatch.setattr(onednn._Product, "forward", staticmethod(counted))
     return made
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "least"),
+    [("AuthenticAMD", 26, 2**21), ("AuthenticAMD", 25, 2**24), ("GenuineIntel", 6, 2**21)],
+)
+def test_small_products_of_processors_with_half_units_are_left_to_torch(vendor, family, least):
+    text = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n\nprocessor\t: 1\n"
+    assert onednn.least_product(text) == least
+    assert onednn.least_product("") == 2**21  # another system
 
 
 def plain(layer, x):

@@ -478,7 +478,7 @@ def test_fully_connected_layers_learn_by_onednn_and_learn_the_same(tmp_path, mon
 
     torchs = trained(tmp_path / "torch")  # such small products are left to it
     made, forward = [], onednn._Product.forward
-    monkeypatch.setattr(onednn, "_LEAST", 0)
+    monkeypatch.setattr(onednn, "_least", lambda: 0)
     monkeypatch.setattr(
         onednn._Product, "forward", staticmethod(lambda ctx, *given: made.append(1) or forward(ctx, *given))
     )

@@ -1,15 +1,18 @@
 """Runs fully connected layers by oneDNN on CPUs with AVX-512, and recurrent layers in float32 if oneDNN has no other type.
 
 torch multiplies fully connected layers by MKL, which uses half of the AVX-512 units of AMD's processors. oneDNN gives the
-same result up to rounding; a layer's matrix products took 0.46 to 0.7 of the time on an EPYC
-(`scripts/bench_inference.py`, `scripts/bench_fit.py`). Layers on other processors or in other types are unchanged.
+same result up to rounding; a layer's matrix products took 0.46 to 0.7 of the time on an EPYC of family 26
+(`scripts/bench_inference.py`, `scripts/bench_fit.py`). Those of family 25 have units of half the width, so that only large
+products gain. Layers on other processors or in other types are unchanged.
 
 Inside autocast oneDNN refuses an LSTM in bfloat16 on processors without AVX-512, and in float16 on most: such layers
 compute in float32.
 """
 
+import re
 from collections.abc import Iterable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -18,7 +21,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-_LEAST = 2**21  # multiplications: in smaller products the overhead of the calls dominates
+# Multiplications: in smaller products the overhead of the calls dominates. The second number is that of units of half the
+# width: below it oneDNN takes 0.96 to 1.5 of MKL's time there, above it 0.54 to 0.96.
+_LEAST, _LEAST_OF_HALVES = 2**21, 2**24
 _RECURRENT: tuple[type[nn.LSTM | nn.GRU | nn.RNN], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that recipes have for them
 
@@ -39,10 +44,23 @@ def attach(network: nn.Module, learning: bool) -> None:
     has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not has_it:
         return
+    least = _least()
     for module in network.modules():
         if _is_linear(module) and (_attached(module) or "forward" not in vars(module)):
             # A partial, not a closure: deepcopy of the network copies its layer too.
-            module.forward = partial(_forward, module, learning)  # type: ignore[method-assign]  # of this layer alone
+            module.forward = partial(_forward, module, learning, least)  # type: ignore[method-assign]  # of this layer alone
+
+
+def least_product(cpuinfo: str) -> int:
+    """Returns from how many multiplications on a product gains by oneDNN, by the text of Linux's /proc/cpuinfo."""
+    halves = "AuthenticAMD" in cpuinfo and re.search(r"^cpu family\s*: 25$", cpuinfo, re.MULTILINE)
+    return _LEAST_OF_HALVES if halves else _LEAST
+
+
+@cache
+def _least() -> int:
+    facts = Path("/proc/cpuinfo")
+    return least_product(facts.read_text() if facts.is_file() else "")
 
 
 def detach(network: nn.Module) -> None:
@@ -121,11 +139,11 @@ def _in_float32(value: Any) -> Any:
     return value.float() if torch.is_tensor(tensor) and tensor.dtype in HALVES.values() else value
 
 
-def _forward(layer: nn.Linear, learning: bool, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, learning: bool, least: int, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     special = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing()
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if torch.is_grad_enabled() != learning or special or not plain or x.numel() * len(weight) < _LEAST:
+    if torch.is_grad_enabled() != learning or special or not plain or x.numel() * len(weight) < least:
         return F.linear(x, weight, bias)
     return _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 

@@ -117,7 +117,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
             loss = terms["loss"]
             if last > first:
                 loss = loss * (len(images) / sum(sizes[first : last + 1]))
-            accelerator.backward(loss)
+            state.backward(loss)
         state.window.add(terms, epoch, state.step)
         state.tally["images"] += len(images) * num_processes
         if position == last:
@@ -182,7 +182,11 @@ def _take_step(state: State) -> None:
     if training.clip:
         state.run.accelerator.clip_grad_norm_(state.wrapped.parameters(), training.clip)
     state.take_step()
-    state.optimizer.zero_grad(set_to_none=True)
+    for (
+        group
+    ) in state.optimizer.param_groups:  # the optimizer's own method takes 30 µs, most for torch's profiler
+        for parameter in group["params"]:
+            parameter.grad = None
     state.step += 1
     if state.averaged is not None:
         state.averaged.update(state.step)

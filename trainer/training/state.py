@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.data.balance import balanced_weights
 from trainer.data.batches import batches, seed_of
@@ -39,7 +39,8 @@ class State:
         views: Makes the augmented images.
         wrapped: The objective, wrapped by Accelerate and torch.compile.
         optimizer: The plain optimizer.
-        take_step: The optimizer's step, through the gradient scaler if there is one.
+        backward: Computes the gradients of a loss, through the gradient scaler if there is one.
+        take_step: The optimizer's step, likewise.
         averaged: The moving average of the weights, None without `ema`.
         unused: Parameters that no loss reaches, frozen during the training.
         frozen: All but the head of the network, None if all of it is trained from the first step.
@@ -63,6 +64,7 @@ class State:
     views: Views
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
+    backward: Callable[[Tensor], Any]
     take_step: Callable[[], Any]
     averaged: Averaged | None
     unused: list[nn.Parameter]
@@ -193,7 +195,8 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
         views=views,
         wrapped=wrapped,
         optimizer=optimizer,
-        # Accelerate's wrapper looks for optional packages on disk at each step, and is needed with a scaler only.
+        # Accelerate's wrappers look for optional packages on disk at each step, and are needed with a scaler only.
+        backward=Tensor.backward if accelerator.scaler is None else accelerator.backward,
         take_step=optimizer.step if accelerator.scaler is None else scaled.step,
         averaged=averaged,
         unused=unused,
