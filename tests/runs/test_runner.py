@@ -327,7 +327,7 @@ stages: [{{stage: train, training: {{epochs: 2, batch_size: 8}}}}]
     for number in range(20, 30):
         Image.new("L", (8, 8), 200).save(tmp_path / "images" / "train" / "a" / f"{number}.png")
     with pytest.raises(
-        ValueError, match="pictures: the training images are not those that this run began with"
+        ValueError, match="pictures: the images or their labels are not those that this run began with"
     ):
         runner.run(path, folder=tmp_path)
 

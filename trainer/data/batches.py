@@ -53,13 +53,14 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
             f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels"
         )
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
-    # All images if they are in memory, a sample of them if they must be read from disk.
+    # All images if they are in memory; if they must be read from disk a sample of them, and the sizes of all files.
     sample = (
         source.train.images
         if isinstance(source.train, InMemory)
         else source.train.__getitems__(order[:256].tolist())[0]
     )
     digest.update(sample.contiguous().numpy().data)
+    digest.update(_file_sizes(source))
     if keys.labelled is not None:
         digest.update(repr(("labelled", keys.labelled)).encode())
     if keys.augment.random_resized_crop is not None:
@@ -156,6 +157,13 @@ def _open_store(keys: DataKeys, source: Source) -> None:
         if isinstance(images, Pictures):
             given = keys.store if isinstance(keys.store, StoreKeys) else None
             images.keep(given or StoreKeys(), required=given is not None)
+
+
+def _file_sizes(source: Source) -> bytes:
+    """Returns what tells the training files apart from others; nothing for images that are not read from files."""
+    from trainer.data.pictures import Pictures
+
+    return source.train.states().sizes.encode() if isinstance(source.train, Pictures) else b""
 
 
 def _cut_facts(keys: DataKeys, source: Source) -> bytes:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -43,6 +44,20 @@ class Names(Sequence):
         return (self[number] for number in range(len(self)))
 
 
+class States(NamedTuple):
+    """Hashes of the states of some files, in their order.
+
+    Attributes:
+        sizes: Of names without folders, and sizes: alike for the copies of several machines.
+        changes: Of these and the times of change in seconds, which archives and most copies keep.
+        places: Of whole paths, sizes and times to the last digit: for what is kept on this machine alone.
+    """
+
+    sizes: str
+    changes: str
+    places: str
+
+
 class Pictures:
     """Image files with labels.
 
@@ -60,6 +75,7 @@ class Pictures:
         self.labels, self.reading = labels, reading
         self.store: StoreKeys | None = None
         self._digest = ""
+        self._states: States | None = None
         self._inputs: Store | None = None  # the files as inputs of `reading`
         self._wholes: Store | None = None  # the whole pictures, smaller
 
@@ -99,9 +115,15 @@ class Pictures:
         """Returns the files whose change would change the pictures."""
         return self.files
 
+    def states(self) -> "States":
+        """Returns hashes of the files' states, as they were when this was first called."""
+        if self._states is None:
+            self._states = _states(self.paths())
+        return self._states
+
     def keep(self, store: StoreKeys, required: bool) -> None:
         """Sets the store. required: whether Mistake is raised if it cannot be made."""
-        self._keep(store, _digest(self.paths()))
+        self._keep(store, self.states().places)
         if required and self._inputs is not None:
             self._inputs.open()
 
@@ -177,14 +199,21 @@ def stored_side(store: StoreKeys, shape: Sequence[int]) -> int:
     return max(longer, store.short_side or min(USUAL_SIDE, math.ceil(LARGER * longer)))
 
 
-def _digest(names: Iterable[str]) -> str:
-    """Returns a hash of the paths of files, and of their sizes and times of change."""
-    found = hashlib.sha256()
+def _states(names: Iterable[str]) -> States:
+    """Returns the hashes of some files' states. Files that are gone count for nothing: reading them says so."""
+    sizes, changes, places = (hashlib.sha256() for _ in range(3))
     for name in names:
         path = os.path.abspath(name)
         try:
             status = os.stat(path)
-        except OSError:  # it is gone: reading it says so
+        except OSError:
             continue
-        found.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-    return found.hexdigest()
+        size, changed = f"{os.path.basename(path)}\0{status.st_size}\0", status.st_mtime_ns
+        sizes.update(_encoded(size))
+        changes.update(_encoded(f"{size}{changed // 10**9}\0"))
+        places.update(_encoded(f"{path}\0{status.st_size}\0{changed}\0"))
+    return States(sizes.hexdigest(), changes.hexdigest(), places.hexdigest())
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

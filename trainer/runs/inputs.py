@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from trainer.data.images import InMemory, Part
+from trainer.data.pictures import Pictures
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import (
     changes_student,
@@ -23,6 +25,7 @@ from trainer.recipe.terms import asked_of_teacher
 from trainer.storage.weights_file import digest
 from trainer.training.run import Run
 
+SAMPLE = 64  # pictures of a part that are read for its digest
 WITHOUT_EFFECT = {"workers", "at_least"}  # settings that change no result
 
 
@@ -42,6 +45,7 @@ def inputs_of(run: Run, recipe: Recipe) -> list[str]:
         _plain(recipe.data),
         run.data.fingerprint,
         len(run.data.train),
+        [_contents(part) for part in (run.data.train, run.data.validation, run.data.test)],
         [run.data.mean, run.data.std],
         recipe.seed,
         recipe.precision,
@@ -60,6 +64,24 @@ def inputs_of(run: Run, recipe: Recipe) -> list[str]:
         if changes_student(stage):
             student = found[-1]
     return found
+
+
+def labels_of(*parts: Part) -> str:
+    """Returns a digest of the labels of some parts."""
+    return hashlib.sha256(b"".join(part.labels.cpu().numpy().tobytes() for part in parts)).hexdigest()
+
+
+def _contents(part: Part) -> list[str]:
+    """Returns digests of a part's labels and of the images that it is a part of.
+
+    Images that are not in memory count by a sample, and by the names, sizes and times of change of their files.
+    """
+    images, found = part.images, [labels_of(part)]
+    if isinstance(images, Pictures):
+        found.append(images.states().changes)
+    sample = part.ids[:: max(1, len(part) // SAMPLE)].tolist()
+    pixels = images.images if isinstance(images, InMemory) else images.__getitems__(sample)[0]
+    return [*found, hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()]
 
 
 def num_equal(one: Sequence[str], other: Sequence[str]) -> int:

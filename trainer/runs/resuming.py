@@ -21,7 +21,7 @@ from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import any_teaches, name_of, promotes
 from trainer.recipe.text import RecipeError, dump, parse
 from trainer.runs.earlier import equal_stage, first_broken, set_aside, sources_of, stage_folder, take_over
-from trainer.runs.inputs import inputs_of, num_equal, only_teaches
+from trainer.runs.inputs import inputs_of, labels_of, num_equal, only_teaches
 from trainer.runs.together import check_same
 from trainer.storage import checkpoint, files, records
 from trainer.training.run import Run
@@ -30,7 +30,7 @@ from trainer.training.run import Run
 class _Beginning(TypedDict):
     """What a run records when it begins.
 
-    The images' digest and number, the teacher's digest, the threads, the recipe, the digests of its stages (`inputs_of`),
+    The images' digest and number and their labels' digest, the teacher's digest, the threads, the recipe, the digests of its stages (`inputs_of`),
     and the number of the stage from which all is to be run anew.
     """
 
@@ -125,7 +125,9 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     Raises Mistake when a resumed run has other images or another teacher than it began with.
     """
     here, stages, inputs = run.folder, recipe.stages, told(inputs_of(run, recipe))
-    facts: dict[str, Any] = {"images": [run.data.fingerprint, len(run.data.train)]}
+    data = run.data
+    labels = labels_of(data.train, data.validation, data.test)
+    facts: dict[str, Any] = {"images": [data.fingerprint, len(data.train), labels]}
     if run.teacher is not None and not any_teaches(stages):
         facts["teacher"] = run.teacher.fingerprint()
     check_same(facts, "images or a teacher")
@@ -135,7 +137,10 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
         anew = old.get("anew")  # what was to be run anew and was interrupted
     anew = len(stages) if anew is None else anew
     if begun and not plan.changed and plan.anew is None:
-        messages = {"images": "the training images are not those", "teacher": "the teacher is not the one"}
+        messages = {
+            "images": "the images or their labels are not those",
+            "teacher": "the teacher is not the one",
+        }
         for what, fact in facts.items():
             if begun.get(what) != fact:
                 raise Mistake(f"{here}: {messages[what]} that this run began with: give it another folder")
