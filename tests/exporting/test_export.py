@@ -10,7 +10,7 @@ from torch import nn
 import trainer
 from trainer.exporting import export as exporting
 from trainer.exporting.proof import prove
-from trainer.exporting.subject import Exported, NotInstalled
+from trainer.exporting.subject import Exported, NotInstalled, Subject
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
 from trainer.recipe.recipe import targets_of
@@ -129,6 +129,18 @@ def test_targets_are_checked():
 def test_images_of_unknown_size(tmp_path):
     with pytest.raises(Mistake, match="an export needs the images'"):
         trainer.export(net(), tmp_path, "onnx", shape=())
+
+
+def test_the_scale_is_what_normalizing_multiplies_by():
+    """One channel is divided in double precision: float32 alone differs by a bit for MNIST's 0.3081."""
+    white = np.full((1, 1, 1, 1), 255, np.uint8)
+    for std in [0.3081, 0.353, *np.random.default_rng(0).uniform(0.1, 1, 200).tolist()]:
+        one = Subject(nn.Identity(), None, (1, 1, 1), mean=[0.0], std=[std])
+        assert one.scale == one.normalized(white)[0, 0, 0]
+        three = Subject(nn.Identity(), None, (3, 1, 1), mean=[0.0] * 3, std=[std, 0.3, 2 * std])
+        assert (three.scale == three.normalized(white.repeat(3, 1))[0, :, 0, 0]).all()
+    assert np.float32(1) / np.float32(0.3081) != np.float32(1 / 0.3081)
+    assert Subject(nn.Identity(), None, (2, 1, 1)).scale.tolist() == [1, 1]
 
 
 def test_the_test_vector_is_what_it_says():

@@ -148,3 +148,34 @@ def test_layers_are_those_of_the_new_teacher_and_student(tmp_path, capsys):
     path = write(tmp_path, stages=[TRAIN, PROMOTE | {"student": {"model": "lenet300"}}, later])
     assert main(["check", "--build", str(path)]) == 2
     assert "stages[2].losses[0].at: student has no layer 'conv1'" in capsys.readouterr().err
+
+
+# Without BatchNorm, whose statistics a training at no rate would change.
+LIKE_THE_TEACHER = {"model": "lenet5", "width": 4, "from_teacher": "copy"}
+STILL = {"stage": "distill", "training": TRAINING | {"lr": 1e-9}, "losses": [{"loss": "kl"}]}
+
+
+@pytest.mark.parametrize("method", [{"method": "magnitude", "sparsity": 0.3}, {"sensitivity": 0.5}])
+def test_a_copied_student_has_the_pruned_weights_of_its_teacher(tmp_path, method):
+    first = {"student": {"model": "lenet5", "width": 4}}
+    stages = [CHAIN["stages"][0], {"stage": "prune", "training": TRAINING, **method}]
+    stages += [{"stage": "share", "bits": 4}, {"stage": "promote", "student": LIKE_THE_TEACHER}, STILL]
+    path = write(tmp_path, stages=stages, allow_untrained=True, **first)
+    rows = trainer.run(path, folder=tmp_path)["rows"]
+    teacher, student = rows[-2:]
+    assert teacher["stage"] == "teacher" and student["agreement"] == 100
+    copied = [
+        t
+        for name, t in tensors_of(tmp_path, "04-distill").items()
+        if name.startswith("student") and t.dim() > 1
+    ]
+    assert copied and all((t == 0).float().mean() > 0.1 and t.abs().sum() > 0 for t in copied)
+
+
+def test_a_student_copies_a_teacher_that_the_recipe_trains_once_it_is_trained(tmp_path):
+    teach = {"stage": "train", "who": "teacher", "training": TRAINING}
+    teacher = {key: value for key, value in LIKE_THE_TEACHER.items() if key != "from_teacher"}
+    changes = {"teacher": teacher, "student": LIKE_THE_TEACHER, "stages": [teach, STILL]}
+    rows = trainer.run(write(tmp_path, allow_untrained=True, **changes), folder=tmp_path)["rows"]
+    assert [row["stage"] for row in rows] == ["teacher", "distilled"]
+    assert rows[1]["top1"] == rows[0]["top1"] > 15 and rows[1]["agreement"] == 100

@@ -99,6 +99,8 @@ class Objective(nn.Module):
         # Where only some images have labels, losses on labels see those alone.
         self._partly_labelled = data.partly_labelled
         self.class_weights: Tensor | None = None
+        # [2], the factors of this batch's losses on labels in its step (`training.label_shares`); None for 1.
+        self.label_shares: Tensor | None = None
         self._teacher_images = 0
         # A teacher of larger images sees the same views of them, as read from their pictures.
         larger = data if teacher is None else teacher.images_of(data)
@@ -132,8 +134,10 @@ class Objective(nn.Module):
         parts = []
         for bound in self.bound:
             arguments = self.feed(bound, student, teacher, labels, index, epoch)
-            value = bound.function(*arguments) if arguments else 0.0 * student.logits.sum()
+            value = bound.function(*arguments) if arguments else _nothing(student.logits, bound)
             terms[bound.name] = value
+            if self.label_shares is not None and "labels" in bound.asks:
+                value = value * self.label_shares[int("class_weights" in bound.asks and labels.dim() == 1)]
             parts.append(_weighted(value, bound.weight_at(epoch, self.num_epochs)))
         for name, (weight, penalty) in self.penalties.items():
             terms[name] = penalty()
@@ -349,6 +353,11 @@ class Objective(nn.Module):
             if hasattr(bound.function, "finish"):
                 assert self.teacher is not None
                 bound.function.finish(student, features.head(self.teacher.network))
+
+
+def _nothing(logits: Tensor, bound: nn.Module) -> Tensor:
+    """Returns 0, with a gradient of 0 to the student and to the loss's own parameters: several processes wait for one."""
+    return 0.0 * (logits.sum() + sum(parameter.sum() for parameter in bound.parameters()))
 
 
 def _weighted(value: Tensor, weight: float | Tensor) -> Tensor:

@@ -165,19 +165,27 @@ def refuse_without_gradient(objective: Objective, data: Data) -> None:
 def _norms(
     objective: Objective, images: Tensor, labels: Tensor, index: Tensor, view: int | None, epoch: float
 ) -> tuple[float, dict[str, float]]:
-    """Returns the norm of the labels' gradient and that of each term, both of the batch of all processes."""
+    """Returns the norm of the labels' gradient and that of each term, both of the batch of all processes.
+
+    Terms on labels are left out where no image of the batch has one.
+    """
     parameters = _trained(objective)
     with _unchanged(objective), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         student, teacher = objective.see(images, index, view)
         classifies = objective.teacher is not None and objective.teacher.classifies
         of_labels = _norm(_gradient(_on_labels(student, teacher if classifies else None, labels), parameters))
         wanted: dict[str, Tensor] = {}
+        given = dict.fromkeys((bound.term for bound in objective.bound), 0)
         for bound in objective.bound:
             arguments = objective.feed(bound, student, teacher, labels, index, epoch)
             value = bound.function(*arguments) if arguments else 0.0 * student.logits.sum()
             wanted[bound.term] = wanted[bound.term] + value if bound.term in wanted else value
+            given[bound.term] += bool(arguments)
         wanted |= {name: penalty() for name, (_, penalty) in objective.penalties.items()}
-        return of_labels, {name: _norm(_gradient(value, parameters)) for name, value in wanted.items()}
+        norms = {name: _norm(_gradient(value, parameters)) for name, value in wanted.items()}
+        everywhere = summed(torch.tensor(list(given.values()), device=images.device, dtype=torch.float32))
+        lacking = {name for name, number in zip(given, everywhere.tolist(), strict=True) if not number}
+        return of_labels, {name: norm for name, norm in norms.items() if name not in lacking}
 
 
 def _trained(objective: Objective) -> list[nn.Parameter]:

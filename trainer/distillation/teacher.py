@@ -216,18 +216,25 @@ def _joined(parts: list[Seen]) -> Seen:
 
 def promoted(student: nn.Module, spec: dict[str, Any], data: Data) -> Teacher:
     """Returns a teacher that is a dense copy of the student, whose spec this is."""
-    network = build(spec, data.shape, len(data.classes))
-    network.load_state_dict(dense_state(student))
-    network.to(next(student.parameters()).device)
+    network = dense_copy(student, spec, data.shape, len(data.classes))
     keys = TeacherKeys(model=spec["model"])
     return Teacher([network], [keys], data.mean, data.std, specs=[dict(spec)], shape=data.shape)
+
+
+def dense_copy(
+    student: nn.Module, spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
+    """Returns a copy of the student, whose spec this is, with plain weights: without masks and codebooks."""
+    network = build(spec, shape, num_classes)
+    network.load_state_dict(dense_state(student))
+    return network.to(next(student.parameters()).device)
 
 
 def copy_layers(student: nn.Module, teacher: nn.Module) -> int:
     """Initialises the student from the teacher: evenly spaced layers, leading channels. Returns the number of copied tensors.
 
     Layers are grouped by kind (type, number of dimensions and kernel size of the weight) and matched by their fraction
-    of the depth. The leading part that both tensors have is copied.
+    of the depth. The leading part that both tensors have is copied. The teacher's weights must be plain (`dense_copy`).
     """
     num_copied = 0
     by_kind = _by_kind(teacher)

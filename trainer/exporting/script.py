@@ -38,7 +38,7 @@ def script_of(subject: Subject) -> str:
         "shape": list(subject.shape),
         "classes": list(subject.classes) or [str(number) for number in range(len(logits))],
         "mean": [float(np.float32(value)) for value in subject.mean] or [0.0] * channels,
-        "scale": [float(np.float32(1 / value)) for value in subject.std] or [1.0] * channels,
+        "scale": subject.scale.tolist(),
     }
     inside = json.dumps(facts, ensure_ascii=False).replace("</", "<\\/")
     program = f"""const facts = {inside};

@@ -54,6 +54,13 @@ class Subject:
         scaled = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
         return (normalize(scaled, self.mean, self.std) if len(self.mean) else scaled).numpy()
 
+    @property
+    def scale(self) -> np.ndarray:
+        """What `normalized` multiplies each channel by, float32 [C], to the last bit."""
+        if len(self.std) == 1:
+            return np.array([1 / self.std[0]], np.float32)  # divided in double precision, as `normalize` does
+        return np.float32(1) / np.array(self.std or [1.0] * self.shape[0], np.float32)
+
     def batches(
         self, part: Part, size: int, most: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

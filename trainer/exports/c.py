@@ -141,7 +141,7 @@ def _written(subject: Subject, folder: Path, source: Source | IntegerSource) -> 
         return ", ".join(literal(value) for value in values)
 
     mean = numbers(subject.mean or [0.0] * channels)
-    scale = numbers(1 / np.asarray(subject.std or [1.0] * channels, np.float32))
+    scale = numbers(subject.scale)
     facts: dict[str, Any] = {
         "channels": channels,
         "height": height,

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 
 from trainer.compression.weights import weights_of
 from trainer.data.batches import seed_of
+from trainer.distillation.teacher import copy_layers
 from trainer.distributed import is_main, told
 from trainer.mistakes import say
 from trainer.recipe.keys import Recipe, StageKeys
@@ -36,6 +38,7 @@ from trainer.runs.answers import images_at_once, keep_answers
 from trainer.runs.earlier import first_broken
 from trainer.runs.evidence import gather, without_pictures
 from trainer.runs.guards import Untrained, check_at_least, examine, guard_teacher, stop_untrained, warnings_of
+from trainer.runs.inputs import only_teaches
 from trainer.runs.opening import folder_of, make_run
 from trainer.runs.resuming import (
     Plan,
@@ -187,6 +190,10 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
     if run.teacher is not None and not any_teaches(recipe.stages) and first == 0:
         guard_teacher(run)
     proof = _fingerprint(run)
+    # A student that begins as a copy of the teacher copies one that has been taught.
+    copying = next(itertools.filterfalse(lambda n: only_teaches(stages[n]), range(num_stages)), None)
+    if recipe.student.from_teacher is None:
+        copying = None
     for number, stage in enumerate(stages[first:], first):
         run.stage, run.stage_name, run.num_fits, run.student_answers = number, name_of(stage), 0, None
         if accelerator.is_main_process:
@@ -202,6 +209,9 @@ def stages_due(run: Run, recipe: Recipe, plan: Plan, num_stages: int, started: f
                 run.cache = keep_answers(run, recipe, next(taught_alike(recipe.stages, number)))
         if teaches(stage):
             run.cache = None
+        if number == copying:
+            assert run.teacher is not None
+            copy_layers(run.student, run.teacher.network)
         torch.manual_seed(seed_of(recipe.seed, number))  # so that a resumed stage draws the same numbers
         if not (number < anew and taught_already(run, number, stage, inputs, plan.more)):
             yield stage

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.compression.states import dense_bytes
-from trainer.distillation.teacher import copy_layers, promoted
+from trainer.distillation.teacher import copy_layers, dense_copy, promoted
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Student, StudentKeys
 from trainer.recipe.stages import changes_student as changes
@@ -43,7 +43,8 @@ def becomes(
     if settings.student is None:
         return student, spec
     channels, height, width = images.shape[1:]
-    made = _made(settings.student, student, (channels, height, width), student(images).shape[1])
+    shape, num_classes = (channels, height, width), student(images).shape[1]
+    made = _made(settings.student, dense_copy(student, spec, shape, num_classes), shape, num_classes)
     return made.network.to(images.device), made.spec
 
 
@@ -61,7 +62,7 @@ def promote(run: Run, *, student: Student | None = None) -> None:
     teacher = promoted(run.student, run.student_spec, run.data)
     teacher.version = before + 1
     if student is not None:
-        made = _made(student, run.student, run.data.shape, len(run.data.classes))
+        made = _made(student, teacher.network, run.data.shape, len(run.data.classes))
         run.student, run.student_spec = made.network.to(run.accelerator.device), made.spec
         run.student_bytes = dense_bytes(run.student)
         if run.accelerator.is_main_process:

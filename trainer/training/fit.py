@@ -16,6 +16,7 @@ from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
 from trainer.training.denormals import flushed
 from trainer.training.evaluate import balanced_accuracy, percent_right, predict, truth
+from trainer.training.label_shares import label_shares
 from trainer.training.run import Run
 from trainer.training.schedule import learning_rate
 from trainer.training.state import State, close_training, open_training, sync_buffers
@@ -84,11 +85,11 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     train, epoch, num_batches = run.data.train, state.epoch, state.num_batches
     view = state.views.number(epoch, run.stage)
-    labels = train.labels.cpu() if training.sampler == "balanced" else None
-    order = epoch_order(len(train), training.batch_size, state.seed, epoch, rank, num_processes, labels)
+    order = _order(state, rank)
     sizes = [len(positions) for positions in order]
     skipped = state.step % state.steps_per_epoch * training.accumulate
     changing = False
+    shares = _shares(state, order)
     state.freeze()
     read = batches(train, order[skipped:], train.workers, device, state.views.cuts(view))
     for position, batch in enumerate(read, skipped):
@@ -101,6 +102,9 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
         images, labels, index = _augmented(state, *batch, view)
         if position == first:
             weigh_if_due(state, images, labels, index, None if run.data.mixed else view)
+        if shares is not None:
+            assert state.objective.label_shares is not None
+            state.objective.label_shares.copy_(torch.tensor(shares[position]))
         # DDP exchanges gradients at the last batch of a step only.
         syncs = position == last and not state.syncs_by_hand
         with contextlib.nullcontext() if syncs else accelerator.no_sync(state.wrapped):
@@ -137,6 +141,36 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
                     state.save()
                     raise Stopped(stopped_by)
     return changing
+
+
+def _shares(state: State, order: list[Tensor]) -> list[tuple[float, float]] | None:
+    """Returns the `label_shares` of this epoch's batches; None where all factors are 1."""
+    data, training, objective = state.run.data, state.training, state.objective
+    accelerator = state.run.accelerator
+    alike = not data.partly_labelled and objective.class_weights is None
+    if alike or training.accumulate == accelerator.num_processes == 1:
+        return None
+    objective.label_shares = torch.ones(2, device=accelerator.device)
+    orders = [
+        order if rank == accelerator.process_index else _order(state, rank)
+        for rank in range(accelerator.num_processes)
+    ]
+    return label_shares(
+        data.train.labels,
+        orders,
+        training.accumulate,
+        accelerator.process_index,
+        objective.class_weights,
+        data.mixed,
+    )
+
+
+def _order(state: State, rank: int) -> list[Tensor]:
+    """Returns the positions of the images of each batch of this epoch, of a process."""
+    train, training = state.run.data.train, state.training
+    labels = train.labels.cpu() if training.sampler == "balanced" else None
+    processes = state.run.accelerator.num_processes
+    return epoch_order(len(train), training.batch_size, state.seed, state.epoch, rank, processes, labels)
 
 
 def _augmented(

@@ -248,10 +248,12 @@ def _keep_freed_memory() -> None:
 
 
 def _freeze_unused(run: Run, objective: Objective, views: Views) -> list[nn.Parameter]:
-    """Freezes the parameters that the losses do not reach, found with two images."""
+    """Freezes the parameters that the losses do not reach, found with two images that have labels, if any have."""
     train, device, rank = run.data.train, run.accelerator.device, run.accelerator.process_index
+    labels = train.labels.cpu()
+    chosen = (labels >= 0).nonzero()[:, 0] if (labels >= 0).any() else torch.arange(len(train))
     # Each process uses its own images, so that the teacher answers each once.
-    own = torch.arange(2 * rank, 2 * rank + 2) % len(train)
+    own = chosen[torch.arange(2 * rank, 2 * rank + 2) % len(chosen)]
     images, labels, index = next(batches(train, [own], 0, device, views.cuts(0)))
     view = None if run.data.mixed else 0
     return freeze_unused(objective, (views.augmented(images, index, 0), labels, index, view))

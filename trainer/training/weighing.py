@@ -14,16 +14,26 @@ def weigh_if_due(state: State, images: Tensor, labels: Tensor, index: Tensor, vi
 
     The ratios are logged and kept in the tally, first and last; a term out of bounds is named once, after the first steps.
     """
-    finds = has_auto(state.objective) and state.step in FINDING
+    finds = has_auto(state.objective) and (state.step in FINDING or _lacks_one(state))
     if not (finds or _epoch_is_due(state)) or not weighs(state.objective):
         return
-    for parameter in state.unused:  # frozen for DDP's sake: one process would count them
+    # What is frozen for DDP's sake, and would count in one process; and what will be trained after the first epochs.
+    frozen = [*state.unused, *(state.frozen.parameters if state.frozen and state.frozen.is_on else [])]
+    if state.training.train_only:
+        frozen = state.unused
+    for parameter in frozen:
         parameter.requires_grad_(True)
     epoch = state.step / state.steps_per_epoch
     found = ratios(state.objective, images, labels, index, view, epoch, finds)
-    for parameter in state.unused:
+    for parameter in frozen:
         parameter.requires_grad_(False)
     _keep(state, found)
+
+
+def _lacks_one(state: State) -> bool:
+    """Returns whether a weight is to be found that no batch could tell yet: none had an image with a label."""
+    known = state.tally.get("ratios", {})
+    return any(bound.is_found and bound.term not in known for bound in state.objective.bound)
 
 
 def _epoch_is_due(state: State) -> bool:
