@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.splitting import split_off
+from trainer.data.splitting import most_held_out, split_off
 
 LABELS = torch.tensor([0] * 40 + [1] * 8 + [2] * 2 + [3])
 
@@ -57,6 +57,13 @@ def test_groups_stay_together(amount):
 def test_a_class_of_one_group_stays():
     held_out = split_off(torch.tensor([0, 0, 0, 1, 1]), 0.5, [0], torch.tensor([0, 1, 2, 9, 9]))
     assert held_out[3:].tolist() == [False, False] and held_out[:3].sum() == 2
+
+
+def test_what_can_be_held_out_is_all_but_the_smallest_group_of_each_class():
+    groups = torch.tensor([0, 0, 0, 1, 1, 2, 3])
+    assert most_held_out(LABELS) == 39 + 7 + 1
+    assert most_held_out(torch.tensor([0, 0, 0, 0, 0, 1, -1]), groups) == 3
+    assert most_held_out(torch.full((7,), -1), groups) == 6
 
 
 def test_images_without_a_label_stay_unless_there_are_no_others():

@@ -86,6 +86,28 @@ def test_validation_has_its_share_of_a_rare_class(tmp_path):
         assert Counter(data.test.labels.tolist()) == {0: 50, 1: 2}
 
 
+def test_a_number_of_validation_images_leaves_each_class_one(tmp_path):
+    for name, count in (("a", 9), ("b", 5)):
+        for number in range(count):
+            save(tmp_path / "train" / name / f"{number}.png", (number, 0, 0))
+            save(tmp_path / "test" / name / f"{number}.png", (number, 1, 0))
+    data = data_of(folder=tmp_path, validation=12)
+    assert len(data.validation) == 12 and Counter(data.train.labels.tolist()) == {0: 1, 1: 1}
+    for number in (13, 14, 1000):
+        told = (
+            f"image_folder has 14 training images; validation {number} does not fit in it: 12 can be held out"
+        )
+        with pytest.raises(Mistake, match=told):
+            data_of(folder=tmp_path, validation=number)
+
+
+def test_a_number_of_validation_images_leaves_each_class_one_group(specimens):
+    folders = {"folder": specimens, "test": 0.25, "group": "parent"}
+    assert len(data_of(**folders, validation=30).validation) == 30
+    with pytest.raises(Mistake, match="42 training images; validation 37 does not fit in it: 36 can be held"):
+        data_of(**folders, validation=37)
+
+
 def test_a_table_of_paths_and_labels(specimens, tmp_path):
     files = list_images(specimens)
     rows = [f"{name},{file}" for file, name in zip(files.inside, files.classes, strict=True)]

@@ -48,6 +48,17 @@ def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tens
     return torch.from_numpy(held_out[group_of])
 
 
+def most_held_out(labels: Tensor, groups: Tensor | None = None) -> int:
+    """Returns how many images can be held out of these (int64 [N], see `split_off`) if each class keeps its smallest group."""
+    _, first, sizes = np.unique(
+        np.arange(len(labels)) if groups is None else groups.numpy(), return_index=True, return_counts=True
+    )
+    label = labels.numpy()[first]
+    if (label >= 0).any():
+        label, sizes = label[label >= 0], sizes[label >= 0]
+    return int(sizes.sum()) - sum(int(sizes[label == one].min()) for one in np.unique(label))
+
+
 def _wanted(totals: np.ndarray, amount: float | int, draw: np.random.Generator) -> np.ndarray:
     """Returns how many images each class should give, int [K]."""
     if isinstance(amount, float):
