@@ -133,7 +133,7 @@ def _hide_labels(images: Images, chosen: Tensor, keys: DataKeys) -> None:
         raise Mistake(
             f"data: labelled {keys.labelled}: {int((own >= 0).sum())} of the training images of {keys.dataset} have a label"
         )
-    own[~split_off(own, keys.labelled, [keys.seed, 0x1ABE1])] = -1
+    own[~split_off(own, keys.labelled, [keys.seed, 0x1ABE1], leave_one=False)] = -1
     labels[chosen] = own
     images.labels = labels
 
