@@ -37,6 +37,12 @@ def test_a_number_of_images_is_shared_by_the_classes_sizes(amount):
         assert got[label] >= (amount >= 3)
 
 
+@pytest.mark.parametrize(("amount", "each"), [(4, [1, 1, 1, 1]), (5, [2, 1, 1, 1]), (20, [17, 1, 1, 1])])
+def test_small_classes_beside_a_large_one_get_one_image_each(amount, each):
+    labels = torch.tensor([0] * 100 + [1] * 2 + [2] * 2 + [3] * 2)
+    assert [counts(labels, split_off(labels, amount, [0]))[label] for label in range(4)] == each
+
+
 def test_a_number_below_the_classes_favours_no_class():
     labels = torch.arange(100).repeat_interleave(4)
     chosen = [set(counts(labels, split_off(labels, 30, [seed]))) for seed in range(20)]

@@ -78,7 +78,7 @@ def _wanted(totals: np.ndarray, amount: float | int, draw: np.random.Generator) 
     short = amount - int(counts.sum())
     counts[nearest[: max(short, 0)]] += 1
     for _ in range(-short):
-        counts[np.argmax(counts - exact * (counts > 1))] -= 1
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     return counts
 
 
