@@ -1,5 +1,6 @@
 """`trainer.distill`: anybody's modules and loader, the losses of the shelf, and what bad input gets."""
 
+import contextlib
 import copy
 import math
 
@@ -75,6 +76,56 @@ def test_maps_embeddings_and_a_schedule_and_the_teacher_is_as_it_was():
     assert teacher.training and all(module.training for module in teacher.modules())
     assert [p.requires_grad for p in teacher.parameters()] == [True, True, True, False]
     assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
+
+
+def layouts(network):
+    return [
+        (key, tensor.data_ptr(), tensor.shape, tensor.stride())
+        for key, tensor in network.state_dict().items()
+    ]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_teachers_tensors_and_layers_are_those_of_before(broken):
+    teacher = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    trainer.prune(teacher, sparsity=0.5, exclude=["first"])  # whose masks are buffers
+    images, labels = pictures()
+    teacher(images).sum().backward()
+    slopes = [parameter.grad for parameter in teacher.parameters()]
+    before, strides = layouts(teacher), [slope.stride() for slope in slopes]
+    if broken:
+        images[3] = torch.nan
+    with pytest.raises(FloatingPointError) if broken else contextlib.nullcontext():
+        trainer.distill(convnet(5, 0), teacher, [(images, labels)], losses=["kl"], epochs=1)
+    assert layouts(teacher) == before
+    assert not any("forward" in vars(module) for module in teacher.modules())
+    assert [parameter.grad.stride() for parameter in teacher.parameters()] == strides
+    teacher[0].weight.view(-1)
+
+
+def test_tensors_of_both_networks_are_refused():
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 4))
+
+    def refused(told):
+        before = copy.deepcopy(teacher.state_dict())
+        with pytest.raises(ValueError, match=told):
+            trainer.distill(student, teacher, loader(), losses=["kl"], epochs=1)
+        assert all(parameter.requires_grad for parameter in student.parameters())
+        assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
+
+    student, teacher = network(), network()
+    student[0] = teacher[0]
+    refused("student: shares 0.weight, 0.bias with the teacher")
+    student = network()
+    student[3].weight.data = teacher[3].weight.data
+    student[1].running_mean = teacher[1].running_mean
+    refused("student: shares 3.weight, 1.running_mean with the teacher")
+    student = teacher
+    refused("student: shares 0.weight, 0.bias, 1.weight, 1.bias, 3.weight and 4 more with the teacher")
 
 
 def test_a_weight_is_found():

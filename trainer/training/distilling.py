@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainer.data.images import Data, InMemory, Part
 from trainer.distillation.objective import Objective
@@ -47,7 +48,8 @@ def distill(
 ) -> list[dict[str, float]]:
     """Trains the student in place by losses that compare it with the teacher; returns the mean losses of each epoch.
 
-    The student learns on its own device, in this process, and is left in evaluation mode. The teacher comes back as it was.
+    The student learns on its own device, in this process, and is left in evaluation mode. The teacher comes back as it was,
+    so no tensor can be in both.
 
     Args:
         student: The network that learns. It maps images to logits.
@@ -72,6 +74,7 @@ def distill(
         raise Mistake(f"{', '.join(unfit)}: of recipes only; here the loader makes the batches")
     if not isinstance(loader, Sized) or not len(loader):
         raise Mistake("loader: has no batches or no length; the schedule needs the number of its batches")
+    _refuse_shared(student, teacher)
     device = next(student.parameters()).device
     first = _batch(next(iter(loader)), device)
     with _borrowed(teacher, device):
@@ -186,13 +189,42 @@ def _classifies(teacher: nn.Module, images: Tensor, data: Data, terms: Sequence[
 
 @contextlib.contextmanager
 def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
-    """Has the teacher on the device inside the `with` block; afterwards its mode and its frozen parameters are as before."""
+    """Has the teacher on the device inside the `with` block; afterwards its tensors, layers and modes are those of before."""
     learned = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     before = next((tensor.device for tensor in (*teacher.parameters(), *teacher.buffers())), device)
+    # The tensors themselves are kept: in between they are on another device, or their layout is that of fast convolutions.
+    gradients = [parameter.grad for parameter in teacher.parameters() if parameter.grad is not None]
+    held = [(one, one.data) for one in (*teacher.parameters(), *gradients) if not is_lazy(one)]
+    buffers = [(module, dict(module._buffers)) for module in teacher.modules()]
     try:
         with evaluating(teacher.to(device)):
             yield
     finally:
+        detach(teacher)
+        for tensor, data in held:
+            tensor.data = data
+        for module, own in buffers:
+            module._buffers.update(own)
         teacher.to(before)
         for parameter in learned:
             parameter.requires_grad_(True)
+
+
+def _refuse_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises Mistake if a tensor is in both networks: the teacher's do not change, so the student's could not learn."""
+    taken = {_place(tensor) for tensor in (*teacher.parameters(), *teacher.buffers())}
+    shared = [
+        name
+        for name, tensor in (*student.named_parameters(), *student.named_buffers())
+        if _place(tensor) in taken
+    ]
+    if shared:
+        named = ", ".join(shared[:5]) + (f" and {len(shared) - 5} more" if len(shared) > 5 else "")
+        raise Mistake(
+            f"student: shares {named} with the teacher, which does not change; copy.deepcopy gives it its own"
+        )
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    """Returns what is the same of two tensors that start at the same number in memory."""
+    return tensor.device, id(tensor) if is_lazy(tensor) else tensor.data_ptr() or id(tensor)
