@@ -8,6 +8,8 @@ from torch import nn
 
 import trainer
 from trainer.compression.weights import weights_of
+from trainer.mistakes import Mistake
+from trainer.networks.build import build
 from trainer.packing import network as packed
 
 
@@ -162,6 +164,62 @@ def test_weights_that_a_hook_computes_are_refused(hooked, kind, tmp_path):
             ValueError, match=rf"layer '0': its weight is computed by a hook \({kind}\): make it plain"
         ):
             call()
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [
+        (lambda: nn.Linear(4, 3).to(torch.complex64), "layer '1' is of torch.complex64; .* are allowed: name it in exclude"),
+        (lambda: nn.Linear(4, 3).to(torch.float8_e4m3fn), "layer '1' is of torch.float8_e4m3fn; .* name it in exclude"),
+        (lambda: nn.Linear(4, 3, device="meta"), "layer '1' is on the meta device and has no values"),
+        (lambda: nn.LazyLinear(3), "layer '1': its weight, torch.float32 of a LazyLinear, has no shape yet: run the"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings(
+    "ignore:Complex modules are a new feature", "ignore:Lazy modules are a new feature"
+)
+def test_layers_that_are_not_of_real_numbers_are_refused(layer, told):
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    before = model[0].weight.clone()
+    for call in (
+        lambda: trainer.prune(model, sparsity=0.5),
+        lambda: trainer.prune(model, sensitivity=0.5),
+        lambda: trainer.share(model, bits=2),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
+        assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, before)
+    if "exclude" in told:
+        assert trainer.prune(model, sparsity=0.5, exclude=["1"]) == {"0": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_layer_is_not_packed_before_it_has_a_shape(tmp_path):
+    model = nn.Sequential(nn.LazyConv2d(3, 2), nn.LazyBatchNorm2d())
+    with pytest.raises(
+        Mistake, match="layer '0': its weight, torch.float32 of a LazyConv2d, has no shape yet"
+    ):
+        trainer.pack(model, tmp_path / "x.tiny")
+    model(torch.randn(2, 1, 4, 4))
+    assert trainer.prune(model, sparsity=0.5) == {"0": 0.5} and trainer.pack(model, tmp_path / "x.tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"classes": ["a", "b"]}, r"^for 2 classes and images of 1x8x8 the network is not what 'lenet300' builds: "
+         r"'fc3.bias' is \(3,\) in the file and \(2,\) in the network"),
+        ({"spec": {"model": "lenet300", "hidden": [5, 6]}}, r"'fc2.bias' is \(4,\) in the file and \(6,\) in"),
+        ({"shape": (1, 9, 9)}, r"for 3 classes and images of 1x9x9 .*'fc1.weight' is \(5, 64\) in .* \(5, 81\) in"),
+    ],
+)  # fmt: skip
+def test_a_spec_that_is_not_the_networks_is_a_mistake(change, told, tmp_path):
+    given = {"spec": {"model": "lenet300", "hidden": [5, 4]}, "shape": (1, 8, 8), "classes": ["a", "b", "c"]}
+    model = build(given["spec"], (1, 8, 8), 3)
+    assert trainer.pack(model, tmp_path / "fits.tiny", **given)
+    with pytest.raises(Mistake, match=told):
+        trainer.pack(model, tmp_path / "x.tiny", **(given | change))
+    assert not (tmp_path / "x.tiny").exists()
 
 
 def test_a_spec_needs_classes(tmp_path):

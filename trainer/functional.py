@@ -164,7 +164,8 @@ def pack(
             then rebuilds the network. Without spec, `load(path, into=network)` needs the network.
 
     Raises:
-        Mistake: For a spec without a shape or without classes, and for classes that are not a list.
+        Mistake: For a spec without a shape or without classes, for classes that are not a list, for tensors that cannot be
+            packed, and if spec, shape and classes make another network than this.
     """
     if spec is not None and len(shape) != 3:
         raise Mistake(
@@ -177,6 +178,21 @@ def pack(
             "classes: got none; with a spec their names are needed, since they are the network's outputs"
         )
     facts = {"shape": list(shape), "mean": list(mean), "std": list(std), "classes": list(classes)}
-    data = packed.encode(model, spec, facts)
+    try:
+        data = packed.encode(model, spec, facts)
+    except Mistake:
+        raise
+    except ValueError:
+        _refuse_unfit(model, spec, facts)
+        raise
     write_bytes(Path(path), data)
     return len(data)
+
+
+def _refuse_unfit(model: nn.Module, spec: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+    """Raises Mistake if spec, shape and classes make another network, which names what differs: it is built for that."""
+    try:
+        packed.can_encode(model, spec, facts)
+    except Mistake as error:
+        made_for = f"{len(facts['classes'])} classes and images of {'x'.join(map(str, facts['shape']))}"
+        raise Mistake(f"for {made_for} {error}") from None

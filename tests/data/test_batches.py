@@ -42,6 +42,26 @@ def test_a_part_of_each_class_keeps_its_labels(labelled, each):
     )
 
 
+@pytest.mark.parametrize("labelled", [1, 10, 1195, 1199, 1200])
+def test_as_many_labels_are_kept_as_are_asked_for(labelled):
+    some = data_of(subset=1200, validation=100, labelled=labelled)
+    assert int((some.train.labels >= 0).sum()) == labelled
+
+
+@pytest.mark.parametrize(
+    ("labelled", "kept"), [(28, [25, 2, 1]), (27, [24, 2, 1]), (0.99, [25, 2, 1]), (0.3, [8, 1, 1])]
+)
+def test_a_class_of_one_image_keeps_its_label(tmp_path, labelled, kept):
+    for name, count in (("a", 25), ("b", 2), ("c", 1)):
+        for number in range(count):
+            for part in ("train", "test", "val"):
+                place = tmp_path / part / name / f"{number}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (number, ord(name), 0)).save(place)
+    labels = data_of(dataset="image_folder", folder=tmp_path, size=8, labelled=labelled).train.labels
+    assert torch.bincount(labels[labels >= 0], minlength=3).tolist() == kept
+
+
 def test_labels_that_are_not_there_cannot_be_kept(tmp_path):
     with pytest.raises(Mistake, match="labelled 2000: 1200 of the training images of digits have a label"):
         data_of(subset=1200, validation=100, labelled=2000)

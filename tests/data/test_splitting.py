@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.splitting import split_off
+from trainer.data.splitting import most_held_out, split_off
 
 LABELS = torch.tensor([0] * 40 + [1] * 8 + [2] * 2 + [3])
 
@@ -37,6 +37,12 @@ def test_a_number_of_images_is_shared_by_the_classes_sizes(amount):
         assert got[label] >= (amount >= 3)
 
 
+@pytest.mark.parametrize(("amount", "each"), [(4, [1, 1, 1, 1]), (5, [2, 1, 1, 1]), (20, [17, 1, 1, 1])])
+def test_small_classes_beside_a_large_one_get_one_image_each(amount, each):
+    labels = torch.tensor([0] * 100 + [1] * 2 + [2] * 2 + [3] * 2)
+    assert [counts(labels, split_off(labels, amount, [0]))[label] for label in range(4)] == each
+
+
 def test_a_number_below_the_classes_favours_no_class():
     labels = torch.arange(100).repeat_interleave(4)
     chosen = [set(counts(labels, split_off(labels, 30, [seed]))) for seed in range(20)]
@@ -57,6 +63,13 @@ def test_groups_stay_together(amount):
 def test_a_class_of_one_group_stays():
     held_out = split_off(torch.tensor([0, 0, 0, 1, 1]), 0.5, [0], torch.tensor([0, 1, 2, 9, 9]))
     assert held_out[3:].tolist() == [False, False] and held_out[:3].sum() == 2
+
+
+def test_what_can_be_held_out_is_all_but_the_smallest_group_of_each_class():
+    groups = torch.tensor([0, 0, 0, 1, 1, 2, 3])
+    assert most_held_out(LABELS) == 39 + 7 + 1
+    assert most_held_out(torch.tensor([0, 0, 0, 0, 0, 1, -1]), groups) == 3
+    assert most_held_out(torch.full((7,), -1), groups) == 6
 
 
 def test_images_without_a_label_stay_unless_there_are_no_others():

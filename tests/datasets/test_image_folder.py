@@ -86,6 +86,64 @@ def test_validation_has_its_share_of_a_rare_class(tmp_path):
         assert Counter(data.test.labels.tolist()) == {0: 50, 1: 2}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "test", "each"),
+    [
+        ([20, 20, 20], 7, {2, 3}),
+        ([20, 20, 20], 10, {3, 4}),
+        ([20, 20, 20], 57, {19}),
+        ([6] * 10, 4, {0, 1}),
+        ([6] * 10, 17, {1, 2}),
+        ([40, 2, 2], 4, {1, 2}),
+    ],
+)
+def test_a_number_of_test_images_is_split_off_exactly(tmp_path, sizes, test, each):
+    for label, count in enumerate(sizes):
+        for number in range(count):
+            save(tmp_path / f"c{label}" / f"{number}.png", (number, label, 0))
+    source = image_folder(folder=tmp_path, test=test, size=4)
+    assert (len(source.test), len(source.train)) == (test, sum(sizes) - test)
+    assert set(torch.bincount(source.test.labels, minlength=len(sizes)).tolist()) == each
+
+
+@pytest.mark.parametrize(
+    ("test", "told"),
+    [
+        (40, "test: 40 of 40 images leaves none to train on"),
+        (39, "test: 39 leaves no training image of one class, which has"),
+        (3, "test: 3 leaves no training image of one class, which has 1$"),
+    ],
+)
+def test_a_number_of_test_images_leaves_each_class_one(tmp_path, test, told):
+    for name, count in (("a", 37), ("b", 2), ("c", 1)):
+        for number in range(count):
+            save(tmp_path / name / f"{number}.png", (number, ord(name), 0))
+    with pytest.raises(Mistake, match=told):
+        image_folder(folder=tmp_path, test=test, size=4)
+
+
+def test_a_number_of_validation_images_leaves_each_class_one(tmp_path):
+    for name, count in (("a", 9), ("b", 5)):
+        for number in range(count):
+            save(tmp_path / "train" / name / f"{number}.png", (number, 0, 0))
+            save(tmp_path / "test" / name / f"{number}.png", (number, 1, 0))
+    data = data_of(folder=tmp_path, validation=12)
+    assert len(data.validation) == 12 and Counter(data.train.labels.tolist()) == {0: 1, 1: 1}
+    for number in (13, 14, 1000):
+        told = (
+            f"image_folder has 14 training images; validation {number} does not fit in it: 12 can be held out"
+        )
+        with pytest.raises(Mistake, match=told):
+            data_of(folder=tmp_path, validation=number)
+
+
+def test_a_number_of_validation_images_leaves_each_class_one_group(specimens):
+    folders = {"folder": specimens, "test": 0.25, "group": "parent"}
+    assert len(data_of(**folders, validation=30).validation) == 30
+    with pytest.raises(Mistake, match="42 training images; validation 37 does not fit in it: 36 can be held"):
+        data_of(**folders, validation=37)
+
+
 def test_a_table_of_paths_and_labels(specimens, tmp_path):
     files = list_images(specimens)
     rows = [f"{name},{file}" for file, name in zip(files.inside, files.classes, strict=True)]

@@ -1,5 +1,6 @@
 """`trainer.distill`: anybody's modules and loader, the losses of the shelf, and what bad input gets."""
 
+import contextlib
 import copy
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import trainer
 from trainer.losses.kl import kl
@@ -77,6 +78,56 @@ def test_maps_embeddings_and_a_schedule_and_the_teacher_is_as_it_was():
     assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
 
 
+def layouts(network):
+    return [
+        (key, tensor.data_ptr(), tensor.shape, tensor.stride())
+        for key, tensor in network.state_dict().items()
+    ]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_teachers_tensors_and_layers_are_those_of_before(broken):
+    teacher = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    trainer.prune(teacher, sparsity=0.5, exclude=["first"])  # whose masks are buffers
+    images, labels = pictures()
+    teacher(images).sum().backward()
+    slopes = [parameter.grad for parameter in teacher.parameters()]
+    before, strides = layouts(teacher), [slope.stride() for slope in slopes]
+    if broken:
+        images[3] = torch.nan
+    with pytest.raises(FloatingPointError) if broken else contextlib.nullcontext():
+        trainer.distill(convnet(5, 0), teacher, [(images, labels)], losses=["kl"], epochs=1)
+    assert layouts(teacher) == before
+    assert not any("forward" in vars(module) for module in teacher.modules())
+    assert [parameter.grad.stride() for parameter in teacher.parameters()] == strides
+    teacher[0].weight.view(-1)
+
+
+def test_tensors_of_both_networks_are_refused():
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 4))
+
+    def refused(told):
+        before = copy.deepcopy(teacher.state_dict())
+        with pytest.raises(ValueError, match=told):
+            trainer.distill(student, teacher, loader(), losses=["kl"], epochs=1)
+        assert all(parameter.requires_grad for parameter in student.parameters())
+        assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
+
+    student, teacher = network(), network()
+    student[0] = teacher[0]
+    refused("student: shares 0.weight, 0.bias with the teacher")
+    student = network()
+    student[3].weight.data = teacher[3].weight.data
+    student[1].running_mean = teacher[1].running_mean
+    refused("student: shares 3.weight, 1.running_mean with the teacher")
+    student = teacher
+    refused("student: shares 0.weight, 0.bias, 1.weight, 1.bias, 3.weight and 4 more with the teacher")
+
+
 def test_a_weight_is_found():
     asked = ["cross_entropy", {"loss": "kl", "weight": "auto"}]
     found = trainer.distill(convnet(5, 0), convnet(8, 7), loader(), losses=asked, epochs=1)[0]
@@ -114,7 +165,7 @@ def test_a_folded_classifier_is_the_students():
         ({"batch_size": 8}, "batch_size: of recipes only"),
         ({"loader": iter([1])}, "loader: has no batches or no length"),
         ({"loader": []}, "loader: has no batches"),
-        ({"loader": [{"x": 1}]}, "loader: got a batch of dict"),
+        ({"loader": [{"x": 1}]}, "loader: batch 1: got a batch of dict"),
         ({"loader": [torch.zeros(2, 3, 9, 9, dtype=torch.uint8)]}, "got images torch.uint8"),
         ({"loader": [torch.randn(8, 3, 9, 9)], "losses": ["cross_entropy", "kl"]}, "a loss asks for labels"),
         ({"losses": ["contrastive"]}, "a loss asks for index"),
@@ -129,6 +180,97 @@ def test_bad_input_is_a_clear_error_and_the_student_is_unchanged(settings, told)
     with pytest.raises(ValueError, match=told):
         trainer.distill(student, **given)
     assert all(torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"loader": [torch.zeros(2, 3, 9, 9, dtype=torch.float64)]}, "got images torch.float64 .*torch.float32"),
+        ({"loader": [torch.zeros(2, 3, 9, 9, dtype=torch.bfloat16)]}, "got images torch.bfloat16"),
+        ({"loader": [torch.zeros(0, 3, 9, 9)]}, r"got images torch.float32 \(0, 3, 9, 9\)"),
+        ({"student": convnet(5, 0).double()}, "student: cannot take images of 3x9x9 in torch.float32: .*double"),
+        ({"teacher": convnet(5, 0).bfloat16()}, "teacher: cannot take images of 3x9x9 in torch.float32: .*BFloat"),
+        ({"student": nn.Flatten()}, "student: has no parameters"),
+        ({"teacher": lambda images: images}, "teacher: got function; an nn.Module is allowed"),
+        ({"losses": "klo"}, r"losses\[0\].loss: .*'klo'.*did you mean 'kl'"),
+        ({"labels": [1, -1, 2, 3]}, "batch 1: label -1; class ids from 0 to 3 are allowed"),
+        ({"labels": [1, -100, 2, 3]}, "batch 1: label -100; class ids from 0 to 3"),
+        ({"labels": [1, 4, 2, 3]}, "batch 1: label 4; class ids from 0 to 3"),
+        ({"labels": [1.0, 0.0, 2.0, 3.0]}, r"batch 1: got labels torch.float32 \(4,\); class ids \[N\] or prob"),
+        ({"labels": [[1], [0], [2], [3]]}, r"batch 1: got labels torch.int64 \(4, 1\)"),
+        ({"labels": [[0.5, 0.5]] * 4}, r"got labels torch.float32 \(4, 2\).* probabilities \[N, 4\]"),
+        ({"labels": [1, 2, 3]}, r"batch 1: got 4 images and beside them \(3,\)"),
+        ({"index": [0, 1, 2, 4]}, "batch 1: index 4; positions in the set from 0 to 3 are allowed"),
+        ({"index": [0, -1, 2, 3]}, "batch 1: index -1; positions in the set from 0 to 3"),
+    ],
+)  # fmt: skip
+def test_what_a_batch_and_a_network_can_be(settings, told):
+    given = {"student": convnet(5, 0), "teacher": convnet(8, 7), "epochs": 1} | settings
+    labels = torch.tensor(given.pop("labels", [0, 1, 2, 3]))
+    index = torch.tensor(given.pop("index", [0, 1, 2, 3]))
+    given.setdefault("loader", [(pictures(4)[0], labels, index)])
+    before = copy.deepcopy(given["student"].state_dict())
+    with pytest.raises(ValueError, match=told) as raised:
+        trainer.distill(**({"losses": ["cross_entropy", "contrastive"]} | given))
+    assert len(str(raised.value).splitlines()) == 1
+    assert all(torch.equal(tensor, before[key]) for key, tensor in given["student"].state_dict().items())
+
+
+def test_a_later_batch_is_looked_at_too():
+    images, labels = pictures(12)
+    bad = labels.clone()
+    bad[5] = -1
+    for losses, told in (("cross_entropy", "batch 3 of epoch 1: label -1"), ("kl", None)):
+        with pytest.raises(ValueError, match=told) if told else contextlib.nullcontext():
+            trainer.distill(
+                convnet(5, 0), convnet(8, 7), [(images, labels)] * 2 + [(images, bad)], losses=losses, epochs=1
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_whole_type_are_the_same(dtype):
+    images, labels = pictures(12)
+    found = [
+        trainer.distill(
+            convnet(5, 0), convnet(8, 7), [(images, one)], losses={"loss": "cross_entropy"}, epochs=2
+        )
+        for one in (labels, labels.to(dtype), F.one_hot(labels, 4).double())
+    ]
+    assert found[0] == found[1] and found[0][1]["loss"] == pytest.approx(found[2][1]["loss"], rel=1e-5)
+
+
+class Once:
+    """Batches that can be run through once, with a length."""
+
+    def __init__(self, batches):
+        self.batches, self.length = iter(batches), len(batches)
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_a_loader_that_can_be_run_through_once():
+    batches = list(loader())
+    whole = trainer.distill(convnet(5, 0), convnet(8, 7), batches, losses=["kl"], epochs=1)
+    assert trainer.distill(convnet(5, 0), convnet(8, 7), Once(batches), losses=["kl"], epochs=1) == whole
+    with pytest.raises(ValueError, match="loader: gives no batch in epoch 2 of 2: it must begin anew"):
+        trainer.distill(convnet(5, 0), convnet(8, 7), Once(batches), losses=["kl"], epochs=2)
+    exhausted = Once(batches)
+    assert len(list(exhausted)) == 3
+    with pytest.raises(ValueError, match="loader: gives no batch, and its length is 3"):
+        trainer.distill(convnet(5, 0), convnet(8, 7), exhausted, losses=["kl"], epochs=1)
+
+
+def test_a_set_without_a_length_is_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from zip(*pictures())
+
+    with pytest.raises(ValueError, match="loader: has no batches or no length"):
+        trainer.distill(convnet(5, 0), convnet(8, 7), DataLoader(Stream()), losses=["kl"], epochs=1)
 
 
 def test_a_loss_that_is_not_finite_stops_it():

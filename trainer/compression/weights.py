@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -18,6 +19,9 @@ _COMPUTING = {
     SpectralNorm: "remove_spectral_norm",
     prune.BasePruningMethod: "prune.remove",
 }
+
+#: Types of the weights that can be pruned and shared.
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Weight:
@@ -102,12 +106,13 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
     These are all parameters of two dimensions or more whose name holds 'weight' (no biases, no norms). `fc1.weight`
     is called 'fc1'; others keep their own name ('lstm.weight_ih_l0'). A tied weight appears once, under its first name.
-    Raises Mistake for a weight with a foreign parametrization (`weight_norm`), and for one that a hook computes.
+    Raises Mistake for a weight with a foreign parametrization (`weight_norm`), for one that a hook computes, and for a lazy
+    layer that has no shape yet.
     """
     found: dict[int, Weight] = {}
     others: list[tuple[int, nn.Module, str]] = []
     for path, module in model.named_modules():
-        _refuse_hooks(path, module)
+        _refuse_unready(path, module)
         if isinstance(module, parametrize.ParametrizationList | nn.LayerNorm | nn.RMSNorm):
             continue
         inner = getattr(module, "parametrizations", {})
@@ -139,12 +144,21 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
 
 
 def refuse_computed(model: nn.Module) -> None:
-    """Raises Mistake for a weight that a hook computes before every forward pass: what is set in it would be lost."""
+    """Raises Mistake for a weight that a hook computes before every forward pass: what is set in it would be lost.
+
+    Likewise for a lazy layer that has no shape yet.
+    """
     for path, module in model.named_modules():
-        _refuse_hooks(path, module)
+        _refuse_unready(path, module)
 
 
-def _refuse_hooks(path: str, module: nn.Module) -> None:
+def _refuse_unready(path: str, module: nn.Module) -> None:
+    for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and is_lazy(tensor):
+            raise Mistake(
+                f"layer {path!r}: its {attribute}, {tensor.dtype} of a {type(module).__name__}, has no shape yet: run the network "
+                "on a batch first"
+            )
     for hook in module._forward_pre_hooks.values():
         for kind, removal in _COMPUTING.items():
             if isinstance(hook, kind):
@@ -163,7 +177,8 @@ def _refuse_hooks(path: str, module: nn.Module) -> None:
 def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[str, Weight]:
     """Returns the weights that are not in `exclude`: 'first', 'last', a layer's name or a module's (all weights below it).
 
-    Raises Mistake for a name that no layer has, and for a frozen or not finite weight that is not in `exclude`.
+    Raises Mistake for a name that no layer has, and for a weight that is not in `exclude` and is frozen, not finite, of another
+    type than float, or on the meta device.
     """
     left = dict(layers)
     order = list(layers)
@@ -178,7 +193,15 @@ def choose(layers: Mapping[str, Weight], exclude: Iterable[str] = ()) -> dict[st
             raise Mistake(
                 f"layer {name!r} is frozen (requires_grad is False): name it in exclude to leave it alone"
             )
-        if not torch.isfinite(layer.value).all():
+        value = layer.value
+        if value.dtype not in _TYPES:
+            allowed = ", ".join(str(kind).removeprefix("torch.") for kind in _TYPES)
+            raise Mistake(
+                f"layer {name!r} is of {value.dtype}; {allowed} are allowed: name it in exclude to leave it alone"
+            )
+        if value.is_meta:
+            raise Mistake(f"layer {name!r} is on the meta device and has no values: give it some first")
+        if not torch.isfinite(value).all():
             raise Mistake(f"layer {name!r} has weights that are not finite")
     return left
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.data.balance import balanced_order
 from trainer.data.crops import Cuts
 from trainer.data.images import Data, Images, InMemory, Part, Source
-from trainer.data.splitting import split_off
+from trainer.data.splitting import most_held_out, split_off
 from trainer.data.views import KeptViews
 from trainer.data.workers import num_workers, read_batches
 from trainer.mistakes import Mistake
@@ -96,7 +96,8 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
 def _order(source: Source, keys: DataKeys) -> tuple[Tensor, int, int]:
     """Returns the training images' order, how many at its front are held out for validation, and how many follow to train on.
 
-    Of images in groups whole groups are held out, and what of them has no label is of neither.
+    Of images in groups whole groups are held out, and what of them has no label is of neither. Raises Mistake if the number
+    that the recipe asks for would leave a class without an image.
     """
     total = len(source.train)
     order = torch.from_numpy(np.random.default_rng([keys.seed, 0x5EED]).permutation(total))
@@ -110,6 +111,12 @@ def _order(source: Source, keys: DataKeys) -> tuple[Tensor, int, int]:
         held_out = round(amount * total) if isinstance(amount, float) else int(amount)
         return order, held_out, total - held_out
     labels = source.train.labels
+    most = most_held_out(labels, source.groups)
+    if isinstance(amount, int) and amount > most:
+        raise Mistake(
+            f"data: {keys.dataset} has {total} training images; validation {amount} does not fit in it: {most} can be held out, "
+            "because an image of each class, or a group of them, is trained on"
+        )
     apart = split_off(labels, amount, [keys.seed, 0x5EED], source.groups)
     validates = apart & (labels >= 0) if (labels >= 0).any() else apart
     parts = [order[chosen[order]] for chosen in (validates, ~apart, apart & ~validates)]
@@ -127,7 +134,7 @@ def _hide_labels(images: Images, chosen: Tensor, keys: DataKeys) -> None:
         raise Mistake(
             f"data: labelled {keys.labelled}: {int((own >= 0).sum())} of the training images of {keys.dataset} have a label"
         )
-    own[~split_off(own, keys.labelled, [keys.seed, 0x1ABE1])] = -1
+    own[~split_off(own, keys.labelled, [keys.seed, 0x1ABE1], leave_one=False)] = -1
     labels[chosen] = own
     images.labels = labels
 

@@ -10,7 +10,13 @@ from torch import Tensor
 from trainer.mistakes import Mistake
 
 
-def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tensor | None = None) -> Tensor:
+def split_off(
+    labels: Tensor,
+    amount: float | int,
+    seed: list[int],
+    groups: Tensor | None = None,
+    leave_one: bool = True,
+) -> Tensor:
     """Chooses the images that are held out, class by class, at random but the same on every machine.
 
     Args:
@@ -20,10 +26,10 @@ def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tens
         seed: Of the order in which they are taken.
         groups: int64 [N]. Images of one group stay together; a group is of its first image's class. By default each
             image is its own.
+        leave_one: Whether the last group of a class stays, so that a class of one group gives none.
 
     Returns:
-        bool [N]. The last group of a class stays, so a class of one group gives none. With groups it may be a few images
-        more or fewer than asked for, because a group is taken whole.
+        bool [N]. With groups it may be a few images more or fewer than asked for, because a group is taken whole.
     """
     names, first, group_of, sizes = np.unique(
         np.arange(len(labels)) if groups is None else groups.numpy(),
@@ -44,8 +50,21 @@ def split_off(labels: Tensor, amount: float | int, seed: list[int], groups: Tens
     for one, wanted in zip(members, _wanted(totals, amount, draw), strict=True):
         middle = np.cumsum(sizes[one]) - sizes[one] / 2
         middle[:1] = 0 if wanted else np.inf  # a class that should give any gives its first group
-        held_out[one[:-1][middle[:-1] < wanted]] = True
+        held_out[one[middle < wanted]] = True
+        if leave_one:
+            held_out[one[-1]] = False
     return torch.from_numpy(held_out[group_of])
+
+
+def most_held_out(labels: Tensor, groups: Tensor | None = None) -> int:
+    """Returns how many images can be held out of these (int64 [N], see `split_off`) if each class keeps its smallest group."""
+    _, first, sizes = np.unique(
+        np.arange(len(labels)) if groups is None else groups.numpy(), return_index=True, return_counts=True
+    )
+    label = labels.numpy()[first]
+    if (label >= 0).any():
+        label, sizes = label[label >= 0], sizes[label >= 0]
+    return int(sizes.sum()) - sum(int(sizes[label == one].min()) for one in np.unique(label))
 
 
 def _wanted(totals: np.ndarray, amount: float | int, draw: np.random.Generator) -> np.ndarray:
@@ -59,7 +78,7 @@ def _wanted(totals: np.ndarray, amount: float | int, draw: np.random.Generator) 
     short = amount - int(counts.sum())
     counts[nearest[: max(short, 0)]] += 1
     for _ in range(-short):
-        counts[np.argmax(counts - exact * (counts > 1))] -= 1
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     return counts
 
 

@@ -316,22 +316,24 @@ def _found(
     return f"{', '.join(map(str, folders))}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
 
 
-def _test_images(images: Pictures, test: float, seed: int, groups: Tensor) -> Tensor:
+def _test_images(images: Pictures, test: float | int, seed: int, groups: Tensor) -> Tensor:
     """Returns which images are split off as test images, bool [N]. Raises Mistake if a class has none left, or no label."""
     if not (images.labels >= 0).any():
         raise Mistake("images without labels cannot be split class by class: give test, a folder")
-    amount = test if isinstance(test, float) else test / int((images.labels >= 0).sum())
-    if not 0 < amount < 1:
+    if not isinstance(test, float) and test >= int((images.labels >= 0).sum()):
         raise Mistake(f"test: {test} of {len(images)} images leaves none to train on")
+    # Of a number of images a class's part is known only after the split: none is left where that would take the last.
+    held_out = split_off(images.labels, test, [seed, 0x7E57], groups, leave_one=isinstance(test, float))
     for label in images.labels.unique().tolist():
         of_class = images.labels == label
         count, num_groups = int(of_class.sum()), len(groups[of_class].unique())
-        if label >= 0 and (num_groups == 1 or max(1, round(amount * count)) >= count):
+        too_few = isinstance(test, float) and (num_groups == 1 or max(1, round(test * count)) >= count)
+        if label >= 0 and (too_few or bool(held_out[of_class].all())):
             raise Mistake(
                 f"test: {test} leaves no training image of one class, which has {count}"
                 + (f" in {num_groups} groups" if num_groups < count else "")
             )
-    return split_off(images.labels, amount, [seed, 0x7E57], groups)
+    return held_out
 
 
 def _pictures(found: Listing, number: dict[str, int], reading: Reading) -> Pictures:
