@@ -24,7 +24,7 @@ student: {model: lenet5, width: 2}
 allow_untrained: true
 stages:
   - {stage: train, training: {epochs: 3, batch_size: 20, lr: 1e-2}}
-  - {stage: pack}
+  - {stage: pack, file: my.digits.tiny}
 """
 
 
@@ -65,7 +65,7 @@ def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys):
     run_here(monkeypatch)
     assert main(["ensemble", str(recipe), "--seeds", "3"]) == 0
     told = capsys.readouterr().out
-    packed = [Path(f"runs/many-seed{seed}/student.tiny") for seed in range(3)]
+    packed = [Path(f"runs/many-seed{seed}/my.digits.tiny") for seed in range(3)]
     networks = [load(file) for file in packed]
     data = make_data(read(recipe)[0].data, torch.device("cpu"))
     images, labels = data.test.images.images, data.test.labels
@@ -103,7 +103,7 @@ def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys):
 
 
 def test_what_cannot_be_an_ensemble_is_refused(recipe, capsys):
-    recipe.write_text(RECIPE.replace("  - {stage: pack}\n", ""))
+    recipe.write_text(RECIPE.replace("  - {stage: pack, file: my.digits.tiny}\n", ""))
     assert main(["ensemble", str(recipe)]) == 2
     assert "packs no student" in capsys.readouterr().err
     recipe.write_text(RECIPE)

@@ -22,8 +22,6 @@ from trainer.runs.several import run_all
 from trainer.runs.trials import about, jobs_of, name_of, tell
 from trainer.training.evaluate import normalized, percent_right, predict
 
-PACKED = "student.tiny"  # of a run
-
 
 def together(students: Mapping[str, Student]) -> Student:
     """Returns a student that answers with the log of the mean of several students' probabilities.
@@ -90,7 +88,8 @@ def ensemble(
         )
     jobs = jobs_of(path, num_seeds, changes, folder, name, allow_python)
     reports = run_all(jobs, allow_python, processes)
-    found = {"rows": [*_students(path, recipe, [job.here / PACKED for job in jobs]), *_others(reports)]}
+    packed = [job.here / _packed(found) for job, found in zip(jobs, reports, strict=True)]
+    found = {"rows": [*_students(path, recipe, packed), *_others(reports)]}
     name = name_of(jobs)
     text = f"{name}: {about(reports)}\n\n{table(found['rows'])}\n"
     tell(Path(folder) / f"{name}-ensemble", text, found)
@@ -114,6 +113,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         + "\n\nTogether students answer with the mean of their probabilities; their bytes and times add up. ms: the median time of one "
         "image in torch on one thread."
     )
+
+
+def _packed(report: Mapping[str, Any]) -> str:
+    """Returns the name of the packed file that a run has written."""
+    return str(next(row["file"] for row in reversed(report["rows"]) if row.get("file")))
 
 
 def _students(path: str | Path, recipe: Any, packed: Sequence[Path]) -> list[dict[str, Any]]:
