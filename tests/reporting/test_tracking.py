@@ -145,6 +145,17 @@ def test_trainings_of_one_name_and_what_began_anew_are_not_joined(folder, servic
     ]
 
 
+def test_every_row_of_a_stage_is_in_the_table_once(folder, service):
+    with Log(folder / "log.jsonl") as log:
+        for top1 in (80.0, 90.0):  # a resumed run has written both twice
+            log.row({"stage": "pruned", "index": 1, "top1": top1})
+            log.row({"stage": "recovered", "index": 1, "top1": top1 + 5})
+        log.summary({})
+    sent_by_command(folder)
+    columns, cells = service("log")[-1][1]["stages"]
+    assert (columns, cells) == (["stage", "index", "top1"], [["pruned", 1, 90.0], ["recovered", 1, 95.0]])
+
+
 def sent_by_command(folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "sync", str(folder)],

@@ -158,7 +158,8 @@ def _send(wandb: Any, run: Any, lines: Iterator[dict[str, Any]], more: Callable[
         kind = line.pop("kind", None)
         values = {key: value for key, value in line.items() if key != "time"}
         if kind == "row":
-            rows[values.get("index", len(rows))] = values
+            # A stage may have several rows, one for each name; a resumed run may have written one twice.
+            rows[values.get("index", len(rows)), values.get("stage")] = values
         if kind == "begun":
             num_begun += 1
             rows = {key: row for key, row in rows.items() if row.get("index", -1) < values.get("index", 0)}
