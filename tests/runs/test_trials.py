@@ -10,6 +10,7 @@ import pytest
 from tests.runs.several_here import run_here
 from trainer.cli import main
 from trainer.mistakes import Mistake
+from trainer.recipe.words import changes_of
 from trainer.reporting.report import read
 from trainer.runs import several, trials
 from trainer.runs.several import Job, run_all
@@ -64,6 +65,12 @@ def test_the_table_has_mean_spread_and_worst_of_each_row(recipe, monkeypatch, ca
     commands.clear()
     assert main(["trials", str(recipe), "--seeds", "4", "--set", "stages.0.training.lr=2e-3"]) == 0
     assert len(commands) == 1 and 'name="tried-seed3"' in commands[0]
+
+
+@pytest.mark.parametrize("value", ["emoji 😀, ü", "a=b: 'c' # \"d\"", 1e-05, [0.5, None], {"model": "𝛼"}, True])
+def test_changes_reach_a_runs_process_as_they_are(value, tmp_path):
+    words = several.words_of(Job("r.yaml", {"name": "x", "data.path": value}, tmp_path), None, False)
+    assert changes_of([words[-1]]) == {"data.path": value}
 
 
 def test_rows_without_a_number_have_a_dash():

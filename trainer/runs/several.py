@@ -113,7 +113,7 @@ def words_of(job: Job, threads: int | None, allow_python: bool) -> list[str]:
     """Returns the command line's words, after the program, that run the job."""
     words = ["run", str(job.path), "--folder", str(job.folder)]
     for key, value in job.changes.items():
-        words += ["--set", f"{key}={json.dumps(value)}"]
+        words += ["--set", f"{key}={json.dumps(value, ensure_ascii=False)}"]
     words += [] if threads is None else ["--threads", str(threads)]
     return words + ["--allow-python"] * allow_python
 
