@@ -24,6 +24,7 @@ from trainer.reporting.tables import (
     by_block,
     duration,
     missing,
+    percent,
     weighed,
 )
 from trainer.storage import records
@@ -112,7 +113,7 @@ def environment() -> "Environment":
         lstrip_blocks=True,
     )
     made.filters |= {
-        "percent": lambda value: NOTHING if missing(value) else f"{value:.2f} %",
+        "percent": percent,
         "share": lambda value: NOTHING if missing(value) else f"{100 * value:.2f} %",
         "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
         "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",

@@ -14,7 +14,7 @@ from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import seals
 from trainer.reporting.plots import is_teacher
-from trainer.reporting.tables import NOTHING
+from trainer.reporting.tables import NOTHING, decimals, missing
 from trainer.runs.answering import Student
 from trainer.runs.evaluate_file import images_of, opened
 from trainer.runs.opening import accelerator_of
@@ -76,7 +76,7 @@ def ensemble(
     Returns:
         {"rows"}: one for each student, for the first two, three ... of them together, for the student as it was before it was
         made smaller (the mean over the seeds) and for the teacher. "name", "students" (how many), "top1" (test, percent),
-        "top1_validation", "file_bytes" (in sum), "latency_seconds" (of one image on one thread; None where not measured).
+        "top1_validation" (both NaN or None where no image has a label), "file_bytes" (in sum), "latency_seconds" (of one image on one thread; None where not measured).
 
     Raises:
         Mistake: For a recipe that packs no student.
@@ -101,8 +101,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         {
             "": row["name"],
-            "top-1 %": f"{row['top1']:.2f}",
-            "validation %": f"{row['top1_validation']:.2f}",
+            "top-1 %": decimals(row["top1"], 2),
+            "validation %": decimals(row["top1_validation"], 2),
             "bytes": f"{row['file_bytes']:,.0f}",
             "ms": NOTHING if row["latency_seconds"] is None else f"{1000 * row['latency_seconds']:.3f}",
         }
@@ -176,11 +176,17 @@ def _others(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ):
         first = [next((row for row in found["rows"] if is_teacher(row) == who), None) for found in reports]
         if reports[0].get(key) and all(first):
-            mean = {k: statistics.fmean(row[k] for row in first if row) for k in ("top1", "top1_validation")}
+            mean = {k: _mean([row[k] for row in first if row]) for k in ("top1", "top1_validation")}
             rows.append(
                 {"name": name, "students": 1, **mean, "file_bytes": reports[0][key], "latency_seconds": None}
             )
     return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean of values; None if one is missing."""
+    known = [value for value in values if value is not None and not missing(value)]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _channels(values: Sequence[float]) -> Tensor:
