@@ -67,7 +67,9 @@ def test_the_table_has_mean_spread_and_worst_of_each_row(recipe, monkeypatch, ca
     assert len(commands) == 1 and 'name="tried-seed3"' in commands[0]
 
 
-@pytest.mark.parametrize("value", ["emoji 😀, ü", "a=b: 'c' # \"d\"", 1e-05, [0.5, None], {"model": "𝛼"}, True])
+@pytest.mark.parametrize(
+    "value", ["emoji 😀, ü", "a=b: 'c' # \"d\"", 1e-05, [0.5, None], {"model": "𝛼"}, True]
+)
 def test_changes_reach_a_runs_process_as_they_are(value, tmp_path):
     words = several.words_of(Job("r.yaml", {"name": "x", "data.path": value}, tmp_path), None, False)
     assert changes_of([words[-1]]) == {"data.path": value}
