@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from trainer.mistakes import printable
+
 NOTHING = "–"
 # Titles of an account's entries: counts, and the bytes of mask and values in other codes.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
@@ -311,6 +313,7 @@ def _aligned(
     Where a line would be longer than `width`, the table has no rules between columns and heads of several lines, and as many of
     the `spare` columns are left out, the first of them first, as have no room.
     """
+    columns = {_cell(name): show for name, show in columns.items()}
     text = _drawn(columns, items, num_text, "pipe")
     if width is None or _width(text) <= width:
         return text
@@ -327,11 +330,16 @@ def _aligned(
 def _drawn(
     columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int, form: str
 ) -> str:
-    cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
+    cells = [[_cell(show(item)) for show in columns.values()] for item in items]
     sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
     return tabulate(
         cells, list(columns), tablefmt=form, colalign=sides if cells else None, disable_numparse=True
     )
+
+
+def _cell(text: str) -> str:
+    """Returns a text of the user's as a cell: an end of its line, or a rule in it, would break the table."""
+    return printable(text, keep="").replace("|", "\\|")
 
 
 def _width(text: str) -> int:
