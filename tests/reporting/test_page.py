@@ -186,6 +186,22 @@ def test_points_of_one_size_and_accuracy():
     assert len(re.findall("<circle", drawn)) == 2 and "nan" not in drawn
 
 
+def test_no_name_of_a_point_covers_another_point():
+    """The second point lies where the first one's name would stand, to its right."""
+    points = [(1480, 97.22, "recovered", 0), (3300, 97.5, "distilled", 0), (1500, 60.0, "pruned", 0)]
+    points += [(880, 97.1, "shared", 0), (21000, 98.61, "teacher", 1)]
+    drawn = charts.scatter(points, (460, 300), ("bytes", "top-1"))
+    dots = [tuple(map(float, at)) for at in re.findall(r'<circle [^>]*cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    names = re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(\w+)<', drawn)
+    assert {name for *_, name in names} == {name for _, _, name, _ in points} and len(dots) == 5
+    for x, y, anchor, name in names:
+        width = 6.8 * len(name)
+        left = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+        for across, down in dots:
+            apart = max(left - across, across - left - width, float(y) - 12 - down, down - float(y) - 2)
+            assert apart >= 4.9, (name, across, down)
+
+
 def test_a_bar_has_the_length_of_its_share():
     drawn = charts.stacked(
         [("x", {"mask": 30.0, "values": 10.0}), ("y", {"mask": 20.0})], ("mask", "values"), 400
