@@ -22,6 +22,7 @@ from trainer.mistakes import Mistake
 from trainer.recipe import recipe as reading
 from trainer.recipe import shelves, shipped
 from trainer.recipe.text import RecipeError
+from trainer.runs.predicting import files_of
 from trainer.training import fit
 
 RECIPE = """\
@@ -797,3 +798,35 @@ def test_bash_completes_commands_shelves_and_files(tmp_path, capsys):
     assert {"recipes", "run"} <= set(completed("trainer", "r")) and "predict" not in completed("trainer", "r")
     assert completed("trainer", "list", "lo") == ["losses"]
     assert completed("trainer", "run", "mi") == ["mine.yaml"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs sh")
+@pytest.mark.parametrize(
+    ("words", "closed", "status"),
+    [
+        ("list stages", ">&-", 0),
+        ("list stages", "<&- >&- 2>&-", 0),
+        ("nosuch", "2>&-", 2),
+        ("show none.yaml", "2>&-", 2),
+    ],
+)
+def test_closed_streams_are_null_streams(tmp_path, words, closed, status):
+    command = f'"{sys.executable}" -m trainer {words} {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        done.returncode == status and "Traceback" not in done.stderr and not (done.stdout and "2>" in closed)
+    )
+
+
+def test_paths_of_a_closed_stdin_are_none(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["list", "stages"]) == 0
+    assert list(files_of(["-"])) == []
+    sys.stdin.close()

@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     arguments: those of the command line; None for `sys.argv`.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that the console cannot print must not end a run
             stream.reconfigure(errors="replace")
@@ -55,6 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         say_once(message)
         return 1 if isinstance(error, FloatingPointError) else 2
+
+
+def _open_closed_streams() -> None:
+    """Opens the null device for standard streams that were closed before the start, which Python has as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
 
 
 def _goes_on(options: argparse.Namespace) -> str:

@@ -198,3 +198,14 @@ def test_the_report_fits_its_screen_in_both_themes(browse, tmp_path, scheme, wid
     )
     assert (max(back) < 60) == (scheme == "dark")
     assert found.locator("svg").count() >= 4 and troubles == []
+
+
+def test_names_of_classes_leave_the_page_alive(browse, tmp_path):
+    """In a script element "<!--<script>" takes away the end of the script."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 2)).eval()
+    names = ["a<!--", "b<script>"]
+    page(subject_of(net, (1, 28, 28), mean=[0.1], std=[0.3], classes=names), tmp_path)
+    found, troubles = browse(tmp_path / "student.html")
+    assert found.evaluate("student.classes") == names and not troubles
+    assert found.evaluate("student.check()") < 1e-3

@@ -53,6 +53,8 @@ def test_a_student_of_many_bytes_is_run_by_node(tmp_path):
     subject = subject_of(net, (1, 28, 28), mean=[0.1], std=[0.3], classes=list("0123456789"))
     exported = page(subject, tmp_path)
     assert exported.num_bytes > 2**17
+    # Without a recipe there are no test images, and nothing is said of any.
+    assert exported.notes[0].endswith("are the student and its script") and not exported.shows_images
     pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 28, 28), np.uint8)
     expected = subject.logits(subject.normalized(pixels))
     np.testing.assert_allclose(exported.run(pixels), expected, atol=1e-4)

@@ -1,12 +1,14 @@
 """The teacher by onnxruntime beside the student: its rows, and what they say the student is worth."""
 
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 
 import trainer
+from trainer.exporting.onnx_int8 import _kept
 from trainer.exporting.teacher import worth
 from trainer.recipe.recipe import read
 
@@ -82,6 +84,14 @@ def test_what_a_student_is_worth():
     said = worth(row("onnx", 2000, 188, 0.008), teachers, labels)
     assert "2.0 times its bytes, +5.00 points (10 images that it alone gets right, 0 the teacher" in said
     assert "p = 0.002);" in said and "0.50 times" in said  # 2 / 2^10: heads ten times in a row, or tails
+    # Without labels nothing is said of accuracy.
+    said = worth(row("onnx", 125, 177, 0.001) | {"top1": math.nan}, teachers, np.full(200, -1))
+    assert said == (
+        "beside the teacher in 8-bit integers: 1/8.0 of its bytes; 4.00 times as quick as the quicker of the teacher's two "
+        "(teacher_onnx)"
+    )
+    row_of_file = {"top1": math.nan, "top1_student": math.nan, "agreement_student": 97.5}
+    assert _kept(row_of_file) == "97.50 % of the student's answers"
 
 
 @pytest.mark.parametrize(

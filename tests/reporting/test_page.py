@@ -104,20 +104,47 @@ def test_a_resumed_run_wrote_some_steps_twice_and_the_later_line_counts(tmp_path
     assert "step 5: loss 2" in text and "step 5: loss 3" not in text
 
 
+def logged(index: int, fit: int, step: int, loss: float, stage: str = "prune") -> dict:
+    return {"kind": "numbers", "stage": stage, "index": index, "fit": fit, "step": step, "loss": loss}
+
+
+def test_trainings_of_one_name_have_charts_of_their_own():
+    text = a_page([logged(1, 0, 5, 3.0), logged(2, 0, 5, 2.0), logged(2, 1, 5, 1.5), logged(3, 0, 5, 1.0)])
+    titles = re.findall(r"<summary>(\d.*)</summary>", text)
+    assert titles == ["2. prune", "3. prune, training 1", "3. prune, training 2", "4. prune"]
+    assert re.findall(r"step 5: loss (\S+?)<", text) == ["3", "2", "1.5", "1"]
+
+
+def test_what_was_logged_of_stages_that_began_anew_is_not_drawn():
+    """The second stage began anew and has fewer steps; the third is gone. The first was resumed, and goes on."""
+    first = [logged(0, 0, 50, 9.0, "train"), logged(0, 0, 100, 8.0, "train"), logged(0, 0, 100, 7.0, "train")]
+    old = [logged(1, 0, 5, 3.0), logged(1, 0, 10, 2.5), logged(1, 1, 5, 2.2), logged(2, 0, 5, 2.0)]
+    text = a_page([*first, *old, {"kind": "begun", "index": 1}, logged(1, 0, 5, 1.0, "distill")])
+    assert re.findall(r"<summary>(\d.*)</summary>", text) == ["1. train", "2. distill"]
+    assert re.findall(r"step (\d+: loss \S+?)<", text) == ["50: loss 9", "100: loss 7", "5: loss 1"]
+
+
 def test_damaged_lines_of_a_log_are_left_out_of_the_page(tmp_path, caplog):
     right = {"kind": "numbers", "stage": "train", "step": 5, "loss": 3.0}
     odd = [
         *("{", "3", "[]", "{}", '{"kind": 3}', "[" * 100_000),
         *(
             json.dumps(right | change)
-            for change in ({"loss": [1]}, {"step": "x"}, {"step": 10**400}, {"kl": {}})
+            for change in (
+                {"loss": [1]},
+                {"step": "x"},
+                {"step": 10**400},
+                {"kl": {}},
+                {"fit": "x"},
+                {"index": -1},
+            )
         ),
         json.dumps({"kind": "numbers", "step": 3, "loss": 9e99}),
     ]
     (tmp_path / "log.jsonl").write_text("\n".join([json.dumps(right), *odd, ""]))
     found = read_log(tmp_path / "log.jsonl")
     assert found[0] == right and len(found) == 2
-    assert "10 lines of the log are left out" in caplog.text and "log.jsonl:2: is damaged" in caplog.text
+    assert "12 lines of the log are left out" in caplog.text and "log.jsonl:2: is damaged" in caplog.text
     assert "step 5: loss 3" in a_page(found)
     assert "step 5: loss 3" in a_page([right, right | {"kl": "a lot", "loss": 10**400, "step": 6}])
 
@@ -157,6 +184,22 @@ def test_curves_keep_to_their_frame(log):
 def test_points_of_one_size_and_accuracy():
     drawn = charts.scatter([(100, 90, "a", 0), (100, 90, "b", 0)], (400, 200), ("bytes", "top-1"))
     assert len(re.findall("<circle", drawn)) == 2 and "nan" not in drawn
+
+
+def test_no_name_of_a_point_covers_another_point():
+    """The second point lies where the first one's name would stand, to its right."""
+    points = [(1480, 97.22, "recovered", 0), (3300, 97.5, "distilled", 0), (1500, 60.0, "pruned", 0)]
+    points += [(880, 97.1, "shared", 0), (21000, 98.61, "teacher", 1)]
+    drawn = charts.scatter(points, (460, 300), ("bytes", "top-1"))
+    dots = [tuple(map(float, at)) for at in re.findall(r'<circle [^>]*cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    names = re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(\w+)<', drawn)
+    assert {name for *_, name in names} == {name for _, _, name, _ in points} and len(dots) == 5
+    for x, y, anchor, name in names:
+        width = 6.8 * len(name)
+        left = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+        for across, down in dots:
+            apart = max(left - across, across - left - width, float(y) - 12 - down, down - float(y) - 2)
+            assert apart >= 4.9, (name, across, down)
 
 
 def test_a_bar_has_the_length_of_its_share():

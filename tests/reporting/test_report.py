@@ -404,3 +404,14 @@ def test_many_layers_take_several_pages():
     assert [name for name, _ in pages] == ["weights_1.png", "weights_2.png", "weights_3.png"]
     assert sum(len(figure.axes) for _, figure in pages) == len(layers)
     assert math.isclose(pages[0][1].axes[0].get_position().width, pages[2][1].axes[0].get_position().width)
+
+
+def test_names_of_classes_break_no_table():
+    names = ["a\nb", "c|d"]
+    text = tables.confusion_table([[3, 1], [0, 2]], names)
+    assert [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in text.splitlines() if ":-" not in line] == [
+        ["true class", r"a\nb", r"c\|d"], [r"a\nb", "3", "1"], [r"c\|d", "0", "2"],
+    ]  # fmt: skip
+    found = [{"name": name, "images": 4, "right": 3, "answered": 4} for name in names]
+    lines = tables.class_table(found).splitlines()
+    assert len(lines) == 4 and lines[2].startswith(r"| a\nb ") and lines[3].startswith(r"| c\|d ")

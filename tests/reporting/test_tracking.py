@@ -118,6 +118,44 @@ def test_a_run_that_goes_on_is_the_same_and_no_line_is_sent_twice(folder, servic
     assert [call[2] for call in service("log")] == list(range(num_lines(folder)))
 
 
+def test_trainings_of_one_name_and_what_began_anew_are_not_joined(folder, service):
+    with Log(folder / "log.jsonl") as log:
+        log.numbers("prune", 5, index=1, fit=0, loss=1.0)
+        log.numbers("prune", 5, index=2, fit=0, loss=2.0)
+        log.row({"stage": "pruned", "index": 2, "top1": 90.0})
+        log.numbers("prune", 5, index=2, fit=1, loss=3.0)
+    sent_by_command(folder)
+    with Log(folder / "log.jsonl") as log:
+        log.numbers("prune", 6, index=2, fit=1, loss=4.0)
+        log.begun(2)
+        log.numbers("prune", 5, index=2, fit=0, loss=5.0)
+        log.row({"stage": "packed", "index": 2, "top1": 91.0})
+        log.summary({})
+    sent_by_command(folder)
+    sent = [(list(call[1].items()), call[2]) for call in service("log")]
+    assert sent == [
+        ([("prune/step", 5), ("prune/loss", 1.0)], 0),
+        ([("prune 2/step", 5), ("prune 2/loss", 2.0)], 1),
+        ([("report/index", 2), ("report/top1", 90.0)], 2),
+        ([("prune 3/step", 5), ("prune 3/loss", 3.0)], 3),
+        ([("prune 3/step", 6), ("prune 3/loss", 4.0)], 4),
+        ([("prune 4/step", 5), ("prune 4/loss", 5.0)], 6),
+        ([("report/index", 2), ("report/top1", 91.0)], 7),
+        ([("stages", [["stage", "index", "top1"], [["packed", 2, 91.0]]])], 8),
+    ]
+
+
+def test_every_row_of_a_stage_is_in_the_table_once(folder, service):
+    with Log(folder / "log.jsonl") as log:
+        for top1 in (80.0, 90.0):  # a resumed run has written both twice
+            log.row({"stage": "pruned", "index": 1, "top1": top1})
+            log.row({"stage": "recovered", "index": 1, "top1": top1 + 5})
+        log.summary({})
+    sent_by_command(folder)
+    columns, cells = service("log")[-1][1]["stages"]
+    assert (columns, cells) == (["stage", "index", "top1"], [["pruned", 1, 90.0], ["recovered", 1, 95.0]])
+
+
 def sent_by_command(folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "trainer", "sync", str(folder)],

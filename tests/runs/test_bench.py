@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.data.batches import make_data
+from trainer.data.reading import reading_of
 from trainer.exporting import c_machines
 from trainer.exporting.export import export
 from trainer.exporting.subject import NotInstalled
@@ -18,8 +19,9 @@ from trainer.recipe.recipe import read
 from trainer.reporting.plots import accuracy_against_latency
 from trainer.reporting.tables import bench_table
 from trainer.runs import bench as benching
+from trainer.runs.answering import Student
 from trainer.runs.bench import bench, verdicts
-from trainer.runs.bench_subjects import short_names
+from trainer.runs.bench_subjects import Subject, short_names
 from trainer.runs.c_files import told_by
 from trainer.runs.evaluate_file import evaluate_file
 
@@ -141,6 +143,20 @@ def test_other_images_are_refused(folder, at_once):
         bench([folder / "two.tiny"], folder / "b.yaml")
     with pytest.raises(Mistake, match="--model has no effect: no .tiny"):
         bench([folder / "export/onnx/student.onnx"], own="lenet5")
+
+
+def test_a_file_without_names_that_answers_with_another_number_of_classes_is_refused(folder):
+    """student.c has no names of classes: two logits for the ten digits were said to be right in 0.00 %."""
+    data = make_data(read(folder / "b.yaml")[0].data, torch.device("cpu"))
+
+    def subject(number: int) -> Subject:
+        answer = lambda images: torch.zeros(len(images), number)
+        student = Student((), reading_of(data.shape, {}), [0.0], [1.0], answer)
+        return Subject("c/student.c", "student.c", "C", 9, student, answer, lambda: None, {})
+
+    benching._check_images([subject(10)], data, Path("b.yaml"))
+    with pytest.raises(Mistake, match=r"^c/student.c: answers with 2 classes; the data of b.yaml has 10$"):
+        benching._check_images([subject(2)], data, Path("b.yaml"))
 
 
 def test_a_missing_runtime_is_said_and_the_rest_goes_on(folder, at_once, no_gcc, monkeypatch):

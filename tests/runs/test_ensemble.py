@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runs.several_here import run_here
+from tests.runs.several_here import run_here, without_test_labels
 from trainer import load
 from trainer.cli import main
 from trainer.data.batches import make_data
@@ -24,7 +24,7 @@ student: {model: lenet5, width: 2}
 allow_untrained: true
 stages:
   - {stage: train, training: {epochs: 3, batch_size: 20, lr: 1e-2}}
-  - {stage: pack}
+  - {stage: pack, file: my.digits.tiny}
 """
 
 
@@ -65,7 +65,7 @@ def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys):
     run_here(monkeypatch)
     assert main(["ensemble", str(recipe), "--seeds", "3"]) == 0
     told = capsys.readouterr().out
-    packed = [Path(f"runs/many-seed{seed}/student.tiny") for seed in range(3)]
+    packed = [Path(f"runs/many-seed{seed}/my.digits.tiny") for seed in range(3)]
     networks = [load(file) for file in packed]
     data = make_data(read(recipe)[0].data, torch.device("cpu"))
     images, labels = data.test.images.images, data.test.labels
@@ -102,8 +102,20 @@ def test_students_are_measured_alone_and_together(recipe, monkeypatch, capsys):
     assert halves != found and halves == pytest.approx(found, abs=0.02)
 
 
+def test_without_test_labels_accuracies_have_a_dash(tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch)
+    recipe = without_test_labels(tmp_path, monkeypatch)
+    assert main(["ensemble", str(recipe), "--seeds", "2", "--allow-python"]) == 0
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith("|")][2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["–"] * 5 and "nan" not in told
+    rows = json.loads(Path("runs/unlabelled-ensemble.json").read_text(), parse_constant=pytest.fail)["rows"]
+    assert [row["top1"] for row in rows] == [None] * 5 and rows[-1]["name"] == "teacher"
+    assert all(0 <= row["top1_validation"] <= 100 for row in rows)
+
+
 def test_what_cannot_be_an_ensemble_is_refused(recipe, capsys):
-    recipe.write_text(RECIPE.replace("  - {stage: pack}\n", ""))
+    recipe.write_text(RECIPE.replace("  - {stage: pack, file: my.digits.tiny}\n", ""))
     assert main(["ensemble", str(recipe)]) == 2
     assert "packs no student" in capsys.readouterr().err
     recipe.write_text(RECIPE)

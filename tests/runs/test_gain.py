@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.runs.several_here import run_here
+from tests.runs.several_here import run_here, without_test_labels
 from trainer.cli import main
 from trainer.runs import gain
 
@@ -119,6 +119,20 @@ def test_recipes_without_a_gain_to_show_are_refused(recipe, capsys, old, new, wa
     assert main(["gain", str(recipe)]) == 2
     assert wanted in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_test_images_without_a_label_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    recipe = without_test_labels(tmp_path, monkeypatch)
+    assert main(["gain", str(recipe), "--allow-python"]) == 2
+    wanted = f"trainer: {recipe}: no test image has a label, so no gain can be measured\n"
+    assert capsys.readouterr().err == wanted and not Path("runs").exists()
+
+
+def test_a_teacher_without_classes_has_a_dash_for_agreement():
+    arms = {arm: {"top1": [50.0, 60.0], "agreement": [None, None]} for arm in gain.ARMS}
+    text = gain.table({"rows": [{"stage": "distilled", "gain": 0.0, "error": 0.0, **arms}]})
+    cells = [cell.strip() for cell in text.splitlines()[2].split("|")]
+    assert cells[1:5] == ["distilled", "+0.00 ± 0.00", "55.00 ± 7.07", "–"]
 
 
 def test_labels_alone_take_as_many_steps_where_few_images_have_a_label(recipe, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -135,6 +136,9 @@ def test_a_changed_recipe_goes_on_after_its_last_equal_stage(tmp_path, trained, 
     assert yaml.safe_load((aside / "recipe.yaml").read_text()) == yaml.safe_load(text)
     assert ended(runs / "more" / "earlier", "1") == old
     assert len(list((aside / "checkpoints").iterdir())) == 4 - number
+    # The page draws the trainings of this recipe alone.
+    drawn = re.findall(r"<summary>(\d+\. \w+)</summary>", (runs / "more" / "report.html").read_text())
+    assert sorted(drawn) == ["1. train", f"{text.count('epochs')}. distill"]
     # And the way back is as short.
     trained.clear()
     runner.run(write(tmp_path, text), folder=runs)

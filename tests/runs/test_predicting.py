@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +75,7 @@ def test_an_onnx_file_says_the_same(folder):
 def test_what_arguments_mean(folder, monkeypatch):
     pattern = str(folder / "images" / "**" / "1*.png")
     assert [file.rpartition("/")[2] for file in files_of([pattern])][:3] == ["10.png", "12.png", "14.png"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("x.png\n\ny z.png\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("x.png\r\n\r\ny z.png\n"))
     assert list(files_of(["-", "none*.png", "w.png"])) == ["x.png", "y z.png", "none*.png", "w.png"]
 
 
@@ -105,6 +108,21 @@ def test_forms(folder):
         .splitlines()[0]
         .startswith(f"{files[0]}: {first['class']} {100 * first['probability']:.1f} %")
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_name_that_is_no_utf8_is_an_escape_in_every_form(folder, tmp_path):
+    name = os.fsencode(tmp_path) + b"/x\xff.png"
+    shutil.copy(folder / "images" / "0.png", name)
+    found = list(answers(open_student(folder / "s.tiny"), [os.fsdecode(name)], 1, 1))
+    texts = {}
+    for form in ("text", "json", "csv"):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
+        assert write_answers(found, form, out, io.StringIO()) == 0
+        out.flush()
+        texts[form] = out.buffer.getvalue().decode()
+        assert "x\\udcff.png" in texts[form]
+    assert os.fsencode(json.loads(texts["json"])["file"]) == name
 
 
 @pytest.mark.parametrize("content", [b"", b"no file of ONNX"])

@@ -6,10 +6,13 @@ import json
 import pytest
 import torch
 
+from tests.runs.several_here import without_test_labels
 from trainer.cli import main
 from trainer.compression.weights import weights_of
 from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError, value
+from trainer.reporting.front import on_front
+from trainer.reporting.report import read as read_report
 from trainer.runs import ladder, runner, scan
 
 RECIPE = """name: few
@@ -251,6 +254,22 @@ stages:
   - {stage: prune, method: magnitude, sparsity: 0.5, training: {epochs: 2, batch_size: 40}, losses: *taught}
   - {stage: pack}
 """
+
+
+def test_without_test_labels_a_ladders_front_is_by_agreement(tmp_path, monkeypatch, capsys, taken_over):
+    path = without_test_labels(tmp_path, monkeypatch)
+    found = ladder.ladder(path, [0.3, 0.6], allow_python=True)
+    here = tmp_path / "runs" / "unlabelled"
+    assert json.loads((here / "ladder.json").read_text(), parse_constant=pytest.fail) == found
+    for point in found["points"]:
+        assert point["error"] is None and 0 <= point["error_validation"] <= 100
+        agreement = read_report(here / "ladder" / point["name"])["rows"][-1]["agreement"]
+        assert point["disagreement"] == 100 - agreement
+    points = [(point["file_bytes"], point["disagreement"]) for point in found["points"]]
+    assert [point["front"] for point in found["points"]] == on_front(points)
+    told = (here / "ladder.md").read_text()
+    assert " disagreement % |" in told and "No test image has a label." in told and "nan" not in told
+    assert (here / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_points_of_a_ladder_share_the_teachers_answers(tmp_path, capsys, taken_over):

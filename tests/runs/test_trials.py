@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.several_here import run_here
+from tests.runs.several_here import run_here, without_test_labels
 from trainer.cli import main
 from trainer.mistakes import Mistake
+from trainer.recipe.words import changes_of
 from trainer.reporting.report import read
 from trainer.runs import several, trials
 from trainer.runs.several import Job, run_all
@@ -66,6 +67,14 @@ def test_the_table_has_mean_spread_and_worst_of_each_row(recipe, monkeypatch, ca
     assert len(commands) == 1 and 'name="tried-seed3"' in commands[0]
 
 
+@pytest.mark.parametrize(
+    "value", ["emoji 😀, ü", "a=b: 'c' # \"d\"", 1e-05, [0.5, None], {"model": "𝛼"}, True]
+)
+def test_changes_reach_a_runs_process_as_they_are(value, tmp_path):
+    words = several.words_of(Job("r.yaml", {"name": "x", "data.path": value}, tmp_path), None, False)
+    assert changes_of([words[-1]]) == {"data.path": value}
+
+
 def test_rows_without_a_number_have_a_dash():
     rows = [
         {"stage": "page", "top1": 90.0, "file_bytes": 100},
@@ -74,6 +83,24 @@ def test_rows_without_a_number_have_a_dash():
     line = trials.table([[row] for row in rows]).splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["page", "85.00 ± 7.07", "80.00", "–", "–", "–", "110", "120", "–"]
+
+
+def test_without_test_labels_agreement_is_told(tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch)
+    recipe = without_test_labels(tmp_path, monkeypatch)
+    assert main(["trials", str(recipe), "--seeds", "1", "--allow-python"]) == 0
+    told = capsys.readouterr().out
+    agreement = read(tmp_path / "runs" / "unlabelled-seed0")["rows"][-1]["agreement"]
+    assert f"unlabelled-seed0: decoded agreement {agreement:.2f} %" in told
+    cells = [cell.strip() for cell in told.strip().splitlines()[-1].split("|")]
+    assert cells[1:4] == ["decoded", "–", "–"] and cells[5] == f"{agreement:.2f}"
+    # evaluate says so, and its JSON is JSON.
+    file = "runs/unlabelled-seed0/student.tiny"
+    assert main(["evaluate", file, str(recipe), "--allow-python"]) == 0
+    assert capsys.readouterr().out == f"{file}: none of 40 test images has a label\n"
+    assert main(["evaluate", file, str(recipe), "--allow-python", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["top1"] is None and found["images"] == 40
 
 
 def test_faults_and_launches_are_told_before_anything_runs(recipe, monkeypatch, capsys):

@@ -19,14 +19,17 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     import torch
 
+    from trainer.reporting.tables import missing, percent
     from trainer.runs.evaluate_file import evaluate_file
+    from trainer.storage.files import plain
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     result = evaluate_file(options.file, options.recipe, recipe_changes_of(options), options.allow_python)
     result["seconds"] = time.monotonic() - started
-    print(
-        json.dumps(result)
-        if options.json
-        else f"{options.file}: top-1 {result['top1']:.2f} % of {result['images']:,} test images"
-    )
+    if options.json:
+        print(json.dumps(plain(result, not_finite=lambda _: None), allow_nan=False))
+    elif missing(result["top1"]):
+        print(f"{options.file}: none of {result['images']:,} test images has a label")
+    else:
+        print(f"{options.file}: top-1 {percent(result['top1'])} of {result['images']:,} test images")

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
+import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,19 @@ def write_int8(subject: Subject, path: Path, calibration: str, num_images: int) 
     found = opened(path, subject)
     found.compared = "measured"
     found.verdict = lambda row: (
-        f"{row['top1'] - row['top1_student']:+.2f} points of top-1, {found.num_bytes / num_bytes:.2f} times the bytes and "
+        f"{_kept(row)}, {found.num_bytes / num_bytes:.2f} times the bytes and "
         f"{row['latency_seconds'] / seconds:.2f} times the time of the dense float file "
         f"({num_bytes:,} bytes, {seconds * 1e3:.3f} ms)"
     )
     return found
+
+
+def _kept(row: Mapping[str, Any]) -> str:
+    """Returns what a file keeps of the student's accuracy, or where no image has a label, of its answers."""
+    points = row["top1"] - row["top1_student"]
+    if math.isnan(points):
+        return f"{row['agreement_student']:.2f} % of the student's answers"
+    return f"{points:+.2f} points of top-1"
 
 
 def _tell(path: Path, facts: dict[str, str]) -> None:

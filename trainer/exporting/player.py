@@ -1,7 +1,6 @@
 """A student alive in a page: its script, a board to draw on or a place to drop images, and known images with the teacher's answers."""
 
 import base64
-import json
 import shutil
 import subprocess
 import tempfile
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.reading import Reading
-from trainer.exporting.script import bare
+from trainer.exporting.script import bare, inside
 from trainer.exporting.subject import NotInstalled, Subject
 
 WARM_UP, CALLS = 20, 200
@@ -52,8 +51,8 @@ def player(subject: Subject, script: str, num_images: int) -> str:
     ink = _ink(subject)
     return templates.get_template("player.html").render(
         script=script,
-        known=_inside(_known(subject, num_images)),
-        reading=_inside(
+        known=inside(_known(subject, num_images)),
+        reading=inside(
             {key: getattr(reading, key) for key in ("crop", "filter", "background", "fit")} | {"ink": ink}
         ),
         player=bare(templates.get_template("player.js").render()),
@@ -82,11 +81,6 @@ def _ink(subject: Subject) -> float | None:
         if len(rows):
             sides.append(max(np.ptp(rows), np.ptp(columns)) + 1)
     return float(np.median(sides)) / height if sides else None
-
-
-def _inside(value: Any) -> str:
-    """Returns a value as JSON that may stand in a script element."""
-    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/")
 
 
 def _known(subject: Subject, num_images: int) -> list[dict[str, Any]]:

@@ -59,8 +59,8 @@ def page_of(subject: Subject) -> str:
         less_mean=_short(-subject.mean[0] if len(subject.mean) else 0.0, "+"),
         std=_short(subject.std[0] if len(subject.std) else 1.0),
         stroke=round(width / 11, 1),
-        # Two slashes of a name would begin a comment.
-        names="" if numbers else json.dumps(classes, separators=(",", ":")).replace("/", "\\/"),
+        # Two slashes of a name would begin a comment, and "<!--<script" a script that does not end.
+        names="" if numbers else _names(classes),
         expected=int(subject.test_vector()[1].argmax()),
     )
     board = f'<canvas id=B width={width} height={height} style="width:{width}0px;border:solid;touch-action:none"></canvas>'
@@ -85,6 +85,10 @@ def script_of(page: str, shape: tuple[int, int, int]) -> str:
 if (Z.textContent == "broken") throw Error("the page's own check fails");
 const student = Object.assign(N, {{shape: {list(shape)}}});
 """
+
+
+def _names(classes: list[str]) -> str:
+    return json.dumps(classes, separators=(",", ":")).replace("/", "\\/").replace("<", "\\u003c")
 
 
 def _short(number: float, sign: str = "") -> str:

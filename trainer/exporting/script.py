@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,7 @@ def script_of(subject: Subject) -> str:
         "mean": [float(np.float32(value)) for value in subject.mean] or [0.0] * channels,
         "scale": subject.scale.tolist(),
     }
-    inside = json.dumps(facts, ensure_ascii=False).replace("</", "<\\/")
-    program = f"""const facts = {inside};
+    program = f"""const facts = {inside(facts)};
 {weights.text()}
 const run = pixels => {{
 const x = Float32Array.from(pixels, (value, i) => {{
@@ -89,6 +89,11 @@ class _Weights:
         lines.append("const next = size => numbers.subarray(taken, taken += size);")
         lines.append(f'const bit = reader(base64("{base64.b64encode(self._coder.finish()).decode()}"));')
         return "\n".join([*lines, *self._tables])
+
+
+def inside(value: Any) -> str:
+    """Returns a value as JSON that may stand in a script element, which "</script" ends, and "<!--<script" does not let end."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _library(program: str) -> str:

@@ -57,15 +57,17 @@ def worth(student: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]], lab
     """
     quicker = min(teachers, key=lambda row: row["latency_seconds"])
     small = next((row for row in teachers if row["stage"] == INT8), teachers[0])
-    points = student["top1"] - small["top1"]
     times = small["file_bytes"] / student["file_bytes"]
     right, other = student["classes"] == labels, small["classes"] == labels
     gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
     chance = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     size = f"1/{times:.1f} of" if times >= 1 else f"{1 / times:.1f} times"
     speed = quicker["latency_seconds"] / student["latency_seconds"]
+    accuracy = ""
+    if (labels >= 0).any():
+        accuracy = f", {student['top1'] - small['top1']:+.2f} points "
+        accuracy += f"({gained} images that it alone gets right, {lost} the teacher alone: McNemar's p = {chance:.2g})"
     return (
-        f"beside the teacher in 8-bit integers: {size} its bytes, {points:+.2f} points "
-        f"({gained} images that it alone gets right, {lost} the teacher alone: McNemar's p = {chance:.2g}); {speed:.2f} times as quick as the "
+        f"beside the teacher in 8-bit integers: {size} its bytes{accuracy}; {speed:.2f} times as quick as the "
         f"quicker of the teacher's two ({quicker['stage']})"
     )

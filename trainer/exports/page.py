@@ -30,22 +30,24 @@ def page(subject: Subject, folder: Path, *, images: NonNegativeInt = 10) -> Expo
     templates = Environment(loader=PackageLoader("trainer.exporting"), undefined=StrictUndefined)
     template = templates.get_template("page.html")
     script = script_of(subject)
-    bare, inside = (player(subject, script, number) for number in (0, images))
+    bare, whole = (player(subject, script, number) for number in (0, images))
     file = folder / "student.html"
     size = len(template.render(player=bare, num_bytes=0, title="").encode())
     title = f"A student of {size:,} bytes, script and weights"
-    file.write_text(template.render(player=inside, num_bytes=f"{size:,}", title=title), encoding="utf-8")
+    file.write_text(template.render(player=whole, num_bytes=f"{size:,}", title=title), encoding="utf-8")
     written = script_in(file)
+    shows = bool(images) and subject.data is not None
+    with_images = f"; {file.stat().st_size:,} with the test images" if shows else ""
     return Exported(
         [file],
         lambda pixels: answers(written, pixels),
         num_bytes=size,
         takes="uint8",
         batch=1000,
-        shows_images=bool(images) and subject.data is not None,
+        shows_images=shows,
         numbers=timed(written, subject.test_vector()[0]),
         notes=[
-            f"{size:,} bytes, of which {len(script.encode()):,} are the student and its script; {file.stat().st_size:,} with the test images",
+            f"{size:,} bytes, of which {len(script.encode()):,} are the student and its script{with_images}",
             TIMED,
         ],
     )

@@ -10,6 +10,7 @@ from html import escape
 from trainer.reporting.drawing import short_bytes
 
 COLOURS = 8  # series with a colour of their own; further ones begin anew
+_DOT = 5  # radius of a point
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40  # room for the axes
 
 
@@ -38,21 +39,21 @@ def scatter(
     for series, corners in joined:
         line = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in corners)
         marks.append(f'<polyline class="line s{series % COLOURS} faint" points="{line}"/>')
-    taken: list[tuple[float, float, float, float]] = []
-    for x, y, name, series in points:
-        at = plot.x(x), plot.y(y)
+    dots = [(plot.x(x), plot.y(y)) for x, y, *_ in points]
+    for (x, y, name, series), at in zip(points, dots, strict=True):
         said = escape(f"{name}: {y:.2f} % in {x:,.0f} bytes")
         marks.append(
-            f'<circle class="dot s{series % COLOURS}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="5"><title>{said}</title></circle>'
+            f'<circle class="dot s{series % COLOURS}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="{_DOT}"><title>{said}</title></circle>'
         )
-        marks.append(_beside(at, name, size, taken))
+    taken = [(x - _DOT, y - _DOT, x + _DOT, y + _DOT) for x, y in dots]
+    marks += [_beside(at, name, size, taken) for (_, _, name, _), at in zip(points, dots, strict=True)]
     return _svg(size, marks, f"{labels[1]} over {labels[0]}")
 
 
 def _beside(
     at: tuple[float, float], name: str, size: tuple[int, int], taken: list[tuple[float, float, float, float]]
 ) -> str:
-    """Writes a point's name where it covers no other name; leaves it out if there is no such place."""
+    """Writes a point's name where it covers no point and no other name; leaves it out if there is no such place."""
     width, height = 6.8 * len(name), 12
     places = [(9, 4, "start"), (-9, 4, "end"), (0, -10, "middle"), (0, 19, "middle")]
     places += [(9, -9, "start"), (9, 18, "start"), (-9, -9, "end"), (-9, 18, "end")]

@@ -12,8 +12,9 @@ from trainer.storage.files import plain
 class Log:
     """The numbers of a run, one JSON object a line, appended to a file and flushed at once.
 
-    Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values),
-    "row" (with "stage" and the row's entries), "warning" (with "stage" and "text") or "summary". Non-finite floats are written as the strings
+    Every line has "time" (seconds since 1970) and "kind": "numbers" (with "stage", "step" and the values; those of a training
+    also with "index", the stage's number, and "fit", the training's number within the stage, both from 0), "begun" (with "index":
+    what was logged of the stages from there on is of an earlier recipe, or is run anew), "row" (with "stage" and the row's entries), "warning" (with "stage" and "text") or "summary". Non-finite floats are written as the strings
     "nan", "inf" and "-inf", which Python's float() reads back. A resumed run appends; a last line cut off
     by a kill is removed. Only the main process writes; on the others every call does nothing.
 
@@ -43,6 +44,10 @@ class Log:
     def numbers(self, stage: str, step: int, **values: Any) -> None:
         """Writes the values of one step of a stage (losses, learning rate, images per second)."""
         self._write({"kind": "numbers", "stage": stage, "step": step, **values})
+
+    def begun(self, index: int) -> None:
+        """Writes that the stages from this number on begin anew: what the log has of them no longer counts."""
+        self._write({"kind": "begun", "index": index})
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Writes one row of the report."""

@@ -3,9 +3,10 @@
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 from pydantic import Field
@@ -23,6 +24,7 @@ from trainer.reporting.tables import (
     by_block,
     duration,
     missing,
+    percent,
     weighed,
 )
 from trainer.storage import records
@@ -37,11 +39,16 @@ BINS = 40
 MATRIX_CLASSES = 30  # a confusion matrix of more classes cannot be read
 
 
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
 class _Line(TypedDict):
     """What every line of a log has, and a line of numbers needs."""
 
     kind: str
-    step: NotRequired[Annotated[int, Field(ge=0, le=2**53)]]
+    step: NotRequired[_Count]
+    index: NotRequired[_Count]
+    fit: NotRequired[_Count]
 
 
 #: A line of numbers: those that are not finite are texts.
@@ -106,7 +113,7 @@ def environment() -> "Environment":
         lstrip_blocks=True,
     )
     made.filters |= {
-        "percent": lambda value: NOTHING if missing(value) else f"{value:.2f} %",
+        "percent": percent,
         "share": lambda value: NOTHING if missing(value) else f"{100 * value:.2f} %",
         "count": lambda value: NOTHING if missing(value) else f"{value:,.0f}",
         "times": lambda value: NOTHING if missing(value) else f"{value:,.1f}×",
@@ -173,14 +180,16 @@ def _byte_bars(account: Iterable[Mapping[str, Any]], num_layers: int) -> str:
 
 
 def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, list[str]]]:
-    """Returns (stage, chart of its loss terms, chart of its validation accuracy, names of the terms) of each training.
+    """Returns (title, chart of its loss terms, chart of its validation accuracy, names of the terms) of each training.
 
-    A resumed run wrote some steps twice; the later line counts.
+    A resumed run wrote some steps twice; the later line counts. What was logged of stages that began anew is left out.
     """
     known = {
         "time",
         "kind",
         "stage",
+        "index",
+        "fit",
         "step",
         "epoch",
         "lr",
@@ -188,11 +197,13 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
         "teacher_images",
         "validation",
     }
-    found: dict[str, tuple[dict[str, dict], dict[str, dict]]] = {}
+    found: dict[_Training, tuple[dict[str, dict], dict[str, dict]]] = {}
     for line in log:
+        if line.get("kind") == "begun":
+            found = {key: drawn for key, drawn in found.items() if (key.number or 0) < line.get("index", 0)}
         if line.get("kind") != "numbers" or "step" not in line or "stage" not in line:
             continue
-        terms, accuracies = found.setdefault(str(line["stage"]), ({}, {}))
+        terms, accuracies = found.setdefault(_training_of(line), ({}, {}))
         if "loss" in line:
             for name in line.keys() - known:
                 terms.setdefault(name, {})[line["step"]] = _number(line[name])
@@ -200,7 +211,8 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
             for name in ("validation", "balanced") if "balanced" in line else ("validation",):
                 accuracies.setdefault(name, {})[line["step"]] = _number(line[name])
     shown = []
-    for stage, (terms, accuracies) in found.items():
+    fits = Counter((key.stage, key.number) for key in found)
+    for key, (terms, accuracies) in found.items():
         if not terms:
             continue
         names = ["loss", *sorted(terms.keys() - {"loss"})]
@@ -216,8 +228,31 @@ def _trainings(log: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, li
             size,
             ("step", "top-1 accuracy (%), validation"),
         ) if accuracies else ""  # fmt: skip
-        shown.append((stage, losses, right, names))
+        shown.append((_title(key, fits[key.stage, key.number]), losses, right, names))
     return shown
+
+
+class _Training(NamedTuple):
+    """Which training a line of the log is of: the stage's name and number, and the training's number within the stage.
+
+    The numbers are None in the logs of older versions.
+    """
+
+    stage: str
+    number: int | None
+    fit: int | None
+
+
+def _training_of(line: Mapping[str, Any]) -> _Training:
+    return _Training(str(line["stage"]), line.get("index"), line.get("fit"))
+
+
+def _title(training: _Training, num_fits: int) -> str:
+    """Returns the title of a training's charts: "3. prune, training 2" where the stage has several trainings."""
+    stage, number, fit = training
+    if number is None or fit is None:
+        return stage
+    return f"{number + 1}. {stage}" + (f", training {fit + 1}" if num_fits > 1 else "")
 
 
 def _windows(means: Mapping[int, float]) -> list[tuple[float, float]]:

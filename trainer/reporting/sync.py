@@ -152,16 +152,24 @@ def _send(wandb: Any, run: Any, lines: Iterator[dict[str, Any]], more: Callable[
     """
     charts: set[str] = set()
     rows: dict[Any, dict[str, Any]] = {}
-    sent = 0
+    trainings: dict[str, list[tuple]] = {}
+    sent = num_begun = 0
     for step, line in enumerate(lines):
         kind = line.pop("kind", None)
         values = {key: value for key, value in line.items() if key != "time"}
         if kind == "row":
-            rows[values.get("index", len(rows))] = values
+            # A stage may have several rows, one for each name; a resumed run may have written one twice.
+            rows[values.get("index", len(rows)), values.get("stage")] = values
+        if kind == "begun":
+            num_begun += 1
+            rows = {key: row for key, row in rows.items() if row.get("index", -1) < values.get("index", 0)}
+        chart, along = ("report", "index") if kind == "row" else (str(values.get("stage")), "step")
+        if kind == "numbers" and "fit" in values:
+            which = (num_begun, values.pop("index", None), values.pop("fit"))
+            chart = _chart_of(which, chart, trainings.setdefault(chart, []))
         if step < run.starting_step:
             continue
         sent += 1
-        chart, along = ("report", "index") if kind == "row" else (str(values.get("stage")), "step")
         numbers = {key: number for key, value in values.items() if (number := _number(value)) is not None}
         if kind == "summary":
             run.summary.update(values)
@@ -173,6 +181,18 @@ def _send(wandb: Any, run: Any, lines: Iterator[dict[str, Any]], more: Callable[
                 run.define_metric(f"{chart}/*", step_metric=f"{chart}/{along}")
             run.log({f"{chart}/{key}": number for key, number in numbers.items()}, step=step)
     return sent
+
+
+def _chart_of(training: tuple, stage: str, known: list[tuple]) -> str:
+    """Returns the name of a training's charts, its stage's: "prune 2" for the second training of that name.
+
+    training: the number of times that stages began anew before, the stage's number, the training's number within the stage.
+    known: the trainings of that name so far, to which this one is added.
+    """
+    if training not in known:
+        known.append(training)
+    number = 1 + known.index(training)
+    return stage if number == 1 else f"{stage} {number}"
 
 
 def _id_of(folder: Path, log: Path) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from trainer.mistakes import printable
+
 NOTHING = "–"
 # Titles of an account's entries: counts, and the bytes of mask and values in other codes.
 COUNTED = {"numel": "weights", "nonzero": "non-zero", "clusters": "clusters"}
@@ -33,11 +35,11 @@ def table(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
     """Returns a report's rows as a table. width: the characters that a line may have (`_aligned`)."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "stage": lambda row: str(row["stage"]),
-        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
-        **{f"{name} %": lambda row, k=key: _decimals(row.get(k), 2) for key, name in FURTHER.items()},  # type: ignore[misc]
-        "agreement %": lambda row: _decimals(row.get("agreement"), 2),
+        "top-1 %": lambda row: decimals(row.get("top1"), 2),
+        **{f"{name} %": lambda row, k=key: decimals(row.get(k), 2) for key, name in FURTHER.items()},  # type: ignore[misc]
+        "agreement %": lambda row: decimals(row.get("agreement"), 2),
         "non-zero": lambda row: _count(row.get("num_nonzero")),
-        "zeros %": lambda row: _decimals(row.get("sparsity"), 2, 100),
+        "zeros %": lambda row: decimals(row.get("sparsity"), 2, 100),
         "bytes": lambda row: _count(row.get("file_bytes")),
         "to student": lambda row: _ratio(row.get("ratio_student")),
         "to teacher": lambda row: _ratio(row.get("ratio_teacher")),
@@ -54,7 +56,7 @@ def class_table(found: Sequence[Mapping[str, Any]]) -> str:
         "class": lambda row: str(row["name"]),
         "images": lambda row: _count(row["images"]),
         "right": lambda row: _count(row["right"]),
-        "right %": lambda row: _decimals(row["right"] / row["images"] if row["images"] else None, 2, 100),
+        "right %": lambda row: decimals(row["right"] / row["images"] if row["images"] else None, 2, 100),
         "answered": lambda row: _count(row["answered"]),
     }
     return _aligned(columns, found, num_text=1)
@@ -72,13 +74,13 @@ def export_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "to": lambda row: str(row["stage"]),
         "bytes": lambda row: _count(row.get("file_bytes")),
-        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
-        "as the student %": lambda row: _decimals(row.get("agreement_student"), 2),
+        "top-1 %": lambda row: decimals(row.get("top1"), 2),
+        "as the student %": lambda row: decimals(row.get("agreement_student"), 2),
         "images": lambda row: _count(row.get("num_images")) + " random" * bool(row.get("random_inputs")),
         "ties": lambda row: _count(row.get("num_near_ties")),
         "largest difference": lambda row: f"{row['max_difference']:.2g}",
-        "median ms": lambda row: _decimals(row.get("latency_seconds"), 3, 1000),
-        "p95 ms": lambda row: _decimals(row.get("latency_p95_seconds"), 3, 1000),
+        "median ms": lambda row: decimals(row.get("latency_seconds"), 3, 1000),
+        "p95 ms": lambda row: decimals(row.get("latency_p95_seconds"), 3, 1000),
     }
     further = {
         "memory MB": ("peak_bytes", 1e-6, 1),
@@ -88,7 +90,7 @@ def export_table(rows: Sequence[Mapping[str, Any]]) -> str:
     }
     for title, (key, times, digits) in further.items():
         if any(row.get(key) is not None for row in rows):
-            columns[title] = lambda row, k=key, t=times, d=digits: _decimals(row.get(k), d, t)  # type: ignore[misc]
+            columns[title] = lambda row, k=key, t=times, d=digits: decimals(row.get(k), d, t)  # type: ignore[misc]
     return _aligned(columns, rows, num_text=1)
 
 
@@ -134,13 +136,13 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "runtime": lambda row: str(row["runtime"]),
         "threads": lambda row: _count(row["threads"]),
         "bytes": lambda row: _count(row["file_bytes"]),
-        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
-        "load ms": lambda row: _decimals(row["load_seconds"], 1, 1000),
-        "memory MB": lambda row: _decimals(row.get("own_bytes"), 1, 1e-6),
-        "1 image ms": lambda row: _decimals(row["latency_seconds"], 3, 1000),
-        "p95": lambda row: _decimals(row["latency_p95_seconds"], 3, 1000),
-        "64 images ms": lambda row: _decimals(row["batch_seconds"], 2, 1000),
-        "p95 of 64": lambda row: _decimals(row["batch_p95_seconds"], 2, 1000),
+        "top-1 %": lambda row: decimals(row.get("top1"), 2),
+        "load ms": lambda row: decimals(row["load_seconds"], 1, 1000),
+        "memory MB": lambda row: decimals(row.get("own_bytes"), 1, 1e-6),
+        "1 image ms": lambda row: decimals(row["latency_seconds"], 3, 1000),
+        "p95": lambda row: decimals(row["latency_p95_seconds"], 3, 1000),
+        "64 images ms": lambda row: decimals(row["batch_seconds"], 2, 1000),
+        "p95 of 64": lambda row: decimals(row["batch_p95_seconds"], 2, 1000),
         "images/s": lambda row: _count(row["images_per_second"]),
     }
     return _aligned(columns, rows, num_text=2)
@@ -150,12 +152,12 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the rows of `comparison.rows_of` as a table; * marks the runs that no other beats in bytes and accuracy."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "run": lambda row: str(row["run"]) + " *" * row["front"],
-        "top-1 %": lambda row: _decimals(row.get("top1"), 2),
-        "agreement %": lambda row: _decimals(row.get("agreement"), 2),
-        "zeros %": lambda row: _decimals(row.get("sparsity"), 2, 100),
+        "top-1 %": lambda row: decimals(row.get("top1"), 2),
+        "agreement %": lambda row: decimals(row.get("agreement"), 2),
+        "zeros %": lambda row: decimals(row.get("sparsity"), 2, 100),
         "bytes": lambda row: _count(row.get("file_bytes")),
         "to teacher": lambda row: _ratio(row.get("ratio_teacher")),
-        "teacher %": lambda row: _decimals(row["teacher_top1"], 2),
+        "teacher %": lambda row: decimals(row["teacher_top1"], 2),
         "time": lambda row: duration(row["run_seconds"]),
         "seed": lambda row: NOTHING if row["seed"] is None else str(row["seed"]),
     }
@@ -175,7 +177,7 @@ def layer_table(layers: Sequence[Mapping[str, Any]], width: int | None = None) -
             else "×".join(map(str, layer["shape"])) or "scalar"
         ),
         "non-zero": lambda layer: _count(layer.get("num_nonzero")),
-        "zeros %": lambda layer: _decimals(_sparsity(layer), 2, 100),
+        "zeros %": lambda layer: decimals(_sparsity(layer), 2, 100),
         "threshold": lambda layer: _thresholds(layer.get("thresholds")),
         "clusters": lambda layer: _count(layer.get("clusters")),
         "bits": lambda layer: _count(layer.get("bits")),
@@ -237,7 +239,7 @@ def byte_table(account: Sequence[Mapping[str, Any]]) -> str:
         return lambda row: _count(row.get(key))
 
     def bytes_of(key: str) -> Callable[[Mapping[str, Any]], str]:
-        return lambda row: _decimals(row.get(key), 1)
+        return lambda row: decimals(row.get(key), 1)
 
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "tensor": lambda row: row["tensor"],
@@ -311,6 +313,7 @@ def _aligned(
     Where a line would be longer than `width`, the table has no rules between columns and heads of several lines, and as many of
     the `spare` columns are left out, the first of them first, as have no room.
     """
+    columns = {_cell(name): show for name, show in columns.items()}
     text = _drawn(columns, items, num_text, "pipe")
     if width is None or _width(text) <= width:
         return text
@@ -327,19 +330,30 @@ def _aligned(
 def _drawn(
     columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], num_text: int, form: str
 ) -> str:
-    cells = [[show(item).replace("|", "\\|") for show in columns.values()] for item in items]
+    cells = [[_cell(show(item)) for show in columns.values()] for item in items]
     sides = ["left"] * num_text + ["right"] * (len(columns) - num_text)
     return tabulate(
         cells, list(columns), tablefmt=form, colalign=sides if cells else None, disable_numparse=True
     )
 
 
+def _cell(text: str) -> str:
+    """Returns a text of the user's as a cell: an end of its line, or a rule in it, would break the table."""
+    return printable(text, keep="").replace("|", "\\|")
+
+
 def _width(text: str) -> int:
     return max(map(len, text.splitlines()), default=0)
 
 
-def _decimals(value: float | None, digits: int, times: float = 1) -> str:
+def decimals(value: float | None, digits: int, times: float = 1) -> str:
+    """Returns a value times a number with so many digits after the point, and thousands apart; a dash for a missing one."""
     return NOTHING if value is None or missing(value) else f"{value * times:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """Returns a percentage as text, "98.17 %"; a dash for a missing one."""
+    return NOTHING if missing(value) else f"{value:.2f} %"
 
 
 def _significant(value: float | None) -> str:

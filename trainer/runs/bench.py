@@ -89,11 +89,17 @@ def _check_images(subjects: Sequence[Subject], data: Data, recipe: Path | None) 
 
     def wrong() -> Iterator[str]:
         for subject in subjects:
-            channels, classes = subject.student.reading.shape[0], list(subject.student.classes)
+            shape, classes = subject.student.reading.shape, list(subject.student.classes)
             if classes and classes != list(data.classes):
                 yield f"{subject.file}: has other classes than the data of {recipe}"
-            elif channels != data.shape[0]:
-                yield f"{subject.file}: takes images of {channels} channels; those of {recipe} have {data.shape[0]}"
+            elif shape[0] != data.shape[0]:
+                yield f"{subject.file}: takes images of {shape[0]} channels; those of {recipe} have {data.shape[0]}"
+            elif (
+                not classes and subject.answer is not None
+            ):  # without names their number is all that can be compared
+                number = subject.answer(torch.zeros(1, *shape)).shape[1]
+                if number != len(data.classes):
+                    yield f"{subject.file}: answers with {number} classes; the data of {recipe} has {len(data.classes)}"
 
     if faults := list(dict.fromkeys(wrong())):
         raise Mistake("\n".join(faults))

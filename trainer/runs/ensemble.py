@@ -14,15 +14,13 @@ from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import seals
 from trainer.reporting.plots import is_teacher
-from trainer.reporting.tables import NOTHING
+from trainer.reporting.tables import NOTHING, decimals, missing
 from trainer.runs.answering import Student
 from trainer.runs.evaluate_file import images_of, opened
 from trainer.runs.opening import accelerator_of
 from trainer.runs.several import run_all
 from trainer.runs.trials import about, jobs_of, name_of, tell
 from trainer.training.evaluate import normalized, percent_right, predict
-
-PACKED = "student.tiny"  # of a run
 
 
 def together(students: Mapping[str, Student]) -> Student:
@@ -78,7 +76,7 @@ def ensemble(
     Returns:
         {"rows"}: one for each student, for the first two, three ... of them together, for the student as it was before it was
         made smaller (the mean over the seeds) and for the teacher. "name", "students" (how many), "top1" (test, percent),
-        "top1_validation", "file_bytes" (in sum), "latency_seconds" (of one image on one thread; None where not measured).
+        "top1_validation" (both NaN or None where no image has a label), "file_bytes" (in sum), "latency_seconds" (of one image on one thread; None where not measured).
 
     Raises:
         Mistake: For a recipe that packs no student.
@@ -90,7 +88,8 @@ def ensemble(
         )
     jobs = jobs_of(path, num_seeds, changes, folder, name, allow_python)
     reports = run_all(jobs, allow_python, processes)
-    found = {"rows": [*_students(path, recipe, [job.here / PACKED for job in jobs]), *_others(reports)]}
+    packed = [job.here / _packed(found) for job, found in zip(jobs, reports, strict=True)]
+    found = {"rows": [*_students(path, recipe, packed), *_others(reports)]}
     name = name_of(jobs)
     text = f"{name}: {about(reports)}\n\n{table(found['rows'])}\n"
     tell(Path(folder) / f"{name}-ensemble", text, found)
@@ -102,8 +101,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         {
             "": row["name"],
-            "top-1 %": f"{row['top1']:.2f}",
-            "validation %": f"{row['top1_validation']:.2f}",
+            "top-1 %": decimals(row["top1"], 2),
+            "validation %": decimals(row["top1_validation"], 2),
             "bytes": f"{row['file_bytes']:,.0f}",
             "ms": NOTHING if row["latency_seconds"] is None else f"{1000 * row['latency_seconds']:.3f}",
         }
@@ -114,6 +113,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         + "\n\nTogether students answer with the mean of their probabilities; their bytes and times add up. ms: the median time of one "
         "image in torch on one thread."
     )
+
+
+def _packed(report: Mapping[str, Any]) -> str:
+    """Returns the name of the packed file that a run has written."""
+    return str(next(row["file"] for row in reversed(report["rows"]) if row.get("file")))
 
 
 def _students(path: str | Path, recipe: Any, packed: Sequence[Path]) -> list[dict[str, Any]]:
@@ -172,11 +176,17 @@ def _others(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ):
         first = [next((row for row in found["rows"] if is_teacher(row) == who), None) for found in reports]
         if reports[0].get(key) and all(first):
-            mean = {k: statistics.fmean(row[k] for row in first if row) for k in ("top1", "top1_validation")}
+            mean = {k: _mean([row[k] for row in first if row]) for k in ("top1", "top1_validation")}
             rows.append(
                 {"name": name, "students": 1, **mean, "file_bytes": reports[0][key], "latency_seconds": None}
             )
     return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean of values; None if one is missing."""
+    known = [value for value in values if value is not None and not missing(value)]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _channels(values: Sequence[float]) -> Tensor:

@@ -32,7 +32,7 @@ def evaluate_file(
         allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
 
     Returns:
-        "top1" (percent), "images" (their number), "digest" (of the weights), "file_bytes".
+        "top1" (percent; NaN without labels), "images" (their number), "digest" (of the weights), "file_bytes".
 
     Raises:
         RecipeError: For a faulty recipe.

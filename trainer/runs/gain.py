@@ -67,8 +67,9 @@ def gain(
     recipe, plain = read(path, dict(changes or {}), allow_python)
     if not recipe.teacher_entries:
         raise Mistake(f"{path}: there is no teacher, whose gain could be shown")
+    share = _labelled_share(recipe, bool(rates))
     here = Path(folder) / f"{recipe.name}-gain"
-    arms = _arms(recipe, plain, _taught(recipe, plain, here, folder, allow_python), allow_python)
+    arms = _arms(recipe, plain, _taught(recipe, plain, here, folder, allow_python), share, allow_python)
     chosen = {arm: _rate(arms[arm]) for arm in ARMS}
     if rates:
         chosen = _best_rates(arms, rates, here, allow_python, processes)
@@ -109,7 +110,7 @@ def table(found: Mapping[str, Any]) -> str:
         line = {"stage": row["stage"], "gain": f"{row['gain']:+.2f} ± {error}"}
         for arm, title in zip(ARMS, ("taught", "labels alone"), strict=True):
             line[f"{title} %"] = spread(row[arm]["top1"])
-            line[f"agreement {title} %"] = spread(row[arm]["agreement"])
+            line[f"agreement {title} %"] = spread([one for one in row[arm]["agreement"] if one is not None])
         lines.append(line)
     return (
         tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
@@ -142,9 +143,12 @@ def _taught(
 
 
 def _arms(
-    recipe: Recipe, plain: dict[str, Any], teachers: list[Path] | None, allow_python: bool
+    recipe: Recipe, plain: dict[str, Any], teachers: list[Path] | None, share: float, allow_python: bool
 ) -> dict[str, dict[str, Any]]:
-    """Returns the recipes of both arms, as plain values: the student's stages up to the packed file."""
+    """Returns the recipes of both arms, as plain values: the student's stages up to the packed file.
+
+    share: the part of the training images that have a label.
+    """
     common = {**plain, "track": None, "allow_untrained": True}  # of a comparison that is a result too
     if teachers is not None:
         entries = [
@@ -160,7 +164,6 @@ def _arms(
         raise Mistake(f"{recipe.written.file}: no loss asks the teacher, so there is no gain to show")
     taught = [plain["stages"][number] for number in kept]
     labels = [_on_labels(recipe.stages[number], plain["stages"][number], allow_python) for number in kept]
-    share = _labelled_share(recipe)
     for stage, before in zip(labels, taught, strict=True):
         if share < 1 and stage["stage"] != before["stage"]:
             stage["training"] = {**stage["training"], "epochs": round(stage["training"]["epochs"] / share)}
@@ -170,13 +173,23 @@ def _arms(
     }
 
 
-def _labelled_share(recipe: Recipe) -> float:
-    """Returns the part of the training images that have a label. Raises Mistake if none has."""
-    labels = make_data(recipe.data, torch.device("cpu")).train.labels
-    if not (labels >= 0).any():
-        raise Mistake(
-            f"{recipe.written.file}: no training image has a label, so there is no gain over labels"
-        )
+def _labelled_share(recipe: Recipe, validates: bool) -> float:
+    """Returns the part of the training images that have a label.
+
+    validates: whether a learning rate is chosen by validation images. Raises Mistake where none of the images has a label that
+    are learnt from, chosen by or measured on.
+    """
+    data = make_data(recipe.data, torch.device("cpu"))
+    labels = data.train.labels
+    needed = {
+        "training": (labels, "there is no gain over labels"),
+        "test": (data.test.labels, "no gain can be measured"),
+    }
+    if validates:
+        needed["validation"] = (data.validation.labels, "no rate of --rates can be chosen")
+    for what, (own, so) in needed.items():
+        if not (own >= 0).any():
+            raise Mistake(f"{recipe.written.file}: no {what} image has a label, so {so}")
     return float((labels >= 0).float().mean())
 
 

@@ -14,10 +14,14 @@ from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import drawing
 from trainer.reporting.front import on_front
+from trainer.reporting.tables import decimals, missing
 from trainer.runs.answers import share_answers
 from trainer.runs.runner import begun, run
 from trainer.runs.scan import prune_stage
 from trainer.storage import files
+
+#: What the front is found by: the first that all points have. Without labels that is the disagreement with the teacher.
+MEASURES = {"error": "test error", "disagreement": "disagreement with the teacher"}
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,9 +52,9 @@ def ladder(
         allow_python: Whether the recipe may name `python:module:name`, whose code then runs.
 
     Returns:
-        The content of ladder.json: "points" [{"name", "sparsity", "bits", "file_bytes", "error" and
-        "error_validation" (percent), "front"}]; the front is the points that no smaller file beats on the test
-        split.
+        The content of ladder.json: "points" [{"name", "sparsity", "bits", "file_bytes", "error",
+        "error_validation" and "disagreement" with the teacher (percent; None where there is no label, no teacher), "front"}]; the
+        front is the points that no smaller file beats on the test split, by the first of `MEASURES` that is known.
 
     Raises:
         RecipeError: For a recipe without such stages.
@@ -88,23 +92,31 @@ def ladder(
                 "sparsity": key,
                 "bits": varied.get(f"stages.{share_stage}.bits"),
                 "file_bytes": last["file_bytes"],
-                "error": 100 - last["top1"],
-                "error_validation": 100 - last["top1_validation"],
+                "error": _rest(last["top1"]),
+                "error_validation": _rest(last["top1_validation"]),
+                "disagreement": _rest(last["agreement"]),
             }
         )
-    for row, is_best in zip(rows, on_front([(row["file_bytes"], row["error"]) for row in rows]), strict=True):
+    key = next((key for key in MEASURES if all(row[key] is not None for row in rows)), None)
+    best = [False] * len(rows) if key is None else on_front([(row["file_bytes"], row[key]) for row in rows])
+    for row, is_best in zip(rows, best, strict=True):
         row["front"] = is_best
     found = {"name": recipe.name, "stage": number, "points": rows}
     if PartialState().is_main_process:
-        table = _table(rows)
-        files.write_bytes(here / "ladder.json", json.dumps(found, indent=1).encode())
-        files.write_bytes(here / "ladder.png", drawing.png(_figure(found)))
-        files.write_bytes(
-            here / "ladder.md",
-            f"# {recipe.name}: error against bytes\n\n{table}\n\n![ladder](ladder.png)\n".encode(),
-        )
+        table = _table(rows, key)
+        files.write_bytes(here / "ladder.json", json.dumps(found, indent=1, allow_nan=False).encode())
+        text = f"# {recipe.name}: error against bytes\n\n{table}\n"
+        if key is not None:
+            files.write_bytes(here / "ladder.png", drawing.png(_figure(found, key)))
+            text += "\n![ladder](ladder.png)\n"
+        files.write_bytes(here / "ladder.md", text.encode())
         print(f"\n{table}\n\n{here / 'ladder.md'}", flush=True)
     return found
+
+
+def _rest(right: float | None) -> float | None:
+    """Returns what a percentage leaves of 100; None for a missing one."""
+    return None if right is None or missing(right) else 100 - right
 
 
 def _check(recipe: Recipe, number: int, sparsity: Sequence[float], bits: Sequence[int]) -> int | None:
@@ -148,35 +160,45 @@ def _point(
     return "-".join(words), varied
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], key: str | None) -> str:
+    """Returns the points as a table. key: of `MEASURES`, by which the front was found."""
+    apart = key == "disagreement"
     lines = [
         {
             "sparsity": "–" if row["sparsity"] is None else f"{row['sparsity']:g}",
             "bits": "–" if row["bits"] is None else str(row["bits"]),
             "bytes": f"{row['file_bytes']:,}",
-            "error %": f"{row['error']:.2f}",
-            "validation error %": f"{row['error_validation']:.2f}",
+            "error %": decimals(row["error"], 2),
+            "validation error %": decimals(row["error_validation"], 2),
+            **({"disagreement %": decimals(row["disagreement"], 2)} if apart else {}),
             "front": "*" if row["front"] else "",
         }
         for row in sorted(rows, key=lambda row: row["file_bytes"])
     ]
+    drawn = tabulate(
+        lines,
+        headers="keys",
+        tablefmt="pipe",
+        disable_numparse=True,
+        colalign=("right",) * (5 + apart) + ("left",),
+    )
+    unlabelled = "" if key == "error" else "No test image has a label. "
+    if apart:
+        unlabelled += "Disagreement is the share of them that the file answers otherwise than the teacher. "
     return (
-        tabulate(
-            lines, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=("right",) * 5 + ("left",)
-        )
-        + "\n\nBytes and test error of the file; * marks the points that no smaller file beats. "
+        f"{drawn}\n\n{unlabelled}Bytes and test error of the file; * marks the points that no smaller file beats. "
         "Choose by the validation error: the test split is only reported."
     )
 
 
-def _figure(found: Mapping[str, Any]) -> "Figure":
-    """Draws test error over the bytes of the file; the front has a line and labels."""
+def _figure(found: Mapping[str, Any], key: str) -> "Figure":
+    """Draws a measure of the points over the bytes of the file; the front has a line and labels."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     [[axes]] = drawing.grid(1, 1, (6.8, 3.9), (0, 0), top=0.5)
     drawing.calm(axes)
     rows = found["points"]
-    front = sorted((row["file_bytes"], row["error"]) for row in rows if row["front"])
+    front = sorted((row["file_bytes"], row[key]) for row in rows if row["front"])
     axes.plot(
         [x for x, _ in front], [y for _, y in front], color=drawing.BLUE, linewidth=1.2, alpha=0.5, zorder=2
     )
@@ -186,9 +208,9 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
             if row["front"]
             else {"color": drawing.GREY, "markersize": 6, "zorder": 3}
         )
-        axes.plot(row["file_bytes"], row["error"], "o", markeredgecolor="white", **style)
+        axes.plot(row["file_bytes"], row[key], "o", markeredgecolor="white", **style)
     drawing.byte_axis(axes, [row["file_bytes"] for row in rows])
-    low, high = min(row["error"] for row in rows), max(row["error"] for row in rows)
+    low, high = min(row[key] for row in rows), max(row[key] for row in rows)
     if high > 5 * low > 0:  # else one very bad point would compress the scale of all others
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
@@ -199,11 +221,11 @@ def _figure(found: Mapping[str, Any]) -> "Figure":
         room = max(0.15 * (high - low), 0.1)
         axes.set_ylim(max(0.0, low - room), high + room)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylabel("test error (%)", fontsize=9, color=drawing.INK)
+    axes.set_ylabel(f"{MEASURES[key]} (%)", fontsize=9, color=drawing.INK)
     axes.grid(color=drawing.GRID, linewidth=0.7)
-    drawing.title(axes.figure, f"{found['name']}: error against size, and the front")
-    names = [((row["file_bytes"], row["error"]), _short(row), drawing.BLUE) for row in rows if row["front"]]
-    drawing.label(axes, names, front, [(row["file_bytes"], row["error"]) for row in rows if not row["front"]])
+    drawing.title(axes.figure, f"{found['name']}: {key} against size, and the front")
+    names = [((row["file_bytes"], row[key]), _short(row), drawing.BLUE) for row in rows if row["front"]]
+    drawing.label(axes, names, front, [(row["file_bytes"], row[key]) for row in rows if not row["front"]])
     return axes.figure
 
 

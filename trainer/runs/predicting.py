@@ -47,7 +47,7 @@ def files_of(given: Iterable[str]) -> Iterator[str]:
     """
     for name in given:
         if name == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         elif Path(name).is_dir():
             yield from list_images(Path(name)).files or [name]
         elif not Path(name).exists() and glob.has_magic(name):
@@ -116,12 +116,16 @@ def write_answers(found: Iterable[Answer], form: str, out: TextIO, err: TextIO) 
         if form == "json":
             classes = [{"class": name, "probability": round(share, 6)} for name, share in one.classes]
             line: dict[str, Any] = {"file": one.file, "classes": classes}
-            print(
-                json.dumps(line | ({"error": one.error} if one.error else {}), ensure_ascii=False), file=out
-            )
+            text = json.dumps(line | ({"error": one.error} if one.error else {}), ensure_ascii=False)
+            print(_encodable(text), file=out)
         elif one.error is None and rows:
-            rows.writerows([one.file, name, f"{share:.6f}"] for name, share in one.classes)
+            rows.writerows([_encodable(one.file), name, f"{share:.6f}"] for name, share in one.classes)
         elif one.error is None:
             words = [f"{printable(name, keep='')} {share * 100:.1f} %" for name, share in one.classes]
             print(f"{printable(one.file, keep='')}: {'  '.join(words)}", file=out)
     return bad
+
+
+def _encodable(text: str) -> str:
+    """Returns a text with a byte of a file's name that is no UTF-8 as an escape, such as \\udcff: JSON reads it back."""
+    return text.encode("utf-8", "backslashreplace").decode()

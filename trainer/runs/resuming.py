@@ -150,6 +150,7 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
             if plan.changed or plan.anew is not None:
                 keep = min(keep, anew)
                 target = set_aside(here, keep, _kept_recipe(here, old))
+                run.log.begun(keep)
                 if target is not None:
                     why = "another recipe" if plan.changed else f"run anew from stage {keep + 1}"
                     print(

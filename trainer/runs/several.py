@@ -14,6 +14,7 @@ from trainer.distributed import environment_alone
 from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read
 from trainer.reporting import report
+from trainer.reporting.tables import missing, percent
 from trainer.runs.resuming import is_changed, is_finished
 from trainer.runs.threads import available_threads
 from trainer.training.stopping import launched, stopping
@@ -113,7 +114,7 @@ def words_of(job: Job, threads: int | None, allow_python: bool) -> list[str]:
     """Returns the command line's words, after the program, that run the job."""
     words = ["run", str(job.path), "--folder", str(job.folder)]
     for key, value in job.changes.items():
-        words += ["--set", f"{key}={json.dumps(value)}"]
+        words += ["--set", f"{key}={json.dumps(value, ensure_ascii=False)}"]
     words += [] if threads is None else ["--threads", str(threads)]
     return words + ["--allow-python"] * allow_python
 
@@ -134,4 +135,6 @@ def _last_line(log: Path) -> str:
 
 def _shown(job: Job) -> str:
     row = report.read(job.here)["rows"][-1]
-    return f"{row['stage']} {row['top1']:.2f} %"
+    if missing(row.get("top1")):  # no test image has a label
+        return f"{row['stage']} agreement {percent(row.get('agreement'))}"
+    return f"{row['stage']} {percent(row['top1'])}"

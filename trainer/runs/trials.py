@@ -47,8 +47,9 @@ def trials(
 
 
 def tell(place: Path, text: str, found: Any) -> None:
-    """Prints what several runs have shown, and writes it beside them: the text as PLACE.md, its numbers as PLACE.json."""
-    for ending, content in (("md", text), ("json", json.dumps(found, indent=1))):
+    """Prints what several runs have shown, and writes it beside them: the text as PLACE.md, its numbers as PLACE.json, with null for NaN."""
+    numbers = json.dumps(files.plain(found, not_finite=lambda _: None), indent=1, allow_nan=False)
+    for ending, content in (("md", text), ("json", numbers)):
         files.write_bytes(place.with_name(f"{place.name}.{ending}"), content.encode())
     print(f"\n{text}", flush=True)
 
@@ -87,7 +88,9 @@ def about(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Returns 'mean ± sample standard deviation', without the latter for one value."""
+    """Returns 'mean ± sample standard deviation', without the latter for one value, a dash for none."""
+    if not values:
+        return NOTHING
     mean = statistics.fmean(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
 
@@ -104,10 +107,10 @@ def table(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
         lines.append(
             {
                 "stage": rows[0]["stage"],
-                "test top-1 %": spread(top1) if top1 else NOTHING,
+                "test top-1 %": spread(top1),
                 "worst": f"{min(top1):.2f}" if top1 else NOTHING,
-                "validation %": spread(known["top1_validation"]) if known["top1_validation"] else NOTHING,
-                "agreement %": spread(known["agreement"]) if known["agreement"] else NOTHING,
+                "validation %": spread(known["top1_validation"]),
+                "agreement %": spread(known["agreement"]),
                 "zeros %": f"{statistics.fmean(known['sparsity']) * 100:.2f}"
                 if known["sparsity"]
                 else NOTHING,

@@ -263,7 +263,7 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
             done = epoch - tally["best_epoch"] >= training.patience
     state.show(ends_epoch=True)
     counted = state.objective.counted()
-    run.log.numbers(run.stage_name, state.step, epoch=epoch, images_per_second=speed, **found, **counted)
+    run.log_numbers(state.step, epoch=epoch, images_per_second=speed, **found, **counted)
     if run.accelerator.is_main_process and run.bar.hidden:
         validation = f"  validation {found['validation']:.2f} %" if found else ""
         validation += f" (balanced {found['balanced']:.2f} %)" if "balanced" in found else ""

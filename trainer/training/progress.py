@@ -50,7 +50,7 @@ class Window:
             )
         means = dict(zip(self._names, values.mean(0).tolist(), strict=True))
         self.loss = means["loss"]
-        self.run.log.numbers(self.run.stage_name, step, lr=rate, **means)
+        self.run.log_numbers(step, lr=rate, **means)
         self._kept, self._where = [], []
 
 
@@ -173,7 +173,7 @@ class Progress:
                 "there: remove that folder, and the training begins anew; the stages before it stand"
             )
         self._compare_processes(facts)
-        self.run.log.numbers(self.run.stage_name, facts["step"], resumed=1)
+        self.run.log_numbers(facts["step"], resumed=1)
         self.run.layers = facts["layers"]
         self.objective.load_state_dict(groups["objective"])
         if not facts["tally"]["finished"]:

@@ -79,6 +79,10 @@ class Run:
     def __post_init__(self) -> None:
         self.student_bytes = dense_bytes(self.student)
 
+    def log_numbers(self, step: int, **values: Any) -> None:
+        """Logs the values of one step of the training that the stage has begun last."""
+        self.log.numbers(self.stage_name, step, index=self.stage, fit=self.num_fits - 1, **values)
+
     @property
     def recipe_path(self) -> Path:
         """The run's copy of its recipe."""

@@ -47,7 +47,7 @@ def _keep(state: State, found: dict[str, Ratio]) -> None:
     for name, ratio in found.items():
         first = kept.get(name, {"first": ratio.ratio})["first"]
         kept[name] = {"weight": ratio.weight, "first": first, "last": ratio.ratio}
-    run.log.numbers(run.stage_name, state.step, **{f"ratio/{name}": r.ratio for name, r in found.items()})
+    run.log_numbers(state.step, **{f"ratio/{name}": r.ratio for name, r in found.items()})
     # The ratios of a network at its random start say little of what follows.
     is_early = state.step < min(FINDING[-1], state.num_steps // 2)
     for name, fault in () if is_early else faults(found):
