@@ -3,9 +3,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 import trainer
@@ -155,6 +157,28 @@ def with_stage(recipe, stage):
 def test_check_tells_what_cannot_be(change, told, recipe, tmp_path, capsys):
     assert main(["check", written(tmp_path, change(recipe))]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("keep", "best"), ("patience", 2)])
+def test_nothing_is_chosen_by_validation_images_without_labels(key, value, recipe, tmp_path):
+    random = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "pictures" / ("train" if number < 20 else f"test/{'ab'[number % 2]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (16, 16), np.uint8)).save(folder / f"{number}.png")
+    recipe["data"] = {
+        "dataset": "image_folder",
+        "folder": str(tmp_path / "pictures"),
+        "size": 16,
+        "channels": 1,
+        "validation": 6,
+    }
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["stages"][0]["training"] = TRAINING | {"epochs": 5, key: value}
+    with pytest.raises(
+        ValueError, match=f"training.{key}: chooses by the validation images, of which none has a label"
+    ):
+        trainer.run(written(tmp_path, recipe), folder=tmp_path)
 
 
 def test_a_linear_probe_is_a_trained_head_and_teaches(recipe, tmp_path, no_report):

@@ -1,5 +1,6 @@
 """Sharing: codebooks fixed and trained, their entropy, bits by budget, importance, biases and the rest in few bits."""
 
+import contextlib
 import itertools
 import time
 
@@ -17,10 +18,12 @@ from trainer.compression.parametrizations import Codebook, TrainedCodebook
 from trainer.compression.rounding import round_to, round_unshared, to_grid
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
+from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
+from trainer.networks.build import build
 from trainer.packing import network as packed
 from trainer.recipe import shelves
-from trainer.recipe.keys import StageKeys
+from trainer.recipe.keys import StageKeys, TeacherKeys, TermKeys
 from trainer.recipe.training import Training
 from trainer.stages.fold import fold as fold_stage
 from trainer.stages.share import share
@@ -415,7 +418,6 @@ def test_auto_bits_keep_the_budget_and_spend_it(make_run):
 
 
 def test_importance_by_fisher_is_the_mean_squared_gradient(make_run):
-    from trainer.recipe.keys import TermKeys
     from trainer.stages.share import _fisher
 
     run = make_run()
@@ -429,6 +431,21 @@ def test_importance_by_fisher_is_the_mean_squared_gradient(make_run):
     torch.testing.assert_close(found["fc2"], expected)
     assert not found["fc2"][~places["fc2"].mask].any()
     share(make_run(), bits=2, weighting="fisher")
+
+
+def test_a_layer_that_no_loss_reaches_has_no_importance(make_run):
+    losses = [shelves.checker(shelves.find("loss", "hint"), TermKeys)(loss="hint", at=["fc1"])]
+    told = r"layer 'fc2': no gradient reaches its weights.*exclude leaves the layer alone"
+    for exclude, fault in (
+        (None, pytest.raises(Mistake, match=told)),
+        (["fc2", "fc3"], contextlib.nullcontext()),
+    ):
+        run = make_run()
+        teacher = build(SPEC, run.data.shape, 10)
+        run.teacher = Teacher([teacher], [TeacherKeys(model="x")], run.data.mean, run.data.std)
+        with fault:
+            share(run, bits=2, weighting="fisher", losses=losses, exclude=exclude or [])
+    assert set(run.layers) == {"fc1"}
 
 
 def test_biases_and_the_rest_are_rounded_before_they_are_measured(make_run):

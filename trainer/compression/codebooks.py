@@ -171,7 +171,8 @@ def _damped(layer: Weight, importance: Tensor) -> Tensor:
     importance = importance.detach().cpu().double()
     if not importance.any():
         raise Mistake(
-            f"layer {layer.name!r}: no gradient reaches its weights, so none is more important than others"
+            f"layer {layer.name!r}: no gradient reaches its weights, so none is more important than others; "
+            "exclude leaves the layer alone"
         )
     return importance + 1e-3 * importance.mean()
 

@@ -71,6 +71,12 @@ def check_networks(
         if not terms_of(stage) and training_of(stage) is not None and not data.labelled:
             message = "learns from labels where no losses are given, and the training images have none"
             found.append(recipe.fault(path, message))
+        for key in _judging(stage):
+            if not (data.validation.labels >= 0).any() and not (teacher and teacher.classifies):
+                message = (
+                    "chooses by the validation images, of which none has a label, nor has the teacher classes"
+                )
+                found.append(recipe.fault((*path, "training", key), message))
         for key, n, term in losses_of(stage):
             if repr(term) in rehearsed:  # mostly the same terms in every stage
                 continue
@@ -116,6 +122,14 @@ def _rehearse_networks(
     if faults:
         raise RecipeError("\n".join(faults))
     return notes
+
+
+def _judging(stage: StageKeys) -> list[str]:
+    """Returns the keys of a stage's training that choose by the validation accuracy."""
+    training = training_of(stage)
+    if training is None:
+        return []
+    return ["keep"] * (training.keep == "best") + ["patience"] * bool(training.patience)
 
 
 def _learns(stages: Sequence[StageKeys]) -> bool:

@@ -283,9 +283,11 @@ def _fisher(run: Run, layers: dict[str, Weight], losses: list[TermKeys]) -> dict
         if has_auto(objective) and number == 0:
             ratios(objective, seen, labels, index, find=True)
         loss = objective(seen, labels, index)["loss"]
-        gradients = torch.autograd.grad(loss, list(tensors.values()))
+        # A layer that no loss reaches has none: its codebook is refused in words.
+        gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
         for name, gradient in zip(tensors, gradients, strict=True):
-            sums[name] += gradient.detach() ** 2
+            if gradient is not None:
+                sums[name] += gradient.detach() ** 2
     return {name: total / len(order) for name, total in sums.items()}
 
 

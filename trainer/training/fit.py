@@ -14,6 +14,7 @@ from trainer.distributed import agreed, summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
 from trainer.recipe.training import Training
+from trainer.reporting.tables import percent
 from trainer.training.denormals import flushed
 from trainer.training.evaluate import balanced_accuracy, percent_right, predict, truth
 from trainer.training.label_shares import label_shares
@@ -265,8 +266,8 @@ def _end_epoch(state: State, changing: bool, speed: float) -> bool:
     counted = state.objective.counted()
     run.log_numbers(state.step, epoch=epoch, images_per_second=speed, **found, **counted)
     if run.accelerator.is_main_process and run.bar.hidden:
-        validation = f"  validation {found['validation']:.2f} %" if found else ""
-        validation += f" (balanced {found['balanced']:.2f} %)" if "balanced" in found else ""
+        validation = f"  validation {percent(found['validation'])}" if found else ""
+        validation += f" (balanced {percent(found['balanced'])})" if "balanced" in found else ""
         print(
             f"{run.stage_name}: epoch {epoch}/{training.epochs}  loss {state.window.loss:.4f}{validation}  "
             f"{speed:,.0f} images/s",

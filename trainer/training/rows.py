@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from trainer.compression import weights
 from trainer.compression.weights import weights_of
 from trainer.mistakes import listed
-from trainer.reporting.tables import FURTHER
+from trainer.reporting.tables import FURTHER, percent
 from trainer.training.evaluate import (
     answered,
     balanced_accuracy,
@@ -120,8 +120,9 @@ def add_row(run: Run, row: dict) -> dict:
     if run.accelerator.is_main_process:
         further = "".join(f"  {name} {row[key]:.2f} %" for key, name in FURTHER.items() if key in row)
         agreement = "" if row.get("agreement") is None else f"  agreement {row['agreement']:.2f} %"
+        right = percent(row["top1"])
         print(
-            f"== {row['stage']}: top-1 {row['top1']:.2f} %{further}{agreement}  "
+            f"== {row['stage']}: top-1 {right}{further}{agreement}  "
             f"sparsity {row['sparsity'] * 100:.2f} %  {row['file_bytes']:,} bytes",
             flush=True,
         )
