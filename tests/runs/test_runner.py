@@ -640,6 +640,18 @@ def test_what_has_no_effect_on_these_images_is_told(tmp_path):
     ]
 
 
+def test_how_many_mixed_images_have_a_label_is_told(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "name: x\ndata: {dataset: digits, subset: 200, labelled: 40, cutmix: 1}\nstudent: {model: lenet5, width: 2}\n"
+        "stages: [{stage: train, training: {epochs: 1}}]\n"
+    )
+    recipe, _ = read(path)
+    assert list(without_effect(recipe, make_data(recipe.data, torch.device("cpu")), 1)) == [
+        f"{path}:2: data.cutmix: mixes images with and without a label: 20% have one, and a mixed image only if both had, about 4.0%"
+    ]
+
+
 def test_tracking_starts_after_the_data_was_opened_and_only_if_asked(tmp_path, monkeypatch):
     began = []
 

@@ -142,6 +142,13 @@ def without_effect(recipe: Recipe, data: Data, num_processes: int) -> Iterator[s
     for key in ("workers", "store") if _all_in_memory(data) else ():
         if key in recipe.data.model_fields_set and getattr(recipe.data, key) not in (0, "auto", "off"):
             yield recipe.fault(("data", key), "has no effect: the images are in memory")
+    if data.mixed and data.partly_labelled:
+        share = float((data.train.labels >= 0).float().mean())
+        message = (
+            f"mixes images with and without a label: {share:.0%} have one, and a mixed image only if both had, about "
+            f"{share**2:.1%}"
+        )
+        yield recipe.fault(("data", "mixup" if data.mixup else "cutmix"), message)
     num_images = len(data.train)
     for number, stage in enumerate(recipe.stages):
         training = training_of(stage)
