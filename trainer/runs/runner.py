@@ -258,7 +258,8 @@ def _already_done(here: Path, recipe: Recipe, accelerator: Accelerator) -> dict[
     found = report.read(here)
     if accelerator.is_main_process:
         print(
-            f"{here}: this recipe has run already; its report:\n\n{_warned(found)}{table(found['rows'], terminal_width())}",
+            f"{here}: this recipe has run already (--fresh runs it anew, where its images or labels have changed); its report:\n\n"
+            f"{_warned(found)}{table(found['rows'], terminal_width())}",
             flush=True,
         )
         tell_of_damage(here, recipe.stages)
