@@ -40,10 +40,10 @@ def labelled(folder, wrong=False, test_wrong=False, number=600):
         (folder / f"{name}.csv").write_text("\n".join(["path,label", *lines]) + "\n")
 
 
-def ran(tmp_path, name, capsys, folder=None):
+def ran(tmp_path, name, capsys, folder=None, **more):
     path = tmp_path / f"{name}.yaml"
     path.write_text(RECIPE.format(name=name, folder=folder or tmp_path / "pictures"))
-    report = runner.run(path, folder=tmp_path / "runs")
+    report = runner.run(path, folder=tmp_path / "runs", **more)
     return report["rows"], capsys.readouterr().out
 
 
@@ -72,6 +72,16 @@ def test_stages_trained_on_one_other_picture_are_not_taken_over(tmp_path, capsys
         status = path.stat()
         os.utime(path, (status.st_atime, status.st_mtime + 5))
     assert "taken over" not in ran(tmp_path, "two", capsys)[1]
+
+
+def test_a_stage_run_anew_does_not_stand_on_other_labels(tmp_path, capsys):
+    labelled(tmp_path / "pictures", wrong=True)
+    ran(tmp_path, "one", capsys)
+    _, said = ran(tmp_path, "one", capsys, from_stage="prune")
+    assert "run anew from stage 2" in said  # as asked: nothing has changed
+    labelled(tmp_path / "pictures")
+    rows, said = ran(tmp_path, "one", capsys, from_stage="prune")
+    assert "run anew from stage 1" in said and rows[0]["top1"] > 90
 
 
 def test_kept_answers_are_of_these_pictures(tmp_path):

@@ -136,17 +136,18 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     if anew is None and not plan.changed and old.get("recipe") == json.loads(json.dumps(plan.plain)):
         anew = old.get("anew")  # what was to be run anew and was interrupted
     anew = len(stages) if anew is None else anew
-    if begun and not plan.changed and plan.anew is None:
+    others = [what for what, fact in facts.items() if begun and begun.get(what) != fact]
+    if others and not plan.changed and plan.anew is None:
         messages = {
             "images": "the images or their labels are not those",
             "teacher": "the teacher is not the one",
         }
-        for what, fact in facts.items():
-            if begun.get(what) != fact:
-                raise Mistake(f"{here}: {messages[what]} that this run began with: give it another folder")
+        raise Mistake(
+            f"{here}: {messages[others[0]]} that this run began with: give it another folder, or run it anew (--fresh)"
+        )
     if run.accelerator.is_main_process:
         if not begun or plan.changed or plan.anew is not None:
-            keep = num_equal(old.get("inputs") or [], inputs) if plan.changed else len(stages)
+            keep = num_equal(old.get("inputs") or [], inputs) if plan.changed or others else len(stages)
             if plan.changed or plan.anew is not None:
                 keep = min(keep, anew)
                 target = set_aside(here, keep, _kept_recipe(here, old))
