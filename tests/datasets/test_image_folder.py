@@ -231,6 +231,42 @@ def test_unlabelled_images_beside_labelled_ones(specimens, tmp_path):
         image_folder(folder=specimens, test=0.25, unlabelled_folder=specimens / "wasp")
 
 
+def test_unlabelled_images_of_a_group_that_is_held_out_are_no_test_images(tmp_path):
+    for number in range(12):
+        save(tmp_path / "labelled" / "ab"[number % 2] / f"thing{number // 2}_{number}.png", (250, 0, 0))
+        save(tmp_path / "more" / f"thing{number // 2}_x{number}.png", (0, 250, 0))
+    source = image_folder(
+        folder=tmp_path / "labelled", test=0.3, unlabelled_folder=tmp_path / "more", group=r"thing\d", size=4
+    )
+    assert (source.test.labels >= 0).all() and 0 < len(source.test) < 12
+    held_out = {Path(file).name.split("_")[0] for file in source.test.files}
+    learnt = {Path(file).name.split("_")[0] for file in source.train.files}
+    assert not held_out & learnt and (source.train.labels < 0).any()
+
+
+def test_a_picture_that_stands_in_two_lists_is_refused(tmp_path):
+    for number in range(8):
+        save(tmp_path / "ab"[number % 2] / f"{number}.png", (250, 0, 0))
+    rows = [f"{'ab'[number % 2]}/{number}.png,{'ab'[number % 2]}" for number in range(8)]
+
+    def table(name, some):
+        (tmp_path / name).write_text("\n".join(["path,label", *some]) + "\n")
+        return tmp_path / name
+
+    train, test = table("train.csv", rows[:6]), table("test.csv", rows[6:])
+    assert len(image_folder(folder=train, test=test, size=4).train) == 6
+    common = table("common.csv", rows[4:])
+    with pytest.raises(
+        Mistake, match=r"4.png \(training and test images\) stands in the lists twice, as do 1 others"
+    ):
+        image_folder(folder=train, test=common, size=4)
+    again = table("again.csv", [*rows[:6], "a/../b/1.png,b"])
+    with pytest.raises(
+        Mistake, match=r"1.png \(training and training images\) stands in the lists twice: a picture"
+    ):
+        image_folder(folder=again, test=test, size=4)
+
+
 def test_grey_images_and_oblong_ones(tmp_path):
     for name in ("a", "b"):
         for number in range(4):

@@ -207,6 +207,45 @@ def test_with_powerpropagation_the_stage_trains_another_tensor_and_leaves_the_we
     assert not any(torch.equal(left[2][name], weight) for name, weight in left[None].items())
 
 
+def test_powers_below_two_have_a_gradient_of_zero_at_zero(tmp_path, quick):
+    """|t|^(p - 1) alone has an infinite one there: times 0 it would be NaN, and with clip all of the network."""
+    run = make_run(tmp_path)
+    prune(run, sensitivity=0.5, training=TRAINING)
+    clipped = Training(epochs=2, batch_size=20, lr=5e-3, clip=1.0)
+    prune(
+        run,
+        method="magnitude",
+        sparsity=0.8,
+        schedule="cubic",
+        every=2,
+        powerpropagation=1.5,
+        training=clipped,
+    )
+    for place in weights_of(run.student).values():
+        assert torch.isfinite(place.parameter).all()
+        assert (place.value == 0).double().mean().item() == pytest.approx(0.8, abs=0.02)
+
+
+def test_how_often_a_gradual_threshold_is_set_does_not_move_it(tmp_path, quick):
+    """Of what each mask leaves the deviation would rise, and the next threshold with it, up to the last weight."""
+    zeros = {}
+    for every in (1, 4, 50):
+        run = make_run(tmp_path / str(every), {"model": "lenet300", "hidden": [40, 30]})
+        before = weights(run)
+        prune(
+            run,
+            sensitivity=1.0,
+            schedule="cubic",
+            every=every,
+            training=Training(epochs=6, batch_size=10, lr=1e-5),
+        )
+        zeros[every] = {n: (w == 0).double().mean().item() for n, w in weights(run).items()}
+        for name, weight in before.items():
+            at_once = (weight.abs() <= weight.double().std(correction=0)).double().mean().item()
+            assert zeros[every][name] == pytest.approx(at_once, abs=0.12), (every, name)
+    assert zeros[1] == pytest.approx(zeros[50], abs=0.12)
+
+
 def test_rate_gathers_the_survivors_where_positions_are_cheap(tmp_path, quick):
     bits = {}
     for method in ("lamp", "rate"):

@@ -15,14 +15,15 @@ from trainer.mistakes import Mistake, nearest
 from trainer.recipe.shelves import fed
 
 
-def ask(criterion: Callable, layer: Weight, **keys: Any) -> Any:
+def ask(criterion: Callable, layer: Weight, alive: Tensor | None = None, **keys: Any) -> Any:
     """Calls a criterion (see trainer/criteria/) for one layer; returns its scores, or its mask and thresholds.
 
+    alive: bool, of the weight's shape: which weights the criterion counts as not pruned; by default those that are not.
     Raises Mistake, with the layer's name, if the criterion refuses it, or for an argument of an unknown name.
     """
     known = {
         "weight": lambda: layer.value.detach(),
-        "alive": lambda: layer.alive,
+        "alive": lambda: layer.alive if alive is None else alive,
         "parts": lambda: layer.parts,
         "input_axis": lambda: layer.input_axis,
         "cost": lambda: position_bits(layer.alive),

@@ -39,7 +39,7 @@ class Mask(nn.Module):
         score: None, or a buffer to which every backward pass adds a criterion's scores (see `masks.watch_gradients`).
             They cover pruned weights too, because the gradient of the masked weight is known at every position.
         rounding: None, or a function that rounds the weights at every step; the gradient goes straight through.
-        power: The weight is t |t|^(power - 1) of the trained tensor t (see `masks.set_power`); 1 for t itself.
+        power: The weight is t |t|^(power - 1) of the trained tensor t (`masks.set_power`).
     """
 
     mask: Tensor
@@ -55,9 +55,11 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.power != 1:
-            weight = weight * weight.abs().pow(self.power - 1)
-        # A product would give -0.0 for a negative weight and NaN for an infinite one.
-        masked = straight(self.rounding, torch.where(self.mask, weight, 0.0))
+            some = torch.where(
+                weight == 0, 1.0, weight
+            )  # at 0 the derivative of the power alone may be infinite
+            weight = torch.where(weight == 0, 0.0, some * some.abs().pow(self.power - 1))
+        masked = straight(self.rounding, torch.where(self.mask, weight, 0.0))  # no product: NaN for infinity
         if self._criterion is not None and masked.requires_grad:
             masked.register_hook(lambda gradient: self._feed(weight, gradient))
         return masked

@@ -1,6 +1,7 @@
 """Image folder: images of any size in the user's folders, one subfolder for each class, or in a table."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,10 @@ def _opened(
 ) -> Source:
     """Opens the folders of `_parts`; its messages do not name the dataset."""
     listings = {name: _listed(paths) for name, paths in parts.items()}
+    if any(
+        is_table(path) for paths in parts.values() for path in paths
+    ):  # folders with a file in common are refused
+        _refuse_common(listings)
     name = ", ".join(str(folder.resolve()) for folder in folders)
     examined = examine([file for found in listings.values() for file in found.files], name)
     notes = _without_damaged(listings, examined, bad_images)
@@ -177,8 +182,9 @@ def _opened(
     images = {name: _pictures(found, number, reading) for name, found in listings.items()}
     if isinstance(test, (int, float)):
         held_out = _test_images(images["training"], test, test_seed, groups)
+        # What has no label in a group that is held out is of neither.
         images["test"], images["training"] = (
-            images["training"].some(held_out),
+            images["training"].some(held_out & (images["training"].labels >= 0)),
             images["training"].some(~held_out),
         )
         groups = groups[~held_out]
@@ -227,6 +233,21 @@ def _refuse_nested(parts: list[tuple[str, Path]]) -> None:
         for other_at, (other, outer) in enumerate(parts):
             if at != other_at and path.resolve().is_relative_to(outer.resolve()):
                 raise Mistake(f"of {outer} ({other} images) and {path} ({name} images) one lies in the other")
+
+
+def _refuse_common(listings: dict[str, Listing]) -> None:
+    """Raises Mistake if a file is listed twice, in one part or in two: it would be learnt from and measured on."""
+    part_of: dict[str, str] = {}
+    twice: list[str] = []
+    for name, found in listings.items():
+        for file in found.files:
+            path = os.path.abspath(file)
+            if path in part_of:
+                twice.append(f"{path} ({part_of[path]} and {name} images)")
+            part_of[path] = name
+    if twice:
+        others = f", as do {len(twice) - 1:,} others" if len(twice) > 1 else ""
+        raise Mistake(f"{twice[0]} stands in the lists twice{others}: a picture may be in one of them, once")
 
 
 def _without_damaged(listings: dict[str, Listing], examined: Examined, bad_images: str) -> list[str]:

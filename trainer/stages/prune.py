@@ -237,7 +237,6 @@ def _resizes(criterion: Callable) -> bool:
 
 
 def _prunable(student: nn.Module, exclude: Sequence[str]) -> dict[str, Weight]:
-
     layers = choose(weights_of(student), exclude)
     if not layers:
         raise Mistake("exclude leaves no layer to prune")
@@ -254,12 +253,14 @@ def _decision(
     layers: dict[str, Weight], criterion: Callable, schedule: str, keys: Mapping[str, Any]
 ) -> Callable[[float], Masks]:
     """Returns a function of the schedule's progress (0 to 1) that returns {layer: (mask, thresholds)}."""
-
     amount = beside(criterion, "AMOUNT")
     if amount is None:
         return _ranking(layers, criterion, schedule, keys)
     settings = per_layer(layers, keys[amount], amount)
     others = {name: value for name, value in keys.items() if name != amount}
+    # A gradual schedule judges all weights that it began with, its own zeros too: the deviation of what it has left would
+    # rise with every mask, and the threshold with it.
+    began = {name: layer.alive.clone() for name, layer in layers.items()}
 
     def decide(progress: float) -> Masks:
         found = {}
@@ -267,7 +268,8 @@ def _decision(
             setting = settings[name]
             if isinstance(setting, Real):
                 setting = cubic(float(setting), progress)
-            found[name] = ask(criterion, layer, **others, **{amount: setting})
+            mask, thresholds = ask(criterion, layer, began[name], **others, **{amount: setting})
+            found[name] = mask & layer.alive, thresholds
         return found
 
     return decide
