@@ -257,7 +257,7 @@ def test_a_picture_that_stands_in_two_lists_is_refused(tmp_path):
     assert len(image_folder(folder=train, test=test, size=4).train) == 6
     common = table("common.csv", rows[4:])
     with pytest.raises(
-        Mistake, match=r"4.png \(training and test images\) stands in the lists twice, as do 1 others"
+        Mistake, match=r"4.png \(training and test images\) stands in the lists twice \(and 1 more\)"
     ):
         image_folder(folder=train, test=common, size=4)
     again = table("again.csv", [*rows[:6], "a/../b/1.png,b"])

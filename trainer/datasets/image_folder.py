@@ -246,7 +246,7 @@ def _refuse_common(listings: dict[str, Listing]) -> None:
                 twice.append(f"{path} ({part_of[path]} and {name} images)")
             part_of[path] = name
     if twice:
-        others = f", as do {len(twice) - 1:,} others" if len(twice) > 1 else ""
+        others = f" (and {len(twice) - 1:,} more)" if len(twice) > 1 else ""
         raise Mistake(f"{twice[0]} stands in the lists twice{others}: a picture may be in one of them, once")
 
 

@@ -322,6 +322,7 @@ def _zeros(layers: dict[str, Weight], target: Mapping[str, float], together: boo
             most = max((~part).double().mean().item() for part in layer.mask.chunk(layer.parts))
         if target[name] < most:
             who = "the layers have" if together else f"layer {name!r} has"
+            who += " in one of its parts" * (most > found[name])
             raise Mistake(f"{who} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer")
     return found
 
