@@ -72,7 +72,7 @@ def test_groups_that_cannot_be(specimens):
     ):
         with pytest.raises(Mistake, match=words):
             image_folder(folder=specimens, test=0.2, group=group)
-    with pytest.raises(Mistake, match="leaves no training image of one class, which has 36 in 1 groups"):
+    with pytest.raises(Mistake, match="leaves no training image of class '.*', which has 36 in 1 groups"):
         image_folder(folder=specimens, test=0.2, group="^beetle")
 
 
@@ -110,8 +110,8 @@ def test_a_number_of_test_images_is_split_off_exactly(tmp_path, sizes, test, eac
     ("test", "told"),
     [
         (40, "test: 40 of 40 images leaves none to train on"),
-        (39, "test: 39 leaves no training image of one class, which has"),
-        (3, "test: 3 leaves no training image of one class, which has 1$"),
+        (39, "test: 39 leaves no training image of class '.*', which has"),
+        (3, "test: 3 leaves no training image of class '.*', which has 1$"),
     ],
 )
 def test_a_number_of_test_images_leaves_each_class_one(tmp_path, test, told):
@@ -242,6 +242,21 @@ def test_unlabelled_images_of_a_group_that_is_held_out_are_no_test_images(tmp_pa
     held_out = {Path(file).name.split("_")[0] for file in source.test.files}
     learnt = {Path(file).name.split("_")[0] for file in source.train.files}
     assert not held_out & learnt and (source.train.labels < 0).any()
+
+
+def test_pictures_of_a_table_without_a_label_are_unlabelled(tmp_path):
+    for number in range(12):
+        save(tmp_path / f"{number}.png", (250, 0, 0))
+    rows = [f"{number}.png,{'ab'[number % 2] if number < 8 else ''}" for number in range(12)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    source = image_folder(folder=tmp_path / "all.csv", test=0.25, size=4)
+    assert (source.test.labels >= 0).all() and sorted(source.train.labels.tolist()) == [-1] * 4 + [0] * 3 + [
+        1
+    ] * 3
+    (tmp_path / "some.csv").write_text("\n".join(["path,label", *rows[:6]]) + "\n")
+    (tmp_path / "rest.csv").write_text("\n".join(["path,label", *rows[6:]]) + "\n")
+    with pytest.raises(Mistake, match="its line has no label; test images need a class each"):
+        image_folder(folder=tmp_path / "some.csv", test=tmp_path / "rest.csv", size=4)
 
 
 def test_a_picture_that_stands_in_two_lists_is_refused(tmp_path):

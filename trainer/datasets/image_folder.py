@@ -181,7 +181,7 @@ def _opened(
     reading = replace(reading, depth=examined.depth)
     images = {name: _pictures(found, number, reading) for name, found in listings.items()}
     if isinstance(test, (int, float)):
-        held_out = _test_images(images["training"], test, test_seed, groups)
+        held_out = _test_images(images["training"], test, test_seed, groups, classes)
         # What has no label in a group that is held out is of neither.
         images["test"], images["training"] = (
             images["training"].some(held_out & (images["training"].labels >= 0)),
@@ -279,7 +279,8 @@ def _classes(train: Listing, listings: dict[str, Listing], folders: list[Path]) 
         if not found.files:
             raise Mistake(f"there are no {name} images{found.described()}")
     labelled = [name for name in train.classes if name]
-    if labelled and len(labelled) < len(train.classes):
+    tables = any(map(is_table, folders))  # whose pictures without a label are unlabelled
+    if labelled and len(labelled) < len(train.classes) and not tables:
         beside = train.files[train.classes.index("")]
         raise Mistake(
             f"{beside} lies beside the classes' subfolders; either all training images lie in one, or none does"
@@ -293,7 +294,8 @@ def _classes(train: Listing, listings: dict[str, Listing], folders: list[Path]) 
         found = listings[name]
         if "" in found.classes:
             raise Mistake(
-                f"{found.files[found.classes.index('')]} lies in no subfolder; {name} images need a class each"
+                f"{found.files[found.classes.index('')]} lies in no subfolder, or its line has no label; {name} images need a "
+                "class each"
             )
     classes = in_order(set(labelled) or set(listings["test"].classes if "test" in listings else ()))
     if len(classes) < 2:
@@ -337,7 +339,9 @@ def _found(
     return f"{', '.join(map(str, folders))}: {len(classes)} classes, {', '.join(parts)}{skipped.described()}"
 
 
-def _test_images(images: Pictures, test: float | int, seed: int, groups: Tensor) -> Tensor:
+def _test_images(
+    images: Pictures, test: float | int, seed: int, groups: Tensor, classes: list[str]
+) -> Tensor:
     """Returns which images are split off as test images, bool [N]. Raises Mistake if a class has none left, or no label."""
     if not (images.labels >= 0).any():
         raise Mistake("images without labels cannot be split class by class: give test, a folder")
@@ -351,7 +355,7 @@ def _test_images(images: Pictures, test: float | int, seed: int, groups: Tensor)
         too_few = isinstance(test, float) and (num_groups == 1 or max(1, round(test * count)) >= count)
         if label >= 0 and (too_few or bool(held_out[of_class].all())):
             raise Mistake(
-                f"test: {test} leaves no training image of one class, which has {count}"
+                f"test: {test} leaves no training image of class {classes[label]!r}, which has {count}"
                 + (f" in {num_groups} groups" if num_groups < count else "")
             )
     return held_out
