@@ -10,7 +10,7 @@ from trainer.cli import main
 from trainer.recipe.recipe import read
 from trainer.recipe.words import seconds
 from trainer.runs import initial
-from trainer.runs.initial import Speed, planned
+from trainer.runs.initial import Speed, pictures_of, planned
 
 
 @pytest.fixture
@@ -70,6 +70,19 @@ def test_what_is_found_in_the_pictures(folder, capsys, monkeypatch):
     )
     assert recipe.teacher.pretrained and recipe.student.pretrained
     assert all(stage["training"]["sampler"] == "balanced" for stage in plain["stages"] if "training" in stage)
+
+
+def test_turned_photographs_give_the_size_that_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+    turned = Image.Exif()
+    turned[initial.TAG_ORIENTATION] = 6  # as a phone writes a portrait: lying, to be turned by a quarter
+    for name in ("a", "b"):
+        (tmp_path / "phone" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (176, 128), (40 * i, 0, 9)).save(
+                tmp_path / "phone" / name / f"{i}.jpg", exif=turned
+            )
+    assert pictures_of(tmp_path / "phone").size == (176, 128)
 
 
 def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder, capsys, monkeypatch):

@@ -35,6 +35,7 @@ TIMED_BATCH = 8
 FEW_STEPS = 200  # of pruning
 LEAST_STEPS = 100  # a large network that is pruned in fewer forgets what it knew: tried with 18
 FEW_TESTED = 100  # pictures: fewer tell networks apart only by points
+TAG_ORIENTATION = 274  # of EXIF
 COLUMN = 50  # where comments begin, after lines that are shorter
 
 
@@ -110,7 +111,9 @@ def pictures_of(folder: Path) -> Pictures:
     sizes = []
     for position in chosen:
         with Image.open(files[position]) as image:
-            sizes.append(image.size)
+            # From 5 on the orientation is a quarter turn, which the reader makes: see image_folder.
+            turned = image.getexif().get(TAG_ORIENTATION, 1) >= 5
+            sizes.append(image.size[::-1] if turned else image.size)
     images, _ = source.train.__getitems__(chosen)
     grey = bool((images[:, :1] == images).all())
     return Pictures(source, _size(sizes), 1 if grey else 3, splits)
