@@ -1,6 +1,7 @@
 """Writes a first recipe for a folder of photographs: what suits the pictures, in the time that there is."""
 
 import importlib.util
+import json
 import math
 import re
 import time
@@ -16,6 +17,7 @@ from trainer.data.images import Source
 from trainer.datasets.image_folder import image_folder
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
+from trainer.recipe import text
 from trainer.recipe.wheels import WHEELS
 from trainer.reporting.tables import duration
 
@@ -219,7 +221,7 @@ def _text(
     balance = ", sampler: balanced" if rare else ""
     targets = ["onnx"] if importlib.util.find_spec("onnxruntime") else ["pt2"]
     targets += [] if large else ["page"]
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().stem).strip("_.-") or "photographs"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().stem).strip("_.-")[:100] or "photographs"
 
     def training(epochs: int, rate: str, schedule: str) -> str:
         return f"{{epochs: {epochs}, batch_size: {batch}, lr: {rate}, schedule: {schedule}, channels_last: true{balance}}}"
@@ -241,7 +243,7 @@ def _text(
         ("    losses: *taught", "as above"),
     ]  # fmt: skip
     lines: list[tuple[str, str]] = [
-        (f"name: {name}", f"the run's folder is runs/{name}"),
+        (f"name: {_yaml(name)}", f"the run's folder is runs/{name}"),
         ("data:", f"{len(source.classes)} classes, {len(source.train):,} training images, {few}"),
         ("  dataset: image_folder", "a folder for each class; trainer/datasets/image_folder.py says what else it takes"),
         (f"  folder: {_yaml(str(folder))}", "relative to where the program is started"),
@@ -295,9 +297,17 @@ def _text(
 
 
 def _yaml(value: Any) -> str:
-    """Returns a value as YAML on one line."""
+    """Returns a value as YAML on one line: text in quotes where a recipe's reader would return something else."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, str) and not (re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and _stays(value)):
+        return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def _stays(words: str) -> bool:
+    """Returns whether a recipe's reader returns these words as they are when they stand without quotes."""
+    try:
+        return text.value(words) == words
+    except text.RecipeError:
+        return False
