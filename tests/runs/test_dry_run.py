@@ -14,7 +14,7 @@ from trainer.data.batches import make_data
 from trainer.datasets.image_folder import image_folder
 from trainer.recipe import shelves, shipped
 from trainer.recipe.keys import DataKeys
-from trainer.runs.dry_run import learning_seconds, store_bytes
+from trainer.runs.dry_run import STEPS, chosen_images, learning_seconds, store_bytes
 
 LOSSES = [{"loss": "kl"}]
 
@@ -65,6 +65,22 @@ def test_the_plan_has_a_row_for_each_stage_and_nothing_stays(recipe, tmp_path, c
 def test_the_time_of_new_and_kept_answers_adds_up():
     assert learning_seconds(1000, 10, 100.0, 500.0, 4) == pytest.approx(4 * 10 + 6 * 2)
     assert learning_seconds(1000, 3, 100.0, 500.0, 4) == pytest.approx(30)
+
+
+@pytest.mark.parametrize("labelled", [[1], [1, 2, 5], range(0, 1000, 2), range(1, 1000)])
+def test_of_partly_labelled_images_both_kinds_are_timed(labelled):
+    labels = torch.full((1000,), -1)
+    labels[list(labelled)] = 3
+    chosen = chosen_images(labels, STEPS * 8)
+    num_labelled = int((labels[chosen] >= 0).sum())
+    assert len(chosen.unique()) == len(chosen) == STEPS * 8
+    assert min(8, len(labelled)) <= num_labelled < len(chosen)
+
+
+@pytest.mark.parametrize("label", [-1, 0])
+def test_of_images_that_are_alike_evenly_spaced_ones_are_timed(label):
+    assert chosen_images(torch.full((9,), label), 3).tolist() == [0, 4, 8]
+    assert chosen_images(torch.full((9,), label), 30).tolist() == list(range(9))
 
 
 def test_mistakes_are_told_as_in_a_run(recipe, capsys):
