@@ -196,7 +196,7 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
     network = normalized(run.student.eval(), run.data) if teacher is None else lambda x: teacher.see(x).logits
     answered(network, run.data.test, run.accelerator)
     measured = len(run.data.test) / (time.monotonic() - started)
-    learnt = sum(len(run.data.train) / speed for speed in speeds)
+    learnt = sum(len(_learnt_from(stage, run.data)) / speed for speed in speeds)
     return Timed(
         run.num_fits,
         fresh,
@@ -206,6 +206,11 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
         measured,
         _peak_bytes(),
     )
+
+
+def _learnt_from(stage: StageKeys, data: Data) -> Part:
+    """Returns the training images that a stage takes: `train` leaves out those without a label, whoever learns."""
+    return (data.labelled_alone() if stage.stage == "train" else data).train
 
 
 def _peak_bytes() -> int:
@@ -267,10 +272,9 @@ def _plan(recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], ans
         seconds = found.rest_seconds + found.num_rows * num_measured / found.measured
         if training is not None and found.num_fits:
             num_epochs = found.num_fits * training.epochs
-            learns = data.labelled_alone() if teaches(stage) else data
             asks = keeps and not teaches(stage) and found.kept > found.fresh
             seconds += learning_seconds(
-                len(learns.train),
+                len(_learnt_from(stage, data)),
                 num_epochs,
                 found.fresh,
                 found.kept if asks else found.fresh,
