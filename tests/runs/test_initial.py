@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trainer.cli import main
+from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read
 from trainer.recipe.words import seconds
 from trainer.runs import initial
-from trainer.runs.initial import Speed, pictures_of, planned
+from trainer.runs.initial import Speed, fitted, pictures_of, planned
 
 
 @pytest.fixture
@@ -92,6 +94,28 @@ def test_a_folders_name_stays_text_whatever_yaml_reads_in_it(folder, capsys, mon
     (folder / "r.yaml").write_text(written(capsys, name, "--teacher", "lenet5", "--student", "separable"))
     recipe, plain = read("r.yaml")
     assert recipe.name == plain["name"] == plain["data"]["folder"] == name
+
+
+def test_a_network_of_one_size_sees_the_pictures_at_it(folder, capsys):
+    photographs(folder / "photos", {"a": 5, "b": 5})
+    model = "timm/vit_tiny_patch16_224"
+    (folder / "r.yaml").write_text(written(capsys, "photos", "--teacher", model, "--budget", "10h"))
+    plain = read("r.yaml")[1]
+    assert plain["data"]["size"] == 32
+    assert plain["teacher"] == {"model": model, "pretrained": True, "resize": 224}
+    assert plain["student"] == {"model": model, "pretrained": True, "img_size": 32}
+
+
+def test_a_network_that_takes_no_size_is_refused_in_a_line():
+    of_no_known_size = "python:tests.runs.test_initial:of_64"
+    for model, key in (("timm/vit_tiny_patch16_224", "img_size"), (of_no_known_size, "resize")):
+        with pytest.raises(Mistake, match=r"cannot learn images of 3x32x64: [^\n]+$"):
+            fitted({"model": model}, key, (3, 32, 64), 2)
+
+
+def of_64(input_shape, num_classes):
+    """A network that takes images of 64 x 64 alone, and says so nowhere."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, num_classes))
 
 
 def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder, capsys, monkeypatch):

