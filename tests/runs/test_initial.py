@@ -171,6 +171,25 @@ def test_few_test_pictures_are_said(folder, capsys, monkeypatch, count, said):
     assert read("r.yaml")[0].data.test == 0.2
 
 
+@pytest.mark.parametrize(
+    ("parts", "least"), [(("",), 3), (("train", "test"), 2), (("train", "val", "test"), 1)]
+)
+def test_a_class_with_too_few_pictures_is_refused_by_its_name(folder, capsys, monkeypatch, parts, least):
+    """With one more the recipe runs."""
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    for count in range(1, least + 1):
+        name = f"photos{count}"
+        photographs(folder / name, {"many": 8, "rare": count}, size=(8, 8), parts=parts)
+        words = ["init", name, "--teacher", "lenet5", "--student", "separable", "--budget", "1s"]
+        status, said = main(words), capsys.readouterr()
+        if count < least:
+            assert status == 2 and f"class 'rare' has {count} picture" in said.err
+            assert f"needs {least} or more" in said.err
+    (folder / "r.yaml").write_text(said.out)
+    for words in (["check", "r.yaml", "--data"], ["run", "r.yaml", "--dry-run"]):
+        assert main(words) == 0, capsys.readouterr().err
+
+
 def test_the_budget_is_divided_and_kept():
     plan = planned(1600, Speed(45, 130), Speed(45, 130), 1800)
     assert plan.teacher >= 4 and plan.distill >= 4 and 0.6 * 1800 < plan.seconds <= 1800

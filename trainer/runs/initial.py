@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from PIL import Image
 from torch.nn import functional
 
 from trainer.data.images import Source
+from trainer.data.kept_listing import kept_listing
+from trainer.data.tables import is_table, list_table
 from trainer.datasets.image_folder import image_folder
 from trainer.distillation.examine import FAILURES
 from trainer.mistakes import Mistake
@@ -110,9 +113,17 @@ def initial_recipe(folder: Path, teacher: str | None, student: str | None, budge
 
 
 def pictures_of(folder: Path) -> Pictures:
-    """Opens a folder's pictures, and finds the size and the channels that suit them."""
+    """Opens a folder's pictures, and finds the size and the channels that suit them.
+
+    Raises Mistake for a class with too few pictures for the parts that a recipe splits off.
+    """
     splits = folder.is_dir() and (folder / "train").is_dir()
+    counts = _pictures_of_classes(folder / "train" if splits else folder)
+    if not splits:
+        _refuse_few(folder, counts, ["training", "validation", "test"])
     source = image_folder(folder=folder, test=None if splits else 0.2, size=32)
+    if splits and source.validation is None:
+        _refuse_few(folder / "train", counts, ["training", "validation"])
     files: list[str] = source.train.files  # type: ignore[attr-defined]  # image_folder's images have them
     chosen = torch.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).long().tolist()
     sizes = []
@@ -124,6 +135,27 @@ def pictures_of(folder: Path) -> Pictures:
     images, _ = source.train.__getitems__(chosen)
     grey = bool((images[:, :1] == images).all())
     return Pictures(source, _size(sizes), 1 if grey else 3, splits)
+
+
+def _pictures_of_classes(folder: Path) -> Counter[str]:
+    """Returns how many pictures each class has; none for what `image_folder` refuses in its own words."""
+    if is_table(folder):
+        found = list_table(folder)
+    elif folder.is_dir():
+        found = kept_listing(folder)
+    else:
+        return Counter()
+    return Counter(name for name in found.classes if name)
+
+
+def _refuse_few(where: Path, counts: Counter[str], parts: Sequence[str]) -> None:
+    """Raises Mistake if a class has fewer pictures than there are parts, each of which takes one at least."""
+    name, count = min(counts.items(), key=lambda item: item[1], default=("", len(parts)))
+    if count < len(parts):
+        raise Mistake(
+            f"init: {where}: class {name!r} has {count} picture{'s' * (count > 1)}; it needs {len(parts)} or more, one each "
+            f"for {', '.join(parts)}"
+        )
 
 
 def _size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
