@@ -1,6 +1,9 @@
 """`trainer run RECIPE --dry-run`: a few steps of every stage, the plan of the whole, and nothing left behind."""
 
 import json
+import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,10 @@ from trainer.data.batches import make_data
 from trainer.datasets.image_folder import image_folder
 from trainer.recipe import shelves, shipped
 from trainer.recipe.keys import DataKeys
-from trainer.runs.dry_run import learning_seconds, store_bytes
+from trainer.recipe.recipe import read
+from trainer.reporting.tables import duration
+from trainer.runs import dry_run
+from trainer.runs.dry_run import STEPS, Timed, chosen_images, learning_seconds, store_bytes
 
 LOSSES = [{"loss": "kl"}]
 
@@ -65,6 +71,52 @@ def test_the_plan_has_a_row_for_each_stage_and_nothing_stays(recipe, tmp_path, c
 def test_the_time_of_new_and_kept_answers_adds_up():
     assert learning_seconds(1000, 10, 100.0, 500.0, 4) == pytest.approx(4 * 10 + 6 * 2)
     assert learning_seconds(1000, 3, 100.0, 500.0, 4) == pytest.approx(30)
+
+
+@pytest.mark.parametrize("labelled", [[1], [1, 2, 5], range(0, 1000, 2), range(1, 1000)])
+def test_of_partly_labelled_images_both_kinds_are_timed(labelled):
+    labels = torch.full((1000,), -1)
+    labels[list(labelled)] = 3
+    chosen = chosen_images(labels, STEPS * 8)
+    num_labelled = int((labels[chosen] >= 0).sum())
+    assert len(chosen.unique()) == len(chosen) == STEPS * 8
+    assert min(8, len(labelled)) <= num_labelled < len(chosen)
+
+
+@pytest.mark.parametrize("label", [-1, 0])
+def test_of_images_that_are_alike_evenly_spaced_ones_are_timed(label):
+    assert chosen_images(torch.full((9,), label), 3).tolist() == [0, 4, 8]
+    assert chosen_images(torch.full((9,), label), 30).tolist() == list(range(9))
+
+
+def test_a_stage_train_takes_as_long_as_its_labelled_images(recipe, monkeypatch):
+    """20 of 400 images have labels, and one is learnt in a second."""
+    training = {"epochs": 2, "batch_size": 50}
+    name = recipe(
+        data={"dataset": "digits", "subset": 400, "labelled": 20},
+        stages=[
+            {"stage": "train", "who": "teacher", "training": training},
+            {"stage": "train", "training": training},
+            {"stage": "distill", "training": training, "losses": LOSSES},
+        ],
+    )
+    keys, _ = read(name)
+    data = make_data(keys.data, torch.device("cpu"))
+    timed = [Timed(1, 1.0, 1.0, 0.0, 0, 1e9, 0)] * 3
+    rows = dry_run._plan(keys, data, 0.0, timed, 0).splitlines()[3:6]
+    for row, seconds in zip(rows, (40, 40, 800), strict=True):
+        assert f" {duration(seconds)} " in row
+
+    # Of 0.2 s the labelled images' three epochs take 0.06; all images' would take 1.2, and nothing would be left.
+    logs = iter([[], [{"epoch": n, "images_per_second": 1000.0} for n in range(3)]])
+    monkeypatch.setattr(dry_run, "read_log", lambda _: next(logs))
+    monkeypatch.setattr(dry_run, "find", lambda *_: lambda *_, **__: time.sleep(0.2))
+    monkeypatch.setattr(dry_run, "answered", lambda *_: None)
+    run = types.SimpleNamespace(
+        folder=Path(), rows=[], data=data, cache=None, num_fits=1, teacher=None, accelerator=None,
+        student=torch.nn.Identity(),
+    )  # fmt: skip
+    assert dry_run._timed(run, keys.stages[1]).rest_seconds > 0.1
 
 
 def test_mistakes_are_told_as_in_a_run(recipe, capsys):

@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trainer.cli import main
+from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read
 from trainer.recipe.words import seconds
 from trainer.runs import initial
-from trainer.runs.initial import Speed, planned
+from trainer.runs.initial import Speed, fitted, pictures_of, planned
 
 
 @pytest.fixture
@@ -72,6 +74,50 @@ def test_what_is_found_in_the_pictures(folder, capsys, monkeypatch):
     assert all(stage["training"]["sampler"] == "balanced" for stage in plain["stages"] if "training" in stage)
 
 
+def test_turned_photographs_give_the_size_that_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAINER_DATA", str(tmp_path / "cache"))
+    turned = Image.Exif()
+    turned[initial.TAG_ORIENTATION] = 6  # as a phone writes a portrait: lying, to be turned by a quarter
+    for name in ("a", "b"):
+        (tmp_path / "phone" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (176, 128), (40 * i, 0, 9)).save(
+                tmp_path / "phone" / name / f"{i}.jpg", exif=turned
+            )
+    assert pictures_of(tmp_path / "phone").size == (176, 128)
+
+
+@pytest.mark.parametrize("name", ["2024", "true", "null", "1e5", "no", "2024-05-01"])
+def test_a_folders_name_stays_text_whatever_yaml_reads_in_it(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    photographs(folder / name, {"a": 5, "b": 5}, size=(8, 8))
+    (folder / "r.yaml").write_text(written(capsys, name, "--teacher", "lenet5", "--student", "separable"))
+    recipe, plain = read("r.yaml")
+    assert recipe.name == plain["name"] == plain["data"]["folder"] == name
+
+
+def test_a_network_of_one_size_sees_the_pictures_at_it(folder, capsys):
+    photographs(folder / "photos", {"a": 5, "b": 5})
+    model = "timm/vit_tiny_patch16_224"
+    (folder / "r.yaml").write_text(written(capsys, "photos", "--teacher", model, "--budget", "10h"))
+    plain = read("r.yaml")[1]
+    assert plain["data"]["size"] == 32
+    assert plain["teacher"] == {"model": model, "pretrained": True, "resize": 224}
+    assert plain["student"] == {"model": model, "pretrained": True, "img_size": 32}
+
+
+def test_a_network_that_takes_no_size_is_refused_in_a_line():
+    of_no_known_size = "python:tests.runs.test_initial:of_64"
+    for model, key in (("timm/vit_tiny_patch16_224", "img_size"), (of_no_known_size, "resize")):
+        with pytest.raises(Mistake, match=r"cannot learn images of 3x32x64: [^\n]+$"):
+            fitted({"model": model}, key, (3, 32, 64), 2)
+
+
+def of_64(input_shape, num_classes):
+    """A network that takes images of 64 x 64 alone, and says so nowhere."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, num_classes))
+
+
 def test_without_names_the_student_is_the_teachers_network_or_a_small_one(folder, capsys, monkeypatch):
     monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
     photographs(folder / "photos", {"a": 100, "b": 100}, size=(150, 150))
@@ -123,6 +169,25 @@ def test_few_test_pictures_are_said(folder, capsys, monkeypatch, count, said):
     assert said in text if said else "# Few:" not in text
     (folder / "r.yaml").write_text(text)
     assert read("r.yaml")[0].data.test == 0.2
+
+
+@pytest.mark.parametrize(
+    ("parts", "least"), [(("",), 3), (("train", "test"), 2), (("train", "val", "test"), 1)]
+)
+def test_a_class_with_too_few_pictures_is_refused_by_its_name(folder, capsys, monkeypatch, parts, least):
+    """With one more the recipe runs."""
+    monkeypatch.setattr(initial, "_speed", lambda *_: Speed(50.0, 150.0))
+    for count in range(1, least + 1):
+        name = f"photos{count}"
+        photographs(folder / name, {"many": 8, "rare": count}, size=(8, 8), parts=parts)
+        words = ["init", name, "--teacher", "lenet5", "--student", "separable", "--budget", "1s"]
+        status, said = main(words), capsys.readouterr()
+        if count < least:
+            assert status == 2 and f"class 'rare' has {count} picture" in said.err
+            assert f"needs {least} or more" in said.err
+    (folder / "r.yaml").write_text(said.out)
+    for words in (["check", "r.yaml", "--data"], ["run", "r.yaml", "--dry-run"]):
+        assert main(words) == 0, capsys.readouterr().err
 
 
 def test_the_budget_is_divided_and_kept():

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
 from trainer.data.images import Data, Part
 from trainer.data.pictures import stored_side
@@ -146,16 +147,34 @@ def _shortened(recipe: Recipe) -> Recipe:
 def _some(data: Data, num_train: int) -> Data:
     """Returns the data with a few images of each part."""
 
-    def few(part: Part, most: int) -> Part:
-        chosen = torch.linspace(0, len(part) - 1, min(most, len(part))).long()
+    def few(part: Part, chosen: Tensor) -> Part:
         return replace(part, ids=part.ids[chosen.to(part.ids.device)])
 
     return replace(
         data,
-        train=few(data.train, num_train),
-        validation=few(data.validation, MEASURED),
-        test=few(data.test, MEASURED),
+        train=few(data.train, chosen_images(data.train.labels, num_train)),
+        validation=few(data.validation, _evenly(len(data.validation), MEASURED)),
+        test=few(data.test, _evenly(len(data.test), MEASURED)),
     )
+
+
+def chosen_images(labels: Tensor, most: int) -> Tensor:
+    """Returns the positions of at most so many training images, evenly spaced; of labelled ones a batch, if there are any.
+
+    labels: int64 [N], -1 for unlabelled images. `most`: of `STEPS` batches.
+    """
+    labels = labels.cpu()
+    labelled, others = (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]
+    if not len(labelled) or not len(others):
+        return _evenly(len(labels), most)
+    # Few have labels: evenly spaced images may have none, and then there is nothing for `train` to learn from.
+    share = round(most * len(labelled) / len(labels))
+    taught = labelled[_evenly(len(labelled), min(max(2, most // STEPS, share), most - 1))]
+    return torch.cat([taught, others[_evenly(len(others), most - len(taught))]]).sort().values
+
+
+def _evenly(num_images: int, most: int) -> Tensor:
+    return torch.linspace(0, num_images - 1, min(most, num_images)).long()
 
 
 def _timed(run: Run, stage: StageKeys) -> Timed:
@@ -177,7 +196,7 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
     network = normalized(run.student.eval(), run.data) if teacher is None else lambda x: teacher.see(x).logits
     answered(network, run.data.test, run.accelerator)
     measured = len(run.data.test) / (time.monotonic() - started)
-    learnt = sum(len(run.data.train) / speed for speed in speeds)
+    learnt = sum(len(_learnt_from(stage, run.data)) / speed for speed in speeds)
     return Timed(
         run.num_fits,
         fresh,
@@ -187,6 +206,11 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
         measured,
         _peak_bytes(),
     )
+
+
+def _learnt_from(stage: StageKeys, data: Data) -> Part:
+    """Returns the training images that a stage takes: `train` leaves out those without a label, whoever learns."""
+    return (data.labelled_alone() if stage.stage == "train" else data).train
 
 
 def _peak_bytes() -> int:
@@ -248,10 +272,9 @@ def _plan(recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], ans
         seconds = found.rest_seconds + found.num_rows * num_measured / found.measured
         if training is not None and found.num_fits:
             num_epochs = found.num_fits * training.epochs
-            learns = data.labelled_alone() if teaches(stage) else data
             asks = keeps and not teaches(stage) and found.kept > found.fresh
             seconds += learning_seconds(
-                len(learns.train),
+                len(_learnt_from(stage, data)),
                 num_epochs,
                 found.fresh,
                 found.kept if asks else found.fresh,

