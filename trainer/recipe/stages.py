@@ -13,6 +13,8 @@ Beside its function a stage's file may define (each optional):
     needs_trained(settings) -> bool        whether it is refused for a student that has learnt nothing (default: no)
     compares_teacher(settings) -> bool     whether it needs a teacher beside the student (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
+    check_student_after(settings, student, before)
+                                           like check_student, for what depends on the stages `before` too
     becomes(settings, student, spec, images) -> (student, spec)
                                            the network that later stages find; student is a copy, images an example batch
 """
