@@ -24,6 +24,7 @@ from trainer.recipe.stages import (
     hook,
     losses_of,
     marked,
+    of_present_student,
     promotes,
     teaches,
     terms_of,
@@ -177,7 +178,7 @@ def _after(
 
     Raises Mistake when the stage cannot work on this student, or leaves one that fails or cannot be packed.
     """
-    stage, before = recipe.stages[number], recipe.stages[:number]
+    stage, before = recipe.stages[number], of_present_student(recipe.stages[:number])
     check_student, becomes = hook(stage, "check_student"), hook(stage, "becomes")
     if check_student is not None:
         check_student(stage, student)
