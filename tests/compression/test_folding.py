@@ -11,6 +11,7 @@ from trainer.compression.parametrizations import Codebook
 from trainer.compression.states import dense_state, restore
 from trainer.compression.weights import weights_of
 from trainer.criteria.channels import channels
+from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.models.lenet5_caffe import lenet5_caffe
 from trainer.models.lenet300 import lenet300
@@ -105,6 +106,24 @@ def test_what_cannot_be_folded():
     set_codebook(place, *cluster(place, 4))
     with pytest.raises(ValueError, match="'conv2' shares its weights already: fold before sharing"):
         folding.fold(model, NORMED["lenet5"])
+
+
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_a_tied_weight_cannot_take_two_scales(is_pruned):
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+    )
+    model[3].weight = model[0].weight
+    if is_pruned:
+        pruned(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for refused in (folding.can_fold, folding.fold_norms):
+        with pytest.raises(Mistake, match="layer '0': its weight is held 2 times.* cannot take two scales"):
+            refused(model)
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+    model[1] = nn.Identity()
+    with pytest.raises(Mistake, match="layer '3': its weight is that of '0' and is held 2 times"):
+        folding.can_fold(model)
 
 
 # tidy

@@ -295,8 +295,9 @@ def test_points_of_a_ladder_share_the_teachers_answers(tmp_path, capsys, taken_o
     assert not (point / "views").is_symlink() and not (point / "views").exists()
 
 
-def test_ladder_over_the_bits_alone(tmp_path, monkeypatch):
-    path = write(tmp_path, STD + "  - {stage: share, bits: 5}\n")
+@pytest.mark.parametrize("given", ["bits: 5", "values: 6", "bits: auto, budget_bytes: 2600"])
+def test_ladder_over_the_bits_alone(tmp_path, given):
+    path = write(tmp_path, STD + f"  - {{stage: share, {given}}}\n")
     found = ladder.ladder(path, bits=[2, 4], folder=tmp_path / "runs")
     assert [(point["name"], point["sparsity"], point["bits"]) for point in found["points"]] == [
         ("bits-2", None, 2),

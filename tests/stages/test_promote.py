@@ -125,7 +125,7 @@ DISTILL = CHAIN["stages"][3]
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
-        ([PROMOTE, DISTILL], "stages[0]: makes the student the teacher, and no stage before it trains the"),
+        ([PROMOTE, DISTILL], "stages[0]: makes the student the teacher, and no stage before it trains this"),
         ([DISTILL, PROMOTE], "stages[0].losses[0]: loss 'kl' needs a teacher, and there is none"),
         (
             [TRAIN, PROMOTE | {"student": {"model": "lenet6"}}],
@@ -141,6 +141,36 @@ DISTILL = CHAIN["stages"][3]
 def test_check_tells_what_cannot_be(stages, told, tmp_path, capsys):
     assert main(["check", str(write(tmp_path, stages=stages))]) == 2
     assert told in capsys.readouterr().err
+
+
+NEW = PROMOTE | {"student": {"model": "lenet5", "width": 2, "batch_norm": True}}
+SHARE = {"stage": "share", "bits": 4}
+FOLD = {"stage": "fold"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ([NEW, DISTILL, CHAIN["stages"][1], FOLD, SHARE, {"stage": "quantize"}], None),
+        ([NEW, DISTILL, {"stage": "quantize"}], None),
+        ([PROMOTE, DISTILL, CHAIN["stages"][1]], "stages[4]: prunes after sharing"),
+        ([PROMOTE, FOLD], "stages[3]: folds after sharing"),
+        ([NEW, SHARE, FOLD], "stages[4]: folds after sharing"),
+        ([NEW, SHARE, {"stage": "quantize"}], "stages[4]: layer 'conv1' shares its weights by then"),
+        (
+            [NEW, PROMOTE],
+            "stages[3]: makes the student the teacher, and no stage before it trains this student",
+        ),
+        ([NEW, DISTILL, PROMOTE], None),
+        ([PROMOTE | {"student": {"model": "lenet5", "width": 2, "from_teacher": "copy"}}, PROMOTE], None),
+        ([NEW, {"stage": "export", "to": ["onnx"]}], "stages[3]: exports the packed student"),
+    ],
+)
+def test_a_new_student_is_not_judged_by_what_was_made_of_the_one_before(stages, told, tmp_path, capsys):
+    path = write(tmp_path, stages=[TRAIN, SHARE, *stages])
+    assert main(["check", str(path), "--build"]) == (0 if told is None else 2)
+    error = capsys.readouterr().err
+    assert told is None or told in error
 
 
 def test_layers_are_those_of_the_new_teacher_and_student(tmp_path, capsys):

@@ -18,6 +18,7 @@ from trainer.mistakes import Mistake
 from trainer.networks.quantizers import quantizers
 from trainer.packing.loading import load
 from trainer.recipe.text import RecipeError
+from trainer.runs.check import check as check_recipe
 
 TRAINING = {"epochs": 2, "batch_size": 30, "lr": 1e-2}
 STUDENTS = {
@@ -157,6 +158,21 @@ def test_nothing_but_pack_and_export_comes_after_it(later, tmp_path):
     stages = [{"stage": "quantize"}, later]
     with pytest.raises(RecipeError, match="only pack and export may follow|is quantized already"):
         trainer.run(recipe(tmp_path, STUDENTS["lenet300"], stages), folder=tmp_path)
+
+
+def test_sharing_what_batch_norm_would_be_folded_into_is_refused_before_anything_is_trained(tmp_path):
+    train, quantize = {"stage": "train", "training": TRAINING}, {"stage": "quantize"}
+    share = {"stage": "share", "bits": 4}
+
+    def check(*stages):
+        check_recipe(recipe(tmp_path, STUDENTS["lenet5"], [*stages]), build=True)
+
+    with pytest.raises(RecipeError, match=r"stages\[2\]: layer 'conv1' shares its .* add fold before share"):
+        check(train, share, quantize)
+    with pytest.raises(RecipeError, match="layer 'conv2' shares"):
+        check(train, share | {"exclude": ["conv1"]}, quantize)
+    check(train, {"stage": "fold"}, share, quantize)
+    check(train, share | {"exclude": ["conv1", "conv2"]}, quantize)
 
 
 def test_what_integers_cannot_compute_is_refused_with_its_layer():

@@ -358,6 +358,31 @@ def test_trained_assignments_move_and_are_kept_as_a_plain_codebook(make_run):
     assert changed > 20
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4, "code_cost": 0.3, "assign": "trained", "training": training()},
+        {"values": 14, "spacing": "even", "assign": "trained", "entropy": 0.5, "training": training()},
+        {"bits": 4, "codebook": 1},
+        {"bits": 4, "codebook": 1, "training": training()},
+        {"bits": 3, "per": "group", "groups": 2, "codebook": 1, "training": training()},
+    ],
+)
+def test_the_layer_table_counts_the_values_that_the_file_has(make_run, settings):
+    run = make_run()
+    share(run, biases=5, **settings)
+    data = packed.encode(run.student, run.student_spec, packed.facts_of(run.data))
+    groups, asked, told = settings.get("groups", 1), settings.get("values") or 2 ** settings["bits"], []
+    for name, place in weights_of(packed.decode(data)[0]).items():
+        blocks = np.split(place.value.detach().numpy(), groups)
+        used = max(len(np.unique(block[block != 0])) for block in blocks)
+        facts = run.layers[name]
+        assert (facts["clusters"], facts["groups"]) == (used, groups)
+        assert 2 ** (facts["bits"] - 1) < used <= 2 ** facts["bits"]
+        told.append(used)
+    assert min(told) < asked, "some value is left unused, or two are rounded to the same"
+
+
 def test_the_entropy_term_lowers_the_bits_of_the_codes(make_run):
     bits = []
     for entropy in (0.0, 0.5):

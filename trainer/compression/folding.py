@@ -25,14 +25,21 @@ def norms(model: nn.Module) -> list[tuple[str, str]]:
 def can_fold(model: nn.Module) -> list[tuple[str, str]]:
     """Returns the pairs (layer, norm) that `fold` would fold: those that the network knows, else those that `adjoining` finds.
 
-    Raises Mistake if there are none or a weight is shared.
+    Raises Mistake if there are none, or a weight is shared or tied.
     """
     pairs = norms(model) or adjoining(model)
     if not pairs:
         raise Mistake("the network has no BatchNorm after a layer that it could be folded into")
-    layers = weights_of(model)
-    for layer, _ in pairs:
-        if layers[layer].mask is not None and not isinstance(layers[layer].parametrization, Mask):
+    by_module = _by_module(model)
+    for layer, norm in pairs:
+        weight = by_module[model.get_submodule(layer)]
+        if len(weight.holders) > 1:
+            tied = "" if weight.name == layer else f" is that of {weight.name!r} and"
+            raise Mistake(
+                f"layer {layer!r}: its weight{tied} is held {len(weight.holders)} times, so {norm!r} cannot be folded into "
+                "it: a tied weight cannot take two scales"
+            )
+        if weight.mask is not None and not isinstance(weight.parametrization, Mask):
             raise Mistake(f"layer {layer!r} shares its weights already: fold before sharing")
     return pairs
 
@@ -71,10 +78,10 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """Folds BatchNorm into the layers before it, in place; returns the network.
 
     In evaluation mode the outputs stay the same up to rounding. Whole output channels are scaled, so masks do not change.
-    Raises Mistake for a network that has nothing to fold or whose weights are shared already.
+    Raises Mistake for a network that has nothing to fold, or whose weights are shared already or tied.
     """
     pairs = can_fold(model)
-    layers = weights_of(model)
+    by_module = _by_module(model)
     for layer, norm_name in pairs:
         module: Any = model.get_submodule(layer)
         norm: Any = model.get_submodule(norm_name)
@@ -83,7 +90,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
         before = torch.zeros_like(scale) if module.bias is None else module.bias.double()
         bias = shift + (before - norm.running_mean.double()) * scale
-        weight = own_tensors(layers[layer])[0]
+        weight = own_tensors(by_module[module])[0]
         shape = (-1,) + (1,) * (weight.dim() - 1)
         weight.copy_(
             weight.double() * scale.reshape(shape) + 0.0
@@ -91,6 +98,12 @@ def fold_norms(model: nn.Module) -> nn.Module:
         module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
     remove_norms(model, pairs)
     return model
+
+
+def _by_module(model: nn.Module) -> dict[nn.Module, Weight]:
+    """Returns the weight of each layer, also of one whose weight goes by another layer's name."""
+    holders = ((layer, holder) for layer in weights_of(model).values() for holder in layer.holders)
+    return {module: layer for layer, (module, attribute) in holders if attribute == "weight"}
 
 
 def _without_setting(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 Beside its function a stage's file may define (each optional):
 
     check(settings)                        raises Mistake for settings that contradict each other
-    order(settings, before)                yields what is wrong after the stages `before` (their settings, in order); a
-                                           message about one key begins with 'key: '
+    order(settings, before)                yields what is wrong after the stages `before` (their settings, in order, from the
+                                           one on that put the present student in its place); a message about one key begins
+                                           with 'key: '
     teaches(settings) -> bool              whether it may change the teacher (default: no)
     promotes(settings) -> bool             whether the present student becomes the teacher, which it teaches then (default: no)
+    renews_student(settings) -> bool       whether a new student takes the present one's place (default: no)
     changes_student(settings) -> bool      whether it may change the student (default: yes, unless it teaches)
     seals(settings) -> bool                whether later stages must not change the student (default: no)
     settles(settings) -> bool              whether later stages may only pack and export the student (default: no)
     needs_trained(settings) -> bool        whether it is refused for a student that has learnt nothing (default: no)
     compares_teacher(settings) -> bool     whether it needs a teacher beside the student (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
+    check_student_after(settings, student, before)
+                                           like check_student, for what depends on the stages `before` too
     becomes(settings, student, spec, images) -> (student, spec)
                                            the network that later stages find; student is a copy, images an example batch
 """
@@ -47,6 +51,18 @@ def promotes(stage: StageKeys) -> bool:
     """Returns whether the stage makes the present student the teacher."""
     answer = hook(stage, "promotes")
     return answer is not None and answer(stage)
+
+
+def renews_student(stage: StageKeys) -> bool:
+    """Returns whether the stage puts a new student in the present one's place."""
+    answer = hook(stage, "renews_student")
+    return answer is not None and answer(stage)
+
+
+def of_present_student(stages: Sequence[StageKeys]) -> Sequence[StageKeys]:
+    """Returns the stages from the last one on that put a new student in its place; all of them if none did."""
+    first = max((number for number, stage in enumerate(stages) if renews_student(stage)), default=0)
+    return stages[first:]
 
 
 def any_teaches(stages: Iterable[StageKeys]) -> bool:
@@ -101,7 +117,7 @@ def order_faults(stage: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]
     """Yields what is wrong with a stage after the stages `before`."""
     order = hook(stage, "order")
     if order is not None:
-        yield from order(stage, before)
+        yield from order(stage, of_present_student(before))
     if changes_student(stage) and any(seals(earlier) for earlier in before):
         yield "changes the student after it was packed: the file would be another network's"
     elif changes_student(stage) and not seals(stage):

@@ -24,6 +24,7 @@ from trainer.recipe.stages import (
     hook,
     losses_of,
     marked,
+    of_present_student,
     promotes,
     teaches,
     terms_of,
@@ -65,7 +66,7 @@ def check_networks(
                     stage
                 ):  # the network before the stage, also where the stage puts another in its place
                     teacher, rehearsed = promoted(student, spec, data), set()
-                student, spec = _after(stage, student, spec, data, _learns(recipe.stages[number:]))
+                student, spec = _after(recipe, number, student, spec, data)
             except Mistake as error:
                 found.append(recipe.fault(path, str(error)))
         if not terms_of(stage) and training_of(stage) is not None and not data.labelled:
@@ -171,21 +172,25 @@ def _all_in_memory(data: Data) -> bool:
 
 
 def _after(
-    stage: StageKeys, student: nn.Module, spec: dict[str, Any], data: Data, is_trained: bool
+    recipe: Recipe, number: int, student: nn.Module, spec: dict[str, Any], data: Data
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns the student as this stage leaves it, and its spec.
+    """Returns the student as the stage of this number leaves it, and its spec.
 
-    is_trained: whether this stage or a later one trains it. Raises Mistake when the stage cannot work on this student, or
-    leaves one that fails or cannot be packed.
+    Raises Mistake when the stage cannot work on this student, or leaves one that fails or cannot be packed.
     """
+    stage, before = recipe.stages[number], of_present_student(recipe.stages[:number])
     check_student, becomes = hook(stage, "check_student"), hook(stage, "becomes")
     if check_student is not None:
         check_student(stage, student)
+    check_student_after = hook(stage, "check_student_after")
+    if check_student_after is not None:
+        check_student_after(stage, student, before)
     if becomes is None:
         return student, spec
     device = next(student.parameters()).device
     images = normalize(example_images(data, device), data.mean, data.std)
     after, spec = becomes(stage, copy.deepcopy(student), spec, images)
+    is_trained = _learns(recipe.stages[number:])
     rehearse(after, images, len(data.classes), "the student after this stage", is_trained)
     can_encode(after, spec, facts_of(data))
     return after, spec

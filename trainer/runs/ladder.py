@@ -155,8 +155,9 @@ def _point(
         assert share_stage is not None
         words.append(f"bits-{bits}")
         varied[f"stages.{share_stage}.bits"] = bits
-        if recipe.stages[share_stage].values is not None:
-            varied[f"stages.{share_stage}.values"] = None
+        for other in ("values", "budget_bytes"):  # what the recipe says instead of a number of bits
+            if getattr(recipe.stages[share_stage], other) is not None:
+                varied[f"stages.{share_stage}.{other}"] = None
     return "-".join(words), varied
 
 

@@ -10,6 +10,7 @@ from trainer.distillation.teacher import copy_layers, dense_copy, promoted
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Student, StudentKeys
 from trainer.recipe.stages import changes_student as changes
+from trainer.recipe.stages import renews_student as renews
 from trainer.recipe.stages import training_of
 from trainer.training.rows import record_teacher
 from trainer.training.run import Run
@@ -17,8 +18,9 @@ from trainer.training.weights import Made, create
 
 
 def order(_settings, before) -> Iterator[str]:
-    if not any(changes(stage) and training_of(stage) is not None for stage in before):
-        yield "makes the student the teacher, and no stage before it trains the student"
+    trained = any(changes(stage) and training_of(stage) is not None for stage in before)
+    if not trained and not any(renews(stage) and _knows(stage.student) for stage in before):
+        yield "makes the student the teacher, and no stage before it trains this student"
 
 
 def teaches(_settings) -> bool:
@@ -27,6 +29,10 @@ def teaches(_settings) -> bool:
 
 def promotes(_settings) -> bool:
     return True
+
+
+def renews_student(settings) -> bool:
+    return settings.student is not None
 
 
 def changes_student(_settings) -> bool:
@@ -72,6 +78,11 @@ def promote(run: Run, *, student: Student | None = None) -> None:
     run.learned.clear()  # projectors lead to the earlier teacher
     run.layers.clear()
     record_teacher(run, "teacher")
+
+
+def _knows(keys: StudentKeys) -> bool:
+    """Returns whether a student begins with weights that were trained."""
+    return bool(keys.checkpoint or keys.from_teacher or getattr(keys, "pretrained", False))
 
 
 def _made(keys: StudentKeys, teacher: nn.Module, shape: tuple[int, int, int], num_classes: int) -> Made:

@@ -7,8 +7,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from trainer.compression import units
+from trainer.compression import folding, units
 from trainer.compression.integers import close_integers, open_integers, to_integers
+from trainer.compression.weights import choose, weights_of
 from trainer.data.batches import batches
 from trainer.data.images import normalize
 from trainer.distillation.objective import Objective
@@ -42,6 +43,16 @@ def needs_trained(_settings) -> bool:
     return True
 
 
+def check_student_after(_settings, student: nn.Module, before) -> None:
+    layers = weights_of(student)
+    shared = {name for stage in before if stage.stage == "share" for name in choose(layers, stage.exclude)}
+    for layer, norm in folding.norms(student):
+        if layer in shared:
+            raise Mistake(
+                f"layer {layer!r} shares its weights by then, so {norm!r} cannot be folded into it: add fold before share"
+            )
+
+
 def becomes(
     _settings, student: nn.Module, spec: dict[str, Any], images: Tensor
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -63,9 +74,10 @@ def quantize(
     """Makes the student compute in integers: it reads bytes, and every layer sums products of small integers.
 
     The map that each layer reads is rounded to 8 bits, weights and biases to so many bits; all steps are powers of two, so
-    that rounding is a shift and float32 computes the same numbers (Jain et al. 2020). BatchNorm is folded away first. Zeros
-    stay zero, shared weights stay shared. The training learns the steps of the maps beside weights and shared values. It comes
-    after prune and share; only pack and export follow. The export `c` then writes integer code.
+    that rounding is a shift and float32 computes the same numbers (Jain et al. 2020). BatchNorm is folded away first;
+    where a stage shares the weights, a stage `fold` must come before that one. Zeros stay zero, shared weights stay shared.
+    The training learns the steps of the maps beside weights and shared values. It comes after prune and share; only pack and
+    export follow. The export `c` then writes integer code.
 
     Args:
         bits: Of a weight; fewer in a layer whose sums could exceed 24 bits.

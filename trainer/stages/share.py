@@ -200,7 +200,6 @@ def share(
         asked = wanted[name] if values is not None else 2 ** wanted[name]
         if spacing == "even":
             open_even_codebook(layer, asked, functools.partial(round_codebook, kind=codebook))
-            _note(run, name, close_codebook(layer)[1])
             continue
         codes, centroids = cluster(name, layer, asked)
         if centroids.shape[-1] < asked:
@@ -213,11 +212,11 @@ def share(
             open_codebook(layer, codes, centroids, code_cost)
         else:
             set_codebook(layer, codes, centroids)
-        _note(run, name, centroids)
     if fewer and run.accelerator.is_main_process:
         print(f"share: no layer gets more values than it has weights: {', '.join(fewer)}", flush=True)
     if training is None:
         _round(run.student, biases, rest)
+        _note_values(run, layers)
     if spacing == "even" and biases is not None:
         rounded_biases = open_biases(run.student, biases)
     how = {"spacing": spacing} if spacing == "even" else {"init": init}
@@ -246,16 +245,20 @@ def share(
             parameter.copy_((round_evenly if spacing == "even" else round_codebook)(parameter, codebook))
     close_biases(rounded_biases)
     _round(run.student, biases, rest)
+    _note_values(run, layers)
     record(run, "shared", numbers["train_seconds"], **how, **numbers)
     keep_histogram(run, "shared")
 
 
-def _note(run: Run, name: str, centroids: Tensor) -> None:
-    """Adds to the report how large the codebooks of a layer are."""
-    used = int(torch.atleast_2d(centroids).ne(0).sum(1).max())
-    run.layers.setdefault(name, {}).update(
-        clusters=used, groups=len(torch.atleast_2d(centroids)), bits=max(1, (used - 1).bit_length())
-    )
+def _note_values(run: Run, layers: dict[str, Weight]) -> None:
+    """Adds to the report how many values the weights of each layer share, as they end: training may leave some unused."""
+    for name, layer in layers.items():
+        groups = len(torch.atleast_2d(layer.parameter))
+        blocks = (block[block != 0] for block in layer.value.detach().chunk(groups))
+        used = max(len(block.unique()) for block in blocks)
+        run.layers.setdefault(name, {}).update(
+            clusters=used, groups=groups, bits=max(1, (used - 1).bit_length())
+        )
 
 
 def _round(student: nn.Module, biases: int | None, rest: str) -> None:
