@@ -55,9 +55,7 @@ class Mask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.power != 1:
-            some = torch.where(
-                weight == 0, 1.0, weight
-            )  # at 0 the derivative of the power alone may be infinite
+            some = torch.where(weight == 0, 1.0, weight)  # the power alone may have an infinite slope at 0
             weight = torch.where(weight == 0, 0.0, some * some.abs().pow(self.power - 1))
         masked = straight(self.rounding, torch.where(self.mask, weight, 0.0))  # no product: NaN for infinity
         if self._criterion is not None and masked.requires_grad:
