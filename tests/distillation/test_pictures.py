@@ -9,12 +9,14 @@ from torch.nn import functional
 
 from trainer.data.batches import make_data
 from trainer.data.views import Views
+from trainer.distillation.answer_space import size_text
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
 from trainer.recipe import shelves
 from trainer.recipe.keys import CacheKeys, DataKeys, TeacherKeys, TermKeys
 from trainer.runs import runner
+from trainer.runs.dry_run import dry_run, store_bytes
 
 SMALL, LARGE = 16, 64
 
@@ -261,3 +263,17 @@ def test_the_size_that_a_checkpoint_recorded_is_the_teacher_s(folder, tmp_path, 
         "teacher lenet5: sees images of 64 x 64 pixels, as it was trained on (resize in the recipe decides)"
         in notes
     )
+
+
+def test_stretched_pictures_are_told_and_the_teachers_store_is_counted(folder, tmp_path):
+    path = tmp_path / "x.yaml"
+    stages = "{stage: train, who: teacher, training: {epochs: 1}}"
+    for size, stretched in (("[16, 12]", True), ("16", False)):
+        text = TAUGHT.format(name="x", folder=folder, teacher=", resize: 64", stages=stages)
+        path.write_text(text.replace(" size: 16,", f" size: {size},"))
+        with runner.begun(path, 0, {}, tmp_path / size) as run:
+            told = "teacher lenet5: sees the pictures stretched to 64 x 64, because the student's are 16 high and 12 wide"
+            assert (told in run.data.notes) == stretched
+            own, larger = store_bytes(run.data), store_bytes(run.teacher.images_of(run.data))
+    assert larger > 4 * own > 0
+    assert f"the store of decoded pictures takes about {size_text(own + larger)} on disk" in dry_run(path)

@@ -114,7 +114,10 @@ def dry_run(
             timed[number] = timed[number]._replace(disk_bytes=sum(kept))
         views = recipe.data.views or 1 if recipe.data.augment != Augment() else 1
         answer_bytes = 0 if run.cache is None else run.cache.file.num_bytes * views // (few.data.views or 1)
-    return _plan(recipe, whole, opened, timed, answer_bytes)
+        # A teacher of larger images reads the pictures at its own size, into a store of its own.
+        own = whole if run.teacher is None else run.teacher.images_of(whole)
+        stored = store_bytes(whole) + (0 if own is whole else store_bytes(own))
+    return _plan(recipe, whole, opened, timed, answer_bytes, stored)
 
 
 def _shortened(recipe: Recipe) -> Recipe:
@@ -244,7 +247,9 @@ def store_bytes(data: Data) -> int:
     return total
 
 
-def _plan(recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], answer_bytes: int) -> str:
+def _plan(
+    recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], answer_bytes: int, stored: int
+) -> str:
     """Returns the plan as text: a row for each stage and the sum, then what is kept."""
     in_memory = not (
         recipe.cache == "disk" or (isinstance(recipe.cache, CacheKeys) and recipe.cache.where == "disk")
@@ -318,7 +323,7 @@ def _plan(recipe: Recipe, data: Data, opened: float, timed: Sequence[Timed], ans
         lines.append(
             f"the teacher's answers would take {size_text(answer_bytes)}, more than {LIMIT_GIB:g} GiB: they are not kept"
         )
-    if stored := store_bytes(data):
+    if stored:
         lines.append(f"the store of decoded pictures takes about {size_text(stored)} on disk")
     if recipe.data.keep_views:
         kept = (recipe.data.views or 1) * len(data.train) * math.prod(data.shape) * 4

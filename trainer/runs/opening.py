@@ -308,6 +308,12 @@ def make_teacher(
         specs.append(made.spec)
         if keys.resize:
             filters.append(known_filter(keys, made))
+            _, height, width = data.shape
+            if height != width:
+                notes.append(
+                    f"{where}: sees the pictures stretched to {keys.resize} x {keys.resize}, because the student's are {height} "
+                    f"high and {width} wide"
+                )
     teacher = Teacher(
         networks, entries, data.mean, data.std, recipe.combine or "logits", specs, data.shape, *filters[:1]
     )
