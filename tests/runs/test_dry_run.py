@@ -103,7 +103,7 @@ def test_a_stage_train_takes_as_long_as_its_labelled_images(recipe, monkeypatch)
     keys, _ = read(name)
     data = make_data(keys.data, torch.device("cpu"))
     timed = [Timed(1, 1.0, 1.0, 0.0, 0, 1e9, 0)] * 3
-    rows = dry_run._plan(keys, data, 0.0, timed, 0).splitlines()[3:6]
+    rows = dry_run._plan(keys, data, 0.0, timed, 0, 0).splitlines()[3:6]
     for row, seconds in zip(rows, (40, 40, 800), strict=True):
         assert f" {duration(seconds)} " in row
 

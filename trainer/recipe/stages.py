@@ -13,6 +13,7 @@ Beside its function a stage's file may define (each optional):
     seals(settings) -> bool                whether later stages must not change the student (default: no)
     settles(settings) -> bool              whether later stages may only pack and export the student (default: no)
     needs_trained(settings) -> bool        whether it is refused for a student that has learnt nothing (default: no)
+    learns_labels(settings) -> bool        whether it leaves out training images without a label, where others have one (default: no)
     compares_teacher(settings) -> bool     whether it needs a teacher beside the student (default: no)
     check_student(settings, student)       raises Mistake for a student it cannot work on, before anything is trained
     check_student_after(settings, student, before)
@@ -63,6 +64,12 @@ def of_present_student(stages: Sequence[StageKeys]) -> Sequence[StageKeys]:
     """Returns the stages from the last one on that put a new student in its place; all of them if none did."""
     first = max((number for number, stage in enumerate(stages) if renews_student(stage)), default=0)
     return stages[first:]
+
+
+def learns_labels(stage: StageKeys) -> bool:
+    """Returns whether the stage leaves out training images without a label, where others have one."""
+    answer = hook(stage, "learns_labels")
+    return answer is not None and answer(stage)
 
 
 def any_teaches(stages: Iterable[StageKeys]) -> bool:

@@ -22,7 +22,7 @@ from trainer.distillation.answer_space import size_text
 from trainer.distillation.answers import LIMIT_GIB
 from trainer.recipe.keys import Augment, CacheKeys, Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
-from trainer.recipe.stages import largest_batch, name_of, seals, teaches, training_of
+from trainer.recipe.stages import largest_batch, learns_labels, name_of, seals, teaches, training_of
 from trainer.recipe.training import Training
 from trainer.reporting.log import Log
 from trainer.reporting.page import read_log
@@ -212,8 +212,8 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
 
 
 def _learnt_from(stage: StageKeys, data: Data) -> Part:
-    """Returns the training images that a stage takes: `train` leaves out those without a label, whoever learns."""
-    return (data.labelled_alone() if stage.stage == "train" else data).train
+    """Returns the training images that a stage takes."""
+    return (data.labelled_alone() if learns_labels(stage) else data).train
 
 
 def _peak_bytes() -> int:

@@ -39,6 +39,10 @@ def teaches(settings) -> bool:
     return settings.who == "teacher"
 
 
+def learns_labels(_settings) -> bool:
+    return True
+
+
 def train(
     run: Run,
     *,
