@@ -74,7 +74,6 @@ class Pictures:
         self.files = files if isinstance(files, Names) else Names(files)
         self.labels, self.reading = labels, reading
         self.store: StoreKeys | None = None
-        self._digest = ""
         self._states: States | None = None
         self._inputs: Store | None = None  # the files as inputs of `reading`
         self._wholes: Store | None = None  # the whole pictures, smaller
@@ -99,7 +98,8 @@ class Pictures:
     def at(self, reading: Reading) -> "Pictures":
         """Returns the same pictures, read in another way."""
         other = type(self)(self.files, self.labels, reading)
-        other._keep(self.store, self._digest)
+        other._states = self._states
+        other._keep(self.store)
         return other
 
     def some(self, chosen: Tensor) -> "Pictures":
@@ -123,12 +123,12 @@ class Pictures:
 
     def keep(self, store: StoreKeys, required: bool) -> None:
         """Sets the store. required: whether Mistake is raised if it cannot be made."""
-        self._keep(store, self.states().places)
+        self._keep(store)
         if required and self._inputs is not None:
             self._inputs.open()
 
-    def _keep(self, store: StoreKeys | None, digest: str) -> None:
-        self.store, self._digest = store, digest
+    def _keep(self, store: StoreKeys | None) -> None:
+        self.store = store
         self._inputs = self._wholes = None
         if store is None:
             return
@@ -137,7 +137,7 @@ class Pictures:
         side = stored_side(store, self.reading.shape)
         whole = {key: reading[key] for key in ("background", "depth", "filter")}
         facts = {
-            "files": digest,
+            "files": self.states().places,
             "num_files": len(self),
             "first": self.files[0] if len(self) else "",
             "Pillow": PIL.__version__,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from trainer.data.images import InMemory, Part
+from trainer.data.images import Data, InMemory, Part
 from trainer.data.pictures import Pictures
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import (
@@ -45,7 +45,7 @@ def inputs_of(run: Run, recipe: Recipe) -> list[str]:
         _plain(recipe.data),
         run.data.fingerprint,
         len(run.data.train),
-        [_contents(part) for part in (run.data.train, run.data.validation, run.data.test)],
+        _contents(run.data),
         [run.data.mean, run.data.std],
         recipe.seed,
         recipe.precision,
@@ -71,14 +71,24 @@ def labels_of(*parts: Part) -> str:
     return hashlib.sha256(b"".join(part.labels.cpu().numpy().tobytes() for part in parts)).hexdigest()
 
 
-def _contents(part: Part) -> list[str]:
-    """Returns digests of a part's labels and of the images that it is a part of.
+def _contents(data: Data) -> list[str]:
+    """Returns digests of the labels of all parts, and of what the fingerprint does not cover of their images."""
+    parts = (data.train, data.validation, data.test)
+    found = [labels_of(*parts)]
+    for part in parts:
+        # Training images in memory, which validation may have in common, are in the fingerprint, all of them.
+        if part.images is not data.train.images or not isinstance(part.images, InMemory):
+            found += _images_of(part)
+    return found
 
-    Images that are not in memory count by a sample, and by the names, sizes and times of change of their files.
+
+def _images_of(part: Part) -> list[str]:
+    """Returns digests of the images of a part.
+
+    Those not in memory count by a sample, and by the names, sizes and times of change of their files.
     """
-    images, found = part.images, [labels_of(part)]
-    if isinstance(images, Pictures):
-        found.append(images.states().changes)
+    images = part.images
+    found = [images.states().changes] if isinstance(images, Pictures) else []
     sample = part.ids[:: max(1, len(part) // SAMPLE)].tolist()
     pixels = images.images if isinstance(images, InMemory) else images.__getitems__(sample)[0]
     return [*found, hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()]

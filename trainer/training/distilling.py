@@ -85,9 +85,8 @@ def distill(
     if not _length(loader):
         raise Mistake("loader: has no batches or no length; the schedule needs the number of its batches")
     device = next(student.parameters()).device
-    begun = iter(
-        loader
-    )  # the first epoch goes on from here: of a loader that cannot begin anew nothing is lost
+    # The first epoch goes on from here, so that nothing is lost of a loader that cannot begin anew.
+    begun = iter(loader)
     first = next(begun, None)
     if first is None:
         raise Mistake(f"loader: gives no batch, and its length is {_length(loader)}")

@@ -217,9 +217,8 @@ def _take_step(state: State) -> None:
     if training.clip:
         state.run.accelerator.clip_grad_norm_(state.wrapped.parameters(), training.clip)
     state.take_step()
-    for (
-        group
-    ) in state.optimizer.param_groups:  # the optimizer's own method takes 30 µs, most for torch's profiler
+    # The optimizer's own zero_grad takes 30 µs, most of them for torch's profiler.
+    for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
     state.step += 1

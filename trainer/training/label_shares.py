@@ -34,6 +34,7 @@ def label_shares(
         (factor of plain means, factor of means weighted by class) of each batch.
     """
     labels = labels.cpu()
+    of_class = (torch.ones(int(labels.max()) + 1) if weights is None else weights.cpu()).double()
 
     def amount(positions: Tensor) -> Tensor:
         own = labels[positions]
@@ -42,8 +43,6 @@ def label_shares(
             known = known & known.flip(0)
         return torch.stack([known.sum().double(), of_class[own.clamp(min=0)][known].sum()])
 
-    of_class = torch.ones(int(labels.max()) + 1) if weights is None else weights.cpu()
-    of_class = of_class.double()
     found = torch.stack([torch.stack([amount(positions) for positions in order]) for order in orders])
     shares = []
     for number, positions in enumerate(orders[rank]):

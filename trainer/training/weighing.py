@@ -18,9 +18,8 @@ def weigh_if_due(state: State, images: Tensor, labels: Tensor, index: Tensor, vi
     if not (finds or _epoch_is_due(state)) or not weighs(state.objective):
         return
     # What is frozen for DDP's sake, and would count in one process; and what will be trained after the first epochs.
-    frozen = [*state.unused, *(state.frozen.parameters if state.frozen and state.frozen.is_on else [])]
-    if state.training.train_only:
-        frozen = state.unused
+    later = state.frozen.parameters if state.frozen is not None and state.syncs_by_hand else []
+    frozen = [*state.unused, *later]
     for parameter in frozen:
         parameter.requires_grad_(True)
     epoch = state.step / state.steps_per_epoch
