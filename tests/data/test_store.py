@@ -1,11 +1,13 @@
 """The store of decoded pictures: the same bits with and without it, whatever is killed, damaged, full or removed."""
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -150,6 +152,50 @@ def test_places_take_room_only_when_they_are_filled():
     store = Store({}, 1_000_000, 2**20)  # a tebibyte
     store.put(999_999, some(1))
     assert np.array_equal(store.get(999_999), some(1)) and store.num_bytes() < 2**20
+
+
+def resident(store):
+    """Returns which records the system has in memory, by Linux's mincore."""
+    base = np.frombuffer(store._map, np.uint8)
+    pages = np.zeros(len(base) // PAGE, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert (
+        libc.mincore(
+            ctypes.c_void_p(base.ctypes.data),
+            ctypes.c_size_t(len(base)),
+            pages.ctypes.data_as(ctypes.c_void_p),
+        )
+        == 0
+    )
+    records = pages[store._start // PAGE :].reshape(store.num_records, -1) & 1
+    return records[:, : -(-PER_RECORD // PAGE)].all(axis=1)
+
+
+PER_RECORD = 128 * 128 * 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux which pages are in memory")
+def test_expected_records_come_into_memory_and_empty_or_damaged_ones_are_left_alone():
+    writer = Store({}, 40, PER_RECORD)
+    for number in range(32):
+        writer.put(number, some(number, 128, 128))
+    size = writer.num_bytes()
+    os.fsync(writer._file)
+    reader = Store({}, 40, PER_RECORD)
+    reader.open()
+    os.posix_fadvise(reader._file, 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(reader)[:32].any():
+        pytest.skip("this file system keeps its pages in memory")
+    with open(reader.folder / "records", "r+b") as file:  # the head of record 5 says 2^32 - 1 for everything
+        file.seek(5 * 16)
+        file.write(b"\xff" * 16)
+    reader.expect([2, 5, 31, 39])
+    deadline = time.monotonic() + 60
+    while not resident(reader)[[2, 31]].all() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert resident(reader)[[2, 31]].all() and not resident(reader)[[10, 20, 39]].any()
+    assert reader.num_bytes() == size
+    assert np.array_equal(reader.get(31), some(31, 128, 128)) and reader.get(39) is None
 
 
 def test_damage_is_found_said_and_mended(caplog):

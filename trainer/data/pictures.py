@@ -82,12 +82,16 @@ class Pictures:
         return len(self.files)
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        if self._inputs is not None:
+            self._inputs.expect(positions)
         images = torch.stack([self._input(position) for position in positions])
         return images, self.labels[torch.as_tensor(positions)]
 
     def cut(self, positions: list[int], cuts: Cuts) -> tuple[Tensor, Tensor]:
         """Returns the part of each picture that `cuts` names, at the reading's size, and labels."""
         reading, (_, height, width) = self.reading, self.reading.shape
+        if self._wholes is not None:
+            self._wholes.expect(positions)
         parts = torch.empty(len(positions), *self.reading.shape, dtype=torch.uint8)
         for part, position, numbers in zip(parts, positions, cuts.numbers.tolist(), strict=True):
             whole = self._whole(position, cuts.settings)

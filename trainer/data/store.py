@@ -13,7 +13,7 @@ import os
 import shutil
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,19 @@ class Store:
                 return None
             self._checked[number] = True
         return found.reshape(height, width, channels)
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Asks the system to bring records into memory together; reading each would otherwise wait for the disk by itself.
+
+        It returns at once. A store larger than memory is read from the disk again in every epoch.
+        """
+        if not hasattr(mmap, "MADV_WILLNEED") or not self._ready():
+            return
+        for number in numbers:
+            total, height, width, channels = (int(value) for value in self._heads[number])
+            count = height * width * channels
+            if total and 0 < count <= self._place:
+                self._map.madvise(mmap.MADV_WILLNEED, self._start + number * self._place, count)
 
     def put(self, number: int, pixels: np.ndarray) -> None:
         """Keeps a record uint8 [H, W, C], if it fits and there is room."""
