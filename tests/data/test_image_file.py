@@ -30,7 +30,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 def odd_photos(folder, count):
     """Photos of all modes, sizes, formats and orientations, in two classes."""
     rng = np.random.default_rng(0)
-    modes = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16")
+    modes = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "LAB")
     for i in range(count):
         mode = modes[i % len(modes)]
         height, width = rng.integers(3, 90, 2)
@@ -42,6 +42,9 @@ def odd_photos(folder, count):
             )
             continue
         image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
+        if mode == "LAB":
+            Image.frombytes("LAB", image.size, image.convert("RGB").tobytes()).save(path.with_suffix(".tif"))
+            continue
         image = (
             image
             if mode == "RGBA"

@@ -34,6 +34,16 @@ def test_labels_may_lie_anywhere_beside_and_be_missing(tmp_path):
         web_dataset(train=tmp_path / "y.tar", **keys | {"test": tmp_path / "x.tar"})
 
 
+def test_a_folder_may_be_called_as_a_shard_is(tmp_path):
+    (tmp_path / "all.tar").mkdir()
+    shard(tmp_path / "all.tar" / "x.tar", {"b.tar/1#2": (png((1, 1, 1)), 0), "c": (png((2, 2, 2)), 1)})
+    train = web_dataset(
+        train=tmp_path / "all.tar" / "x.tar", test=tmp_path / "all.tar" / "*.tar", size=8
+    ).train
+    assert train.__getitems__([0, 1])[0][:, 0, 0, 0].tolist() == [1, 2]
+    assert train.paths() == [str(tmp_path / "all.tar" / "x.tar")]
+
+
 @pytest.mark.parametrize("augment", [{}, {"random_resized_crop": {}}])
 def test_a_run_reads_them_with_a_store_and_without(tmp_path, augment):
     settings = small_web_dataset(None, tmp_path) | {"augment": augment, "workers": 0, "validation": 3}
@@ -50,12 +60,17 @@ def test_what_cannot_be_read(tmp_path):
     good = {"0": (png((0, 0, 0)), 0), "1": (png((9, 0, 0)), 1)}
     shard(tmp_path / "good.tar", good)
     shard(tmp_path / "label.tar", good | {"2": (png((0, 0, 0)), "cat")})
+    shard(tmp_path / "minus.tar", good | {"2": (png((0, 0, 0)), 2**32 - 1)})  # -1, written without its sign
     shard(tmp_path / "one.tar", {"0": (png((0, 0, 0)), 0)})
     (tmp_path / "no.tar").write_bytes(b"no archive at all")
     (tmp_path / "x.tar.gz").write_bytes(b"")
     for name, words in (
         ("none-*.tar", "there is no file"),
         ("label.tar", "label.tar/2.cls: got b'cat'; the number of a class"),
+        (
+            "minus.tar",
+            "the .cls beside .*minus.tar/2.png: got 4294967295; the number of a class, below 65,536",
+        ),
         ("no.tar", "is no .tar file that can be read"),
         ("x.tar.gz", "compressed shards"),
     ):

@@ -192,6 +192,23 @@ def test_each_of_several_teachers_is_examined(tmp_path, teacher_file):
     ] > 40
 
 
+def test_several_teachers_trainings_are_counted_together(tmp_path):
+    text = f"name: a\n{DIGITS}, labelled: 0.25}}\nteachers: [{{model: lenet5, width: 2}}, {{model: lenet5, width: 3}}]\n"
+    text += "student: {model: lenet5, width: 2}\nstages:\n"
+    text += "  - {stage: train, who: teacher, training: {epochs: 3, batch_size: 16, lr: 1e-2, keep: best}}\n"
+    text += "  - {stage: distill, training: {epochs: 2, batch_size: 64}, losses: [{loss: kl}]}\n"
+    with runner.begun(written(tmp_path, text), 1, folder=tmp_path) as run:
+        data, bar, (row,) = run.data, runner.bar_of(run, read(tmp_path / "given.yaml")[0].stages), run.rows
+    labelled = len(data.labelled_alone().train)
+    assert 0 < labelled < len(data.train) / 3
+    assert [(due.who, due.images) for due in bar._stages] == [
+        ("teacher", 2 * 3 * labelled), ("student", 2 * len(data.train)),
+    ]  # fmt: skip
+    assert row["epochs"] == 3 and row["steps"] == 2 * 3 * -(-labelled // 16)
+    assert len(row["best_epoch"]) == len(row["best_validation"]) == 2 and set(row["best_epoch"]) <= {1, 2, 3}
+    assert row["images_per_second"] == pytest.approx(2 * 3 * labelled / row["train_seconds"])
+
+
 def test_a_teacher_of_other_classes_is_refused_before_anything_is_trained(tmp_path):
     save_file(tmp_path / "x.safetensors", lenet5((1, 8, 8), 7, width=2).state_dict())
     text = f"name: a\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, checkpoint: {tmp_path / 'x.safetensors'}}}\n"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import trainer
 from trainer.losses.kl import kl
+from trainer.mistakes import Mistake
 
 
 def convnet(width, seed):
@@ -214,6 +215,23 @@ def test_what_a_batch_and_a_network_can_be(settings, told):
         trainer.distill(**({"losses": ["cross_entropy", "contrastive"]} | given))
     assert len(str(raised.value).splitlines()) == 1
     assert all(torch.equal(tensor, before[key]) for key, tensor in given["student"].state_dict().items())
+
+
+def test_networks_and_moments_that_cannot_learn():
+    def network(first):
+        return nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    def refused(told, teacher, batches):
+        with pytest.raises(Mistake, match=told):
+            trainer.distill(network(nn.Linear(192, 8)), teacher, batches, losses=["kl"], epochs=1)
+
+    images, labels = torch.rand(9, 3, 8, 8), torch.zeros(9, dtype=torch.int64)
+    batches = [(images[:8], labels[:8]), (images[8:], labels[8:])]
+    refused("loader: gives a batch of one image", network(nn.Linear(192, 8)), batches)
+    refused("teacher: some of its layers are lazy", network(nn.LazyLinear(8)), batches[:1])
+    for nothing_learned in (torch.no_grad, torch.inference_mode):
+        with nothing_learned():
+            refused("nothing is learned inside", network(nn.Linear(192, 8)), batches[:1])
 
 
 def test_a_later_batch_is_looked_at_too():

@@ -68,7 +68,10 @@ def open_image(
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith(("I", "F")):
                 upright = _from_deep(upright, depth)
-            return _on_background(upright, background).convert(mode)
+            upright = _on_background(upright, background)
+            return (upright.convert("RGB") if upright.mode == "LAB" else upright).convert(
+                mode
+            )  # LAB becomes L by RGB alone
     except Mistake as error:
         raise Mistake(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
     except Exception as error:  # a damaged file makes Pillow raise nearly anything

@@ -18,6 +18,7 @@ from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 from trainer.storage.files import read_bytes
 
+MOST_CLASSES = 2**16  # or as many as there are pictures
 Shards = Path | Annotated[list[Path], Field(min_length=1)]
 
 
@@ -36,7 +37,8 @@ def web_dataset(
     A shard is a .tar file, not compressed, in which files of one name up to its first dot belong together: a picture of any
     kind that Pillow reads (the first, if there are several), and NAME.cls with the number of its class. Pictures without .cls are unlabelled training images.
     Where each picture lies is found by reading the shards' tables once at the start. Batches are drawn from all shards, so
-    the order is random, the same in every run, and divided among the processes.
+    the order is random, the same in every run, and divided among the processes. A damaged picture ends the run when it is
+    read: all are not opened before.
 
     Args:
         train: Files or patterns such as shards/train-*.tar.
@@ -59,6 +61,13 @@ def web_dataset(
         if name != "train" and any(label < 0 for label in found.labels):
             raise Mistake(f"web_dataset: {name}: {found.names[found.labels.index(-1)]} has no .cls beside it")
     most = 1 + max(label for found in parts.values() for label in found.labels)
+    allowed = max(MOST_CLASSES, sum(len(found.names) for found in parts.values()))
+    for found in parts.values():
+        if most > allowed and most - 1 in found.labels:
+            picture = found.names[found.labels.index(most - 1)].rpartition("#")[0]
+            raise Mistake(
+                f"web_dataset: the .cls beside {picture}: got {most - 1}; the number of a class, below {allowed:,}, is allowed"
+            )
     names = [str(number) for number in range(most)]
     if class_names is not None:
         names = [
@@ -90,12 +99,15 @@ def web_dataset(
 
 
 class Members(Pictures):
-    """Pictures inside .tar files. Their names are SHARD/NAME#START+LENGTH, with the bytes' place in the shard."""
+    """Pictures inside .tar files. Their names are SHARD/NAME#START+LENGTH+LETTERS.
+
+    START and LENGTH are the bytes' place in the shard, LETTERS the length of the shard's name.
+    """
 
     def opened(self, position: int) -> Image.Image:
         name, _, place = self.files[position].rpartition("#")
-        start, length = map(int, place.split("+"))
-        shard = _shard(name)
+        start, length, _ = map(int, place.split("+"))
+        shard = _shard(self.files[position])
         with open(shard, "rb") as file:
             data = os.pread(file.fileno(), length, start)
         try:
@@ -111,7 +123,7 @@ class Members(Pictures):
 
 def _shard(name: str) -> str:
     """Returns the shard of a member's name."""
-    return name[: name.index(".tar/") + len(".tar")]
+    return name[: int(name.rpartition("+")[2])]
 
 
 class _Members(NamedTuple):
@@ -146,7 +158,7 @@ def _members(shards: Shards) -> _Members:
                         if ending.lower() == "cls":
                             classes[key] = _number(shard, member, file)
                         elif "." + ending.lower().rpartition(".")[2] in known:
-                            place = f"{file}/{member.name}#{member.offset_data}+{member.size}"
+                            place = f"{file}/{member.name}#{member.offset_data}+{member.size}+{len(file)}"
                             pictures.setdefault(key, place)
             except (tarfile.TarError, OSError) as error:
                 raise Mistake(f"web_dataset: {file}: is no .tar file that can be read: {error}") from None

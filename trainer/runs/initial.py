@@ -19,7 +19,7 @@ from trainer.data.kept_listing import kept_listing
 from trainer.data.tables import is_table, list_table
 from trainer.datasets.image_folder import image_folder
 from trainer.distillation.examine import FAILURES
-from trainer.mistakes import Mistake
+from trainer.mistakes import Mistake, printable
 from trainer.networks.build import build
 from trainer.recipe import text
 from trainer.recipe.wheels import WHEELS
@@ -350,7 +350,7 @@ def _text(
         else f", more than the {duration(budget_seconds)} asked for: the least that every stage needs"
     )
     head = [
-        f"# A first recipe for {folder}, by `trainer init`: change what you like.",
+        f"# A first recipe for {printable(str(folder), keep='')}, by `trainer init`: change what you like.",
         f"# Takes:  about {duration(plan.seconds)} here{over}. `trainer run FILE --dry-run` says it better.",
         "# Run:    trainer run FILE; see trainer check FILE --build --data before.",
     ]

@@ -19,7 +19,7 @@ from trainer.distributed import is_main, told
 from trainer.mistakes import say
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.shelves import find, own_settings
-from trainer.recipe.stages import any_teaches, name_of, taught_alike, teaches, training_of
+from trainer.recipe.stages import any_teaches, learns_labels, name_of, taught_alike, teaches, training_of
 from trainer.reporting import report
 from trainer.reporting.facts import command, hardware, versions
 from trainer.reporting.log import Log
@@ -159,9 +159,13 @@ def begun(
 def bar_of(run: Run, stages: Sequence[StageKeys]) -> Bar:
     """Returns the bar of a run of these stages."""
     due = []
+    labelled = len(run.data.labelled_alone().train)
+    teachers = 0 if run.teacher is None else len(run.teacher.networks)
     for stage in stages:
         training = training_of(stage)
-        images = 0 if training is None else training.epochs * len(run.data.train)
+        images = 0 if training is None else training.epochs
+        images *= labelled if learns_labels(stage) else len(run.data.train)
+        images *= teachers if teaches(stage) else 1
         due.append(Due(name_of(stage), "teacher" if teaches(stage) else "student", images))
     return Bar(due, run.accelerator.is_main_process)
 

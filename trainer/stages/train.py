@@ -69,7 +69,7 @@ def train(
     teacher = run.teacher if who == "teacher" else None
     assert teacher is not None or who == "student"
     networks = [run.student] if teacher is None else teacher.networks
-    numbers: dict = {}
+    each: list[dict] = []
     for number, network in enumerate(networks):
         if checkpoint is not None:
             _load(run, who, number, checkpoint, prefix, use_ema)
@@ -96,19 +96,33 @@ def train(
             fitted = fit(run, objective, training)
         finally:
             run.data = data
-        numbers = {
-            k: fitted[k] + numbers.get(k, 0) if k in ("epochs", "steps", "train_seconds") else v
-            for k, v in fitted.items()
-        }
+        each.append(fitted)
         network.eval()
         if teacher is not None:
             network.requires_grad_(False)
+    numbers = each[0] if len(each) == 1 else _in_sum(each)
     if teacher is not None:
         teacher.version += 1
         record_teacher(run, "teacher", numbers.get("train_seconds", 0.0), **numbers)
     else:
         record(run, "trained", numbers.get("train_seconds", 0.0), **numbers)
         keep_histogram(run, "dense")
+
+
+def _in_sum(trainings: list[dict]) -> dict:
+    """Returns the numbers of several teachers' trainings (`fit`) together: sums, the most epochs, each one's best epoch."""
+    if not trainings:
+        return {}
+    sums = {key: sum(one[key] for one in trainings) for key in ("steps", "train_seconds")}
+    images = sum(one["images_per_second"] * one["train_seconds"] for one in trainings)
+    best = {key: [one[key] for one in trainings] for key in trainings[0] if key.startswith("best_")}
+    return {
+        **trainings[-1],
+        **sums,
+        **best,
+        "epochs": max(one["epochs"] for one in trainings),
+        "images_per_second": images / sums["train_seconds"],
+    }
 
 
 def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_ema: bool) -> None:

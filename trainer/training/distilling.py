@@ -23,6 +23,7 @@ from trainer.recipe.keys import Augment, TeacherKeys, Term, TermKeys
 from trainer.recipe.recipe import checked
 from trainer.recipe.terms import asks_answers, wants
 from trainer.recipe.training import Training
+from trainer.training.fit import of_a_batch
 from trainer.training.optimizer import Averaged, make_optimizer
 from trainer.training.schedule import learning_rate
 from trainer.training.weighing import FINDING
@@ -81,6 +82,10 @@ def distill(
             raise Mistake(f"{who}: got {type(network).__name__}; an nn.Module is allowed")
     if not list(student.parameters()):
         raise Mistake("student: has no parameters, so it cannot learn")
+    if any(map(is_lazy, (*teacher.parameters(), *teacher.buffers()))):
+        raise Mistake("teacher: some of its layers are lazy and have no weights yet, so it cannot teach")
+    if not torch.is_grad_enabled():
+        raise Mistake("distill: nothing is learned inside torch.no_grad or inference_mode; call it outside")
     _refuse_shared(student, teacher)
     if not _length(loader):
         raise Mistake("loader: has no batches or no length; the schedule needs the number of its batches")
@@ -177,7 +182,10 @@ def _train(
                 images, labels, index = reader.read(batch, f"batch {number} of epoch {epoch + 1}")
                 if step in FINDING and has_auto(objective):
                     ratios(objective, images, labels, index, None, step / per_epoch, find=True)
-                terms = objective(images, labels, index, epoch=step / per_epoch)
+                try:
+                    terms = objective(images, labels, index, epoch=step / per_epoch)
+                except ValueError as error:
+                    raise of_a_batch(error, len(images), "loader: gives") from error
                 terms["loss"].backward()
                 if training.clip:
                     nn.utils.clip_grad_norm_(objective.parameters(), training.clip)
@@ -283,7 +291,7 @@ def _borrowed(teacher: nn.Module, device: torch.device) -> Iterator[None]:
     before = next((tensor.device for tensor in (*teacher.parameters(), *teacher.buffers())), device)
     # The tensors themselves are kept: in between they are on another device, or their layout is that of fast convolutions.
     gradients = [parameter.grad for parameter in teacher.parameters() if parameter.grad is not None]
-    held = [(one, one.data) for one in (*teacher.parameters(), *gradients) if not is_lazy(one)]
+    held = [(one, one.data) for one in (*teacher.parameters(), *gradients)]
     buffers = [(module, dict(module._buffers)) for module in teacher.modules()]
     try:
         with evaluating(teacher.to(device)):

@@ -118,7 +118,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
                     state.step / state.steps_per_epoch,
                 )
             except ValueError as error:
-                raise _of_a_batch(error, len(images)) from error
+                raise of_a_batch(error, len(images)) from error
             loss = terms["loss"]
             if last > first:
                 loss = loss * (len(images) / sum(sizes[first : last + 1]))
@@ -198,12 +198,13 @@ def _mixed_alike(images: Tensor, mixing: tuple, drawn: Tensor) -> Tensor:
         return mix(images, *mixing)[0]
 
 
-def _of_a_batch(error: ValueError, num_images: int) -> ValueError:
-    """Returns the error of a forward pass, or a Mistake if BatchNorm cannot normalise a batch of one image."""
+def of_a_batch(error: ValueError, num_images: int, who: str = "batch_size leaves") -> ValueError:
+    """Returns the error of a forward pass, or a Mistake if BatchNorm cannot normalise a batch of one image.
+
+    who: made the batch, in the message.
+    """
     if num_images == 1 and "more than 1 value per channel" in str(error):
-        return Mistake(
-            f"batch_size leaves a batch of one image, which the network cannot learn from: {error}"
-        )
+        return Mistake(f"{who} a batch of one image, which the network cannot learn from: {error}")
     return error
 
 
