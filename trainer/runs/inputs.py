@@ -89,9 +89,28 @@ def _images_of(part: Part) -> list[str]:
     """
     images = part.images
     found = [images.states().changes] if isinstance(images, Pictures) else []
+    return [*found, _pixels_of(part)]
+
+
+def _pixels_of(part: Part) -> str:
+    """Returns a digest of the pixels of a part: of all in memory, of a sample of others."""
+    images = part.images
     sample = part.ids[:: max(1, len(part) // SAMPLE)].tolist()
     pixels = images.images if isinstance(images, InMemory) else images.__getitems__(sample)[0]
-    return [*found, hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()]
+    return hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()
+
+
+def measured_on(data: Data) -> dict[str, str]:
+    """Returns a digest of the images of each part that the run is measured on and that is no part of the training images.
+
+    The times of change of files do not count: copies of a folder may have others.
+    """
+    found = {}
+    for what, part in (("validation", data.validation), ("test", data.test)):
+        if part.images is not data.train.images:
+            sizes = part.images.states().sizes if isinstance(part.images, Pictures) else None
+            found[what] = _digest(sizes, len(part), _pixels_of(part))
+    return found
 
 
 def num_equal(one: Sequence[str], other: Sequence[str]) -> int:

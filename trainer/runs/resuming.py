@@ -21,7 +21,7 @@ from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import any_teaches, name_of, promotes
 from trainer.recipe.text import RecipeError, dump, parse
 from trainer.runs.earlier import equal_stage, first_broken, set_aside, sources_of, stage_folder, take_over
-from trainer.runs.inputs import inputs_of, labels_of, num_equal, only_teaches
+from trainer.runs.inputs import inputs_of, labels_of, measured_on, num_equal, only_teaches
 from trainer.runs.together import check_same
 from trainer.storage import checkpoint, files, records
 from trainer.training.run import Run
@@ -30,11 +30,13 @@ from trainer.training.run import Run
 class _Beginning(TypedDict):
     """What a run records when it begins.
 
-    The images' digest and number and their labels' digest, the teacher's digest, the threads, the recipe, the digests of its stages (`inputs_of`),
-    and the number of the stage from which all is to be run anew.
+    The training images' digest and number and all labels' digest, the digests of the other images, the teacher's digest, the
+    threads, the recipe, the digests of its stages (`inputs_of`), and the number of the stage from which all is to be run anew.
     """
 
     images: list[str | int]
+    validation: NotRequired[str]
+    test: NotRequired[str]
     teacher: NotRequired[str | None]
     threads: NotRequired[PositiveInt]
     recipe: NotRequired[dict[str, Any]]
@@ -127,7 +129,7 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     here, stages, inputs = run.folder, recipe.stages, told(inputs_of(run, recipe))
     data = run.data
     labels = labels_of(data.train, data.validation, data.test)
-    facts: dict[str, Any] = {"images": [data.fingerprint, len(data.train), labels]}
+    facts: dict[str, Any] = {"images": [data.fingerprint, len(data.train), labels], **measured_on(data)}
     if run.teacher is not None and not any_teaches(stages):
         facts["teacher"] = run.teacher.fingerprint()
     check_same(facts, "images or a teacher")
@@ -136,10 +138,13 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     if anew is None and not plan.changed and old.get("recipe") == json.loads(json.dumps(plan.plain)):
         anew = old.get("anew")  # what was to be run anew and was interrupted
     anew = len(stages) if anew is None else anew
-    others = [what for what, fact in facts.items() if begun and begun.get(what) != fact]
+    # An earlier version has not recorded all of them.
+    others = [what for what, fact in facts.items() if what in begun and begun[what] != fact]
     if others and not plan.changed and plan.anew is None:
         messages = {
             "images": "the images or their labels are not those",
+            "validation": "the validation images are not those",
+            "test": "the test images are not those",
             "teacher": "the teacher is not the one",
         }
         raise Mistake(
