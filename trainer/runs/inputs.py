@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from trainer.data.images import Data, InMemory, Part
+from trainer.data.images import Data, InMemory, Part, digest_of
 from trainer.data.pictures import Pictures
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import (
@@ -25,7 +25,6 @@ from trainer.recipe.terms import asked_of_teacher
 from trainer.storage.weights_file import digest
 from trainer.training.run import Run
 
-SAMPLE = 64  # pictures of a part that are read for its digest
 WITHOUT_EFFECT = {"workers", "at_least"}  # settings that change no result
 
 
@@ -89,15 +88,7 @@ def _images_of(part: Part) -> list[str]:
     """
     images = part.images
     found = [images.states().changes] if isinstance(images, Pictures) else []
-    return [*found, _pixels_of(part)]
-
-
-def _pixels_of(part: Part) -> str:
-    """Returns a digest of the pixels of a part: of all in memory, of a sample of others."""
-    images = part.images
-    sample = part.ids[:: max(1, len(part) // SAMPLE)].tolist()
-    pixels = images.images if isinstance(images, InMemory) else images.__getitems__(sample)[0]
-    return hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()
+    return [*found, digest_of(part.images, part.ids)]
 
 
 def measured_on(data: Data) -> dict[str, str]:
@@ -109,7 +100,7 @@ def measured_on(data: Data) -> dict[str, str]:
     for what, part in (("validation", data.validation), ("test", data.test)):
         if part.images is not data.train.images:
             sizes = part.images.states().sizes if isinstance(part.images, Pictures) else None
-            found[what] = _digest(sizes, len(part), _pixels_of(part))
+            found[what] = _digest(sizes, len(part), digest_of(part.images, part.ids))
     return found
 
 
