@@ -1,5 +1,8 @@
 """A teacher of larger images sees the same views as the student, read from the pictures themselves."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +149,28 @@ def test_kept_answers_to_enlarged_pixels_are_not_taken_for_those_to_pictures(fol
         before = Answers(teacher, data, tmp_path, CacheKeys())
     after = Answers(teacher, data, tmp_path, CacheKeys())
     assert before.file.folder != after.file.folder
+
+
+def test_kept_answers_to_pictures_that_were_changed_in_place_are_not_taken(folder, tmp_path):
+    """Of equal size, so that only the time of change tells; and one of the sample by its pixels, whatever the time."""
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    for path in own.rglob("*.png"):  # of one size, whatever the pixels
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+
+    def answers(**more):
+        data = data_of(own, **more)
+        return Answers(teacher_of(data, network), data, tmp_path / "kept", CacheKeys()).file.folder.name
+
+    network, path = Seeing(), own / "train" / "a" / "3.bmp"
+    before, time = answers(), path.stat().st_mtime
+    assert answers() == answers(subset=8) == before
+    os.utime(path, (time + 5, time + 5))
+    touched = answers()
+    Image.new("RGB", (LARGE, LARGE), "red").save(path)
+    os.utime(path, (time, time))
+    assert len({before, touched, answers()}) == 3
 
 
 def test_a_network_without_resize_beside_a_larger_one_sees_the_data_s_size(folder):

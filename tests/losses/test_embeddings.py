@@ -21,6 +21,14 @@ def test_a_batch_without_pairs_has_nothing_to_say(name, batch):
     assert value == pytest.approx(0, abs=1e-10) and gradient.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("power", [-45, -30, -20, -19, -18, -10])
+def test_relational_has_a_gradient_for_the_smallest_embeddings(power):
+    x = feed()
+    x["student_embedding"] = (10.0**power * torch.randn(6, STUDENT_WIDTH)).requires_grad_()
+    call("relational", build("relational"), x).backward()
+    assert x["student_embedding"].grad.isfinite().all()
+
+
 def test_contrastive_bank_changes_at_the_batchs_rows_only_and_is_checkpointed():
     x = feed()
     loss = build("contrastive")

@@ -1,9 +1,12 @@
 """What single losses on logits promise beside the contract."""
 
+import importlib
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from tests.losses.feeding import NUM_CLASSES, Case, build, call, feed, naive
 
@@ -90,6 +93,56 @@ def test_refined_of_a_teacher_that_is_wrong_teaches_the_truth():
 def test_settings_that_leave_nothing_are_refused(name, settings):
     with pytest.raises(ValueError, match=f"{name}: .* are both 0: nothing is left of it"):
         call(name, build(name, **settings), feed())
+
+
+SCALE_FREE = ["dist", "logit_standardized"]  # what the size of the student's logits does not change
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+@pytest.mark.parametrize("start", [0.0, 3.3, "nearly 0"])
+def test_equal_logits_get_no_gradient_that_poisons_adam(name, start):
+    x, norms = feed(), {}
+    for loss in ("kl", name):
+        logits = (
+            torch.randn(6, NUM_CLASSES) * 1e-9 if start == "nearly 0" else torch.full((6, NUM_CLASSES), start)
+        )
+        logits.requires_grad_()
+        call(loss, build(loss), x | {"student_logits": logits}).backward()
+        norms[loss] = logits.grad.norm().item()
+    assert 0 < norms[name] < 100 * norms["kl"]
+
+
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_a_head_that_starts_at_zero_learns_as_well_as_by_kl(name):
+    torch.manual_seed(0)
+    centres, labels = torch.randn(5, 16), torch.arange(500) % 5
+    embedding = centres[labels] + torch.randn(500, 16)
+    teacher = -3 / 16 * (embedding[:, None] - centres).square().sum(2)
+    right = {}
+    for loss in ("kl", name):
+        head = nn.Linear(16, 5)
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+        adam, taught = torch.optim.Adam(head.parameters(), lr=1e-2), build(loss)
+        for _ in range(100):
+            adam.zero_grad()
+            (F.cross_entropy(head(embedding), labels) + taught(head(embedding), teacher)).backward()
+            adam.step()
+        right[loss] = (head(embedding).argmax(1) == labels).float().mean().item()
+    assert right[name] > right["kl"] - 0.01  # without a floor 0.936 and 0.860; by kl 0.974
+
+
+def test_the_floors_of_dist_and_logit_standardized_change_no_ordinary_value(monkeypatch):
+    x = feed()
+    for name, floor in (("dist", "LEAST_VARIATION"), ("logit_standardized", "LEAST_DEVIATION")):
+        found = []
+        for least in (None, 0.0):
+            if least is not None:
+                monkeypatch.setattr(importlib.import_module(f"trainer.losses.{name}"), floor, least)
+            logits = x["student_logits"].detach().clone().requires_grad_()
+            value = call(name, build(name), x | {"student_logits": logits})
+            value.backward()
+            found.append((value, logits.grad))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_logit_standardized_ignores_size_and_offset():

@@ -9,7 +9,10 @@ import yaml
 
 from tests.runs.several_here import run_here, without_test_labels
 from trainer.cli import main
+from trainer.recipe.recipe import read
+from trainer.recipe.training import Training
 from trainer.runs import gain
+from trainer.training.schedule import learning_rate
 
 RECIPE = """
 name: worth
@@ -133,6 +136,62 @@ def test_a_teacher_without_classes_has_a_dash_for_agreement():
     text = gain.table({"rows": [{"stage": "distilled", "gain": 0.0, "error": 0.0, **arms}]})
     cells = [cell.strip() for cell in text.splitlines()[2].split("|")]
     assert cells[1:5] == ["distilled", "+0.00 ± 0.00", "55.00 ± 7.07", "–"]
+
+
+def test_labels_alone_have_the_same_course_where_few_images_have_a_label(recipe):
+    """All that is counted in epochs is, in those of a quarter of the images: else the rate falls four times as early."""
+    training = {
+        "epochs": 10, "batch_size": 50, "lr": 1e-2, "schedule": "step", "milestones": [5, 8], "warmup": 0.5,
+        "patience": 3, "validate_every": 2, "freeze_epochs": 1,
+    }  # fmt: skip
+    weight = {"value": 1, "schedule": "linear", "epochs": 5, "to": 0.5}
+    labels = {"loss": "cross_entropy", "weight": weight}
+    losses = [labels, {"loss": "binary_cross_entropy"}, {"loss": "kl"}]
+    checked, plain = read(recipe, {"stages.1.training": training, "stages.1.losses": losses})
+    stages = {arm: made["stages"] for arm, made in gain._arms(checked, plain, None, 0.25, False).items()}
+    taught, alone = (Training(**stages[arm][0]["training"]) for arm in gain.ARMS)
+    rates = [
+        [learning_rate(t, step, n) for step in range(t.epochs * n)] for t, n in ((taught, 20), (alone, 5))
+    ]
+    assert rates[0] == rates[1]
+    assert (alone.patience, alone.validate_every, alone.freeze_epochs) == (12, 8, 4)
+    assert stages["labels"][0]["losses"] == [labels | {"weight": weight | {"epochs": 20}}, losses[1]]
+    assert stages["taught"][0]["training"] == training and stages["labels"][1]["training"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.47, 0.69, 0.83, 0.99])
+def test_what_labels_alone_are_trained_by_is_allowed_whatever_the_share(recipe, share):
+    for given in (
+        {"epochs": 1, "warmup": 0.9},
+        {"epochs": 10, "patience": 6, "validate_every": 3},
+        {"epochs": 3, "patience": 1, "freeze_epochs": 2, "schedule": "step", "milestones": [1, 2]},
+    ):
+        checked, plain = read(recipe, {"stages.1.training": given})
+        labels = gain._arms(checked, plain, None, share, False)["labels"]["stages"][0]["training"]
+        assert Training(**labels).epochs == round(given["epochs"] / share)
+
+
+def test_a_taught_teachers_classes_are_put_in_order_once(recipe, monkeypatch):
+    """Its kept weights are in the data's order: the recipe's `classes` would put them in another."""
+    monkeypatch.setattr(gain, "run_all", lambda *_: None)
+    monkeypatch.setattr(gain.checkpoint, "newest", lambda folder: folder)
+    Path("t.safetensors").touch()
+    classes, folder = [*range(1, 10), 0], Path("worth-teacher")
+    own = {
+        "checkpoint": "t.safetensors",
+        "prefix": "net",
+        "classes": classes,
+        "mean": [0.5],
+        "std": [0.2],
+        "resize": 8,
+    }
+    checked, plain = read(recipe, {f"teacher.{key}": value for key, value in own.items()})
+    files = gain._taught(checked, plain, Path("here"), ".", False)
+    for arm in gain._arms(checked, plain, files, 1.0, False).values():
+        [file] = files
+        assert file.is_relative_to(folder) and arm["teacher"] == {
+            "model": "lenet5", "width": 3, "checkpoint": str(file), "mean": [0.5], "std": [0.2], "resize": 8,
+        }  # fmt: skip
 
 
 def test_labels_alone_take_as_many_steps_where_few_images_have_a_label(recipe, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from trainer.recipe.recipe import read
 from trainer.recipe.text import RecipeError
 from trainer.reporting import report
 from trainer.reporting.log import Log
-from trainer.runs import inputs, opening, runner
+from trainer.runs import inputs, opening, resuming, runner
 from trainer.runs.earlier import set_aside
 from trainer.runs.guards import Untrained
 from trainer.runs.inputs import inputs_of, num_equal
@@ -415,6 +415,8 @@ def test_the_same_command_goes_on_after_a_kill_at_any_operation(tmp_path, monkey
         ({"name": "x", "allow_untrained": True, "stages.0.at_least": 3, "data.workers": 0}, 4),
         ({"seed": 1}, 0),
         ({"precision": "bf16"}, 0),
+        ({"tf32": True}, 0),
+        ({"cudnn_benchmark": True}, 0),
         ({"data.subset": 59}, 0),
         ({"data.augment": {"shift": 1}}, 0),
         ({"teacher.hidden": [7]}, 0),
@@ -434,12 +436,81 @@ def test_the_same_command_goes_on_after_a_kill_at_any_operation(tmp_path, monkey
     ids=lambda value: next(reversed(value)) if isinstance(value, dict) else None,
 )
 def test_what_the_result_of_a_stage_depends_on(tmp_path, changes, first):
-    def digests(changes):
-        recipe, _ = read(write(tmp_path), changes)
-        with Log(tmp_path / "log.jsonl") as log:
-            return inputs_of(opening.make_run(recipe, tmp_path, Accelerator(cpu=True), log), recipe)
+    assert num_equal(digests(tmp_path), digests(tmp_path, changes)) == first
 
-    assert num_equal(digests({}), digests(changes)) == first
+
+def digests(tmp_path, changes=None, text=RECIPE, allow_python=False):
+    recipe, _ = read(write(tmp_path, text), changes or {}, allow_python)
+    with Log(tmp_path / "log.jsonl") as log:
+        return inputs_of(opening.make_run(recipe, tmp_path, Accelerator(cpu=True), log), recipe)
+
+
+@pytest.mark.parametrize(
+    ("edited", "first"),
+    [
+        ("datasets/digits", 0), ("models/lenet300", 0), ("stages/train", 0), ("stages/distill", 1), ("losses/kl", 1),
+        ("stages/prune", 2), ("criteria/std", 2), ("stages/pack", 3), ("losses/hint", 4),
+    ],
+)  # fmt: skip
+def test_stages_depend_on_the_shelf_files_that_they_name(tmp_path, monkeypatch, edited, first):
+    before, real = digests(tmp_path), inputs._digest_of_file
+
+    def digest(path):
+        return "another" if str(path).endswith(f"trainer/{edited}.py") else real(path)
+
+    monkeypatch.setattr(inputs, "_digest_of_file", digest)
+    assert num_equal(before, digests(tmp_path)) == first
+
+
+def test_a_stage_whose_own_loss_was_edited_is_not_taken_over(tmp_path, monkeypatch, trained):
+    """Though a decorator, whose code is in another file, wraps it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "edited_loss.py"
+    own.write_text(
+        "import torch\n@torch.enable_grad()\ndef gap(student_logits, teacher_logits):\n"
+        "    return (student_logits - teacher_logits).square().mean()\n"
+    )
+    text = RECIPE.replace("loss: kl", "loss: 'python:edited_loss:gap'")
+    runner.run(write(tmp_path, text), folder=tmp_path, allow_python=True)
+    trained.clear()
+    runner.run(write(tmp_path, text), {"name": "same"}, folder=tmp_path, allow_python=True)
+    assert trained == []
+    own.write_text(own.read_text() + "# edited\n")
+    runner.run(write(tmp_path, text), {"name": "other"}, folder=tmp_path, allow_python=True)
+    assert trained == ["1 distill"]
+
+
+def on_machine(monkeypatch, machine):
+    monkeypatch.setattr(resuming, "machine_of", lambda run: machine)
+
+
+def test_what_another_number_of_processes_has_trained_is_not_taken_over(tmp_path, monkeypatch, trained):
+    runner.run(write(tmp_path), folder=tmp_path)
+    trained.clear()
+    on_machine(monkeypatch, "2 x cpu")
+    runner.run(write(tmp_path), {"name": "two"}, folder=tmp_path)
+    assert trained == ["0 train", "1 distill"]
+    trained.clear()
+    runner.run(write(tmp_path), {"name": "again"}, folder=tmp_path)
+    assert trained == []
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_no_other_takes_over_the_mixture(
+    tmp_path, monkeypatch, trained
+):
+    """Whether by the same command or by a changed recipe, it keeps its stages; those that follow are of both machines."""
+    with runner.begun(write(tmp_path), 1, folder=tmp_path):
+        pass
+    on_machine(monkeypatch, "2 x cpu")
+    trained.clear()
+    runner.run(write(tmp_path), folder=tmp_path)
+    runner.run(write(tmp_path), {"stages.2.sensitivity": 0.5}, folder=tmp_path)
+    assert trained == ["1 distill"]
+    for machine, anew in (("2 x cpu", ["0 train", "1 distill"]), ("1 x cpu", ["1 distill"])):
+        trained.clear()
+        on_machine(monkeypatch, machine)
+        runner.run(write(tmp_path), {"name": machine[0]}, folder=tmp_path)
+        assert trained == anew
 
 
 def other_settings(value):

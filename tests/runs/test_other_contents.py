@@ -1,6 +1,7 @@
 """What was trained on other labels or pictures is neither taken over nor gone on with."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 
 from trainer.data.batches import make_data
+from trainer.data.images import Data, InMemory, Part
 from trainer.recipe.recipe import read
 from trainer.runs import runner
+from trainer.runs.inputs import measured_on
 from trainer.training import fit
 from trainer.training.progress import Progress
 
@@ -98,15 +101,17 @@ def test_kept_answers_are_of_these_pictures(tmp_path):
     assert fingerprint() != before
 
 
-def test_an_interrupted_training_does_not_go_on_with_other_labels(tmp_path, monkeypatch, capsys):
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    pass
+
+
+def killed(tmp_path, monkeypatch, capsys):
+    """Begins the run `one`, and kills it in its first training."""
 
     def save(self, step, tally):
         real(self, step, tally)
         raise Killed
 
-    labelled(tmp_path / "pictures", wrong=True)
     real = Progress.save
     with monkeypatch.context() as inner:
         inner.setattr(fit, "CHECKPOINT_SECONDS", -1.0)
@@ -114,6 +119,11 @@ def test_an_interrupted_training_does_not_go_on_with_other_labels(tmp_path, monk
         inner.setattr(Progress, "save", save)
         with pytest.raises(Killed):
             ran(tmp_path, "one", capsys)
+
+
+def test_an_interrupted_training_does_not_go_on_with_other_labels(tmp_path, monkeypatch, capsys):
+    labelled(tmp_path / "pictures", wrong=True)
+    killed(tmp_path, monkeypatch, capsys)
     labelled(tmp_path / "pictures")
     with pytest.raises(
         ValueError, match="one: the images or their labels are not those that this run began with"
@@ -121,3 +131,38 @@ def test_an_interrupted_training_does_not_go_on_with_other_labels(tmp_path, monk
         ran(tmp_path, "one", capsys)
     labelled(tmp_path / "pictures", wrong=True)
     assert ran(tmp_path, "one", capsys)[0]
+
+
+@pytest.mark.parametrize("edit", ["another size", "another name"])
+def test_an_interrupted_run_does_not_go_on_with_other_test_images(tmp_path, monkeypatch, capsys, edit):
+    """Its table would be of two test sets. The same images with other times, as of a copy, are no others."""
+    folder = tmp_path / "pictures"
+    labelled(folder)
+    killed(tmp_path, monkeypatch, capsys)
+    file, table = folder / "599.png", folder / "test.csv"
+    pixels, text = file.read_bytes(), table.read_text()
+    if edit == "another size":
+        Image.new("L", (8, 8), 3).save(file)
+    else:
+        (folder / "renamed.png").write_bytes(pixels)
+        table.write_text(text.replace("599.png", "renamed.png"))
+    with pytest.raises(ValueError, match="one: the test images are not those that this run began with"):
+        ran(tmp_path, "one", capsys)
+    file.write_bytes(pixels), table.write_text(text)
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    assert ran(tmp_path, "one", capsys)[0]
+
+
+def test_images_in_memory_that_are_measured_on_count_by_all_their_pixels():
+    def digests(value):
+        images = torch.zeros(200, 1, 2, 2, dtype=torch.uint8)
+        images[101] = value
+        part, train = (Part(InMemory(images.clone(), torch.zeros(200)), torch.arange(200)) for _ in range(2))
+        held_out = replace(train, ids=torch.arange(50))
+        return measured_on(Data("d", train, held_out, part, ["a"], (0.0,), (1.0,), (1, 2, 2), 200, None))
+
+    assert set(digests(0)) == {
+        "test"
+    }  # the fingerprint has the training images, which those held out are among
+    assert digests(0) == digests(0) != digests(1)

@@ -1,5 +1,6 @@
 """Labelled images in memory or on disk, and the parts of a run's data."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from trainer.data.crops import Cuts, cut
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
+SAMPLE = 64  # images not in memory that are read for a digest of them
 # ImageNet's mean and standard deviation, of colour and (about) of grey.
 LOOKS = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.459,), (0.226,))}
 
@@ -71,6 +73,13 @@ def read(images: Images, index: Tensor, cuts: Cuts | None = None) -> tuple[Tenso
     if cuts is None:
         return images.__getitems__(positions)
     return images.cut(positions, cuts)  # type: ignore[attr-defined]  # `make_data` refuses others
+
+
+def digest_of(images: Images, ids: Tensor) -> str:
+    """Returns a digest of pixels: of all images in memory; of others a sample of those at positions `ids`, which is evenly spread."""
+    sample = ids[:: max(1, len(ids) // SAMPLE)].tolist()
+    pixels = images.images if isinstance(images, InMemory) else images.__getitems__(sample)[0]
+    return hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()
 
 
 @dataclass

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.images import Data
+from trainer.data.images import Data, InMemory, digest_of
+from trainer.data.pictures import Pictures
 from trainer.data.views import Views
 from trainer.distillation.answer_file import FORMAT, AnswerFile
 from trainer.distillation.answer_record import Record, differences, logit_fields, pack, record_of, restore
@@ -307,6 +308,7 @@ def _depends_on(
         "dataset": data.name,
         "images": data.fingerprint,
         "num_samples": data.num_samples,
+        **_contents_of(data),
         "shape": list(data.shape),
         **({} if teacher.at_once is None else {"at_once": teacher.at_once}),
         **({} if pictures is data else {"pictures": [list(pictures.shape), teacher.filter]}),
@@ -318,6 +320,18 @@ def _depends_on(
             for name, (shape, kind) in record.layout.items()
         },
     }
+
+
+def _contents_of(data: Data) -> dict[str, Any]:
+    """Returns what tells images apart that were changed in place; nothing for images in memory, of which the fingerprint has all.
+
+    All images of the source count, so that every subset of them has the same answers.
+    """
+    images = data.train.images
+    if isinstance(images, InMemory):
+        return {}
+    changes = images.states().changes if isinstance(images, Pictures) else None
+    return {"contents": [changes, digest_of(images, torch.arange(len(images)))]}
 
 
 def _divergence(full: Tensor, kept: Tensor, temperature: float) -> float:

@@ -1,10 +1,12 @@
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
+from trainer.recipe.keys import EPOCHS
 from trainer.tensors import full_precision
 
 
@@ -29,7 +31,7 @@ class curriculum_temperature(nn.Module):
         *,
         start: PositiveFloat = 1.0,
         span: PositiveFloat = 20.0,
-        warm_up_epochs: PositiveFloat = 10.0,
+        warm_up_epochs: Annotated[PositiveFloat, EPOCHS] = 10.0,
     ) -> None:
         super().__init__()
         self.start = start

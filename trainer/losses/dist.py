@@ -1,8 +1,12 @@
+import math
+
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from trainer.mistakes import Mistake
 from trainer.tensors import full_precision
+
+LEAST_VARIATION = 0.01  # of a student's probabilities, relative to 1 / K
 
 
 def dist(
@@ -21,6 +25,8 @@ def dist(
     = 1 they agree. As in the reference code, 1e-8 is added to the product of the norms: a sample or class
     whose probabilities hardly vary counts as uncorrelated. `within` uses this process's batch only, and is
     left out for a batch of one.
+    The student's probabilities count by how much they vary, where that is less than 1 % of 1 / K (the norm of what
+    varies is taken as at least that), so that a head of zeros gets no gradient of 1e8.
     Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher" (DIST).
 
     Args:
@@ -41,7 +47,8 @@ def dist(
     return loss * temperature**2
 
 
-def _pearson(a: Tensor, b: Tensor, over: int) -> Tensor:
-    a = a - a.mean(dim=over, keepdim=True)
-    b = b - b.mean(dim=over, keepdim=True)
-    return (a * b).sum(dim=over) / (a.norm(dim=over) * b.norm(dim=over) + 1e-8)
+def _pearson(student: Tensor, teacher: Tensor, over: int) -> Tensor:
+    a = student - student.mean(dim=over, keepdim=True)
+    b = teacher - teacher.mean(dim=over, keepdim=True)
+    least = LEAST_VARIATION * math.sqrt(a.shape[over]) / a.shape[1]
+    return (a * b).sum(dim=over) / (a.norm(dim=over).clamp_min(least) * b.norm(dim=over) + 1e-8)

@@ -5,6 +5,7 @@ from torch import Tensor
 from trainer.tensors import full_precision
 
 NEEDS_ALL_LOGITS = True
+LEAST_DEVIATION = 0.03  # of a student's logits
 
 
 def logit_standardized(
@@ -15,13 +16,17 @@ def logit_standardized(
     Each row of logits is standardised to mean 0 and standard deviation 1 over the classes (unbiased, plus
     1e-7). The loss is KL(teacher || student) at the temperature, times the temperature squared, summed over
     classes, mean over the batch, in nats. Zero where the student's logits are a + b times the teacher's, b >
-    0. A row of equal logits counts as uniform; its gradient is finite but large (1e7 times the softmax's).
+    0. The student's standard deviation counts as at least 0.03, so that a head of zeros, whose logits are all equal,
+    counts as uniform and gets no gradient of 1e7.
     Sun et al. 2024, "Logit Standardization in Knowledge Distillation".
     """
-    student = F.log_softmax(_standardize(full_precision(student_logits)) / temperature, dim=1)
-    teacher = F.log_softmax(_standardize(full_precision(teacher_logits.detach())) / temperature, dim=1)
+    student = F.log_softmax(
+        _standardize(full_precision(student_logits), LEAST_DEVIATION) / temperature, dim=1
+    )
+    teacher = F.log_softmax(_standardize(full_precision(teacher_logits.detach()), 0.0) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _standardize(logits: Tensor) -> Tensor:
-    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)
+def _standardize(logits: Tensor, least: float) -> Tensor:
+    deviation = logits.std(dim=1, keepdim=True).clamp_min(least)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (deviation + 1e-7)

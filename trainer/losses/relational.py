@@ -50,8 +50,9 @@ def _geometry(embedding: Tensor) -> tuple[Tensor, Tensor]:
     """Returns distances [N, N] over their mean, and cosines [N, N, N] at the first sample between the other two."""
     difference = embedding[None] - embedding[:, None]
     square = difference.square().sum(dim=2)
-    apart = square > 0
-    # The square root has no gradient at 0: equal samples get 1, and afterwards the distance 0.
+    # The square root has no gradient at 0, and below the smallest normal number one that overflows: samples that are
+    # equal, or as good as, get 1, and afterwards the distance 0.
+    apart = square >= torch.finfo(square.dtype).tiny
     length = torch.where(apart, square, 1).sqrt()
     distances = length * apart
     mean = distances.sum() / apart.sum().clamp(min=1)

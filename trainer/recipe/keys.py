@@ -33,6 +33,7 @@ class Mark(NamedTuple):
 
 EXCLUDE = Mark("exclude")  # names of layers that a stage leaves alone
 PER_LAYER = Mark("per layer")  # one value for all layers, or {layer: value}
+EPOCHS = Mark("epochs")  # a number of epochs, or a list of numbers
 
 Exclude = Annotated[list[str], EXCLUDE]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -233,7 +234,7 @@ class WeightSchedule(Entry):
     value: NonNegativeFloat | None = None
     ratio: PositiveFloat | None = None
     schedule: Literal["constant", "warm_up", "linear", "cosine"] = "constant"
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[PositiveFloat | None, EPOCHS] = None
     to: NonNegativeFloat | None = None
 
     @property

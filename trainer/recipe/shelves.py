@@ -180,6 +180,7 @@ def checker(
         if check is not None
     }
     made = create_model(function.__name__, __base__=base, __validators__=validators, **keys)
+    made.methods = (function, *(other for _, other in chosen))  # type: ignore[attr-defined]  # read by `methods_of`
     if chosen:
         no_key = classmethod(lambda cls, key: _no_key(cls, key, function, chosen))
         made.no_key = no_key  # type: ignore[attr-defined]  # as `base`, an Entry, has it
@@ -226,6 +227,23 @@ def chosen(function: Callable, settings: BaseModel) -> Iterator[tuple[str, Calla
     """Yields (argument, function) of each further file that checked settings choose."""
     for name, key in arguments_on_shelves(function).items():
         yield name, find(key, getattr(settings, name))
+
+
+def methods_of(settings: Any) -> Iterator[Callable]:
+    """Yields the functions and classes that checked settings name, and those that settings and lists in them name."""
+    if isinstance(settings, BaseModel):
+        yield from getattr(type(settings), "methods", ())
+        settings = [getattr(settings, name) for name in type(settings).model_fields]
+    if isinstance(settings, list):
+        for value in settings:
+            yield from methods_of(value)
+
+
+def source_of(function: Callable) -> Path | None:
+    """Returns the file that defines a function or class; None if there is none."""
+    # By the module, not by the code: a decorator's code is in another file.
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    return None if file is None else Path(file)
 
 
 def own_settings(checked: BaseModel, base: type[BaseModel]) -> dict[str, Any]:

@@ -23,11 +23,14 @@ Beside its function a stage's file may define (each optional):
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.recipe.keys import EXCLUDE, Mark, StageKeys, TermKeys
+from pydantic import BaseModel
+
+from trainer.recipe.keys import EPOCHS, EXCLUDE, Mark, StageKeys, TermKeys
 from trainer.recipe.shelves import beside, find
 from trainer.recipe.training import Training
 
@@ -162,11 +165,36 @@ def files_of(stage: StageKeys) -> Iterator[tuple[str, Path]]:
     return ((key, value) for key, value in _settings(stage) if isinstance(value, Path))
 
 
-def marked(stage: StageKeys, mark: Mark) -> Iterator[tuple[str, Any]]:
-    """Yields (key, value) of the settings whose type has the mark (`EXCLUDE`, `PER_LAYER`)."""
-    for key, field in type(stage).model_fields.items():
+def marked(settings: BaseModel, mark: Mark) -> Iterator[tuple[str, Any]]:
+    """Yields (key, value) of the settings whose type has the mark (`EXCLUDE`, `PER_LAYER`, `EPOCHS`)."""
+    for key, field in type(settings).model_fields.items():
         if mark in field.metadata:
-            yield key, getattr(stage, key)
+            yield key, getattr(settings, key)
+
+
+def stretched(settings: Any, plain: Any, factor: float) -> Any:
+    """Returns plain settings in which everything that is counted in epochs (`EPOCHS`) is `factor` times as much, at least 1.
+
+    Whole numbers are rounded down. A default that is counted in epochs is stretched too.
+
+    Args:
+        settings: The settings, checked.
+        plain: The same as plain values.
+        factor: At least 1.
+    """
+    if isinstance(settings, list) and isinstance(plain, list):
+        return [stretched(one, own, factor) for one, own in zip(settings, plain, strict=True)]
+    if not isinstance(settings, BaseModel) or not isinstance(plain, dict):
+        return plain
+    found = {key: stretched(getattr(settings, key), value, factor) for key, value in plain.items()}
+    return found | {key: _times(value, factor) for key, value in marked(settings, EPOCHS) if value}
+
+
+def _times(epochs: Any, factor: float) -> Any:
+    if isinstance(epochs, list):
+        return [_times(one, factor) for one in epochs]
+    # What is a whole number but for rounding stays it.
+    return epochs * factor if isinstance(epochs, float) else max(1, math.floor(epochs * factor + 1e-6))
 
 
 def excluded(stage: StageKeys) -> list[str] | None:

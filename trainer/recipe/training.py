@@ -14,6 +14,7 @@ from pydantic import (
 
 from trainer.mistakes import Mistake
 from trainer.recipe.faults import Entry
+from trainer.recipe.keys import EPOCHS
 
 _Count = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -54,7 +55,7 @@ class Training(Entry):
     Acted on by `training.fit`.
     """
 
-    epochs: _Count
+    epochs: Annotated[_Count, EPOCHS]
     batch_size: _Count = 128
     lr: PositiveFloat = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -63,17 +64,17 @@ class Training(Entry):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     nesterov: bool = False
     schedule: Literal["constant", "cosine", "one_cycle", "step"] = "constant"
-    warmup: NonNegativeFloat = 0.0
-    milestones: list[PositiveInt] | None = None
+    warmup: Annotated[NonNegativeFloat, EPOCHS] = 0.0
+    milestones: Annotated[list[PositiveInt] | None, EPOCHS] = None
     gamma: PositiveFloat | None = None
     clip: PositiveFloat | None = None
     accumulate: _Count = 1
     keep: Literal["last", "best"] = "last"
-    patience: PositiveInt | None = None
-    validate_every: PositiveInt = 1
+    patience: Annotated[PositiveInt | None, EPOCHS] = None
+    validate_every: Annotated[PositiveInt, EPOCHS] = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     train_only: Literal["head"] | None = None
-    freeze_epochs: NonNegativeInt = 0
+    freeze_epochs: Annotated[NonNegativeInt, EPOCHS] = 0
     layer_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     class_weights: Literal["balanced"] | None = None
     sampler: Literal["balanced"] | None = None

@@ -15,9 +15,10 @@ from trainer.data.batches import make_data
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, Stage, StageKeys
 from trainer.recipe.recipe import read
-from trainer.recipe.stages import losses_of, name_of, seals, teaches, training_of
+from trainer.recipe.stages import losses_of, name_of, seals, stretched, teaches, training_of
 from trainer.recipe.terms import needs_teacher
 from trainer.recipe.text import dump
+from trainer.recipe.training import Training
 from trainer.reporting.plots import is_teacher
 from trainer.reporting.tables import NOTHING
 from trainer.runs.answers import share_answers
@@ -28,6 +29,8 @@ from trainer.runs.trials import about, spread, tell
 from trainer.storage import checkpoint, files
 
 ARMS = ("taught", "labels")
+# What a teacher's entry says of the weights it began with. Those that were kept are whole, and in the order of the data's classes.
+OF_A_FILE = {"checkpoint", "prefix", "use_ema", "classes"}
 
 
 def gain(
@@ -152,9 +155,9 @@ def _arms(
     common = {**plain, "track": None, "allow_untrained": True}  # of a comparison that is a result too
     if teachers is not None:
         entries = [
-            {**entry, "checkpoint": str(file), "prefix": None, "use_ema": False, "pretrained": False}
-            if "pretrained" in entry
-            else {**entry, "checkpoint": str(file), "prefix": None, "use_ema": False}
+            {key: value for key, value in entry.items() if key not in OF_A_FILE}
+            | {"checkpoint": str(file)}
+            | ({"pretrained": False} if "pretrained" in entry else {})
             for entry, file in zip(plain.get("teachers") or [plain["teacher"]], teachers, strict=True)
         ]
         common |= {"teachers": entries} if plain.get("teachers") else {"teacher": entries[0]}
@@ -166,11 +169,24 @@ def _arms(
     labels = [_on_labels(recipe.stages[number], plain["stages"][number], allow_python) for number in kept]
     for stage, before in zip(labels, taught, strict=True):
         if share < 1 and stage["stage"] != before["stage"]:
-            stage["training"] = {**stage["training"], "epochs": round(stage["training"]["epochs"] / share)}
+            stage.update(_in_more_epochs(stage, share))
     return {
         "taught": {**common, "stages": taught},
         "labels": {**common, "stages": labels, "cache": None},
     }
+
+
+def _in_more_epochs(stage: dict[str, Any], share: float) -> dict[str, Any]:
+    """Returns a stage whose epochs hold a share of the images, with as many more: its course over the steps stays the same."""
+    checked = TypeAdapter(Stage).validate_python(stage, context={"allow_python": True})
+    training = training_of(checked)
+    assert training is not None
+    found = stretched(checked, stage, round(training.epochs / share) / training.epochs)
+    try:
+        Training.model_validate(found["training"])
+    except ValidationError:  # by rounding it could stop after the last epoch at the earliest
+        found["training"].pop("patience", None)
+    return found
 
 
 def _labelled_share(recipe: Recipe, validates: bool) -> float:

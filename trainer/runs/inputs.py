@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from trainer.data.images import Data, InMemory, Part
+from trainer.data.images import Data, InMemory, Part, digest_of
 from trainer.data.pictures import Pictures
 from trainer.recipe.keys import Recipe, StageKeys
+from trainer.recipe.shelves import methods_of, source_of
 from trainer.recipe.stages import (
     changes_student,
     files_of,
@@ -25,7 +26,6 @@ from trainer.recipe.terms import asked_of_teacher
 from trainer.storage.weights_file import digest
 from trainer.training.run import Run
 
-SAMPLE = 64  # pictures of a part that are read for its digest
 WITHOUT_EFFECT = {"workers", "at_least"}  # settings that change no result
 
 
@@ -37,33 +37,55 @@ def only_teaches(stage: StageKeys) -> bool:
 def inputs_of(run: Run, recipe: Recipe) -> list[str]:
     """Returns a digest for each stage, of everything that its result depends on. To be called before the first stage.
 
-    That is its number, settings and files; the data, seed, precision and number of threads; the teacher as it is loaded
-    or initialised, and the stages before that change it. A stage that does more than teach depends also on the student as
-    it is initialised, on the stages before that change it, and on what is kept of the teacher's answers.
+    That is its number, settings, files and code; the data, seed, precision and number of threads; the teacher as it is
+    loaded or initialised, and the stages before that change it. A stage that does more than teach depends also on the
+    student as it is initialised, on the stages before that change it, and on what is kept of the teacher's answers. What
+    a run may go on without is not among it: see `on_machines`.
     """
     common = [
         _plain(recipe.data),
+        _code_of(recipe.data),
         run.data.fingerprint,
         len(run.data.train),
         _contents(run.data),
         [run.data.mean, run.data.std],
         recipe.seed,
-        recipe.precision,
+        [recipe.precision, recipe.tf32, recipe.cudnn_benchmark],
         torch.get_num_threads(),
     ]
     fingerprint = run.teacher.fingerprint() if run.teacher is not None else None
-    teacher = _digest(common, [_plain(keys) for keys in recipe.teacher_entries], fingerprint)
-    student = _digest(common, _plain(recipe.student), digest(run.student.state_dict()), _kept_answers(recipe))
+    teachers = [_plain(keys) for keys in recipe.teacher_entries]
+    teacher = _digest(common, teachers, _code_of(recipe.teacher_entries), fingerprint)
+    student = _digest(
+        common,
+        _plain(recipe.student),
+        _code_of(recipe.student),
+        digest(run.student.state_dict()),
+        _kept_answers(recipe),
+    )
     found = []
     for number, stage in enumerate(recipe.stages):
         depends = [teacher] if only_teaches(stage) else [teacher, student]
         files = [_digest_of_file(path) for _, path in files_of(stage)]
-        found.append(_digest(number, _plain(stage), files, depends))
+        found.append(_digest(number, _plain(stage), _code_of(stage), files, depends))
         if teaches(stage):
             teacher = found[-1]
         if changes_student(stage):
             student = found[-1]
     return found
+
+
+def machine_of(run: Run) -> str:
+    """Returns what of the machine results depend on, beside the digests: the number of processes and their devices."""
+    return f"{run.accelerator.num_processes} x {run.accelerator.device.type}"
+
+
+def on_machines(inputs: Sequence[str], machines: Sequence[str]) -> list[str]:
+    """Returns the stages' digests with the machines that a run was on (`machine_of`), as its checkpoints have them.
+
+    A run itself goes on on another machine. Another run takes over what was done wholly on a machine like its own.
+    """
+    return [f"{one} on {', '.join(machines)}" for one in inputs]
 
 
 def labels_of(*parts: Part) -> str:
@@ -89,9 +111,20 @@ def _images_of(part: Part) -> list[str]:
     """
     images = part.images
     found = [images.states().changes] if isinstance(images, Pictures) else []
-    sample = part.ids[:: max(1, len(part) // SAMPLE)].tolist()
-    pixels = images.images if isinstance(images, InMemory) else images.__getitems__(sample)[0]
-    return [*found, hashlib.sha256(pixels.cpu().contiguous().numpy().data).hexdigest()]
+    return [*found, digest_of(part.images, part.ids)]
+
+
+def measured_on(data: Data) -> dict[str, str]:
+    """Returns a digest of the images of each part that the run is measured on and that is no part of the training images.
+
+    The times of change of files do not count: copies of a folder may have others.
+    """
+    found = {}
+    for what, part in (("validation", data.validation), ("test", data.test)):
+        if part.images is not data.train.images:
+            sizes = part.images.states().sizes if isinstance(part.images, Pictures) else None
+            found[what] = _digest(sizes, len(part), digest_of(part.images, part.ids))
+    return found
 
 
 def num_equal(one: Sequence[str], other: Sequence[str]) -> int:
@@ -113,6 +146,12 @@ def _kept_answers(recipe: Recipe) -> list[Any]:
         if kinds:
             found += [cache, kinds, maps]
     return found or [cache, [], []]
+
+
+def _code_of(settings: Any) -> list[str | None]:
+    """Returns digests of the files that define what the settings name: losses, models, stages and others, of one's own too."""
+    files = [source_of(method) for method in methods_of(settings)]
+    return [None if file is None else _digest_of_file(file) for file in files]
 
 
 def _plain(settings: BaseModel) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.stages import any_teaches, name_of, promotes
 from trainer.recipe.text import RecipeError, dump, parse
 from trainer.runs.earlier import equal_stage, first_broken, set_aside, sources_of, stage_folder, take_over
-from trainer.runs.inputs import inputs_of, labels_of, num_equal, only_teaches
+from trainer.runs.inputs import (
+    inputs_of,
+    labels_of,
+    machine_of,
+    measured_on,
+    num_equal,
+    on_machines,
+    only_teaches,
+)
 from trainer.runs.together import check_same
 from trainer.storage import checkpoint, files, records
 from trainer.training.run import Run
@@ -30,13 +38,17 @@ from trainer.training.run import Run
 class _Beginning(TypedDict):
     """What a run records when it begins.
 
-    The images' digest and number and their labels' digest, the teacher's digest, the threads, the recipe, the digests of its stages (`inputs_of`),
-    and the number of the stage from which all is to be run anew.
+    The training images' digest and number and all labels' digest, the digests of the other images, the teacher's digest, the
+    threads, the machines it was on (`machine_of`), the recipe, the digests of its stages (`inputs_of`), and the number of the
+    stage from which all is to be run anew.
     """
 
     images: list[str | int]
+    validation: NotRequired[str]
+    test: NotRequired[str]
     teacher: NotRequired[str | None]
     threads: NotRequired[PositiveInt]
+    machines: NotRequired[list[str]]
     recipe: NotRequired[dict[str, Any]]
     inputs: NotRequired[list[str]]
     anew: NotRequired[int]
@@ -121,13 +133,14 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     What a changed recipe no longer has, or is to be run anew, is moved to earlier/. Then equal stages of other runs are
     taken over, and the new recipe is written.
 
-    Returns the stages' digests (`inputs_of`), and the number of the first stage that may not be taken over.
+    Returns the stages' digests with the run's machines (`on_machines`), and the number of the first stage that may not be
+    taken over.
     Raises Mistake when a resumed run has other images or another teacher than it began with.
     """
     here, stages, inputs = run.folder, recipe.stages, told(inputs_of(run, recipe))
     data = run.data
     labels = labels_of(data.train, data.validation, data.test)
-    facts: dict[str, Any] = {"images": [data.fingerprint, len(data.train), labels]}
+    facts: dict[str, Any] = {"images": [data.fingerprint, len(data.train), labels], **measured_on(data)}
     if run.teacher is not None and not any_teaches(stages):
         facts["teacher"] = run.teacher.fingerprint()
     check_same(facts, "images or a teacher")
@@ -136,20 +149,29 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     if anew is None and not plan.changed and old.get("recipe") == json.loads(json.dumps(plan.plain)):
         anew = old.get("anew")  # what was to be run anew and was interrupted
     anew = len(stages) if anew is None else anew
-    others = [what for what, fact in facts.items() if begun and begun.get(what) != fact]
+    # An earlier version has not recorded all of them.
+    others = [what for what, fact in facts.items() if what in begun and begun[what] != fact]
     if others and not plan.changed and plan.anew is None:
         messages = {
             "images": "the images or their labels are not those",
+            "validation": "the validation images are not those",
+            "test": "the test images are not those",
             "teacher": "the teacher is not the one",
         }
         raise Mistake(
             f"{here}: {messages[others[0]]} that this run began with: give it another folder, or run it anew (--fresh)"
         )
+    starts = not begun or plan.changed or plan.anew is not None
+    keep = num_equal(old.get("inputs") or [], inputs) if plan.changed or others else len(stages)
+    if plan.changed or plan.anew is not None:
+        keep = min(keep, anew)
+    machine = machine_of(run)
+    machines = list(begun.get("machines", [])) if keep else []
+    if machine not in machines:
+        machines.append(machine)
     if run.accelerator.is_main_process:
-        if not begun or plan.changed or plan.anew is not None:
-            keep = num_equal(old.get("inputs") or [], inputs) if plan.changed or others else len(stages)
+        if starts:
             if plan.changed or plan.anew is not None:
-                keep = min(keep, anew)
                 target = set_aside(here, keep, _kept_recipe(here, old))
                 run.log.begun(keep)
                 if target is not None:
@@ -160,20 +182,23 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
                     )
             facts |= {
                 "threads": torch.get_num_threads(),
+                "machines": machines,
                 "recipe": plan.plain,
                 "inputs": inputs,
                 "anew": anew,
             }
             records.write(here / "begun.json", facts, indent=1)
+        elif machines != begun.get("machines"):
+            records.write(here / "begun.json", old | {"machines": machines}, indent=1)
         write_recipe(here, recipe, plan)
-        source = take_over(here, stages[:anew], inputs, sources_of(here, plan.more))
+        source = take_over(here, stages[:anew], on_machines(inputs, [machine]), sources_of(here, plan.more))
         if source is not None:
             print(
                 f"{here}: {_counted(source.number + 1)} taken over from {source.folder}, as equal in settings and inputs",
                 flush=True,
             )
     run.accelerator.wait_for_everyone()
-    return inputs, anew
+    return on_machines(inputs, machines), anew
 
 
 def _counted(number: int) -> str:
