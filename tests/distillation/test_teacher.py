@@ -22,7 +22,7 @@ from trainer.runs import opening, runner
 from trainer.runs.answers import images_at_once
 from trainer.runs.opening import make_teacher
 from trainer.storage import checkpoint
-from trainer.storage.weights_file import digest, save_file
+from trainer.storage.weights_file import digest, read_file, save_file
 
 DIGITS = "data: {dataset: digits, subset: 100, validation: 60"
 DISTILL = (
@@ -190,6 +190,23 @@ def test_each_of_several_teachers_is_examined(tmp_path, teacher_file):
     assert [row["stage"] for row in result["rows"]] == ["teacher", "distilled"] and result["rows"][0][
         "top1"
     ] > 40
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_file_that_knows_its_classes_is_not_put_in_the_entrys_order(tmp_path, recorded):
+    text = f"name: a\n{DIGITS}}}\nstudent: {{model: lenet5, width: 2}}\n"
+    text += "stages: [{stage: train, training: {epochs: 6, batch_size: 16, lr: 1e-2}}]\n"
+    (own,) = runner.run(written(tmp_path, text), folder=tmp_path)["rows"]
+    file = tmp_path / "a" / "checkpoints" / "00-train" / "00000000" / "student.safetensors"
+    if not recorded:
+        save_file(tmp_path / "bare.safetensors", read_file(file)[0])
+        file = tmp_path / "bare.safetensors"
+    text = f"name: b\n{DIGITS}}}\nteacher: {{model: lenet5, width: 2, classes: [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}}\n"
+    text += "student: {model: lenet5, width: 2}\nallow_untrained: true\nstages:\n"
+    text += f"  - {{stage: train, who: teacher, checkpoint: {file}}}\n"
+    text += "  - {stage: distill, training: {epochs: 1}, losses: [{loss: kl}]}\n"
+    row = runner.run(written(tmp_path, text), folder=tmp_path)["rows"][0]
+    assert own["top1"] > 40 and (row["top1"] == own["top1"] if recorded else row["top1"] < 30)
 
 
 def test_several_teachers_trainings_are_counted_together(tmp_path):

@@ -140,7 +140,9 @@ def _load(run: Run, who: str, number: int, path: Path, prefix: str | None, use_e
     made = load_weights(network, member.spec, shape, classes, path, prefix, use_ema)
     if made.network is not network:
         raise Mistake(f"{path}: has removed channels: name it as the teacher's own checkpoint")
-    _say(run, in_order(made, member.classes, names, shape, "teacher"))
+    # What the teacher's entry says is of the weights that it names; a file that has recorded its own classes knows better.
+    given = None if made.facts.get("classes") else member.classes
+    _say(run, in_order(made, given, names, shape, "teacher"))
 
 
 def _say(run: Run, made: Made) -> None:
