@@ -2,6 +2,7 @@
 
 import cProfile
 import importlib
+import json
 import pstats
 import re
 import sys
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from trainer.cli import main
@@ -18,6 +20,7 @@ from trainer.packing import container, together
 from trainer.packing import network as packed
 from trainer.packing import tensors as packing_tensors
 from trainer.packing.loading import load
+from trainer.storage.weights_file import save_file
 
 FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": ["a", "b"]}
 
@@ -30,6 +33,9 @@ FACTS = {"shape": [1, 8, 8], "mean": [0.1], "std": [0.3], "classes": ["a", "b"]}
         {"model": "timm/hf-hub:timm/resnet18.a1_in1k"},
         {"model": "timm/local-dir:/tmp"},
         {"model": "timm/resnet18", "pretrained": True},
+        {"model": "python", "name": "os:system"},
+        {"model": "python", "name": "os:system", "options": {}},
+        {"model": "timm", "name": "hf-hub:timm/resnet18.a1_in1k"},
     ],
 )
 def test_a_file_that_names_code_or_a_hub_builds_nothing(net, tmp_path, monkeypatch, capsys):
@@ -107,6 +113,41 @@ def test_a_few_bytes_do_not_announce_millions_of_positions(shape, small, monkeyp
         monkeypatch.setattr(module, "code_masks", lambda *a: pytest.fail("took the stream at its word"))
     with pytest.raises(ValueError, match=f"cannot hold the {np.prod(shape):,} positions"):
         container.decode(data)
+
+
+@pytest.mark.parametrize("model", ["python", "timm"])
+def test_settings_cannot_name_what_is_built(model, monkeypatch):
+    monkeypatch.setattr("trainer.models.python.ones_own", lambda name: pytest.fail(f"imported {name}"))
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("built it"))
+    with pytest.raises(ValueError, match=f"model '{model}' cannot be built"):
+        building.build({"model": model, "name": "os:system"}, (1, 8, 8), 2)
+
+
+@pytest.mark.parametrize("ending", ["tiny", "safetensors"])
+@pytest.mark.parametrize("net", [{"model": "python", "name": "evil:build"}, {"model": "python:evil:build"}])
+def test_no_command_runs_code_that_a_file_names(net, ending, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text(
+        "open('ran', 'w').close()\n\n\ndef build(*a, **k):\n    raise SystemExit\n"
+    )
+    path = tmp_path / f"x.{ending}"
+    if ending == "tiny":
+        layout = {"weight": ((2, 4), "float32"), "bias": ((2,), "float32")}
+        arrays = {"weight": np.ones((2, 4), np.float32), "bias": np.ones(2, np.float32)}
+        path.write_bytes(container.encode({"net": net, **FACTS}, arrays, layout=layout))
+    else:
+        facts = {"net": net, **FACTS, "shape": [1, 2, 2], "reading": {}}
+        save_file(path, dict(nn.Linear(4, 2).state_dict()), {"facts": json.dumps(facts)})
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    recipe = "name: r\ndata: {dataset: digits}\nstudent: {model: lenet5, checkpoint: FILE}\nstages: [{stage: pack}]\n"
+    (tmp_path / "r.yaml").write_text(recipe.replace("FILE", path.name))
+    commands = [["predict", path.name, "a.png"], ["check", "r.yaml", "--build"]]
+    if ending == "tiny":
+        commands += [["inspect", path.name], ["unpack", path.name, "out.safetensors"], ["bench", path.name]]
+    for words in commands:
+        assert main(words) in (0, 2), words
+        assert not (tmp_path / "ran").exists(), words
+    capsys.readouterr()
 
 
 def test_settings_of_timm_that_would_read_files_are_refused():

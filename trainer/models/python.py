@@ -25,6 +25,7 @@ def python(
     input_shape: tuple[int, int, int],
     num_classes: int,
     name: str,
+    /,  # the model's name alone says it: a file's settings must not name code
     *,
     options: dict[str, Any] = {},
     **keys: Any,

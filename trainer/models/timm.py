@@ -12,6 +12,7 @@ def timm(
     input_shape: tuple[int, int, int],
     num_classes: int,
     name: str,
+    /,  # the model's name alone says it: a file's settings must not name code
     *,
     pretrained: bool = False,
     img_size: PositiveInt | None = None,

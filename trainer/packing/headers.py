@@ -15,6 +15,8 @@ MAX_CLASSES = (
 MAX_PIXELS = 2**26  # numbers of an input: 3 x 4,700 x 4,700
 # Of float32, in which images are normalized. (An integer of JSON may be larger than any float.)
 SMALLEST, LARGEST = 2.0**-126, 3.4e38
+# Models that build what a name says, which stands in the model's own (timm/resnet18): by another key it could be any code.
+NEED_A_NAME = {"python", "timm"}
 MAX_SETTINGS = 2**20  # sum of the numbers in a network's settings: depths, widths, sides
 
 
@@ -43,8 +45,10 @@ def rebuilds(header: Mapping[str, Any]) -> bool:
     bring such a network.
     """
     net = header.get("net")
+    if net is None or net.get("pretrained") or net["model"] in NEED_A_NAME:
+        return False
     # A colon anywhere: timm too has names that it downloads, such as timm/hf-hub:NAME.
-    return net is not None and ":" not in net["model"] and not net.get("pretrained")
+    return ":" not in net["model"]
 
 
 def check(header: Any) -> None:
