@@ -13,6 +13,7 @@ from tests.exporting.light import HELD, fails, prepare
 from trainer.exporting import timing
 from trainer.exporting.fresh import measured
 from trainer.exporting.sparse_products import with_sparse_products
+from trainer.networks.quantizers import attach
 
 
 def test_a_fresh_process_tells_time_and_memory():
@@ -70,6 +71,23 @@ def test_sparse_products_are_the_layers(layout):
     assert isinstance(sparse.grouped, nn.Conv2d) and isinstance(sparse.dense, nn.Linear)  # these stay dense
     assert not isinstance(sparse.first, nn.Conv2d) and not isinstance(sparse.head, nn.Linear)
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("layout", ["scipy CSR", "torch CSR"])
+def test_sparse_products_round_their_input_where_the_layers_did(layout):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with torch.no_grad():
+        net[2].weight[:, :3] = 0
+    attach(net, {"2": [-2, 3]})
+    images = torch.randn(4, 6)
+    sparse, _ = with_sparse_products(net, layout)
+    assert not isinstance(sparse[2], nn.Linear)
+    with torch.inference_mode():
+        torch.testing.assert_close(sparse(images), net(images), atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(
+            net(images), nn.Sequential(net[0], net[1])(images) @ net[2].weight.T + net[2].bias, atol=1e-3
+        )
 
 
 def test_a_network_without_zeros_stays_dense():

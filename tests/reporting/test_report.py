@@ -412,6 +412,9 @@ def test_names_of_classes_break_no_table():
     assert [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in text.splitlines() if ":-" not in line] == [
         ["true class", r"a\nb", r"c\|d"], [r"a\nb", "3", "1"], [r"c\|d", "0", "2"],
     ]  # fmt: skip
-    found = [{"name": name, "images": 4, "right": 3, "answered": 4} for name in names]
+    found = [
+        {"name": name, "images": 4, "right": 3, "answered": 4} for name in [*names, "<!-- <b>, a < 1, <5"]
+    ]
     lines = tables.class_table(found).splitlines()
+    assert lines.pop().startswith(r"| \<!-- \<b>, a < 1, <5 ")
     assert len(lines) == 4 and lines[2].startswith(r"| a\nb ") and lines[3].startswith(r"| c\|d ")

@@ -21,6 +21,7 @@ from trainer.packing import network as packed
 from trainer.packing.loading import load
 from trainer.runs.answering import open_student
 from trainer.runs.predicting import BATCH, answers, files_of, write_answers
+from trainer.runtime import student as runtime
 
 SPEC, SHAPE = {"model": "lenet5", "width": 2}, (1, 28, 28)
 
@@ -131,6 +132,35 @@ def test_a_damaged_onnx_file(tmp_path, content):
     (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(Mistake, match="x.onnx: is no ONNX file that can be run"):
         open_student(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (None, None),
+        (2, None),
+        (3, "has 2 answers .* name 3 classes"),
+        (["a"], "name 1 classes"),
+        ([], "name 0 classes"),
+    ],
+)
+def test_an_onnx_files_classes_are_a_number_or_names_as_many_as_its_answers(tmp_path, classes, told):
+    pytest.importorskip("onnxruntime")
+    import onnx
+
+    facts = {"shape": (1, 2, 2), "mean": [0.5], "std": [0.5], "classes": ["0", "1"]}
+    export(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), tmp_path, "onnx", **facts)
+    model = onnx.load(tmp_path / "onnx/student.onnx")
+    for entry in model.metadata_props:
+        if entry.key == "classes" and classes is not None:
+            entry.value = json.dumps(classes)
+    onnx.save(model, tmp_path / "x.onnx")
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    if told is None:
+        assert runtime.open_onnx(tmp_path / "x.onnx").predict([tmp_path / "a.png"])[0] in ("0", "1")
+        return
+    with pytest.raises(Mistake, match=told):
+        runtime.open_onnx(tmp_path / "x.onnx").predict([tmp_path / "a.png"])
 
 
 def test_an_onnx_file_of_somebody_else(tmp_path):

@@ -345,6 +345,23 @@ def test_a_later_stage_that_asks_for_fewer_zeros(tmp_path, quick, scope):
         prune(run, method="magnitude", sparsity=0.6, scope=scope)
 
 
+def test_fewer_zeros_than_an_earlier_stage_leaves_are_refused_before_anything_is_trained():
+    keys = TypeAdapter(Stage)
+
+    def faults(earlier, later):
+        common = {"stage": "prune", "method": "magnitude"}
+        stages = [keys.validate_python({**common, **one}) for one in (earlier, later)]
+        return list(stage.order(stages[1], stages[:1]))
+
+    assert faults({"sparsity": 0.9}, {"sparsity": 0.5}) == [
+        "sparsity: got 0.5; an earlier stage leaves 0.9, and zeros stay zero: more is allowed"
+    ]
+    assert not faults({"sparsity": 0.5}, {"sparsity": 0.9})
+    assert not faults({"sparsity": 0.9}, {"sparsity": 0.9, "scope": "global"})
+    assert not faults({"sparsity": 0.9, "exclude": ["fc1"]}, {"sparsity": 0.5})
+    assert not faults({"sparsity": {"fc1": 0.9}}, {"sparsity": 0.5})
+
+
 # bad input
 
 

@@ -196,3 +196,22 @@ def position_bits(mask: Tensor) -> Tensor:
     row = torch.log2((alive.sum(1, keepdim=True) - alive + 1) / ((columns - 1) * density + 1))
     odds = torch.log2(density / (1 - density)) + 0.7 * column + 0.6 * row
     return (VALUE_BITS - odds).clamp_min(1.0).reshape(mask.shape)
+
+
+def zeros_left(layers: dict[str, Weight], target: Mapping[str, float], together: bool) -> dict[str, float]:
+    """Returns the sparsity that an earlier stage left in each layer (or in all). Raises Mistake if `target` is lower."""
+    dead = {name: 0.0 if layer.mask is None else (~layer.mask).sum().item() for name, layer in layers.items()}
+    if together:
+        fraction = sum(dead.values()) / sum(layer.value.numel() for layer in layers.values())
+        found = dict.fromkeys(layers, fraction)
+    else:
+        found = {name: dead[name] / layer.value.numel() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        most = found[name]
+        if not together and layer.mask is not None:
+            most = max((~part).double().mean().item() for part in layer.mask.chunk(layer.parts))
+        if target[name] < most:
+            who = "the layers have" if together else f"layer {name!r} has"
+            who += " in one of its parts" * (most > found[name])
+            raise Mistake(f"{who} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer")
+    return found

@@ -33,7 +33,13 @@ def subject_of(network: nn.Module, shape: Sequence[int], **facts: Any) -> Subjec
         raise Mistake(
             f"shape: got {tuple(shape)}; an export needs the images' (channels, height, width), and the file has none"
         )
-    plain = bake(copy.deepcopy(network)).cpu().eval().requires_grad_(False)
+    try:
+        copied = copy.deepcopy(network)
+    except RuntimeError as error:  # torch copies no tensor that an operation has made with gradients
+        raise Mistake(
+            f"the network keeps a tensor of an earlier call: call it inside torch.no_grad() before ({error})"
+        ) from None
+    plain = bake(copied).cpu().eval().requires_grad_(False)
     channels, height, width = shape
     return Subject(plain, trace(plain, shape), (channels, height, width), **facts)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.compression.states import bake
+from trainer.networks.quantizers import NAME, set_quantizer
 
 Layout = Literal["scipy CSR", "torch CSR"]
 
@@ -32,7 +33,9 @@ def with_sparse_products(network: nn.Module, layout: Layout) -> tuple[nn.Module,
         zeros = int((layer.weight == 0).sum())
         if zeros:
             num_zeros, num_weights = num_zeros + zeros, num_weights + layer.weight.numel()
-            setattr(plain.get_submodule(parent), own, _Sparse(layer, layout))
+            sparse = _Sparse(layer, layout)
+            set_quantizer(sparse, getattr(layer, NAME, None))  # what rounds the layer's input goes with it
+            setattr(plain.get_submodule(parent), own, sparse)
     return plain, num_zeros / num_weights if num_weights else float("nan")
 
 

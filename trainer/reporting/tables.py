@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -338,8 +339,8 @@ def _drawn(
 
 
 def _cell(text: str) -> str:
-    """Returns a text of the user's as a cell: an end of its line, or a rule in it, would break the table."""
-    return printable(text, keep="").replace("|", "\\|")
+    """Returns a text of the user's as a cell: an end of its line, or a rule in it, would break the table, and HTML the page."""
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", printable(text, keep="").replace("|", "\\|"))
 
 
 def _width(text: str) -> int:

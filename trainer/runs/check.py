@@ -15,6 +15,7 @@ from trainer.data.views import Views
 from trainer.distillation.objective import Objective
 from trainer.distillation.ratios import faults, ratios, weighs
 from trainer.distillation.teacher import Teacher
+from trainer.mistakes import printable
 from trainer.recipe.keys import Recipe, StageKeys
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import name_of, promotes, teaches, terms_of, training_of
@@ -68,7 +69,10 @@ def check(
 def class_table(data: Data) -> str:
     """Returns a table of the numbers of images of each class, in the training, validation and test part."""
     counts = [Counter(part.labels.tolist()) for part in (data.train, data.validation, data.test)]
-    rows = [[name, *(count[number] for count in counts)] for number, name in enumerate(data.classes)]
+    rows: list[list] = [
+        [printable(name, keep=""), *(count[number] for count in counts)]
+        for number, name in enumerate(data.classes)
+    ]
     if any(count[-1] for count in counts):
         rows.append(["(no label)", *(count[-1] for count in counts)])
     rows.append(["all", *(count.total() for count in counts)])

@@ -83,9 +83,12 @@ def open_onnx(file: str | Path) -> Student:
     name = session.get_inputs()[0].name
 
     def answer(images: np.ndarray) -> np.ndarray:
-        return session.run(None, {name: images})[0]
+        logits = session.run(None, {name: images})[0]
+        check_answers(file, logits.shape[-1], student.classes)
+        return logits
 
-    return told_by(file, facts, answer)
+    student = told_by(file, facts, answer)  # what it refuses is said before the first answer
+    return student
 
 
 def told_by(
@@ -93,14 +96,23 @@ def told_by(
 ) -> Student:
     """Returns the student of an export, with what is written in it. Raises Mistake for an export that tells too little."""
     try:
-        classes, shape, mean, std = (facts[key] for key in TOLD)
+        _, shape, mean, std = (facts[key] for key in TOLD)
     except KeyError as error:
         raise Mistake(f"{file}: its metadata have no {error}: files of `trainer export` have it") from None
     try:
         headers.check(facts)
     except Mistake as error:
         raise Mistake(f"{file}: its metadata are not valid: {str(error).partition(': ')[2]}") from None
-    return Student(classes, reading_of(shape, facts.get("reading", {})), mean, std, answer)
+    full = headers.full(facts)
+    return Student(full["classes"], reading_of(shape, full["reading"]), mean, std, answer)
+
+
+def check_answers(file: str | Path, num_answers: int, classes: Sequence[str]) -> None:
+    """Raises Mistake where a file's network has more or fewer answers for an image than the file names classes."""
+    if num_answers != len(classes):
+        raise Mistake(
+            f"{file}: has {num_answers} answers for an image, and its metadata name {len(classes)} classes"
+        )
 
 
 def open_tiny(file: str | Path) -> Student:

@@ -19,6 +19,7 @@ from trainer.compression.masks import (
     set_power,
     unwatch_gradients,
     watch_gradients,
+    zeros_left,
 )
 from trainer.compression.parametrizations import Mask
 from trainer.compression.states import dense_state, rewind_weights
@@ -86,9 +87,23 @@ def needs_trained(_settings: StageKeys) -> bool:
     return True
 
 
-def order(_settings: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]:
+def order(settings: StageKeys, before: Sequence[StageKeys]) -> Iterator[str]:
     if any(stage.stage == "share" for stage in before):
         yield "prunes after sharing: prune first, then share"
+    asked = _asked_of(settings)
+    for stage in before:
+        earlier = _asked_of(stage) if stage.stage == settings.stage else None
+        if asked and earlier and asked[1:] == earlier[1:] and asked[0] < earlier[0]:
+            yield f"sparsity: got {asked[0]}; an earlier stage leaves {earlier[0]}, and zeros stay zero: more is allowed"
+
+
+def _asked_of(settings: StageKeys) -> tuple[float, str, list[str]] | None:
+    """Returns the part of zeros, the scope and the layers left alone of a stage that asks for one part of all; None for others."""
+    if _resizes(find("method", settings.method)) or not isinstance(
+        getattr(settings, "sparsity", None), float
+    ):
+        return None
+    return settings.sparsity, settings.scope, sorted(settings.exclude)
 
 
 def check_student(settings: StageKeys, student: nn.Module) -> None:
@@ -283,7 +298,7 @@ def _ranking(
     target = per_layer(layers, keys["sparsity"], "sparsity")
     together = keys["scope"] == "global"
     others = {name: value for name, value in keys.items() if name not in ("sparsity", "scope")}
-    initial = _zeros(layers, target, together)
+    initial = zeros_left(layers, target, together)
     before = {name: None if layer.mask is None else layer.mask.clone() for name, layer in layers.items()}
     parts = {name: layer.parts for name, layer in layers.items()}
     course = geometric if schedule == "iterative" else cubic
@@ -306,25 +321,6 @@ def _ranking(
         return score_masks(scores, alive, wanted, together, parts)
 
     return decide
-
-
-def _zeros(layers: dict[str, Weight], target: Mapping[str, float], together: bool) -> dict[str, float]:
-    """Returns the sparsity that an earlier stage left in each layer (or in all). Raises Mistake if `target` is lower."""
-    dead = {name: 0.0 if layer.mask is None else (~layer.mask).sum().item() for name, layer in layers.items()}
-    if together:
-        fraction = sum(dead.values()) / sum(layer.value.numel() for layer in layers.values())
-        found = dict.fromkeys(layers, fraction)
-    else:
-        found = {name: dead[name] / layer.value.numel() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        most = found[name]
-        if not together and layer.mask is not None:
-            most = max((~part).double().mean().item() for part in layer.mask.chunk(layer.parts))
-        if target[name] < most:
-            who = "the layers have" if together else f"layer {name!r} has"
-            who += " in one of its parts" * (most > found[name])
-            raise Mistake(f"{who} {most * 100:.2f} % zeros already: sparsity {target[name]} asks for fewer")
-    return found
 
 
 def _set_mask(run: Run, layer: Weight, mask: Tensor) -> None:
