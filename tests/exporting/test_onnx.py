@@ -297,6 +297,23 @@ stages: [{stage: train, training: {epochs: 1}}]
 """
 
 
+@pytest.mark.parametrize(
+    ("settings", "largest"), [({}, 64), ({"reduce_range": True}, 64), ({"reduce_range": False}, 127)]
+)
+def test_int8_weights_leave_a_bit_for_processors_that_add_two_products_in_16(tmp_path, settings, largest):
+    (tmp_path / "x.yaml").write_text(INT8)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    to = [{"to": "onnx_int8", "images": 40, **settings}]
+    export(net, tmp_path / "out", to, shape=(1, 8, 8), recipe=tmp_path / "x.yaml")
+    tensors = [
+        onnx.numpy_helper.to_array(one)
+        for one in onnx.load(tmp_path / "out/onnx_int8/student_int8.onnx").graph.initializer
+    ]
+    weights = [one for one in tensors if one.dtype == np.int8 and one.ndim >= 2]
+    assert len(weights) == 2 and all(abs(one.astype(int)).max() == largest for one in weights)
+
+
 def test_int8_is_measured_and_its_verdict_said(tmp_path):
     (tmp_path / "x.yaml").write_text(INT8)
     torch.manual_seed(0)

@@ -47,9 +47,13 @@ def test_a_quantized_student_takes_no_calibration(subject):
     checker = shelves.checker(shelves.find("to", "onnx_int8"), ExportKeys)
     check([checker(to="onnx_int8")], subject.graph, True)
     with pytest.raises(
-        Mistake, match="to onnx_int8: calibration and images: no effect: the student is quantized"
+        Mistake, match="to onnx_int8: calibration, images, reduce_range: no effect: the student is quantized"
     ):
-        check([checker(to="onnx_int8", calibration="entropy", images=5)], subject.graph, True)
+        check(
+            [checker(to="onnx_int8", calibration="entropy", images=5, reduce_range=False)],
+            subject.graph,
+            True,
+        )
 
 
 def test_weights_and_biases_are_whole_numbers_times_their_steps(subject):

@@ -23,10 +23,12 @@ METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 BATCH = 32  # images at a time, at most
 
 
-def write_int8(subject: Subject, path: Path, calibration: str, num_images: int) -> Exported:
+def write_int8(
+    subject: Subject, path: Path, calibration: str, num_images: int, reduce_range: bool
+) -> Exported:
     """Writes a subject with 8-bit weights and activations, calibrated on training images, and opens it.
 
-    A quantized student keeps its own steps, and needs no calibration.
+    A quantized student keeps its own steps, and needs no calibration. reduce_range: whether weights take 7 bits.
     """
     runtime = needed("onnxruntime", "onnx")
     needed("onnx", "onnx")
@@ -52,6 +54,7 @@ def write_int8(subject: Subject, path: Path, calibration: str, num_images: int) 
                     _Reader(subject, num_images),
                     quant_format=quantization.QuantFormat.QDQ,
                     per_channel=True,
+                    reduce_range=reduce_range,
                     calibrate_method=getattr(quantization.CalibrationMethod, METHODS[calibration]),
                 )
             _tell(path, metadata(subject))
