@@ -29,7 +29,7 @@ def test_it_answers_bit_for_bit(subject, to, tmp_path):
 
 def test_qdq_has_the_steps_of_the_student(subject, tmp_path):
     onnx = pytest.importorskip("onnx")
-    exported = write_int8(subject, tmp_path / "x.onnx", "minmax", 1)
+    exported = write_int8(subject, tmp_path / "x.onnx", "minmax", 1, True)
     pixels = np.random.default_rng(0).integers(0, 256, (50, *subject.shape), np.uint8)
     images = subject.normalized(pixels)
     found, expected = exported.run(images), subject.logits(images)
