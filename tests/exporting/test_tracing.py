@@ -154,6 +154,38 @@ def test_what_cannot_be_exported_is_named_with_its_layer():
         trace(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).half(), (1, 2, 2))
 
 
+class Does(nn.Module):
+    """Does something to the flattened image."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        return self.what(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (lambda x: (x * 4).int().float(), "a cast to int32"),
+        (lambda x: x.to(torch.uint8).float(), "a cast to uint8"),
+        (lambda x: x.bool().float(), "a cast to bool"),
+        (lambda x: x.half().float(), "a cast to float16"),
+        (lambda x: x.bfloat16().float(), "a cast to bfloat16"),
+        (lambda x: torch.softmax(x, 1, dtype=torch.float16).float(), "(a cast to|numbers of type) float16"),
+    ],
+)
+def test_a_cast_that_changes_numbers_is_refused(what, words):
+    with pytest.raises(Mistake, match=f"the network: {words} cannot be exported"):
+        trace(Does(what), (1, 2, 2))
+
+
+def test_a_cast_that_changes_no_number_is_left_out():
+    graph = trace(Does(lambda x: torch.relu(x.double().float()).to(torch.float32)), (1, 2, 2))
+    assert [node.op for node in graph.nodes] == ["reshape", "relu"]
+
+
 def test_parts_that_do_not_depend_on_the_image_are_constants():
     class Positions(nn.Module):
         def __init__(self):

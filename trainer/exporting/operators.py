@@ -14,6 +14,9 @@ from trainer.exporting.operators_moving import MOVING, Arguments, Unsupported, r
 # Operators whose result is their first argument: in evaluation mode, in float32.
 ALIASES = {"clone", "alias", "dropout", "detach", "contiguous", "lift_fresh_copy", "detach_", "_to_copy"}
 
+# Types of numbers that float32 stands for: a cast to another one changes them.
+TYPES = (torch.float32, torch.float64)
+
 # Operators whose result along one axis is a sum of what lies along that axis, with constant weights.
 UPSAMPLING = (
     "upsample_nearest1d.vec upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec".split()
