@@ -186,6 +186,19 @@ def test_a_cast_that_changes_no_number_is_left_out():
     assert [node.op for node in graph.nodes] == ["reshape", "relu"]
 
 
+def test_arguments_that_are_not_the_usual_ones():
+    def last(what):
+        return trace(Does(what), (1, 2, 2)).nodes[-1].attributes
+
+    whole = last(lambda x: x * torch.full((x.shape[0], 1), 2.7, dtype=torch.int64))
+    assert whole["scalar"] == 2
+    assert last(lambda x: F.softplus(x, beta=0.5)) == {"beta": 0.5}
+    with pytest.raises(Mistake, match="a softplus with the threshold 1 cannot be exported"):
+        last(lambda x: F.softplus(x, 1, 1))
+    graph = trace(Does(lambda x: F.scaled_dot_product_attention(*[x[:, None]] * 3, scale=0.0)[:, 0]), (1, 2, 2))
+    assert [node.attributes["scale"] for node in graph.nodes if node.op == "attention"] == [0]
+
+
 def test_parts_that_do_not_depend_on_the_image_are_constants():
     class Positions(nn.Module):
         def __init__(self):

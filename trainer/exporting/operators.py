@@ -130,7 +130,9 @@ def _last_state(reader: Any, node: fx.Node, hidden: int, directions: int, batch_
 
 def _filled(number: float | None) -> Callable[[Any, fx.Node, Arguments], None]:
     def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
-        reader.filled[node.name] = a["fill_value"] if number is None else number
+        given = a["fill_value"] if number is None else number
+        # As its type holds it: 2 for 2.7 in a tensor of whole numbers.
+        reader.filled[node.name] = torch.tensor(given).to(node.meta["val"].dtype).item()
 
     return convert
 
@@ -263,6 +265,8 @@ def _prelu(reader: Any, node: fx.Node, a: Arguments) -> None:
 
 
 def _softplus(reader: Any, node: fx.Node, a: Arguments) -> None:
+    if a["threshold"] != 20:
+        raise Unsupported(f"a softplus with the threshold {a['threshold']}")
     reader.add(node, "softplus", [a["self"]], beta=float(a["beta"]))
 
 
@@ -310,7 +314,9 @@ def _attention(reader: Any, node: fx.Node, a: Arguments) -> None:
     if a["is_causal"] or a.get("enable_gqa") or a["dropout_p"]:
         raise Unsupported("attention that is causal or grouped")
     mask = [] if a["attn_mask"] is None else [a["attn_mask"]]
-    scale = a.get("scale") or 1 / math.sqrt(a["query"].meta["val"].shape[-1])
+    scale = a.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(a["query"].meta["val"].shape[-1])
     reader.add(node, "attention", [a["query"], a["key"], a["value"], *mask], scale=float(scale))
 
 
