@@ -195,7 +195,9 @@ def test_arguments_that_are_not_the_usual_ones():
     assert last(lambda x: F.softplus(x, beta=0.5)) == {"beta": 0.5}
     with pytest.raises(Mistake, match="a softplus with the threshold 1 cannot be exported"):
         last(lambda x: F.softplus(x, 1, 1))
-    graph = trace(Does(lambda x: F.scaled_dot_product_attention(*[x[:, None]] * 3, scale=0.0)[:, 0]), (1, 2, 2))
+    graph = trace(
+        Does(lambda x: F.scaled_dot_product_attention(*[x[:, None]] * 3, scale=0.0)[:, 0]), (1, 2, 2)
+    )
     assert [node.attributes["scale"] for node in graph.nodes if node.op == "attention"] == [0]
 
 
