@@ -48,6 +48,29 @@ def test_the_rules_of_agreement():
     assert prove(subject(), answering(lambda logits: -logits, compared="measured"))["agreement_student"] < 50
 
 
+def test_a_logit_may_be_a_hundredth_of_the_largest_off_where_the_classes_are_the_same():
+    def reference(images):
+        logits = np.full((len(images), 2), [-10, 8], np.float32)
+        logits[3:4, 0] = -20
+        return logits
+
+    def off(by):
+        def run(images):
+            logits = reference(images)
+            logits[7:8, 1] += by
+            return logits
+
+        return Exported([], run, 1, reference=reference)
+
+    assert prove(subject(), off(0.19))["max_difference"] == pytest.approx(0.19, rel=1e-5)
+    words = r"not the student's: at image 7 of 256 one is 0.21 off; 0.2 is allowed"
+    with pytest.raises(RuntimeError, match=words):
+        prove(subject(), off(0.21))
+    one = Exported([], lambda images: images[:, 0, 0, :1] + 1, 1, reference=lambda images: images[:, 0, 0, :1])
+    with pytest.raises(RuntimeError, match="not the student's: at image"):  # a single class is always the same
+        prove(subject(), one)
+
+
 def test_a_class_may_change_at_a_tie_alone():
     def two(distance):
         def reference(images):
