@@ -250,6 +250,18 @@ def _unary(op: str, **renamed: str) -> Callable[[Any, fx.Node, Arguments], None]
     return convert
 
 
+def _clamp(least: str, most: str) -> Callable[[Any, fx.Node, Arguments], None]:
+    """least, most: arguments of the operator. An infinite bound is none."""
+
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        low, high = (
+            None if a[name] == end else a[name] for name, end in ((least, -math.inf), (most, math.inf))
+        )
+        reader.add(node, "clamp", [a["self"]], least=low, most=high)
+
+    return convert
+
+
 def _softmax(reader: Any, node: fx.Node, a: Arguments) -> None:
     reader.add(node, "softmax", [a["self"]], axis=a["dim"] % rank(node))
 
@@ -347,8 +359,8 @@ CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
         op: _unary(op)
         for op in "relu hardswish hardsigmoid silu sigmoid tanh mish exp sqrt neg abs erf".split()
     },
-    "hardtanh": _unary("clamp", least="min_val", most="max_val"),
-    "clamp": _unary("clamp", least="min", most="max"),
+    "hardtanh": _clamp("min_val", "max_val"),
+    "clamp": _clamp("min", "max"),
     "gelu": _unary("gelu", approximate="approximate"),
     "leaky_relu": _unary("leaky_relu", slope="negative_slope"),
     "elu": _elu,
