@@ -9,16 +9,17 @@ from torch import nn
 
 from tests.quantized import NETS, made
 from trainer.exporting import c_machines
-from trainer.exporting.c_integer import IntegerSource
+from trainer.exporting.c_integer import IntegerSource, half_of
 from trainer.exporting.c_machines import answers_of_example
 from trainer.exporting.c_rows import program_of
 from trainer.exporting.dead_units import without_dead
-from trainer.exporting.export import export
+from trainer.exporting.export import export, subject_of
 from trainer.exporting.integer_steps import steps_of
 from trainer.exporting.quantizing import quantized
 from trainer.exports.c import c
 from trainer.mistakes import Mistake
 from trainer.models.lenet300 import lenet300
+from trainer.networks.quantizers import Quantizer, rounded, set_quantizer
 
 FLOATING = re.compile(r"\b(float|double|\d+\.\d*f?)\b")
 
@@ -92,6 +93,28 @@ def test_dead_units_are_left_out_and_the_logits_stay():
     sizes = [graph.weights[node.weights["weight"]].shape for node in graph.nodes if node.op == "linear"]
     assert sizes[0][0] == sizes[1][1] <= 20 and sizes[1][0] == sizes[2][1] <= 19
     assert IntegerSource(subject.graph).memory_bytes <= 40
+
+
+@pytest.mark.parametrize("shift", range(13, 18))
+def test_a_sum_is_rounded_as_torch_rounds(shift):
+    near = torch.cat([torch.arange(-9, 10) + (whole << shift) + (1 << shift - 1) for whole in range(-4, 4)])
+    assert torch.equal((near + half_of(shift)) >> shift, rounded(near / 2**shift).long())
+
+
+def test_a_mean_that_may_lie_between_the_tie_and_a_half_is_refused():
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d((8, 16)), nn.Flatten(), nn.Linear(2, 3, bias=False)
+    )
+    subject = made(net, (1, 8, 16), [0.0], [1.0])
+    [x] = [step.x for step in steps_of(subject.graph) if step.node.op == "avg_pool"]
+    for shift in (7, 8):  # 2^14 and 2^15 parts of a step
+        set_quantizer(subject.network[4], Quantizer(x.exponent + shift, 0))
+        source = lambda: IntegerSource(subject_of(subject.network, subject.shape).graph)
+        if shift == 7:
+            source()
+        else:
+            with pytest.raises(Mistake, match="such a mean cannot be computed in integers"):
+                source()
 
 
 def test_what_is_not_whole_is_refused():

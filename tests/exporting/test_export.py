@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import trainer
 from trainer.exporting import export as exporting
 from trainer.exporting.proof import prove
 from trainer.exporting.subject import Exported, NotInstalled, Subject
+from trainer.exporting.tracing import trace
 from trainer.mistakes import Mistake
 from trainer.recipe import shelves
 from trainer.recipe.recipe import targets_of
@@ -46,6 +48,33 @@ def test_the_rules_of_agreement():
     assert prove(subject(), answering(lambda logits: logits, compared="integer"))["max_difference"] == 0
     # What is only measured may differ.
     assert prove(subject(), answering(lambda logits: -logits, compared="measured"))["agreement_student"] < 50
+
+
+def test_a_logit_may_be_a_hundredth_of_the_largest_off_where_the_classes_are_the_same():
+    def reference(images):
+        logits = np.full((len(images), 2), [-10, 8], np.float32)
+        logits[3:4, 0] = -20
+        return logits
+
+    def off(by):
+        def run(images):
+            logits = reference(images)
+            logits[7:8, 1] += by
+            return logits
+
+        return Exported([], run, 1, reference=reference)
+
+    assert prove(subject(), off(0.19))["max_difference"] == pytest.approx(0.19, rel=1e-5)
+    words = r"not the student's: at image 7 of 256 one is 0.21 off; 0.2 is allowed"
+    with pytest.raises(RuntimeError, match=words):
+        prove(subject(), off(0.21))
+    one = Exported(
+        [], lambda images: images[:, 0, 0, :1] + 1, 1, reference=lambda images: images[:, 0, 0, :1]
+    )
+    with pytest.raises(
+        RuntimeError, match="not the student's: at image"
+    ):  # a single class is always the same
+        prove(subject(), one)
 
 
 def test_a_class_may_change_at_a_tie_alone():
@@ -126,6 +155,47 @@ def test_targets_are_checked():
     ] == ["onnx", "plain"]
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written(number, tmp_path):
+    broken = net()
+    with torch.no_grad():
+        broken[1].weight[1, 2] = number
+    with pytest.raises(Mistake, match="^layer '1': its weight has numbers that are infinite or NaN$"):
+        exporting.export(broken, tmp_path / "out", "c", shape=(1, 2, 2))
+    assert not list(tmp_path.iterdir())
+
+
+class Infinite(nn.Module):
+    """Bounds, paddings and a mask that are infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x):
+        x = F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 3, 2)
+        x = x.clamp(min=-torch.inf, max=2) + F.hardtanh(x, -1, torch.inf)
+        x = F.scaled_dot_product_attention(x, x, x, attn_mask=self.mask) + 1 / (x * 0 + torch.inf)
+        return self.fc(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("to", ["c", "page", "onnx"])
+def test_infinite_constants_are_written(to, tmp_path):
+    torch.manual_seed(0)
+    try:
+        [row] = exporting.export(Infinite(), tmp_path, to, shape=(1, 8, 8))
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    assert row["max_difference"] < 1e-5
+
+
+def test_an_infinite_bound_is_none():
+    graph = trace(Infinite(), (1, 8, 8))
+    bounds = [(n.attributes["least"], n.attributes["most"]) for n in graph.nodes if n.op == "clamp"]
+    assert bounds == [(None, 2), (-1, None)]
+
+
 def test_images_of_unknown_size(tmp_path):
     with pytest.raises(Mistake, match="an export needs the images'"):
         trainer.export(net(), tmp_path, "onnx", shape=())
@@ -184,6 +254,7 @@ def test_the_command(tmp_path, capsys):
 ODD = """
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class Sorts(nn.Module):

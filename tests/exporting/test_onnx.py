@@ -236,6 +236,17 @@ def test_constants_of_zeros_alone_are_written(tmp_path):
     assert row["agreement_student"] == 100
 
 
+@pytest.mark.parametrize("coder", onnx_weights.CODERS)
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_zeros_are_all_that_is_compressed(coder, role, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_weights, "CODERS", (coder,))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    nn.init.zeros_(getattr(net[1], role))
+    [row] = trainer.export(net, tmp_path / "out", "onnx", shape=(1, 8, 8))
+    assert row["agreement_student"] == 100 and row["max_difference"] < 1e-6
+
+
 def test_shared_values():
     array = np.array([[0.0, -0.0, 1.5], [0.0, -2.0, 1.5]], np.float32)
     found = shared_values(array)

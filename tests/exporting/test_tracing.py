@@ -154,6 +154,53 @@ def test_what_cannot_be_exported_is_named_with_its_layer():
         trace(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).half(), (1, 2, 2))
 
 
+class Does(nn.Module):
+    """Does something to the flattened image."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        return self.what(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (lambda x: (x * 4).int().float(), "a cast to int32"),
+        (lambda x: x.to(torch.uint8).float(), "a cast to uint8"),
+        (lambda x: x.bool().float(), "a cast to bool"),
+        (lambda x: x.half().float(), "a cast to float16"),
+        (lambda x: x.bfloat16().float(), "a cast to bfloat16"),
+        (lambda x: torch.softmax(x, 1, dtype=torch.float16).float(), "(a cast to|numbers of type) float16"),
+    ],
+)
+def test_a_cast_that_changes_numbers_is_refused(what, words):
+    with pytest.raises(Mistake, match=f"the network: {words} cannot be exported"):
+        trace(Does(what), (1, 2, 2))
+
+
+def test_a_cast_that_changes_no_number_is_left_out():
+    graph = trace(Does(lambda x: torch.relu(x.double().float()).to(torch.float32)), (1, 2, 2))
+    assert [node.op for node in graph.nodes] == ["reshape", "relu"]
+
+
+def test_arguments_that_are_not_the_usual_ones():
+    def last(what):
+        return trace(Does(what), (1, 2, 2)).nodes[-1].attributes
+
+    whole = last(lambda x: x * torch.full((x.shape[0], 1), 2.7, dtype=torch.int64))
+    assert whole["scalar"] == 2
+    assert last(lambda x: F.softplus(x, beta=0.5)) == {"beta": 0.5}
+    with pytest.raises(Mistake, match="a softplus with the threshold 1 cannot be exported"):
+        last(lambda x: F.softplus(x, 1, 1))
+    graph = trace(
+        Does(lambda x: F.scaled_dot_product_attention(*[x[:, None]] * 3, scale=0.0)[:, 0]), (1, 2, 2)
+    )
+    assert [node.attributes["scale"] for node in graph.nodes if node.op == "attention"] == [0]
+
+
 def test_parts_that_do_not_depend_on_the_image_are_constants():
     class Positions(nn.Module):
         def __init__(self):

@@ -11,10 +11,12 @@ from torch import nn
 
 import trainer
 from trainer.compression.rounding import grid_exponent
+from trainer.data.images import normalize
 from trainer.exporting.integer_steps import IMAGE, steps_of
-from trainer.exporting.quantizing import quantized
+from trainer.exporting.quantizing import fit_first_layers, quantized
 from trainer.exporting.tracing import trace
 from trainer.mistakes import Mistake
+from trainer.networks.norms import give_biases
 from trainer.networks.quantizers import quantizers
 from trainer.packing.loading import load
 from trainer.recipe.text import RecipeError
@@ -202,3 +204,61 @@ def test_it_ends_the_same_after_an_interruption(tmp_path):
         (tmp_path / "x" / name).unlink()
     trainer.run(written, folder=tmp_path)
     assert (tmp_path / "x/student.tiny").read_bytes() == first
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_first_layer_computes_from_pixels_what_it_computed_from_channels_of_their_own_mean(
+    bias, groups, padding
+):
+    torch.manual_seed(0)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=padding, bias=bias, groups=groups),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+    )
+    images = normalize(torch.randint(0, 256, (16, 3, 8, 8)).float() / 255, mean, std)
+    with torch.no_grad():
+        net(images)
+        before = net[0](images)
+        net, spec = quantized(net.eval(), {"model": "x"}, (3, 8, 8), mean, std)
+        fit_first_layers(net, trace(net, (3, 8, 8)))
+        off = (net[0](images) - before).abs()
+    assert spec.get("biased", []) == ([] if bias else ["0"])
+    assert off[..., padding : 8 - padding, padding : 8 - padding].max() < 1e-5
+    if padding:  # the grey value that stands for 0 is up to 11 from a channel's mean
+        grey = np.abs(round(255 * sum(mean) / 3) - 255 * np.array(mean)) / 255 / std
+        assert off.max() > 0.01 and grey.max() * 255 * 0.225 < 11
+        reach = net[0].weight.abs().sum((2, 3)).max() * 3 / groups
+        assert off.max() < reach * grey.max()
+
+
+def unbiased(input_shape, num_classes):
+    width = 4 * (input_shape[1] - 2) * (input_shape[2] - 2)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(width, num_classes)
+    )
+
+
+def test_a_first_layer_without_a_bias_is_given_one_which_the_packed_file_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.models.lenet300.lenet300", unbiased)
+    stages = [
+        {"stage": "train", "training": TRAINING},
+        {"stage": "quantize", "training": TRAINING},
+        {"stage": "pack"},
+    ]
+    report = trainer.run(recipe(tmp_path, {"model": "lenet300"}, stages), folder=tmp_path)
+    net = load(tmp_path / "x/student.tiny")
+    assert net[0].bias is not None and net[0].bias.any()
+    rows = {row["stage"]: row for row in report["rows"]}
+    assert abs(rows["rounded"]["top1"] - rows["trained"]["top1"]) < 4
+    assert rows["quantized"]["top1"] == rows["decoded"]["top1"]
+
+
+@pytest.mark.parametrize("biased", [["5"], ["1"], [3], 7, "x"])
+def test_only_layers_are_given_biases(biased):
+    with pytest.raises(Mistake, match="biased: the network has no layer"):
+        give_biases(nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()), biased)

@@ -19,7 +19,13 @@ OPS = frozenset("conv linear relu clamp max_pool avg_pool mean add reshape quant
 NONE = 255  # the number of no map
 NOWHERE = 0xFFFF  # the offset of a map of the caller's
 MOST_POSITIONS = 4096  # of a mean or pooling, so that its division is rounded as torch's
+MOST_PARTS = 1 << 14  # of a step that a mean may lie at: with more, some lie between `TIE` and a half
 MOST_BYTES = 0xFFFF - 1  # of memory
+
+
+def half_of(shift: int) -> int:
+    """Returns what is added to a sum before it is shifted, so that it is rounded as by `quantizers.rounded`, from `TIE` up."""
+    return (1 << shift - 1) + (1 << shift - 15 if shift >= 15 else 0)
 
 
 class IntegerSource:
@@ -135,12 +141,13 @@ int student_run(const uint8_t *image, int32_t *logits)
             elif not -7 <= shift <= 24:
                 raise Mistake(f"to c: layer {layer!r}: its map's step is too far from that of its sums")
             elif shift > 0:
-                facts["half"] = (1 << shift - 1) + (1 << shift - 15 if shift > 15 else 0)
+                facts["half"] = half_of(shift)
         elif unit.op in ("mean", "avg_pool"):
             x = made.maps[unit.x]
             positions = x.height * x.width if unit.op == "mean" else unit.kernel[0] * unit.kernel[1]
             padded = unit.op == "avg_pool" and (any(unit.before) or unit.node.attributes["ceil"])
-            if positions > MOST_POSITIONS or not -4 <= facts["shift"] <= 8 or padded:
+            fine = positions << max(facts["shift"], 0) > MOST_PARTS
+            if positions > MOST_POSITIONS or not -4 <= facts["shift"] <= 8 or fine or padded:
                 raise Mistake(f"to c: layer {layer!r}: such a mean cannot be computed in integers")
         return "{" + ", ".join(str(value) for value in facts.values()) + "}"
 

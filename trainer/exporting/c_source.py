@@ -56,11 +56,12 @@ def _text(held: Constants, lines: list[str]) -> str:
 }}
 """
     library = needed_of(template("student_kernels.c"), maps + program)
+    math = "#include <math.h>\n" if re.search(r"\b(INFINITY|NAN)\b", maps + program) else ""
     return f"""// A student of tiny-student: see student.h.
 #include "student.h"
 
 #include <float.h>
-#include <stdint.h>
+{math}#include <stdint.h>
 #include <string.h>
 
 {library}{maps}{program}"""

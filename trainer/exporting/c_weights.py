@@ -1,5 +1,6 @@
 """Writes weights as constant arrays of C: gaps and codes in one stream of bits that is walked as it lies."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,9 @@ LONGEST = 16  # bits of a word
 
 
 def literal(value: float) -> str:
-    """Returns a float32 as a literal of C that reads as the same bits."""
+    """Returns a float32 as a literal of C that reads as the same bits; INFINITY is of math.h."""
+    if not math.isfinite(np.float32(value)):
+        return "NAN" if math.isnan(value) else "INFINITY" if value > 0 else "-INFINITY"
     text = f"{float(np.float32(value)):.9g}"
     return text + ("f" if any(sign in text for sign in ".e") else ".0f")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,7 +46,14 @@ def subject_of(network: nn.Module, shape: Sequence[int], **facts: Any) -> Subjec
 
 
 def check(targets: Iterable[ExportKeys], graph: Graph, has_data: bool) -> None:
-    """Raises Mistake for the first target that cannot write the graph, or that needs data where there is none."""
+    """Raises Mistake for the first target that cannot write the graph, or that needs data where there is none.
+
+    And for weights that are not finite; a constant may be infinite, as a mask is.
+    """
+    for node in graph.nodes:
+        for role, name in node.weights.items():
+            if not np.isfinite(graph.weights[name]).all():
+                raise Mistake(f"layer {node.layer!r}: its {role} has numbers that are infinite or NaN")
     for target in targets:
         function = find("to", target.to)
         able = beside(function, "OPS") or OPS

@@ -23,6 +23,8 @@ LEVEL_BYTES = 70  # of a level's nodes in the file
 
 def read_huffman(made: Builder, content: Content) -> Found:
     """Adds the nodes that read a content from Huffman codes."""
+    if not len(content.codes) and not content.dense:
+        return Found("", np.int32, "", [])  # all constants are zeros
     unit = 2 if 2 * len(content.codes) + sum(map(len, content.dense)) >= LARGE else 1
     codes, gaps, num_sparse = _alphabets(content, unit)
     parts = _read(made, codes, gaps, unit, [num_sparse, *map(len, content.dense)])

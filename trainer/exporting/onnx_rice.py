@@ -13,6 +13,8 @@ from trainer.exporting.sparse_content import Content, Found
 
 def read_rice(made: Builder, content: Content) -> Found:
     """Adds the nodes that read a content from Rice codes."""
+    if not len(content.codes) and not content.dense:
+        return Found("", np.int32, "", [])  # all constants are zeros
     num, parts = len(content.codes), []
     if num:
         gaps = np.diff(content.places, prepend=-1) - 1

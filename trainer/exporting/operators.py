@@ -14,6 +14,9 @@ from trainer.exporting.operators_moving import MOVING, Arguments, Unsupported, r
 # Operators whose result is their first argument: in evaluation mode, in float32.
 ALIASES = {"clone", "alias", "dropout", "detach", "contiguous", "lift_fresh_copy", "detach_", "_to_copy"}
 
+# Types of numbers that float32 stands for: a cast to another one changes them.
+TYPES = (torch.float32, torch.float64)
+
 # Operators whose result along one axis is a sum of what lies along that axis, with constant weights.
 UPSAMPLING = (
     "upsample_nearest1d.vec upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec".split()
@@ -127,7 +130,9 @@ def _last_state(reader: Any, node: fx.Node, hidden: int, directions: int, batch_
 
 def _filled(number: float | None) -> Callable[[Any, fx.Node, Arguments], None]:
     def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
-        reader.filled[node.name] = a["fill_value"] if number is None else number
+        given = a["fill_value"] if number is None else number
+        # As its type holds it: 2 for 2.7 in a tensor of whole numbers.
+        reader.filled[node.name] = torch.tensor(given).to(node.meta["val"].dtype).item()
 
     return convert
 
@@ -245,6 +250,18 @@ def _unary(op: str, **renamed: str) -> Callable[[Any, fx.Node, Arguments], None]
     return convert
 
 
+def _clamp(least: str, most: str) -> Callable[[Any, fx.Node, Arguments], None]:
+    """least, most: arguments of the operator. An infinite bound is none."""
+
+    def convert(reader: Any, node: fx.Node, a: Arguments) -> None:
+        low, high = (
+            None if a[name] == end else a[name] for name, end in ((least, -math.inf), (most, math.inf))
+        )
+        reader.add(node, "clamp", [a["self"]], least=low, most=high)
+
+    return convert
+
+
 def _softmax(reader: Any, node: fx.Node, a: Arguments) -> None:
     reader.add(node, "softmax", [a["self"]], axis=a["dim"] % rank(node))
 
@@ -260,6 +277,8 @@ def _prelu(reader: Any, node: fx.Node, a: Arguments) -> None:
 
 
 def _softplus(reader: Any, node: fx.Node, a: Arguments) -> None:
+    if a["threshold"] != 20:
+        raise Unsupported(f"a softplus with the threshold {a['threshold']}")
     reader.add(node, "softplus", [a["self"]], beta=float(a["beta"]))
 
 
@@ -307,7 +326,9 @@ def _attention(reader: Any, node: fx.Node, a: Arguments) -> None:
     if a["is_causal"] or a.get("enable_gqa") or a["dropout_p"]:
         raise Unsupported("attention that is causal or grouped")
     mask = [] if a["attn_mask"] is None else [a["attn_mask"]]
-    scale = a.get("scale") or 1 / math.sqrt(a["query"].meta["val"].shape[-1])
+    scale = a.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(a["query"].meta["val"].shape[-1])
     reader.add(node, "attention", [a["query"], a["key"], a["value"], *mask], scale=float(scale))
 
 
@@ -338,8 +359,8 @@ CONVERTERS: dict[str, Callable[[Any, fx.Node, Arguments], None]] = {
         op: _unary(op)
         for op in "relu hardswish hardsigmoid silu sigmoid tanh mish exp sqrt neg abs erf".split()
     },
-    "hardtanh": _unary("clamp", least="min_val", most="max_val"),
-    "clamp": _unary("clamp", least="min", most="max"),
+    "hardtanh": _clamp("min_val", "max_val"),
+    "clamp": _clamp("min", "max"),
     "gelu": _unary("gelu", approximate="approximate"),
     "leaky_relu": _unary("leaky_relu", slope="negative_slope"),
     "elu": _elu,

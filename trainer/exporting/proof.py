@@ -9,6 +9,7 @@ from trainer.exporting.subject import Exported, Subject
 from trainer.exporting.timing import latency
 
 NEAR = 1e-4  # of the largest logit: two that are nearer may change places by rounding
+FAR = 1e-2  # of the largest logit of all images: correct exports in float32 are below 1e-5 of it
 SHOWN = 20  # images at a tie that are listed
 
 
@@ -20,12 +21,12 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
     can be compared), "latency_seconds" and "latency_p95_seconds" (one image; median and 95th percentile),
     "classes" (of all images).
 
-    Raises RuntimeError if the answers are not the student's, by the rule of `Exported.compared`.
+    Raises RuntimeError, with the image, if the answers are not the student's, by the rule of `Exported.compared`.
     """
     answers, labels, right, students = [], [], [], []
     ties: list[int] = []
     wrong: list[int] = []
-    largest, seen = 0.0, 0
+    largest, farthest, highest, seen = 0.0, 0, 0.0, 0
     first = None
     for images, known in subject.proof_batches(exported.batch):
         given = subject.normalized(images) if exported.takes == "normalized" else images
@@ -39,7 +40,10 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
         if not np.isfinite(ours).all():
             raise RuntimeError(f"its logits are not finite, from image {seen} on")
         same = ours.argmax(1) == theirs.argmax(1)
-        largest = max(largest, float(np.abs(ours.astype(np.float64) - theirs).max()))
+        apart = np.abs(ours.astype(np.float64) - theirs).max(1)
+        if apart.max() > largest:
+            largest, farthest = float(apart.max()), seen + int(apart.argmax())
+        highest = max(highest, float(np.abs(theirs).max()))
         bad = ~same if exported.compared == "float" else (ours != theirs).any(1)
         for number in np.flatnonzero(bad):
             (ties if exported.compared == "float" and _is_tie(theirs[number]) else wrong).append(
@@ -54,6 +58,11 @@ def prove(subject: Subject, exported: Exported) -> dict[str, Any]:
         raise RuntimeError(
             f"its answers are not the student's for {len(wrong)} of {seen} images (the first: {wrong[:SHOWN]}); the largest "
             f"difference of a logit is {largest:.3g}"
+        )
+    if exported.compared == "float" and largest > FAR * highest:
+        raise RuntimeError(
+            f"its logits are not the student's: at image {farthest} of {seen} one is {largest:.3g} off; {FAR * highest:.3g} "
+            f"is allowed ({FAR:g} of the largest logit)"
         )
     assert first is not None, "there are no images to prove it on"
     classes, truth = np.concatenate(answers), np.concatenate(labels)

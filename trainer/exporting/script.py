@@ -150,10 +150,15 @@ def _mapped(body: str) -> _Line:
     """Returns the line of an operator on each number v; $name is one of its attributes."""
 
     def line(at: _At, x: list[str]) -> str:
-        filled = re.sub(r"[$](\w+)", lambda found: str(at.a[found[1]]), body)
+        filled = re.sub(r"[$](\w+)", lambda found: _number(at.a[found[1]]), body)
         return f"mapped({x[0]}, v => {filled})"
 
     return line
+
+
+def _number(value: float) -> str:
+    """Returns a number as JavaScript reads it: Infinity, not inf."""
+    return json.dumps(value)
 
 
 def _plane(shape: list[int]) -> list[int]:
@@ -259,7 +264,7 @@ def _reduced(mean: bool) -> _Line:
 def _binary(sign: str) -> _Line:
     def line(at: _At, x: list[str]) -> str:
         if len(x) == 1:
-            scalar = at.a["scalar"]
+            scalar = _number(at.a["scalar"])
             return (
                 f"mapped({x[0]}, v => {f'{scalar} {sign} v' if at.a.get('left') else f'v {sign} {scalar}'})"
             )
@@ -271,9 +276,9 @@ def _binary(sign: str) -> _Line:
 def _clamp(at: _At, x: list[str]) -> str:
     body = "v"
     if at.a["least"] is not None:
-        body = f"Math.max({at.a['least']}, {body})"
+        body = f"Math.max({_number(at.a['least'])}, {body})"
     if at.a["most"] is not None:
-        body = f"Math.min({at.a['most']}, {body})"
+        body = f"Math.min({_number(at.a['most'])}, {body})"
     return f"mapped({x[0]}, v => {body})"
 
 
@@ -368,5 +373,7 @@ LINES: dict[str, _Line] = {
     "permute": _permute,
     "expand": lambda at, x: f"spread({x[0]}, {at.shape()}, {at.out()})",
     "slice": _slice,
-    "pad": lambda at, x: f"pad({x[0]}, {at.shape()}, {[list(p) for p in at.a['padding']]}, {at.a['value']})",
+    "pad": lambda at, x: (
+        f"pad({x[0]}, {at.shape()}, {[list(p) for p in at.a['padding']]}, {_number(at.a['value'])})"
+    ),
 }

@@ -125,7 +125,7 @@ class Exported:
         run: Images [N, C, H, W] to logits [N, K], computed by the real runtime from these files.
         takes: What `run` takes: 'normalized' float32, or 'uint8' images as they are.
         compared: How the answers are held against `reference`: 'float' (a class may differ only where the two highest
-            logits are within 1e-4 of the largest), 'integer' (all logits are equal) or 'measured' (reported alone).
+            logits are within 1e-4 of the largest, and no logit by more than 1e-2 of the largest of all images), 'integer' (all logits are equal) or 'measured' (reported alone).
         reference: What is compared with, from the same images; None for the subject's own network.
         num_bytes: What the target takes on its machine.
         numbers: Further entries of the report's row: peak_bytes, flash_bytes, ram_bytes, instructions ...

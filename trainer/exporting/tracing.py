@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from trainer.compression.states import bake
 from trainer.exporting.graph import Graph, Node, Value
-from trainer.exporting.operators import ALIASES, CONVERTERS, UPSAMPLING, Unsupported
+from trainer.exporting.operators import ALIASES, CONVERTERS, TYPES, UPSAMPLING, Unsupported
 from trainer.mistakes import Mistake
 from trainer.networks.quantizers import Quantizer, quantizers
 
@@ -173,6 +173,7 @@ class _Reader:
             if self._is_constant(node):
                 return
             if name in ALIASES:
+                _refuse_other_types(node.meta["val"], "a cast to")
                 self.same[node.name] = self.name(next(iter(arguments.values())))
             elif name in CONVERTERS:
                 CONVERTERS[name](self, node, arguments)
@@ -216,8 +217,12 @@ class _Reader:
     # What the converters use.
 
     def value(self, node: fx.Node, number: int | None = None) -> Value:
-        """Returns the shape of a node's result. Raises Unsupported for a shape that depends on more than the images' number."""
+        """Returns the shape of a node's result.
+
+        Raises Unsupported for a shape that depends on more than the images' number, and for numbers that are no float32.
+        """
         tensor = node.meta["val"] if number is None else node.meta["val"][number]
+        _refuse_other_types(tensor, "numbers of type")
         shape, axis = [], None
         for place, size in enumerate(tensor.shape):
             if isinstance(size, int):
@@ -304,6 +309,11 @@ class _Reader:
         self.values[name] = value
         self.nodes.append(Node(op, tuple(inputs), (name,), {}, attributes, layer_of(node)))
         return name
+
+
+def _refuse_other_types(tensor: Tensor, words: str) -> None:
+    if tensor.dtype not in TYPES:
+        raise Unsupported(f"{words} {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def short_name(target: Any) -> str:

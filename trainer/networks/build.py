@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from trainer.mistakes import Mistake
 from trainer.networks.features import evaluating
-from trainer.networks.norms import adjoining, remove_norms
+from trainer.networks.norms import adjoining, give_biases, remove_norms
 from trainer.networks.output import take_output
 from trainer.networks.quantizers import attach
 from trainer.networks.sizes import resize
@@ -44,7 +44,7 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     Args:
         spec: {"model": name, settings}. If channels were removed, "resized" holds the new sizes of those layers; if its
             BatchNorm was folded away, "folded" is true; of a network with several outputs "output" says which is the answer. If it is quantized, "maps" holds the steps of its
-            maps (`quantizers.attach`).
+            maps (`quantizers.attach`), and "biased" the layers that were given a bias for that.
         shape: (C, H, W) of the images.
         num_classes: Width K of the logits.
 
@@ -54,7 +54,7 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
     settings = {
         key: value
         for key, value in spec.items()
-        if key not in ("model", "resized", "folded", "output", "maps")
+        if key not in ("model", "resized", "folded", "output", "biased", "maps")
     }
     function = shelves.find("model", spec["model"])
     _, rest = shelves.split("model", spec["model"])
@@ -72,6 +72,7 @@ def build(spec: dict[str, Any], shape: tuple[int, int, int], num_classes: int) -
         remove_norms(model, adjoining(model))
     resize(model, spec.get("resized", {}))
     take_output(model, spec.get("output"))
+    give_biases(model, spec.get("biased", []))
     attach(model, spec.get("maps", {}))
     return model
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer.mistakes import Mistake
+
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
@@ -33,12 +35,29 @@ def remove_norms(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
     """Replaces each norm by what else it does (timm's have an activation inside), in place, and gives its layer a bias."""
     for layer, norm_name in pairs:
         module, norm = model.get_submodule(layer), model.get_submodule(norm_name)
-        if module.bias is None:
-            weight: Any = module.weight
-            module.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=weight.requires_grad)
+        give_bias(module)
         owner, _, name = norm_name.rpartition(".")
         rest = [part for _, part in norm.named_children()]
         setattr(model.get_submodule(owner), name, nn.Sequential(*rest) if rest else nn.Identity())
+
+
+def give_bias(module: nn.Module) -> None:
+    """Gives a layer without a bias one of zeros, in place."""
+    if module.bias is None:
+        weight: Any = module.weight
+        module.bias = nn.Parameter(weight.new_zeros(len(weight)), requires_grad=weight.requires_grad)
+
+
+def give_biases(model: nn.Module, names: Any) -> None:
+    """Gives the layers of these names biases of zeros, in place.
+
+    Raises Mistake for names that are not of layers: anyone may have written them.
+    """
+    modules = dict(model.named_modules())
+    for name in names if isinstance(names, list | tuple) else [names]:
+        if not isinstance(name, str) or not isinstance(modules.get(name), _LAYERS):
+            raise Mistake(f"biased: the network has no layer {name!r}")
+        give_bias(modules[name])
 
 
 @torch.no_grad()

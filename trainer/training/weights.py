@@ -25,7 +25,7 @@ from trainer.training.wheels import fill_in_order, read_wheel
 #: Suffixes of tensors that do not affect a network's output; other tools add some of them.
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
 #: Settings that stages change: the network is rebuilt with those that our own checkpoint records.
-CHANGED_BY_STAGES = ("resized", "batch_norm", "folded", "maps")
+CHANGED_BY_STAGES = ("resized", "batch_norm", "folded", "biased", "maps")
 SHOWN = 5  # names that a message lists
 
 
