@@ -52,6 +52,7 @@ class Plain(Counts):
     def forward(self, x): return self.fc(self.next(self.conv(x)).mean((2, 3)))
 
 mixer, split, counts, plain = (lambda shape, classes, cls=cls: cls() for cls in (Mixer, Split, Counts, Plain))
+chain = lambda shape, classes: nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, classes))
 """
 RECIPE = """
 name: own
@@ -107,3 +108,16 @@ def test_networks_of_timm(name, tmp_path):
     )
     with pytest.raises(RecipeError, match=r"stages\[1\]: "):
         trainer.run(tmp_path / "x.yaml", folder=tmp_path)
+
+
+def test_what_stages_change_of_ones_own_network_is_packed_and_measured_in_a_fresh_process(recipe):
+    path = recipe("chain")
+    text = (
+        path.read_text() + "  - {stage: quantize, training: {epochs: 1, batch_size: 30}}\n  - {stage: pack}\n"
+    )
+    path.write_text(text.replace("data:", "allow_untrained: true\ndata:"))
+    rows = trainer.run(path, folder=path.parent / "runs", allow_python=True)["rows"]
+    quantized, decoded = (
+        next(row for row in rows if row["stage"] == name) for name in ("quantized", "decoded")
+    )
+    assert decoded["top1"] == quantized["top1"] and decoded["sparsity"] == quantized["sparsity"]

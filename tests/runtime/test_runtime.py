@@ -120,6 +120,10 @@ def test_other_networks_are_refused(tmp_path):
         ({"model": "cifar_resnet", "depth": 6 * 10**5 + 2}, "more parts than the file can hold"),
         ({"model": "wide_resnet", "widen": 99}, "numbers in all tensors"),
         ({"model": "gru", "num_layers": 10**9}, "settings add up to 1e"),
+        (
+            {"model": "lenet5", "maps": {"fc1": [0, 0]}},
+            "is quantized: it opens with torch, or as an .onnx file",
+        ),
         ({"model": "lenet300", "hidden": "many"}, "cannot be built"),
         ({"model": "lenet300", "depth": 3}, "cannot be built"),
         ({"model": "cifar_vgg", "depth": 9}, "cannot be built"),

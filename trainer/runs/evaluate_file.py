@@ -18,6 +18,7 @@ from trainer.runs.opening import accelerator_of
 from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import digest
 from trainer.training.evaluate import normalized, percent_right, predict
+from trainer.training.weights import by_author
 
 
 def evaluate_file(
@@ -62,9 +63,15 @@ def opened(file: Path, recipe: Recipe | None) -> tuple[bytes, nn.Module, dict[st
     content = read_bytes(file)
     header = packed.header(content, str(file))
     into = None
-    if recipe is not None and not packed.rebuilds(header) and header.get("net") == spec(recipe.student):
-        # The recipe, not the file, decides which code runs.
-        into = build(header["net"], tuple(header["shape"]), len(header["classes"]))
+    net = header.get("net")
+    if (
+        recipe is not None
+        and net
+        and not packed.rebuilds(header)
+        and by_author(net) == by_author(spec(recipe.student))
+    ):
+        # The recipe, not the file, decides which code runs; what stages changed of the network is the file's.
+        into = build(net, tuple(header["shape"]), len(header["classes"]))
     model, header = packed.decode(content, str(file), into)
     return content, model, header
 

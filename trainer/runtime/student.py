@@ -152,6 +152,8 @@ def layout(header: Mapping[str, Any]) -> container.Normal:
         raise Mistake(
             f"the BatchNorm of {net['model']!r} is folded away: it opens with torch, or as an .onnx file"
         )
+    if net.get("maps"):
+        raise Mistake(f"{net['model']!r} is quantized: it opens with torch, or as an .onnx file")
     resized = net.get("resized", {})
     if not isinstance(resized, Mapping):
         raise Mistake(f"sizes of layers: got {resized!r}; {{layer: [outputs, inputs]}} is allowed")

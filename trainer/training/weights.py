@@ -142,7 +142,7 @@ def load_weights(
     content, about = _content(path)
     recorded = about.get("net") or {}
     spec = dict(spec)
-    if recorded != spec and _by_author(recorded) == _by_author(spec):
+    if recorded != spec and by_author(recorded) == by_author(spec):
         spec = dict(recorded)
         network = build(spec, shape, num_classes)
     if any(key.endswith((".0.mask", ".0.codes")) for key in content if isinstance(key, str)):
@@ -219,7 +219,7 @@ def recorded(path: Path) -> dict[str, Any]:
     return _content(path)[1] if Path(path).suffix in (".safetensors", ".tiny") else {}
 
 
-def _by_author(spec: Mapping[str, Any]) -> dict[str, Any]:
+def by_author(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that the user gives, without those that stages change."""
     return {key: value for key, value in spec.items() if key not in CHANGED_BY_STAGES}
 
