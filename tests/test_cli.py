@@ -270,8 +270,8 @@ def test_a_batch_of_one_image_that_cannot_be_normalised():
     error = ValueError(
         "Expected more than 1 value per channel when training, got input size torch.Size([1, 4])"
     )
-    assert isinstance(fit._of_a_batch(error, 1), Mistake)
-    assert fit._of_a_batch(error, 2) is error
+    assert isinstance(fit.of_a_batch(error, 1), Mistake)
+    assert fit.of_a_batch(error, 2) is error
 
 
 def test_one_process_of_a_machine_speaks(say, monkeypatch, tmp_path):

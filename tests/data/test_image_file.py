@@ -30,7 +30,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 def odd_photos(folder, count):
     """Photos of all modes, sizes, formats and orientations, in two classes."""
     rng = np.random.default_rng(0)
-    modes = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "LAB")
+    modes = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16")
     for i in range(count):
         mode = modes[i % len(modes)]
         height, width = rng.integers(3, 90, 2)
@@ -42,9 +42,6 @@ def odd_photos(folder, count):
             )
             continue
         image = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8), "RGBA")
-        if mode == "LAB":
-            Image.frombytes("LAB", image.size, image.convert("RGB").tobytes()).save(path.with_suffix(".tif"))
-            continue
         image = (
             image
             if mode == "RGBA"
@@ -60,6 +57,12 @@ def odd_photos(folder, count):
             image.save(path.with_suffix((".jpg", ".webp", ".tiff")[i % 3]), exif=exif)
         else:
             image.save(path.with_suffix(".png"), exif=exif)
+
+
+def test_a_picture_in_lab_is_read_in_colour_and_in_grey(tmp_path):
+    Image.new("LAB", (4, 3), (120, 200, 90)).save(tmp_path / "x.tif")
+    colour = open_image(tmp_path / "x.tif", "RGB")
+    assert open_image(tmp_path / "x.tif", "L").tobytes() == colour.convert("L").tobytes()
 
 
 @pytest.mark.parametrize(

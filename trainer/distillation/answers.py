@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from trainer.data.images import Data, InMemory, digest_of
-from trainer.data.pictures import Pictures
 from trainer.data.views import Views
 from trainer.distillation.answer_file import FORMAT, AnswerFile
 from trainer.distillation.answer_record import Record, differences, logit_fields, pack, record_of, restore
@@ -330,7 +329,7 @@ def _contents_of(data: Data) -> dict[str, Any]:
     images = data.train.images
     if isinstance(images, InMemory):
         return {}
-    changes = images.states().changes if isinstance(images, Pictures) else None
+    changes = images.states().changes if hasattr(images, "states") else None  # of files
     return {"contents": [changes, digest_of(images, torch.arange(len(images)))]}
 
 
