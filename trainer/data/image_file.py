@@ -69,9 +69,9 @@ def open_image(
             if upright.mode.startswith(("I", "F")):
                 upright = _from_deep(upright, depth)
             upright = _on_background(upright, background)
-            return (upright.convert("RGB") if upright.mode == "LAB" else upright).convert(
-                mode
-            )  # LAB becomes L by RGB alone
+            if upright.mode == "LAB":  # which becomes L by way of RGB alone
+                upright = upright.convert("RGB")
+            return upright.convert(mode)
     except Mistake as error:
         raise Mistake(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
     except Exception as error:  # a damaged file makes Pillow raise nearly anything

@@ -106,9 +106,8 @@ class Members(Pictures):
 
     def opened(self, position: int) -> Image.Image:
         name, _, place = self.files[position].rpartition("#")
-        start, length, _ = map(int, place.split("+"))
-        shard = _shard(self.files[position])
-        with open(shard, "rb") as file:
+        start, length, letters = map(int, place.split("+"))
+        with open(name[:letters], "rb") as file:
             data = os.pread(file.fileno(), length, start)
         try:
             image = Image.open(io.BytesIO(data))

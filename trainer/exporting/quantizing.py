@@ -97,8 +97,8 @@ def fit_first_layers(student: nn.Module, graph: Graph) -> None:
 
     The layers then compute from whole pixels what they computed from normalised ones, but at a padded border: there a pixel
     is the one grey value that stands for 0, where it was each channel's mean. That is up to half a grey value off for one
-    channel, or for channels of one mean; for those of ImageNet up to 11: of a
-    fresh 3 x 3 convolution's map, whose spread is 0.7, a border is up to 0.2 off. Shared weights get one factor for all channels.
+    channel, or for channels of one mean, and up to 11 for those of ImageNet: a border of a fresh 3 x 3 convolution's map,
+    whose spread is 0.7, is then up to 0.2 off. Shared weights get one factor for all channels.
     """
     layers, by_layer = weights_of(student), quantizers(student)
     for step in steps_of(graph):

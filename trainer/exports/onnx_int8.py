@@ -13,11 +13,8 @@ from trainer.exporting.subject import Exported, Subject
 from trainer.mistakes import Mistake
 
 NEEDS_DATA = True
-OF_CALIBRATION = {
-    "calibration",
-    "images",
-    "reduce_range",
-}  # keys that a quantized student leaves without effect
+# Keys that a quantized student leaves without effect.
+OF_CALIBRATION = {"calibration", "images", "reduce_range"}
 
 
 def check_graph(settings: Any, graph: Graph) -> None:

@@ -111,7 +111,7 @@ def _images_of(part: Part) -> list[str]:
     """
     images = part.images
     found = [images.states().changes] if isinstance(images, Pictures) else []
-    return [*found, digest_of(part.images, part.ids)]
+    return [*found, digest_of(images, part.ids)]
 
 
 def measured_on(data: Data) -> dict[str, str]:
