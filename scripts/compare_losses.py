@@ -431,6 +431,10 @@ def main(arguments: list[str] | None = None) -> str:
     earlier = options.rates and options.rates.read_text()
     if earlier and not any(BASE in rates_of(earlier, protocol.title) for protocol in PROTOCOLS):
         parser.error(f"{options.rates}: has no row {BASE!r}; the table.md of an earlier call is needed")
+    if options.processes > 1 and torch.accelerator.is_available():
+        parser.error(
+            "--processes: not on a GPU, which a forked process cannot use; several calls, each with a --folder, can share it"
+        )
     folder = options.folder / "compare_losses"
     folder.mkdir(parents=True, exist_ok=True)
     changes, started, texts = changes_of(options.changes), time.time(), []

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.making import leave_plots_out
 from tests.processes import in_two
@@ -188,6 +189,15 @@ def test_plugins_that_split_a_network_are_refused(top, monkeypatch, plugin):
     status, said, _ = command(top, str(top / "runs"))
     assert status == 2 and "which is not supported" in said and "accelerate launch --multi_gpu" in said
     assert not (top / "runs").exists()
+
+
+@pytest.mark.parametrize("gpus, fine", [(0, True), (1, False), (2, True)])
+def test_more_processes_than_gpus_are_refused(monkeypatch, gpus, fine):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+    wanted = "started 2 processes on this machine, which has 1 GPU: one process a GPU is allowed"
+    with contextlib.nullcontext() if fine else pytest.raises(Mistake, match=wanted):
+        together.refuse_shared_devices()
 
 
 def test_a_launcher_passes_on_what_its_processes_have_got(monkeypatch):

@@ -69,6 +69,13 @@ def test_every_row_is_of_losses_on_the_shelf(script, tmp_path, teacher_file):
     assert read(shipped, {"teacher.checkpoint": str(teacher_file)})[0].data.subset == 4000
 
 
+def test_processes_that_fork_are_refused_on_a_gpu(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--processes", "2", "--folder", str(tmp_path)])
+    assert "--processes: not on a GPU" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_a_small_table_and_what_a_second_call_takes_from_the_first(
     script, tmp_path, monkeypatch, teacher_file
 ):

@@ -49,6 +49,7 @@ def together() -> Iterator[Stop]:
     """
     global _entered
     _refuse_plugins()
+    refuse_shared_devices()
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=HOURS))
     _entered += 1
     with stopping() as stop:
@@ -75,6 +76,16 @@ def _refuse_plugins() -> None:
                 f"the launch asks for {word}, which is not supported: each process holds the whole network here. This works: "
                 "accelerate launch --multi_gpu --num_processes N -m trainer run RECIPE"
             )
+
+
+def refuse_shared_devices() -> None:
+    """Raises Mistake for a launch of more processes on this machine than it has GPUs: NCCL takes one process a GPU."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if 0 < gpus < processes:
+        raise Mistake(
+            f"the launch started {processes} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}: one process a GPU "
+            "is allowed. With CUDA_VISIBLE_DEVICES= (empty) before the command all of them compute on the CPU"
+        )
 
 
 def check_same(value: Any, what: str) -> None:
