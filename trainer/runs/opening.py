@@ -97,7 +97,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.is_main_process:
         for line in _without_effect(recipe):
             print(line, flush=True)
-    _set_kernels(recipe)
+    set_kernels(recipe)
     if _more_requested(accelerator.num_processes):
         raise RecipeError(
             f"the launch requested more processes than the {accelerator.num_processes} it got; these commands work: "
@@ -106,11 +106,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _set_kernels(recipe: Recipe) -> None:
-    """Sets which kernels CUDA takes, as the recipe says."""
+def set_kernels(recipe: Recipe) -> None:
+    """Sets which kernels CUDA takes, as the recipe says; without `cudnn_benchmark` those that give the same bits each time."""
     if recipe.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+    torch.backends.cudnn.deterministic = not recipe.cudnn_benchmark
 
 
 def _without_effect(recipe: Recipe) -> Iterator[str]:
