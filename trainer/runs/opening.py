@@ -19,7 +19,7 @@ from trainer.data.workers import dismiss_all
 from trainer.distillation.examine import look
 from trainer.distillation.onednn import HALVES, kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
-from trainer.distributed import told
+from trainer.distributed import on_cpus, told
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
@@ -88,7 +88,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
         AcceleratorState._reset_state()  # Accelerate keeps the state of an earlier run in this process
     accelerator = accelerator_of(
-        cpu=not torch.accelerator.is_available(),  # else it counts one process for all that were started on CPUs
+        cpu=on_cpus(),  # else it counts one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         # Else Accelerate takes the number from the launch, and divides every loss by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

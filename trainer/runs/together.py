@@ -25,7 +25,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed import distributed_c10d
 
-from trainer.distributed import gathered, is_main, several, told
+from trainer.distributed import gathered, is_main, on_cpus, several, told
 from trainer.mistakes import Mistake, Said, message_of, say
 from trainer.training.stopping import Stop, Stopped, launched, stopping
 
@@ -49,7 +49,7 @@ def together() -> Iterator[Stop]:
     """
     global _entered
     _refuse_plugins()
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=HOURS))
+    state = PartialState(cpu=on_cpus(), timeout=timedelta(hours=HOURS))
     _entered += 1
     with stopping() as stop:
         if state.num_processes == 1 and not launched():
