@@ -57,6 +57,8 @@ def together() -> Iterator[Stop]:
             return
         watch = Watch(stop, state.process_index, state.num_processes)
         try:
+            if state.num_processes > 1 and state.device.type == "cuda":
+                _refuse_shared_gpu(distributed_c10d._get_default_store(), state)
             yield stop
         except BaseException as error:
             failure = watch.failed(error)
@@ -75,6 +77,23 @@ def _refuse_plugins() -> None:
                 f"the launch asks for {word}, which is not supported: each process holds the whole network here. This works: "
                 "accelerate launch --multi_gpu --num_processes N -m trainer run RECIPE"
             )
+
+
+def _refuse_shared_gpu(store: Any, state: Any) -> None:
+    """Raises Mistake if two processes have one GPU, of which NCCL says no more than that it is used twice.
+
+    By the store: a collective would fail. Each process may see GPUs of its own alone, so their numbers say nothing.
+    """
+    own = torch.cuda.get_device_properties(state.device)
+    store = dist.PrefixStore(f"gpus/{_entered}", store)
+    store.set(f"gpu/{state.process_index}", f"{platform.node()} {getattr(own, 'uuid', state.device)}")
+    gpus = [store.get(f"gpu/{rank}").decode() for rank in range(state.num_processes)]
+    twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
+    if twice is not None:
+        raise Mistake(
+            f"{gpus.count(twice)} processes share one GPU on {twice.partition(' ')[0]}, which NCCL cannot do: start as many as "
+            "there are GPUs, or on CPUs (accelerate launch --cpu --num_processes N -m trainer run RECIPE)"
+        )
 
 
 def check_same(value: Any, what: str) -> None:
