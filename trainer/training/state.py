@@ -26,6 +26,8 @@ from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, ma
 from trainer.training.progress import Progress, Window
 from trainer.training.run import Run
 
+FIRST_SCALE = 2.0**16  # of a loss in float16, before a training has found one that its gradients bear
+
 
 @dataclass
 class State:
@@ -171,6 +173,10 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     optimizer = make_optimizer(objective, training, later)
     averaged = Averaged(objective, training.ema) if training.ema else None
     wrapped, scaled = accelerator.prepare(objective, optimizer)
+    if accelerator.scaler is not None:
+        # It is the run's: what it has learnt in earlier trainings is not known to one that goes on after them.
+        own = accelerator.scaler.state_dict()
+        accelerator.scaler.load_state_dict({**own, "scale": FIRST_SCALE, "_growth_tracker": 0})
     if accelerator.num_processes > 1:
         # DDP would send masks, codes and memory banks at each forward pass. It has sent them once now. (The attribute has
         # this name in every version of torch, unlike the argument.)
