@@ -50,6 +50,11 @@ CASES: dict[str, dict[str, Any]] = {
     "kept views": {"epochs": 2, "views": 1, "keeps_views": True, "augment": {"shift": 1}},
     "averaged, clipped": {"training": {"ema": 0.9, "clip": 1.0}},
     "accumulated": {"training": {"accumulate": 2}, "num_images": 48},
+    "accumulated, weighed": {
+        "loss": "cross_entropy",
+        "training": {"accumulate": 2, "class_weights": True},
+        "num_images": 48,
+    },
     "masks": {"compressed": "masks"},
     "codebooks": {"compressed": "codebooks"},
     "open codebooks": {"compressed": "open codebooks"},
