@@ -26,12 +26,20 @@ _LAUNCH = (
 )
 
 
+def on_cpus() -> bool:
+    """Returns whether this program computes on CPUs: there is no accelerator, or it is told so (`accelerate launch --cpu`)."""
+    told_so = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    return told_so or not torch.accelerator.is_available()
+
+
 def environment_alone() -> dict[str, str]:
     """Returns the environment for a Python process of its own, which is no part of this launch and finds this package.
 
     It is to be started with `-P`: whatever the current folder has by the package's name is not meant.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCH)}
+    environment = {
+        k: v for k, v in os.environ.items() if k == "ACCELERATE_USE_CPU" or not k.startswith(_LAUNCH)
+    }
     path = [str(Path(__file__).parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
     return environment | {"PYTHONPATH": os.pathsep.join(path)}
 

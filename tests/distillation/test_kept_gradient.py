@@ -9,7 +9,7 @@ from torch import nn
 from tests.distillation.test_answers import a_teacher, opened, some_data
 from trainer.data.views import Views
 from trainer.distillation.answer_record import pack, record_of, restore
-from trainer.distillation.kept_gradient import least_cosine, refuse_misled
+from trainer.distillation.kept_gradient import _own, least_cosine, refuse_misled
 from trainer.distillation.teacher import Teacher
 from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
@@ -132,3 +132,8 @@ def test_stages_that_the_cache_does_not_serve_are_not_measured(tmp_path):
     cache = opened(data, a_teacher(data), tmp_path, CacheKeys(top=3))
     hint = TERMS.validate_python([{"loss": "hint"}])
     assert least_cosine(cache, lenet5(data.shape, 10, width=2), [hint], "cpu") is None
+
+
+def test_random_generators_of_one_gpu_at_most_are_kept():
+    """Of all, torch would open each of them."""
+    assert _own("cpu") == [] and _own(torch.device("cuda", 1)) == [torch.device("cuda", 1)]

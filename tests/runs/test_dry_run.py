@@ -111,10 +111,10 @@ def test_a_stage_train_takes_as_long_as_its_labelled_images(recipe, monkeypatch)
     logs = iter([[], [{"epoch": n, "images_per_second": 1000.0} for n in range(3)]])
     monkeypatch.setattr(dry_run, "read_log", lambda _: next(logs))
     monkeypatch.setattr(dry_run, "find", lambda *_: lambda *_, **__: time.sleep(0.2))
-    monkeypatch.setattr(dry_run, "answered", lambda *_: None)
+    monkeypatch.setattr(dry_run, "answered", lambda *_: (torch.zeros(1), None))
     run = types.SimpleNamespace(
-        folder=Path(), rows=[], data=data, cache=None, num_fits=1, teacher=None, accelerator=None,
-        student=torch.nn.Identity(),
+        folder=Path(), rows=[], data=data, cache=None, num_fits=1, teacher=None,
+        accelerator=types.SimpleNamespace(device=torch.device("cpu")), student=torch.nn.Identity(),
     )  # fmt: skip
     assert dry_run._timed(run, keys.stages[1]).rest_seconds > 0.1
 
@@ -170,3 +170,16 @@ def test_imagenets_shape_is_planned(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "2,000 training, 1,000 validation and 1,000 test images" in said and " 300 " in said
     assert "the store of decoded pictures takes about" in said
+
+
+def test_a_gpu_is_waited_for_before_its_time_is_taken(recipe, monkeypatch):
+    waited = []
+    found = types.SimpleNamespace(cpu=lambda: waited.append(time.monotonic()))
+    monkeypatch.setattr(dry_run, "answered", lambda *_: (found, None))
+    dry_run.dry_run(recipe())
+    assert len(waited) >= 2
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 7)
+    assert dry_run._peak_bytes(torch.device("cpu")) > 7 and not asked  # on a machine with a GPU too
+    assert dry_run._peak_bytes(torch.device("cuda")) == 7

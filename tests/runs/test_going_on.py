@@ -513,6 +513,21 @@ def test_a_run_goes_on_with_another_number_of_processes_and_no_other_takes_over_
         assert trained == anew
 
 
+def test_a_run_that_goes_on_on_another_device_says_so(tmp_path, monkeypatch, trained, capsys):
+    on_machine(monkeypatch, "1 x cuda")
+    with runner.begun(write(tmp_path), 1, folder=tmp_path):
+        pass
+    on_machine(monkeypatch, "2 x cuda")  # of another number the training says it
+    with runner.begun(write(tmp_path), 1, folder=tmp_path):
+        pass
+    assert "goes on on" not in capsys.readouterr().err
+    on_machine(monkeypatch, "1 x cpu")
+    runner.run(write(tmp_path), folder=tmp_path)
+    assert (
+        capsys.readouterr().err.count("began on 2 x cuda and goes on on 1 x cpu: rounding depends on it") == 1
+    )
+
+
 def other_settings(value):
     """Yields (path, copy) for each setting of a stage and of what stands in it, in which that setting has another value."""
     if isinstance(value, BaseModel):

@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.making import leave_plots_out
 from tests.processes import in_two
 from trainer.cli import main
+from trainer.distributed import environment_alone, on_cpus
 from trainer.mistakes import Mistake
 from trainer.runs import runner, together
 from trainer.storage.weights_file import read_file
@@ -191,15 +195,6 @@ def test_plugins_that_split_a_network_are_refused(top, monkeypatch, plugin):
     assert not (top / "runs").exists()
 
 
-@pytest.mark.parametrize("gpus, fine", [(0, True), (1, False), (2, True)])
-def test_more_processes_than_gpus_are_refused(monkeypatch, gpus, fine):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
-    wanted = "started 2 processes on this machine, which has 1 GPU: one process a GPU is allowed"
-    with contextlib.nullcontext() if fine else pytest.raises(Mistake, match=wanted):
-        together.refuse_shared_devices()
-
-
 def test_a_launcher_passes_on_what_its_processes_have_got(monkeypatch):
     """A signal to all processes of a job reaches each of them twice: the second one is no wish to end at once."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
@@ -207,3 +202,40 @@ def test_a_launcher_passes_on_what_its_processes_have_got(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == signal.SIGTERM == stop.due()
+
+
+def test_a_launch_on_cpus_is_one_also_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for said, expected in (("1", True), ("True", True), ("False", False), ("", False)):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+        assert on_cpus() is expected
+        assert environment_alone()["ACCELERATE_USE_CPU"] == said
+    asked = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(
+        together, "PartialState", lambda **given: asked.append(given) or SimpleNamespace(num_processes=1)
+    )
+    with together.together():
+        assert asked[0]["cpu"] is True
+
+
+def test_two_processes_on_one_gpu_are_refused_in_words(monkeypatch):
+    gpus = {0: SimpleNamespace(uuid="a"), 1: SimpleNamespace(uuid="b"), 2: SimpleNamespace(uuid="a")}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+
+    def start(*devices):
+        store = dist.HashStore()
+        states = [
+            SimpleNamespace(process_index=rank, num_processes=len(devices), device=device)
+            for rank, device in enumerate(devices)
+        ]
+        with ThreadPoolExecutor(len(devices)) as processes:
+            return [
+                each.exception()
+                for each in [processes.submit(together._refuse_shared_gpu, store, state) for state in states]
+            ]
+
+    assert start(0, 1) == [None, None]
+    errors = start(0, 1, 2)
+    assert all(isinstance(error, Mistake) for error in errors) and len(errors) == 3
+    assert "2 processes share one GPU" in str(errors[1]) and "accelerate launch --cpu" in str(errors[1])

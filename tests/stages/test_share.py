@@ -197,6 +197,22 @@ def test_soft_entropy_by_hand_and_its_gradient():
     assert trained.centroids.grad is None
 
 
+def test_soft_entropy_of_groups_is_that_of_each_by_itself():
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight[2:] = 0  # a group without survivors
+        layer.weight[0, :3] = 0
+    place = weights_of(nn.Sequential(layer))["0"]
+    weight = place.value.detach().clone()
+    open_codebook(place, *cluster(place, 2, groups=2))
+    alone = nn.Linear(6, 2)
+    alone.weight.data = weight[:2]
+    by_itself = weights_of(nn.Sequential(alone))["0"]
+    open_codebook(by_itself, *cluster(by_itself, 2))
+    torch.testing.assert_close(code_entropy([place]), code_entropy([by_itself]))
+    assert place.parametrization.sizes == [9, 0]
+
+
 @pytest.mark.parametrize("values", [1, 2, 64])
 def test_soft_entropy_is_finite_where_values_are_unused_or_coincide(values):
     model, place, _, _ = opened(values=values, groups=2)

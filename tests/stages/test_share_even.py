@@ -12,6 +12,7 @@ from trainer.compression.masks import set_mask
 from trainer.compression.rounding import round_codebook
 from trainer.compression.states import dense_state
 from trainer.compression.weights import weights_of
+from trainer.mistakes import Mistake
 from trainer.packing import network as packed
 from trainer.recipe.training import Training
 from trainer.stages.share import share
@@ -156,3 +157,22 @@ def test_an_interrupted_training_goes_on_bit_for_bit(make_run, tmp_path, monkeyp
     assert len(calls) < 6, "it began anew"
     mine, theirs = (dense_state(run.student) for run in (whole, resumed))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_step_too_small_for_its_type_is_refused_before_and_after_the_training(make_run, monkeypatch):
+    settings = {"values": 6, "spacing": "even", "assign": "trained", "codebook": "float16"}
+    training = Training(epochs=1, batch_size=20)
+    run = make_run()
+    for layer in weights_of(run.student).values():
+        layer.parameter.data *= 1e-8
+    with pytest.raises(Mistake, match="too small for float16"):
+        share(run, **settings, training=training)
+    run = make_run()
+
+    def shrink(run, objective, training):
+        weights_of(run.student)["fc1"].parametrization.log_step.data -= 20.0
+        return {"train_seconds": 0.0}
+
+    monkeypatch.setattr("trainer.stages.share.fit", shrink)
+    with pytest.raises(Mistake, match="too small for float16"):
+        share(run, **settings, training=training)

@@ -1,6 +1,8 @@
 """Which parameters weight decay is put on, and that they carry their mark wherever they go."""
 
 import copy
+import shutil
+import sys
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from trainer.compression.weights import weights_of
 from trainer.data.images import Data, InMemory, Part
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
+from trainer.mistakes import Mistake
 from trainer.models.lenet5 import lenet5
 from trainer.recipe import shelves
 from trainer.recipe.keys import Augment, TeacherKeys, TermKeys
 from trainer.recipe.training import Training
 from trainer.training.optimizer import make_optimizer
+from trainer.training.state import _expect_compiler
 
 
 @pytest.fixture
@@ -118,3 +122,14 @@ def test_a_tied_weight_that_shares_its_values_is_marked_once():
     (place,) = weights_of(model).values()
     set_codebook(place, *cluster(place, 4))
     assert [getattr(parameter, "no_decay", False) for parameter in model.parameters()] == [True]
+
+
+def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch):
+    """Triton builds what starts its kernels when the first of them is needed."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(Mistake, match="needs a C compiler.*CC can name another"):
+        _expect_compiler(torch.device("cuda"))
+    monkeypatch.setenv("CC", "/opt/cc")
+    _expect_compiler(torch.device("cuda"))

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.standin import Watched, install
-from trainer.compression.codebooks import cluster, open_codebook, set_codebook
+from trainer.compression.codebooks import cluster, open_codebook, open_even_codebook, set_codebook
 from trainer.compression.masks import set_mask
+from trainer.compression.rounding import nearest
 from trainer.compression.weights import weights_of
 from trainer.data.images import Data, InMemory, Part
 from trainer.data.views import KeptViews
@@ -50,9 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
     "kept views": {"epochs": 2, "views": 1, "keeps_views": True, "augment": {"shift": 1}},
     "averaged, clipped": {"training": {"ema": 0.9, "clip": 1.0}},
     "accumulated": {"training": {"accumulate": 2}, "num_images": 48},
+    "accumulated, weighed": {
+        "loss": "cross_entropy",
+        "training": {"accumulate": 2, "class_weights": "balanced"},
+        "num_images": 48,
+    },
     "masks": {"compressed": "masks"},
     "codebooks": {"compressed": "codebooks"},
     "open codebooks": {"compressed": "open codebooks"},
+    "even codebooks": {"compressed": "even"},
 }
 
 
@@ -110,6 +118,8 @@ def waits(
             (open_codebook if "open" in compressed else set_codebook)(
                 layer, codes.to(device), centroids.to(device)
             )
+        if compressed == "even":
+            open_even_codebook(layer, 6, partial(nearest, kind="float16"))
     student.to(device)  # now: a wrapper cannot take another shape, as registration makes a parameter do
     run = Run(
         name="x", folder=folder, seed=3, accelerator=accelerator, data=data, student=student, student_spec={},

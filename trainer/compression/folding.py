@@ -61,7 +61,10 @@ def refuse_unfoldable(model: nn.Module, images: Tensor) -> None:
 
     images: of any content, [N, C, H, W].
     """
-    copied = copy.deepcopy(model).eval()
+    copied, images = (
+        copy.deepcopy(model).cpu().eval(),
+        images.cpu(),
+    )  # a GPU's convolutions round weights to 10 bits
     randomize_norms(copied)
     with torch.no_grad():
         before = copied(images)

@@ -6,7 +6,7 @@ under any optimizer, and the state is plain tensors in the `state_dict`.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,6 +190,7 @@ class TrainedCodebook(nn.Module):
         positions = self.alive.reshape(-1).nonzero().reshape(-1)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("group", positions // (alive.numel() // len(centroids)), persistent=False)
+        self.sizes = torch.bincount(self.group, minlength=len(centroids)).tolist()  # survivors of each group
         self.centroids = NoDecay(centroids.detach().clone())
         self.counts_bits = bool(cost.any())
 
@@ -221,7 +222,7 @@ class TrainedCodebook(nn.Module):
         from trainer.compression import kmeans  # here: few codebooks are so large
 
         k = self.centroids.shape[1]
-        ends = self.group.bincount(minlength=len(self.centroids)).cumsum(0).tolist()
+        ends = accumulate(self.sizes)
         values, centroids, costs = (t.float().cpu().numpy() for t in (survivors, self.centroids, extra))
         found = []
         for number, (first, last) in enumerate(pairwise([0, *ends])):
@@ -262,12 +263,8 @@ class TrainedCodebook(nn.Module):
         closed = torch.where(used, 0.0, -torch.inf)
         distance = (latent.reshape(-1)[self.positions, None] - self._of(self.group, centroids)).square()
         fractions = (distance * self._of(self.group, scale) + self._of(self.group, closed)).softmax(1)
-        many = len(centroids) > 1
-        sums = (
-            torch.zeros_like(centroids).index_add(0, self.group, fractions)
-            if many
-            else fractions.sum(0, keepdim=True)
-        )
+        # Positions rise, and groups with them. On a GPU an indexed sum would add them in another order each time.
+        sums = torch.stack([part.sum(0) for part in fractions.split(self.sizes)])
         return (
             sums * (sums.sum(1, keepdim=True).clamp_min(1e-12).log2() - sums.clamp_min(1e-12).log2())
         ).sum()

@@ -17,17 +17,21 @@ def round_to(values: Tensor, kind: str | int) -> Tensor:
 
     The type of the tensor stays. No zero is -0.0. Raises Mistake if a value becomes infinite.
     """
+    rounded = nearest(values, kind)
+    if kind != "float32" and not torch.isfinite(rounded).all():
+        raise Mistake("a value is too large for float16: ask for float32")
+    return rounded
+
+
+def nearest(values: Tensor, kind: str | int) -> Tensor:
+    """Does the same as `round_to` without a look at the result, for which a training step would wait for a GPU."""
     if kind == "float32":
         return values
     if kind == "float16":
-        rounded = values.half().to(values.dtype)
-    else:
-        assert isinstance(kind, int)
-        fraction, exponent = torch.frexp(values)
-        rounded = torch.ldexp((fraction * 2 ** (kind + 1)).round(), exponent - (kind + 1))
-    if not torch.isfinite(rounded).all():
-        raise Mistake("a value is too large for float16: ask for float32")
-    return rounded + 0.0
+        return values.half().to(values.dtype) + 0.0
+    assert isinstance(kind, int)
+    fraction, exponent = torch.frexp(values)
+    return torch.ldexp((fraction * 2 ** (kind + 1)).round(), exponent - (kind + 1)) + 0.0
 
 
 def round_codebook(centroids: Tensor, kind: str | int) -> Tensor:

@@ -73,7 +73,7 @@ def least_cosine(
     """
     cosines = []
     for terms in stages:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(_own(device)):
             objective = Objective(student, terms, cache.data, cache.teacher, device=device)
         if cache.keeps(*objective.see_teacher):
             images, index, live, kept = cache.example(min(64, cache.data.train.at_once))
@@ -83,6 +83,12 @@ def least_cosine(
                     ratios(objective, images, labels, index, find=True)
             cosines.append(compared(objective, images, labels, index, live, kept).cosine)
     return min(cosines, default=None)
+
+
+def _own(device: torch.device | str) -> list[torch.device]:
+    """Returns the GPU whose random generator a comparison uses; without a name torch would take all, and open each of them."""
+    device = torch.device(device)
+    return [device] if device.type == "cuda" else []
 
 
 def refuse_misled(
@@ -108,7 +114,7 @@ def refuse_misled(
     for term in terms:
         if "teacher_logits" not in wants(term):
             continue
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(_own(device)):
             torch.manual_seed(0)  # of what a loss learns
             objective = Objective(
                 student, [term.model_copy(update={"weight": 1.0})], data, teacher, device=device

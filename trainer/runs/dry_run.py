@@ -197,7 +197,7 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
     started = time.monotonic()
     teacher = run.teacher if teaches(stage) else None
     network = normalized(run.student.eval(), run.data) if teacher is None else lambda x: teacher.see(x).logits
-    answered(network, run.data.test, run.accelerator)
+    answered(network, run.data.test, run.accelerator)[0].cpu()  # which waits for a GPU
     measured = len(run.data.test) / (time.monotonic() - started)
     learnt = sum(len(_learnt_from(stage, run.data)) / speed for speed in speeds)
     return Timed(
@@ -207,7 +207,7 @@ def _timed(run: Run, stage: StageKeys) -> Timed:
         max(0.0, seconds - learnt),
         len(run.rows) - num_rows,
         measured,
-        _peak_bytes(),
+        _peak_bytes(run.accelerator.device),
     )
 
 
@@ -216,10 +216,10 @@ def _learnt_from(stage: StageKeys, data: Data) -> Part:
     return (data.labelled_alone() if learns_labels(stage) else data).train
 
 
-def _peak_bytes() -> int:
+def _peak_bytes(device: torch.device) -> int:
     """Returns the most memory that this process has taken so far: of its GPU, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

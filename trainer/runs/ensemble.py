@@ -17,7 +17,7 @@ from trainer.reporting.plots import is_teacher
 from trainer.reporting.tables import NOTHING, decimals, missing
 from trainer.runs.answering import Student
 from trainer.runs.evaluate_file import images_of, opened
-from trainer.runs.opening import accelerator_of
+from trainer.runs.opening import accelerator_of, set_kernels
 from trainer.runs.several import run_all
 from trainer.runs.trials import about, jobs_of, name_of, tell
 from trainer.training.evaluate import normalized, percent_right, predict
@@ -123,6 +123,7 @@ def _packed(report: Mapping[str, Any]) -> str:
 def _students(path: str | Path, recipe: Any, packed: Sequence[Path]) -> list[dict[str, Any]]:
     """Returns the rows of the students, and of the first two, three ... of them together."""
     accelerator = accelerator_of(mixed_precision=recipe.precision)
+    set_kernels(recipe)
     networks: list[Callable[[Tensor], Tensor]] = []
     for file in packed:
         content, model, header = opened(file, recipe)

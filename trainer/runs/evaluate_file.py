@@ -14,7 +14,7 @@ from trainer.packing import network as packed
 from trainer.recipe.keys import Recipe
 from trainer.recipe.recipe import read
 from trainer.recipe.stages import largest_batch
-from trainer.runs.opening import accelerator_of
+from trainer.runs.opening import accelerator_of, set_kernels
 from trainer.storage.files import read_bytes
 from trainer.storage.weights_file import digest
 from trainer.training.evaluate import normalized, percent_right, predict
@@ -43,6 +43,7 @@ def evaluate_file(
     content, model, header = opened(file, recipe)
     # The same arithmetic as in the run that measured the file.
     accelerator = accelerator_of(mixed_precision=recipe.precision)
+    set_kernels(recipe)
     data = images_of(file, header, recipe, path, accelerator.device)
     model.to(accelerator.device)
     answers = predict(normalized(model, data), data.test, accelerator)

@@ -19,7 +19,7 @@ from trainer.data.workers import dismiss_all
 from trainer.distillation.examine import look
 from trainer.distillation.onednn import HALVES, kinds_in_float32
 from trainer.distillation.teacher import Teacher, copy_layers
-from trainer.distributed import told
+from trainer.distributed import on_cpus, told
 from trainer.mistakes import Mistake
 from trainer.recipe.keys import Recipe, TeacherKeys
 from trainer.recipe.recipe import read
@@ -88,7 +88,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.precision:
         AcceleratorState._reset_state()  # Accelerate keeps the state of an earlier run in this process
     accelerator = accelerator_of(
-        cpu=not torch.accelerator.is_available(),  # else it counts one process for all that were started on CPUs
+        cpu=on_cpus(),  # else it counts one process for all that were started on CPUs
         mixed_precision=recipe.precision,
         # Else Accelerate takes the number from the launch, and divides every loss by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -97,7 +97,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.is_main_process:
         for line in _without_effect(recipe):
             print(line, flush=True)
-    _set_kernels(recipe)
+    set_kernels(recipe)
     if _more_requested(accelerator.num_processes):
         raise RecipeError(
             f"the launch requested more processes than the {accelerator.num_processes} it got; these commands work: "
@@ -106,11 +106,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _set_kernels(recipe: Recipe) -> None:
-    """Sets which kernels CUDA takes, as the recipe says."""
+def set_kernels(recipe: Recipe) -> None:
+    """Sets which kernels CUDA takes, as the recipe says; without `cudnn_benchmark` those that give the same bits each time."""
     if recipe.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+    torch.backends.cudnn.deterministic = not recipe.cudnn_benchmark
 
 
 def _without_effect(recipe: Recipe) -> Iterator[str]:

@@ -168,6 +168,8 @@ def begin(run: Run, recipe: Recipe, plan: Plan) -> tuple[list[str], int]:
     machine = machine_of(run)
     machines = list(begun.get("machines", [])) if keep else []
     if machine not in machines:
+        if machines and machines[-1].split()[-1] != machine.split()[-1] and run.accelerator.is_main_process:
+            say(f"{here}: began on {machines[-1]} and goes on on {machine}: rounding depends on it")
         machines.append(machine)
     if run.accelerator.is_main_process:
         if starts:

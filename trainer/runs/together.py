@@ -25,7 +25,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed import distributed_c10d
 
-from trainer.distributed import gathered, is_main, several, told
+from trainer.distributed import gathered, is_main, on_cpus, several, told
 from trainer.mistakes import Mistake, Said, message_of, say
 from trainer.training.stopping import Stop, Stopped, launched, stopping
 
@@ -49,8 +49,7 @@ def together() -> Iterator[Stop]:
     """
     global _entered
     _refuse_plugins()
-    refuse_shared_devices()
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=HOURS))
+    state = PartialState(cpu=on_cpus(), timeout=timedelta(hours=HOURS))
     _entered += 1
     with stopping() as stop:
         if state.num_processes == 1 and not launched():
@@ -58,6 +57,8 @@ def together() -> Iterator[Stop]:
             return
         watch = Watch(stop, state.process_index, state.num_processes)
         try:
+            if state.num_processes > 1 and dist.get_backend() == "nccl":
+                _refuse_shared_gpu(distributed_c10d._get_default_store(), state)
             yield stop
         except BaseException as error:
             failure = watch.failed(error)
@@ -78,13 +79,20 @@ def _refuse_plugins() -> None:
             )
 
 
-def refuse_shared_devices() -> None:
-    """Raises Mistake for a launch of more processes on this machine than it has GPUs: NCCL takes one process a GPU."""
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
-    if 0 < gpus < processes:
+def _refuse_shared_gpu(store: Any, state: Any) -> None:
+    """Raises Mistake if two processes have one GPU, of which NCCL says no more than that it is used twice.
+
+    By the store: a collective would fail. Each process may see GPUs of its own alone, so their numbers say nothing.
+    """
+    own = torch.cuda.get_device_properties(state.device)
+    store = dist.PrefixStore(f"gpus/{_entered}", store)
+    store.set(f"gpu/{state.process_index}", f"{platform.node()} {getattr(own, 'uuid', state.device)}")
+    gpus = [store.get(f"gpu/{rank}").decode() for rank in range(state.num_processes)]
+    twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
+    if twice is not None:
         raise Mistake(
-            f"the launch started {processes} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}: one process a GPU "
-            "is allowed. With CUDA_VISIBLE_DEVICES= (empty) before the command all of them compute on the CPU"
+            f"{gpus.count(twice)} processes share one GPU on {twice.partition(' ')[0]}, which NCCL cannot do: start as many as "
+            "there are GPUs, or on CPUs (accelerate launch --cpu --num_processes N -m trainer run RECIPE)"
         )
 
 

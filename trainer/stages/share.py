@@ -18,9 +18,10 @@ from trainer.compression.codebooks import (
     open_even_codebook,
     set_codebook,
 )
-from trainer.compression.parametrizations import Mask
+from trainer.compression.parametrizations import EvenCodebook, Mask
 from trainer.compression.rounding import (
     close_biases,
+    nearest,
     open_biases,
     round_codebook,
     round_evenly,
@@ -199,7 +200,8 @@ def share(
     for name, layer in layers.items():  # the main process decides
         asked = wanted[name] if values is not None else 2 ** wanted[name]
         if spacing == "even":
-            open_even_codebook(layer, asked, functools.partial(round_codebook, kind=codebook))
+            open_even_codebook(layer, asked, functools.partial(nearest, kind=codebook))
+            _expect_step(layer, codebook)  # before the training, and after it
             continue
         codes, centroids = cluster(name, layer, asked)
         if centroids.shape[-1] < asked:
@@ -237,6 +239,8 @@ def share(
     numbers = fit(run, objective, training)
     objective.finish()
     for layer in layers.values():
+        if spacing == "even":
+            _expect_step(layer, codebook)
         if assign == "trained":
             codes, centroids = (broadcast(tensor.to(device)) for tensor in close_codebook(layer))
             set_codebook(layer, codes, centroids)
@@ -248,6 +252,13 @@ def share(
     _note_values(run, layers)
     record(run, "shared", numbers["train_seconds"], **how, **numbers)
     keep_histogram(run, "shared")
+
+
+def _expect_step(layer: Weight, kind: str | int) -> None:
+    """Raises Mistake for a trained step that has no such rounding."""
+    trained = layer.parametrization
+    assert isinstance(trained, EvenCodebook)
+    round_codebook(trained.log_step.detach().exp(), kind)
 
 
 def _note_values(run: Run, layers: dict[str, Weight]) -> None:

@@ -1,7 +1,8 @@
 """Computes a network's predictions, accuracy and logits, with each image counted once."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,15 +44,27 @@ def answered(
     network = sparing(network)
     order = measured_order(part)[accelerator.process_index :: accelerator.num_processes]
     found = torch.zeros(2, len(part), dtype=torch.long, device=accelerator.device)
-    for positions, (images, labels, _) in zip(
-        order, batches(part, order, part.workers, accelerator.device), strict=True
-    ):
-        logits = network(images.float() / 255)
-        above = (logits > logits.gather(1, labels.clamp(min=0)[:, None])).sum(1)
-        at = positions.to(accelerator.device)
-        found[0, at], found[1, at] = logits.argmax(-1), above.where(labels >= 0, logits.shape[1])
+    with _repeatable():
+        for positions, (images, labels, _) in zip(
+            order, batches(part, order, part.workers, accelerator.device), strict=True
+        ):
+            logits = network(images.float() / 255)
+            above = (logits > logits.gather(1, labels.clamp(min=0)[:, None])).sum(1)
+            at = positions.to(accelerator.device)
+            found[0, at], found[1, at] = logits.argmax(-1), above.where(labels >= 0, logits.shape[1])
     classes, places = summed(found)
     return classes, places
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """Has cuDNN choose its algorithms without timing them: what another process measures again must be the same."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def measured_order(part: Part, most: int | None = None) -> list[Tensor]:

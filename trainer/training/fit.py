@@ -105,7 +105,7 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
             weigh_if_due(state, images, labels, index, None if run.data.mixed else view)
         if shares is not None:
             assert state.objective.label_shares is not None
-            state.objective.label_shares.copy_(torch.tensor(shares[position]))
+            state.objective.label_shares.copy_(shares[position])
         # DDP exchanges gradients at the last batch of a step only.
         syncs = position == last and not state.syncs_by_hand
         with contextlib.nullcontext() if syncs else accelerator.no_sync(state.wrapped):
@@ -144,8 +144,8 @@ def _epoch(state: State, before_step: BeforeStep | None) -> bool:
     return changing
 
 
-def _shares(state: State, order: list[Tensor]) -> list[tuple[float, float]] | None:
-    """Returns the `label_shares` of this epoch's batches; None where all factors are 1."""
+def _shares(state: State, order: list[Tensor]) -> Tensor | None:
+    """Returns the `label_shares` of this epoch's batches, [batches, 2], on the device; None where all factors are 1."""
     data, training, objective = state.run.data, state.training, state.objective
     accelerator = state.run.accelerator
     alike = not data.partly_labelled and objective.class_weights is None
@@ -156,7 +156,7 @@ def _shares(state: State, order: list[Tensor]) -> list[tuple[float, float]] | No
         order if rank == accelerator.process_index else _order(state, rank)
         for rank in range(accelerator.num_processes)
     ]
-    return label_shares(
+    shares = label_shares(
         data.train.labels,
         orders,
         training.accumulate,
@@ -164,6 +164,7 @@ def _shares(state: State, order: list[Tensor]) -> list[tuple[float, float]] | No
         objective.class_weights,
         data.mixed,
     )
+    return torch.tensor(shares, device=accelerator.device)  # all at once: a copy in each step would wait
 
 
 def _order(state: State, rank: int) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Makes the optimizer of a training, and the moving average of its weights."""
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -79,6 +80,11 @@ def without_decay(objective: Objective, training: Training) -> list[nn.Parameter
 def cpp_compiler() -> str:
     """Returns the compiler that torch.compile calls for a CPU."""
     return os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+
+
+def c_compiler() -> str | None:
+    """Returns the compiler that Triton calls for a GPU, None without one."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 class Averaged:

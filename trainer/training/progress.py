@@ -178,7 +178,8 @@ class Progress:
         self.objective.load_state_dict(groups["objective"])
         if not facts["tally"]["finished"]:
             self.optimizer.load_state_dict(groups["optimizer"])
-            if self.run.accelerator.scaler is not None:
+            # It has none of a part on a machine that has no float16.
+            if self.run.accelerator.scaler is not None and facts.get("scaler"):
                 self.run.accelerator.scaler.load_state_dict(facts["scaler"])
             if self.averaged is not None:
                 for i, tensor in enumerate(self.averaged.average):

@@ -22,9 +22,11 @@ from trainer.distributed import broadcast
 from trainer.mistakes import Mistake
 from trainer.recipe.training import Training
 from trainer.training.freezing import Frozen
-from trainer.training.optimizer import Averaged, cpp_compiler, freeze_unused, make_optimizer
+from trainer.training.optimizer import Averaged, c_compiler, cpp_compiler, freeze_unused, make_optimizer
 from trainer.training.progress import Progress, Window
 from trainer.training.run import Run
+
+FIRST_SCALE = 2.0**16  # of a loss in float16, before a training has found one that its gradients bear
 
 
 @dataclass
@@ -152,10 +154,8 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     number = run.num_fits  # a stage may train several times
     run.num_fits += 1
     folder = run.folder / "checkpoints" / f"{run.stage:02d}-{run.stage_name}" / f"fit-{number}"
-    if training.compile and accelerator.device.type == "cpu" and shutil.which(cpp_compiler()) is None:
-        raise Mistake(
-            f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another"
-        )
+    if training.compile:
+        _expect_compiler(accelerator.device)
     if training.class_weights:
         objective.weigh_classes(balanced_weights(run.data.train.labels, len(run.data.classes)))
     objective.recall(run.learned)
@@ -171,6 +171,10 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     optimizer = make_optimizer(objective, training, later)
     averaged = Averaged(objective, training.ema) if training.ema else None
     wrapped, scaled = accelerator.prepare(objective, optimizer)
+    if accelerator.scaler is not None:
+        # It is the run's: what it has learnt in earlier trainings is not known to one that goes on after them.
+        own = accelerator.scaler.state_dict()
+        accelerator.scaler.load_state_dict({**own, "scale": FIRST_SCALE, "_growth_tracker": 0})
     if accelerator.num_processes > 1:
         # DDP would send masks, codes and memory banks at each forward pass. It has sent them once now. (The attribute has
         # this name in every version of torch, unlike the argument.)
@@ -210,6 +214,18 @@ def open_training(run: Run, objective: Objective, training: Training) -> State:
     )
     run.bar.learns(training.epochs * len(run.data.train), state.images)
     return state
+
+
+def _expect_compiler(device: torch.device) -> None:
+    """Raises Mistake if there is no compiler that torch.compile calls for a device."""
+    if device.type == "cpu" and shutil.which(cpp_compiler()) is None:
+        raise Mistake(
+            f"training.compile needs a C++ compiler on a CPU: there is no {cpp_compiler()!r}; CXX can name another"
+        )
+    if device.type == "cuda" and sys.platform == "linux" and c_compiler() is None:
+        raise Mistake(
+            "training.compile needs a C compiler, for what starts a GPU's kernels: there is no gcc and no clang; CC can name another"
+        )
 
 
 def close_training(state: State) -> None:
