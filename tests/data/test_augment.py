@@ -190,6 +190,7 @@ def test_an_image_does_not_depend_on_the_batch_it_comes_in(augment):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("augment", [*ONE_AT_A_TIME, ALL_ON, ALL_AND_COLOURS], ids=str)
 def test_the_gpu_sees_what_the_processor_sees(augment):
     images = some_images(64)

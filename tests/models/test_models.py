@@ -17,6 +17,7 @@ from trainer.models.lenet300 import lenet300
 from trainer.models.lstm import lstm
 from trainer.models.separable import separable
 from trainer.models.wide_resnet import wide_resnet
+from trainer.networks.blocks import largest
 from trainer.networks.features import look, see
 
 DIGITS, CIFAR = ((1, 28, 28), 10), ((3, 32, 32), 100)
@@ -219,3 +220,21 @@ def test_hints_refuse_impossible_settings(function, setting, value):
     hint = inspect.signature(function).parameters[setting].annotation
     with pytest.raises(ValidationError):
         TypeAdapter(hint).validate_python(value)
+
+
+def test_the_gradient_of_the_maximum_over_positions_goes_where_amax_sends_it():
+    images = torch.randn(4, 3, 5, 6, requires_grad=True)
+    found = largest(images)
+    torch.testing.assert_close(found, largest(images.detach()), rtol=0, atol=0)
+    weights = torch.randn(4, 3)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), images)
+    (expected,) = torch.autograd.grad((images.amax((2, 3)) * weights).sum(), images)
+    assert torch.equal(gradient, expected)
+    alike = torch.ones(1, 1, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(largest(alike).sum(), alike)
+    assert gradient.flatten().tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]  # to one position, by its number and not by equal values

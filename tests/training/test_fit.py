@@ -440,7 +440,10 @@ def test_bfloat16_teaches_what_float32_does(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:TensorFloat32"
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:TensorFloat32",
+    "ignore:The .grad attribute",
 )  # the compiler's
 def test_on_a_gpu_it_is_the_same_training_however_it_is_run(tmp_path):
     with accelerated() as accelerator:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -25,6 +24,7 @@ from trainer.data.images import Data, InMemory, Part, normalize
 from trainer.distillation.answers import Answers
 from trainer.distillation.objective import Objective
 from trainer.distillation.teacher import Teacher
+from trainer.distributed import environment_alone
 from trainer.models.cifar_resnet import cifar_resnet
 from trainer.models.lenet5 import lenet5
 from trainer.packing import network as packed
@@ -46,7 +46,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("default"),  # they are shown: a GPU's libraries have others than a CPU's
 ]
-ROOT = Path(__file__).parents[2]
 PLACE = "cuda"
 BATCH, BATCHES = 8, 2
 DRAW_THERE = {
@@ -565,11 +564,6 @@ def test_norms_of_a_deep_network_are_folded_although_convolutions_round(tmp_path
 def test_two_processes_on_one_gpu_are_told_so(tmp_path):
     if torch.cuda.device_count() > 1:
         pytest.skip("there are two")
-    environment = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "MASTER_", "LOCAL_"))
-    }
     command = [
         sys.executable,
         "-m",
@@ -581,7 +575,7 @@ def test_two_processes_on_one_gpu_are_told_so(tmp_path):
         "run",
     ]
     done = subprocess.run(
-        [*command, written(tmp_path, "even"), "--folder", tmp_path], env=environment | {"PYTHONPATH": str(ROOT)},
+        [*command, written(tmp_path, "even"), "--folder", tmp_path], env=environment_alone(),
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode and done.stderr.count("2 processes share one GPU") == 1, done.stderr[-3000:]

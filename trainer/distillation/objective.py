@@ -153,7 +153,8 @@ class Objective(nn.Module):
         student = features.see(self.student, self.prepare(images), *self._see_student)
         if student.logits.dtype in (torch.float16, torch.bfloat16):
             outputs = {output: logits.float() for output, logits in student.outputs.items()}
-            student = student._replace(logits=student.logits.float(), outputs=outputs)
+            # Not by _replace, which torch.compile cannot follow after a break (torch 2.11).
+            student = features.Seen(student.logits.float(), student.embedding, student.maps, outputs)
         return student, teacher
 
     def _ask_teacher(self, images: Tensor, index: Tensor, view: int | None) -> features.Seen:

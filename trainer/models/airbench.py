@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.mistakes import Mistake
-from trainer.networks.blocks import Blocks, max_pool
+from trainer.networks.blocks import Blocks, largest, max_pool
 
 
 def airbench(
@@ -62,7 +62,7 @@ class _Airbench(Blocks):
         return functional.gelu(self.first(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        embedding = x.amax((2, 3)) / 9
+        embedding = largest(x) / 9
         return embedding if pre_logits else self.fc(embedding)
 
 

@@ -49,6 +49,17 @@ def max_pool(x: Tensor) -> Tensor:
     return torch.maximum(rows[..., 0::2], rows[..., 1::2])
 
 
+def largest(x: Tensor) -> Tensor:
+    """Returns the maximum over all positions, [N, C, H, W] to [N, C].
+
+    Its gradient goes to the position that pooling remembers. That of `amax` goes to all positions that equal the maximum, of
+    which a compiled network in bfloat16 may find none, because it compares numbers before and after rounding: 0 / 0.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return functional.max_pool2d(x, x.shape[2:]).flatten(1)
+    return x.amax((2, 3))
+
+
 class Mean(nn.Module):
     """The mean over all positions, [N, C, H, W] to [N, C]."""
 
