@@ -44,6 +44,8 @@ Masks = dict[str, tuple[Tensor, list[float]]]
 
 SCHEDULES = ("once", "cubic", "iterative")
 SCOPES = ("layer", "global")
+# What a criterion may ask for (trainer/criteria/).
+WORDS = ("weight", "alive", "parts", "input_axis", "cost", "gradient", "student", "images", "exclude")
 
 
 def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
@@ -63,7 +65,12 @@ def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
 
 def check(settings: StageKeys) -> None:
     method, schedule = settings.method, settings.schedule
-    schedules = beside(find("method", method), "SCHEDULES") or SCHEDULES
+    criterion = find("method", method)
+    for word in fed(criterion):
+        if word not in WORDS:
+            raise Mistake(f"method {method!r} asks for {word!r}{nearest(word, WORDS)}")
+    # Before the first step there is no gradient, and all scores would be equal.
+    schedules = beside(criterion, "SCHEDULES") or (("cubic",) if "gradient" in fed(criterion) else SCHEDULES)
     if schedule not in schedules:
         raise Mistake(f"method {method!r} has no schedule {schedule!r}; it has {', '.join(schedules)}")
     if isinstance(getattr(settings, "sparsity", None), dict) and settings.scope == "global":
