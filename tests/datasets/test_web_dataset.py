@@ -28,7 +28,9 @@ def test_labels_may_lie_anywhere_beside_and_be_missing(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     keys = {"test": tmp_path / "y.tar", "class_names": tmp_path / "names.txt", "size": [6, 8], "channels": 1}
     shard(tmp_path / "z.tar", {"d": (png((1, 1, 1)), 0)})
-    source = web_dataset(train=[tmp_path / "x.tar", tmp_path / "y.tar"], **keys | {"test": tmp_path / "z.tar"})
+    source = web_dataset(
+        train=[tmp_path / "x.tar", tmp_path / "y.tar"], **keys | {"test": tmp_path / "z.tar"}
+    )
     assert source.train.labels.tolist() == [-1] * 4 + [1, 0, 1] and source.shape == (1, 6, 8)
     assert source.classes == ["cat", "dog"]
     with pytest.raises(Mistake, match=r"test: .*x.tar/a/0.left.png has no .cls"):

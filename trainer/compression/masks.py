@@ -40,7 +40,9 @@ def ask(criterion: Callable, layer: Weight, alive: Tensor | None = None, **keys:
     score = found[0] if isinstance(found, tuple) else found
     _expect_shape(score, layer.value, criterion)
     if score.isnan().any():
-        raise Mistake(f"layer {layer.name!r}: method {criterion.__name__!r} returned NaN; numbers are allowed")
+        raise Mistake(
+            f"layer {layer.name!r}: method {criterion.__name__!r} returned NaN; numbers are allowed"
+        )
     return found
 
 

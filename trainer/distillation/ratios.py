@@ -161,7 +161,9 @@ def refuse_without_gradient(objective: Objective, data: Data) -> None:
             arguments = objective.feed(bound, student, teacher, labels, index, 0.0)
             value: Any = bound.function(*arguments)
             if not isinstance(value, Tensor) or value.dim():
-                raise Mistake(f"loss {bound.term!r} returned {described(value)}; a tensor of one number is allowed")
+                raise Mistake(
+                    f"loss {bound.term!r} returned {described(value)}; a tensor of one number is allowed"
+                )
             if bound.weight != 0 and all(part is None for part in _gradient(value, parameters)):
                 raise Mistake(
                     f"loss {bound.term!r} gives the student no gradient: it has no ratio, and no effect"
