@@ -14,6 +14,16 @@ from trainer.compression.weights import Weight
 from trainer.mistakes import Mistake, nearest
 from trainer.recipe.shelves import fed
 
+# What a criterion may ask for (trainer/criteria/).
+WORDS = ("weight", "alive", "parts", "input_axis", "cost", "gradient", "student", "images", "exclude")
+
+
+def refuse_unknown(criterion: Callable, method: str) -> None:
+    """Raises Mistake for a criterion that asks for what is none of `WORDS`. method: its name in the recipe."""
+    for word in fed(criterion):
+        if word not in WORDS:
+            raise Mistake(f"method {method!r} asks for {word!r}{nearest(word, WORDS)}")
+
 
 def ask(criterion: Callable, layer: Weight, alive: Tensor | None = None, **keys: Any) -> Any:
     """Calls a criterion (see trainer/criteria/) for one layer; returns its scores, or its mask and thresholds.

@@ -14,6 +14,7 @@ from trainer.compression.masks import (
     cubic,
     geometric,
     refuse_shared,
+    refuse_unknown,
     score_masks,
     set_mask,
     set_power,
@@ -44,8 +45,6 @@ Masks = dict[str, tuple[Tensor, list[float]]]
 
 SCHEDULES = ("once", "cubic", "iterative")
 SCOPES = ("layer", "global")
-# What a criterion may ask for (trainer/criteria/).
-WORDS = ("weight", "alive", "parts", "input_axis", "cost", "gradient", "student", "images", "exclude")
 
 
 def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
@@ -66,9 +65,7 @@ def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
 def check(settings: StageKeys) -> None:
     method, schedule = settings.method, settings.schedule
     criterion = find("method", method)
-    for word in fed(criterion):
-        if word not in WORDS:
-            raise Mistake(f"method {method!r} asks for {word!r}{nearest(word, WORDS)}")
+    refuse_unknown(criterion, method)
     # Before the first step there is no gradient, and all scores would be equal.
     schedules = beside(criterion, "SCHEDULES") or (("cubic",) if "gradient" in fed(criterion) else SCHEDULES)
     if schedule not in schedules:
