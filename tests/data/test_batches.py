@@ -130,6 +130,67 @@ def test_what_is_in_memory_goes_to_the_device_part_by_part(kept, monkeypatch):
         assert not isinstance(part.images, InMemory) or part.images.images.device.type == "meta"
 
 
+# what a dataset function of one's own may not return
+
+
+def unfit(*, fault: str) -> Source:
+    """Twenty images of two classes, with one fault."""
+    images, test = torch.zeros(20, 1, 4, 4, dtype=torch.uint8), torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
+    labels, test_labels = torch.arange(20) % 2, torch.arange(6) % 2
+    given = {"classes": ["a", "b"], "mean": (0.5,), "std": (0.25,), "shape": (1, 4, 4)}
+    if fault == "no source":
+        return None  # type: ignore[return-value]
+    if fault == "label":
+        labels[3] = 2
+    if fault == "test label":
+        test_labels[3] = -2
+    if fault == "floats":
+        images = images / 255
+    if fault == "array":
+        images = images.numpy()
+    if fault == "labels":
+        labels = labels[1:]
+    if fault == "test shape":
+        test = torch.zeros(6, 1, 5, 4, dtype=torch.uint8)
+    if fault == "no test":
+        test, test_labels = test[:0], test_labels[:0]
+    given |= {
+        "names": {"classes": [0, 1]},
+        "twice": {"classes": ["a", "a"]},
+        "std": {"std": (0.0,)},
+        "mean": {"mean": (float("nan"),)},
+        "groups": {"groups": torch.arange(5)},
+        "one group": {"groups": torch.zeros(20, dtype=torch.int64)},
+    }.get(fault, {})
+    return Source(InMemory(images, labels), InMemory(test, test_labels), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("no source", "python:own:unfit: returned NoneType; a Source is allowed"),
+        ("label", "train: got the label 2; 0 to 1, or -1 for none, is allowed"),
+        ("test label", "test: got the label -2; 0 to 1"),
+        ("floats", r"images: got torch.float32 \[20, 1, 4, 4\]; uint8 \[N, C, H, W\] is allowed"),
+        ("array", "images: got ndarray; a tensor is allowed"),
+        ("labels", r"labels: got \[19\]; one for each of the 20 images"),
+        ("test shape", r"test: got images of \(1, 5, 4\); its shape says \(1, 4, 4\)"),
+        ("no test", "there are no test images"),
+        ("names", "classes: got 0; a text for each class"),
+        ("twice", "classes: got 'a'; a text for each class, each once"),
+        ("std", r"got mean \[0.5\] and std \[0.0\]; numbers, and above 0 for std"),
+        ("mean", r"got mean \[nan\]"),
+        ("groups", r"groups: got \[5\]; a number for each of the 20 training images"),
+        ("one group", "20 training images; validation 0.1 holds out none of them"),
+    ],
+)
+def test_what_a_dataset_function_must_not_return_is_told_in_one_line(monkeypatch, fault, told):
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
+    keys = shelves.checker(unfit, DataKeys).model_validate({"dataset": "python:own:unfit", "fault": fault})
+    with pytest.raises(Mistake, match=told):
+        make_data(keys, CPU)
+
+
 # the split
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import trainer
 from trainer.cli import main
+from trainer.mistakes import Mistake
 from trainer.recipe.recipe import read, schema
 from trainer.recipe.text import RecipeError
 
@@ -218,3 +219,48 @@ stages:
     ]
     (tmp_path / "old.yaml").write_text(text.replace("share: 2", "wieght: 2"))
     assert told(tmp_path / "old.yaml") == ["4: teachers[0].wieght: is no key here (did you mean 'weight'?)"]
+
+
+def test_type_hints_may_be_texts(own):
+    """As `from __future__ import annotations` makes them."""
+    (own / "own_methods.py").write_text(
+        MODULE.replace("import torch\n", "from __future__ import annotations\n\nimport torch\n", 1)
+    )
+    recipe, _ = read(own / "own.yaml", allow_python=True)
+    assert recipe.stages[1].losses[0].gamma == 1.5 and recipe.stages[2].exclude == ["1"]
+    (own / "own.yaml").write_text(RECIPE.replace("gamma: 1.5", "gamma: -1").replace('["1"]', '["2"]'))
+    assert told(own / "own.yaml") == ["8: stages[1].losses[0].gamma: got -1; it should be greater than 0"]
+    sys.modules.pop("own_methods")
+    (own / "own_methods.py").write_text(MODULE.replace("gamma: PositiveFloat", "gamma: 'Unknown'"))
+    assert "focal: gamma: its type hint 'Unknown' has no meaning: name 'Unknown'" in told(own / "own.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("def focal(student_logits, teacher_logits, labels, *,", "class focal:\n  def __init__(self, *,",
+         "loss 'python:own_methods:focal' is a class without forward; a function or an nn.Module is allowed"),
+        ("weight, alive, *, power", "weight, alive, layer, *, power",
+         "method 'python:own_methods:furthest' asks for 'layer'; there are: weight, alive, parts"),
+        ("weight, alive, *, power", "weight, gradient, *, power",
+         "method 'python:own_methods:furthest' has no schedule 'once'; it has cubic"),
+    ],
+)  # fmt: skip
+def test_what_they_ask_for_is_checked_before_anything_is_trained(own, old, new, wanted):
+    (own / "own_methods.py").write_text(MODULE.replace(old, new))
+    assert wanted in "\n".join(told(own / "own.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("* log).mean()", "* log)", "loss 'python:own_methods:focal' returned a tensor 2x1; a tensor of one number"),
+        ("* log).mean()", "* log).mean().item()", "loss 'python:own_methods:focal' returned float"),
+        ("** power\n", "** power * float('nan')\n", "layer '1': method 'furthest' returned NaN; numbers are allowed"),
+        (".abs() ** power\n", ".abs().sum(0)\n", r"method 'furthest' returned \[256\]; the weight's shape \[6, 256\]"),
+    ],
+)  # fmt: skip
+def test_what_they_return_is_checked(own, old, new, wanted):
+    (own / "own_methods.py").write_text(MODULE.replace(old, new))
+    with pytest.raises(Mistake, match=wanted):
+        trainer.run(own / "own.yaml", folder=own / "runs", allow_python=True)

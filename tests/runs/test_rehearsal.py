@@ -51,6 +51,9 @@ class FailsInTraining(Net):
 class Detached(Net):
     def forward(self, x): return self.body(x).detach()
 
+class NoNumbers(Net):
+    def forward(self, x): return self.body(x) * float("nan")
+
 class Soft(Net):
     def forward(self, x): return self.body(x).softmax(-1)
 
@@ -58,8 +61,8 @@ class Lazy(nn.Sequential):
     def __init__(self, classes): super().__init__(nn.Flatten(), nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(classes))
 
 def of(cls): return lambda shape, classes: cls(classes)
-net, aux, named, random, extra, complex_, fails, detached, soft, lazy = map(
-    of, (Net, Aux, Named, Random, Extra, Complex, FailsInTraining, Detached, Soft, Lazy))
+net, aux, named, random, extra, complex_, fails, detached, soft, lazy, no_numbers = map(
+    of, (Net, Aux, Named, Random, Extra, Complex, FailsInTraining, Detached, Soft, Lazy, NoNumbers))
 def old_norm(shape, classes):
     net = Net(classes)
     net.body[1] = torch.nn.utils.weight_norm(net.body[1])
@@ -98,6 +101,7 @@ REFUSED = {
     "complex_": r"the student has complex numbers in its state \('spectrum': torch.complex64\)",
     "fails": "the student fails in training mode: AttributeError: .* no attribute 'missing'",
     "detached": "the student has no gradient: RuntimeError",
+    "no_numbers": "the student gives logits that are no numbers",
     "old_norm": r"layer 'body.1': its weight is computed by a hook \(WeightNorm\)",
 }
 

@@ -23,7 +23,7 @@ from trainer.reporting import report
 from trainer.runs import evaluate_file as evaluate_module
 from trainer.runs import opening, runner, threads
 from trainer.runs.checks import without_effect
-from trainer.runs.evaluate_file import evaluate_file
+from trainer.runs.evaluate_file import evaluate_file, images_of
 from trainer.runs.opening import make_accelerator
 from trainer.runs.threads import available_threads
 from trainer.stages import distill, pack, train
@@ -473,6 +473,26 @@ def test_evaluating_a_file_that_is_not_there_or_of_other_images(tmp_path):
     (tmp_path / "other.tiny").write_bytes(content)
     with pytest.raises(ValueError, match="other.tiny: was made for other images"):
         evaluate_file(tmp_path / "other.tiny", path)
+
+
+def test_the_last_bits_of_mean_and_std_make_no_other_images(tmp_path):
+    """They are sums, which another number of threads adds up in another order: those of the file are taken."""
+    from trainer.data.batches import make_data
+    from trainer.packing import network as packed
+    from trainer.recipe.recipe import read
+
+    path, file = write(tmp_path, ALONE), tmp_path / "student.tiny"
+    recipe, _ = read(path)
+    facts = packed.facts_of(make_data(recipe.data, torch.device("cpu")))
+    for nudge, told in ((1 + 1e-12, None), (1 + 1e-4, r"\(std differ\)")):
+        other = facts | {"std": [facts["std"][0] * nudge]}
+        file.write_bytes(packed.encode(lenet5((1, 8, 8), 10), {"model": "lenet5"}, other))
+        header = packed.header(file.read_bytes())
+        if told is None:
+            assert images_of(file, header, recipe, path, torch.device("cpu")).std == tuple(other["std"])
+        else:
+            with pytest.raises(ValueError, match=told):
+                images_of(file, header, recipe, path, torch.device("cpu"))
 
 
 def test_evaluating_a_file_keeps_no_views_and_leaves_the_checked_recipe_as_it_is(tmp_path, monkeypatch):

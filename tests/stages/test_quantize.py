@@ -16,6 +16,7 @@ from trainer.exporting.integer_steps import IMAGE, steps_of
 from trainer.exporting.quantizing import fit_first_layers, quantized
 from trainer.exporting.tracing import trace
 from trainer.mistakes import Mistake
+from trainer.models.lstm import lstm
 from trainer.networks.norms import give_biases
 from trainer.networks.quantizers import quantizers
 from trainer.packing.loading import load
@@ -187,6 +188,8 @@ def test_what_integers_cannot_compute_is_refused_with_its_layer():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     with pytest.raises(Mistake, match="layer '1': operator batch_norm"):
         quantized(net, {"model": "x"}, (1, 8, 8), [0.0], [1.0])
+    with pytest.raises(Mistake, match="^operator permute cannot be"):  # of no layer
+        quantized(lstm((1, 8, 8), 10), {"model": "lstm"}, (1, 8, 8), [0.0], [1.0])
 
 
 def test_it_ends_the_same_after_an_interruption(tmp_path):

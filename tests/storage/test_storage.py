@@ -16,10 +16,20 @@ import torch
 from torch import nn
 
 from trainer.storage import checkpoint
+from trainer.storage.files import write_bytes
 from trainer.storage.lock import lock
 from trainer.storage.weights_file import digest, read_file, save_file
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("place", [".", "folder"])
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as told:
+        write_bytes(Path(place), b"data")
+    assert told.value.filename == place and sorted(os.listdir()) == ["folder"]
 
 
 def tensors(value: float) -> dict:
@@ -209,6 +219,7 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from trainer.storage import checkpoint
+from trainer.storage.files import write_bytes
 step = 0
 while True:
     step += 1

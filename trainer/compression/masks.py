@@ -14,12 +14,23 @@ from trainer.compression.weights import Weight
 from trainer.mistakes import Mistake, nearest
 from trainer.recipe.shelves import fed
 
+# What a criterion may ask for (trainer/criteria/).
+WORDS = ("weight", "alive", "parts", "input_axis", "cost", "gradient", "student", "images", "exclude")
+
+
+def refuse_unknown(criterion: Callable, method: str) -> None:
+    """Raises Mistake for a criterion that asks for what is none of `WORDS`. method: its name in the recipe."""
+    for word in fed(criterion):
+        if word not in WORDS:
+            raise Mistake(f"method {method!r} asks for {word!r}{nearest(word, WORDS)}")
+
 
 def ask(criterion: Callable, layer: Weight, alive: Tensor | None = None, **keys: Any) -> Any:
     """Calls a criterion (see trainer/criteria/) for one layer; returns its scores, or its mask and thresholds.
 
     alive: bool, of the weight's shape: which weights the criterion counts as not pruned; by default those that are not.
-    Raises Mistake, with the layer's name, if the criterion refuses it, or for an argument of an unknown name.
+    Raises Mistake, with the layer's name, if the criterion refuses it or returns what is no score or mask of the weight's
+    shape, and for an argument of an unknown name.
     """
     known = {
         "weight": lambda: layer.value.detach(),
@@ -33,9 +44,25 @@ def ask(criterion: Callable, layer: Weight, alive: Tensor | None = None, **keys:
         if word not in known:
             raise Mistake(f"method {criterion.__name__!r} asks for {word!r}{nearest(word, known)}")
     try:
-        return criterion(*(known[word]() for word in words), **keys)
+        found = criterion(*(known[word]() for word in words), **keys)
     except Mistake as error:
         raise Mistake(f"layer {layer.name!r}: {error}") from None
+    score = found[0] if isinstance(found, tuple) else found
+    _expect_shape(score, layer.value, criterion)
+    if score.isnan().any():
+        raise Mistake(
+            f"layer {layer.name!r}: method {criterion.__name__!r} returned NaN; numbers are allowed"
+        )
+    return found
+
+
+def _expect_shape(score: Any, weight: Tensor, criterion: Callable) -> None:
+    """Raises Mistake unless a criterion's score or mask is a tensor of the weight's shape: another might be broadcast."""
+    if not isinstance(score, Tensor) or score.shape != weight.shape:
+        got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise Mistake(
+            f"method {criterion.__name__!r} returned {got}; the weight's shape {list(weight.shape)} is allowed"
+        )
 
 
 def score_masks(
@@ -161,7 +188,9 @@ def watch_gradients(layers: Iterable[Weight], criterion: Callable, **keys: Any) 
 
     def score(weight: Tensor, gradient: Tensor) -> Tensor:
         given = {"weight": weight, "gradient": gradient}
-        return criterion(*(given[word] for word in words), **keys)
+        found = criterion(*(given[word] for word in words), **keys)
+        _expect_shape(found, weight, criterion)
+        return found
 
     for layer in layers:
         if layer.mask is None:

@@ -21,7 +21,7 @@ Its keyword-only arguments are its recipe keys. The result depends on who says h
 
 Beside it the file may define
 
-    SCHEDULES = ("once", "cubic", "iterative")   the schedules it supports; all three by default
+    SCHEDULES = ("once", "cubic", "iterative")   the schedules it supports; all three by default, `cubic` with `gradient`
     SCOPES = ("layer", "global")                 the scopes of its scores; the first is the default
     check(settings)                              raises Mistake for settings that contradict each other
     check_student(settings, student)             raises Mistake for a student that it cannot prune

@@ -34,7 +34,12 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     order, held_out, most = _order(source, keys)
     total = len(source.train)
     size = most if keys.subset is None else keys.subset
-    if (held_out < 1 and not own_validation) or not 1 <= size <= most:
+    if held_out < 1 and not own_validation:
+        raise Mistake(
+            f"data: {keys.dataset} has {total} training images; validation {keys.validation} holds out none of them: "
+            "it is too small a part, or no class has images, or groups of them, on both sides"
+        )
+    if not 1 <= size <= most:
         raise Mistake(
             f"data: {keys.dataset} has {total} training images; validation {held_out} and subset {size} do not fit in it"
         )
@@ -47,11 +52,7 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
     if keys.keep_views:
         assert keys.views is not None  # the recipe refuses keep_views without views
         kept = KeptViews(keys.views, total, chosen, source.shape, device)
-    mean, std = tuple(keys.mean or source.mean), tuple(keys.std or source.std)
-    if {len(mean), len(std)} != {source.shape[0]}:
-        raise Mistake(
-            f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels"
-        )
+    mean, std = _looks(keys, source)
     digest = hashlib.sha256(repr((keys.dataset, total, source.shape, source.classes)).encode())
     # All images if they are in memory; if they must be read from disk a sample of them, and the sizes of all files.
     sample = (
@@ -91,6 +92,21 @@ def make_data(keys: DataKeys, device: torch.device) -> Data:
         fingerprint=digest.hexdigest(),
         notes=source.notes,
     )
+
+
+def _looks(keys: DataKeys, source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and std of the normalisation. Raises Mistake for those that no image can be normalised with."""
+    given = (keys.mean or source.mean, keys.std or source.std)
+    mean, std = (tuple(np.atleast_1d(np.asarray(one, np.float64)).tolist()) for one in given)
+    if {len(mean), len(std)} != {source.shape[0]}:
+        raise Mistake(
+            f"data: mean and std have {len(mean)} and {len(std)} values; the images have {source.shape[0]} channels"
+        )
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise Mistake(
+            f"data: got mean {list(mean)} and std {list(std)}; numbers, and above 0 for std, are allowed: the data section can give them"
+        )
+    return mean, std
 
 
 def _order(source: Source, keys: DataKeys) -> tuple[Tensor, int, int]:
@@ -207,6 +223,7 @@ def _source(keys: DataKeys) -> Source:
             )
         settings["validation_folder"] = keys.validation
     source: Source = function(**settings)
+    _refuse_unfit(source, keys.dataset)
     if (
         source.validation is not None
         and "validation" in keys.model_fields_set
@@ -217,6 +234,36 @@ def _source(keys: DataKeys) -> Source:
         )
         source.validation = None
     return source
+
+
+def _refuse_unfit(source: Source, dataset: str) -> None:
+    """Raises Mistake for what a dataset function must not return: it would fail in the middle of a run, or count wrong."""
+    where = f"data: {dataset}"
+    if not isinstance(source, Source):
+        raise Mistake(f"{where}: returned {type(source).__name__}; a Source is allowed")
+    known: set[str] = set()
+    for name in source.classes:
+        if not isinstance(name, str) or name in known:
+            raise Mistake(f"{where}: classes: got {name!r}; a text for each class, each once, is allowed")
+        known.add(name)
+    if not len(source.test):
+        raise Mistake(f"{where}: there are no test images; one or more are needed")
+    for part in ("train", "validation", "test"):
+        images: Images | None = getattr(source, part)
+        if images is None:
+            continue
+        odd = images.labels[(images.labels < -1) | (images.labels >= len(known))]
+        if len(odd):
+            raise Mistake(
+                f"{where}: {part}: got the label {int(odd[0])}; 0 to {len(known) - 1}, or -1 for none, is allowed"
+            )
+        shape = tuple(images.images.shape[1:]) if isinstance(images, InMemory) else tuple(source.shape)
+        if shape != tuple(source.shape):
+            raise Mistake(f"{where}: {part}: got images of {shape}; its shape says {tuple(source.shape)}")
+    if source.groups is not None and source.groups.shape != source.train.labels.shape:
+        raise Mistake(
+            f"{where}: groups: got {list(source.groups.shape)}; a number for each of the {len(source.train)} training images is allowed"
+        )
 
 
 def seed_of(*numbers: int | str) -> int:

@@ -38,10 +38,16 @@ class InMemory:
     """Images in one uint8 tensor [num_images, C, H, W], with labels [num_images]; read a batch at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        for name, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise Mistake(f"data: {name}: got {type(value).__name__}; a tensor is allowed")
         if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(f"images: got {images.dtype} {tuple(images.shape)}; they are uint8 [N, C, H, W]")
+            got = f"{images.dtype} {list(images.shape)}"
+            raise Mistake(f"data: images: got {got}; uint8 [N, C, H, W] is allowed")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels: got {tuple(labels.shape)} for {len(images)} images")
+            raise Mistake(
+                f"data: labels: got {list(labels.shape)}; one for each of the {len(images)} images is allowed"
+            )
         self.images = images
         self.labels = labels.long()
 

@@ -50,16 +50,19 @@ def web_dataset(
         resize_mode: As of `image_folder`.
 
     Raises:
-        Mistake: For a pattern that names no file, a shard that is compressed or damaged, and labels that are no numbers.
+        Mistake: For a pattern that names no file, a shard that is compressed, damaged or given twice, and labels that are no
+            numbers.
     """
     height, width = (size, size) if isinstance(size, int) else size
     reading = Reading((channels, height, width), fit=resize_mode)
-    parts = {"train": _members(train), "test": _members(test)}
+    part_of: dict[str, str] = {}
+    parts = {"train": _members(train, "train", part_of), "test": _members(test, "test", part_of)}
     if validation_folder is not None:
-        parts["validation"] = _members(validation_folder)
+        parts["validation"] = _members(validation_folder, "validation", part_of)
     for name, found in parts.items():
         if name != "train" and any(label < 0 for label in found.labels):
-            raise Mistake(f"web_dataset: {name}: {found.names[found.labels.index(-1)]} has no .cls beside it")
+            picture = found.names[found.labels.index(-1)].rpartition("#")[0]
+            raise Mistake(f"web_dataset: {name}: {picture} has no .cls beside it")
     most = 1 + max(label for found in parts.values() for label in found.labels)
     allowed = max(MOST_CLASSES, sum(len(found.names) for found in parts.values()))
     for found in parts.values():
@@ -77,7 +80,8 @@ def web_dataset(
         ]
     if most > len(names) or len(set(names)) < max(2, len(names)):
         raise Mistake(
-            f"web_dataset: there are {most} classes, and {len(set(names))} names of classes; two or more are needed"
+            f"web_dataset: there are {most} classes, and {len(set(names))} names of classes; two classes or more are needed, "
+            "and a name of its own for each"
         )
     images = {
         name: Members(found.names, torch.tensor(found.labels), reading) for name, found in parts.items()
@@ -130,8 +134,11 @@ class _Members(NamedTuple):
     labels: list[int]
 
 
-def _members(shards: Shards) -> _Members:
-    """Lists the pictures of shards, in the order of the shards' names and of the files in each."""
+def _members(shards: Shards, part: str, part_of: dict[str, str]) -> _Members:
+    """Lists the pictures of shards, in the order of the shards' names and of the files in each.
+
+    part: what they are. part_of: {shard: what it is}, to which these are added; one that is there already is refused.
+    """
     names: list[str] = []
     labels: list[int] = []
     known = endings()
@@ -144,6 +151,12 @@ def _members(shards: Shards) -> _Members:
                 raise Mistake(
                     f"web_dataset: {file}: is no .tar; compressed shards cannot be read in any order: unpack them"
                 )
+            before = part_of.setdefault(os.path.realpath(file), "")
+            if before:
+                raise Mistake(
+                    f"web_dataset: {file}: is given twice ({before} and {part} images): a shard may be in one of them, once"
+                )
+            part_of[os.path.realpath(file)] = part
             pictures: dict[str, str] = {}
             classes: dict[str, int] = {}
             try:

@@ -9,7 +9,7 @@ the first. What is measured changes nothing of a training.
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from trainer.distillation.objective import Objective, labels_known
 from trainer.distributed import summed
 from trainer.mistakes import Mistake
 from trainer.networks.features import Seen
+from trainer.networks.output import described
 from trainer.recipe.keys import WeightSchedule
 from trainer.recipe.terms import TEACHER_WORDS
 
@@ -148,14 +149,21 @@ def faults(found: Mapping[str, Ratio]) -> Iterator[tuple[str, str]]:
 
 
 def refuse_without_gradient(objective: Objective, data: Data) -> None:
-    """Raises Mistake for a term with a weight that does not depend on the student's weights, found with random images."""
+    """Raises Mistake for a term that is no scalar, or has a weight and does not depend on the student's weights.
+
+    Found with random images.
+    """
     parameters = _trained(objective)
     with _unchanged(objective), torch.enable_grad():
         images, labels, index = objective.example(data)
         student, teacher = objective.see(images, index, None)
         for bound in objective.bound:
             arguments = objective.feed(bound, student, teacher, labels, index, 0.0)
-            value = bound.function(*arguments)
+            value: Any = bound.function(*arguments)
+            if not isinstance(value, Tensor) or value.dim():
+                raise Mistake(
+                    f"loss {bound.term!r} returned {described(value)}; a tensor of one number is allowed"
+                )
             if bound.weight != 0 and all(part is None for part in _gradient(value, parameters)):
                 raise Mistake(
                     f"loss {bound.term!r} gives the student no gradient: it has no ratio, and no effect"

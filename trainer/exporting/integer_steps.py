@@ -91,7 +91,10 @@ def steps_of(graph: Graph) -> list[Step]:
 
 
 def _refused(node: Node, what: str) -> Mistake:
-    return Mistake(f"layer {node.layer!r}: {what} cannot be computed in integers")
+    layer = (
+        f"layer {node.layer!r}: " if node.layer else ""
+    )  # what the network's own forward does is of no layer
+    return Mistake(f"{layer}{what} cannot be computed in integers")
 
 
 def _followed(node: Node, step: Step) -> Step:

@@ -156,7 +156,10 @@ def decode(
     state, header = tensors(data, name)
     if into is None and not rebuilds(header):
         whose = f"{header['net']['model']!r}, which" if "net" in header else "a network that"
-        raise Mistake(f"{name}: holds the weights of {whose} is on no shelf: give the network as `into`")
+        raise Mistake(
+            f"{name}: holds the weights of {whose} is on no shelf: give the network as `into`; on the command line --model "
+            "python:module:function or --recipe names it"
+        )
     model = into if into is not None else build(header["net"], tuple(header["shape"]), len(header["classes"]))
     wrong = _misfits(model, state)
     if wrong:

@@ -135,7 +135,7 @@ def built_with(cls: type) -> list[str]:
 def fields(function: Callable) -> dict[str, tuple[Any, Any]]:
     """Returns {name: (type, default)} of the keyword-only arguments; the default of a required one is ... .
 
-    Raises Mistake for an argument without a type hint.
+    Raises Mistake for an argument without a type hint, or with one whose names its module does not have.
     """
     found = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -145,10 +145,21 @@ def fields(function: Callable) -> dict[str, tuple[Any, Any]]:
                     f"{function.__module__}.{function.__qualname__}: {parameter.name} has no type hint"
                 )
             found[parameter.name] = (
-                parameter.annotation,
+                _hint(function, parameter),
                 ... if parameter.default is parameter.empty else parameter.default,
             )
     return found
+
+
+def _hint(function: Callable, parameter: inspect.Parameter) -> Any:
+    """Returns the type hint of an argument, which is a text under `from __future__ import annotations`."""
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    try:
+        return eval(parameter.annotation, vars(sys.modules[function.__module__]).copy())
+    except Exception as error:
+        where = f"{function.__module__}.{function.__qualname__}: {parameter.name}"
+        raise Mistake(f"{where}: its type hint {parameter.annotation!r} has no meaning: {error}") from None
 
 
 @functools.cache

@@ -20,8 +20,10 @@ WORDS_OF_CONSTRUCTORS = VOCABULARY | {"num_samples", "num_classes"}
 
 
 def wants(term: TermKeys) -> list[str]:
-    """Returns the names of the arguments of the term's loss. Raises Mistake for an unknown name."""
+    """Returns the names of the arguments of the term's loss. Raises Mistake for an unknown name, and a class without forward."""
     function = shelves.find("loss", term.loss)
+    if inspect.isclass(function) and not hasattr(function, "forward"):
+        raise Mistake(f"loss {term.loss!r} is a class without forward; a function or an nn.Module is allowed")
     asks = shelves.fed(function)
     built_with = shelves.built_with(function) if inspect.isclass(function) else []
     for word, known in [(word, VOCABULARY) for word in asks] + [

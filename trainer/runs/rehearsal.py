@@ -30,6 +30,8 @@ def rehearse(
     _refuse_state(network, who, is_trained)
     with torch.random.fork_rng(devices=[]):
         logits, again = (look(network, images, False, num_classes, who).logits for _ in range(2))
+        if logits.isnan().any():
+            raise Mistake(f"{who} gives logits that are no numbers (NaN) for images of the data's size")
         tolerance = 1e-3 * logits.abs().max().item()
         if not torch.allclose(logits, again, rtol=1e-3, atol=tolerance, equal_nan=True):
             raise Mistake(

@@ -14,6 +14,7 @@ from trainer.compression.masks import (
     cubic,
     geometric,
     refuse_shared,
+    refuse_unknown,
     score_masks,
     set_mask,
     set_power,
@@ -63,7 +64,10 @@ def method_keys(criterion: Callable) -> dict[str, tuple[Any, Any]]:
 
 def check(settings: StageKeys) -> None:
     method, schedule = settings.method, settings.schedule
-    schedules = beside(find("method", method), "SCHEDULES") or SCHEDULES
+    criterion = find("method", method)
+    refuse_unknown(criterion, method)
+    # Before the first step there is no gradient, and all scores would be equal.
+    schedules = beside(criterion, "SCHEDULES") or (("cubic",) if "gradient" in fed(criterion) else SCHEDULES)
     if schedule not in schedules:
         raise Mistake(f"method {method!r} has no schedule {schedule!r}; it has {', '.join(schedules)}")
     if isinstance(getattr(settings, "sparsity", None), dict) and settings.scope == "global":

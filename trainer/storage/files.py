@@ -1,6 +1,7 @@
 """Writes files that exist whole or not at all."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -48,6 +49,8 @@ def sync_folder(folder: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, and replaces one of that name. It survives a crash after this returns."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
