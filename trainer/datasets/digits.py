@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional
 
-from trainer.data.images import InMemory, Source
+from trainer.data.images import InMemory, Source, mean_and_std
 
 _TEST_PER_CLASS = 36
 
@@ -39,12 +39,13 @@ def digits(*, size: Annotated[int, Field(ge=8)] = 8) -> Source:
     for label in range(10):
         of_class = torch.nonzero(labels == label).flatten().tolist()
         is_test[sorted(of_class, key=lambda position: rank[position])[:_TEST_PER_CLASS]] = True
-    train = images[~is_test].double() / 255
+    train = InMemory(images[~is_test], labels[~is_test])
+    mean, std = mean_and_std(train.images)
     return Source(
-        train=InMemory(images[~is_test], labels[~is_test]),
+        train=train,
         test=InMemory(images[is_test], labels[is_test]),
         classes=[str(digit) for digit in range(10)],
-        mean=(train.mean().item(),),
-        std=(train.std(correction=0).item(),),
+        mean=mean,
+        std=std,
         shape=(1, size, size),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.data.fetch import FILES, NOTICES, fetch
 from trainer.data.image_file import read_image
-from trainer.data.images import InMemory, Source
+from trainer.data.images import InMemory, Source, mean_and_std
 from trainer.data.reading import Reading
 from trainer.mistakes import Mistake
 
@@ -60,14 +60,14 @@ def elpv(
     labels = torch.from_numpy((probability > 0.5).astype(np.int64))
     is_test = _test_images(probability, kinds, test, test_seed)
     train = InMemory(pixels[~is_test], labels[~is_test])
-    scaled = train.images.double() / 255
+    mean, std = mean_and_std(train.images)
     counts = torch.bincount(labels, minlength=2).tolist()
     return Source(
         train=train,
         test=InMemory(pixels[is_test], labels[is_test]),
         classes=list(_CLASSES),
-        mean=(scaled.mean().item(),),
-        std=(scaled.std(correction=0).item(),),
+        mean=mean,
+        std=std,
         shape=reading.shape,
         reading=reading,
         notes=[
