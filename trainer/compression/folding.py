@@ -61,10 +61,8 @@ def refuse_unfoldable(model: nn.Module, images: Tensor) -> None:
 
     images: of any content, [N, C, H, W].
     """
-    copied, images = (
-        copy.deepcopy(model).cpu().eval(),
-        images.cpu(),
-    )  # a GPU's convolutions round weights to 10 bits
+    # On the CPU, because a GPU's convolutions round weights to 10 bits.
+    copied, images = copy.deepcopy(model).cpu().eval(), images.cpu()
     randomize_norms(copied)
     with torch.no_grad():
         before = copied(images)

@@ -151,12 +151,12 @@ def _members(shards: Shards, part: str, part_of: dict[str, str]) -> _Members:
                 raise Mistake(
                     f"web_dataset: {file}: is no .tar; compressed shards cannot be read in any order: unpack them"
                 )
-            before = part_of.setdefault(os.path.realpath(file), "")
-            if before:
+            real = os.path.realpath(file)
+            if real in part_of:
                 raise Mistake(
-                    f"web_dataset: {file}: is given twice ({before} and {part} images): a shard may be in one of them, once"
+                    f"web_dataset: {file}: is given twice ({part_of[real]} and {part} images): a shard may be in one of them, once"
                 )
-            part_of[os.path.realpath(file)] = part
+            part_of[real] = part
             pictures: dict[str, str] = {}
             classes: dict[str, int] = {}
             try:

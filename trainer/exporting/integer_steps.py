@@ -91,9 +91,8 @@ def steps_of(graph: Graph) -> list[Step]:
 
 
 def _refused(node: Node, what: str) -> Mistake:
-    layer = (
-        f"layer {node.layer!r}: " if node.layer else ""
-    )  # what the network's own forward does is of no layer
+    # What the network's own forward does is of no layer.
+    layer = f"layer {node.layer!r}: " if node.layer else ""
     return Mistake(f"{layer}{what} cannot be computed in integers")
 
 
